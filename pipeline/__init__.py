@@ -1,0 +1,3 @@
+"""Package, serve and verify fine-tuned Granite models; imports on a laptop without torch."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,72 @@
+"""Every error this product raises on purpose.
+
+    PipelineError                    exit code
+    ├── VerificationFailed               1      what is served is not what was trained
+    ├── InputError                       2      a file, row, flag or variable the user gave is wrong
+    │   ├── DataError                           a dataset or one of its rows
+    │   └── ModelError                          a model folder, id, GGUF or chat template
+    └── EnvironmentFailure               3      the machine or an engine is not able to
+        ├── MissingDependency                   a package or program is not installed
+        ├── DiskFull                            not enough space for the next artefact
+        └── EngineError                         an inference server did not start, answer or stay up
+
+The message says what happened; ``evidence`` shows it (argv, exit code, last log lines, file:line); ``remedy`` says what to do.
+"""
+
+from __future__ import annotations
+
+
+class PipelineError(Exception):
+    """Root of the tree; carries the exit code the command line ends with."""
+
+    exit_code = 3
+
+    def __init__(self, message: str, *, evidence: str = "", remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.evidence = evidence
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        parts = [self.message]
+        if self.evidence:
+            parts.append(self.evidence)
+        if self.remedy:
+            parts.append(f"What to do: {self.remedy}")
+        return "\n".join(parts)
+
+
+class VerificationFailed(PipelineError):
+    """The checks ran and at least one failed."""
+
+    exit_code = 1
+
+
+class InputError(PipelineError):
+    """Something the user gave is wrong; nothing was changed."""
+
+    exit_code = 2
+
+
+class DataError(InputError):
+    """A dataset cannot be read or a row is refused; the evidence names file:line."""
+
+
+class ModelError(InputError):
+    """A model id, folder, GGUF file or chat template cannot be used."""
+
+
+class EnvironmentFailure(PipelineError):
+    """The machine, a package or an engine cannot do what was asked."""
+
+
+class MissingDependency(EnvironmentFailure):
+    """A package or program is not installed; the remedy is the command that installs it."""
+
+
+class DiskFull(EnvironmentFailure):
+    """The next artefact does not fit on the disk; the message has the numbers."""
+
+
+class EngineError(EnvironmentFailure):
+    """An inference engine did not start, answer or stay up."""

@@ -1,0 +1,64 @@
+"""The run's manifest: every stage appends what it read, with which parameters, and the hashes of what it made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import read_json, sha256_json, sha256_tree, tree_bytes, write_json
+
+SCHEMA = 1
+
+
+class Manifest:
+    """``manifest.json`` of one run; artefact paths are stored relative to its folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.data: dict[str, Any] = {"schema": SCHEMA, "run": path.parent.name, "stages": {}}
+        if path.exists():
+            self.data = read_json(path)
+
+    def stage(self, name: str) -> dict[str, Any]:
+        """What a stage recorded, or an empty dict."""
+        found: dict[str, Any] = self.data["stages"].get(name, {})
+        return found
+
+    def is_current(self, name: str, inputs: Mapping[str, Any]) -> bool:
+        """True when the stage ran with exactly these inputs and its artefacts are on disk unchanged."""
+        stage = self.stage(name)
+        if not stage or stage["key"] != sha256_json(inputs):
+            return False
+        return all(self._unchanged(relative, seen) for relative, seen in stage["artefacts"].items())
+
+    def record(
+        self, name: str, inputs: Mapping[str, Any], artefacts: list[Path], result: Mapping[str, Any], seconds: float
+    ) -> None:
+        """Store a finished stage: its inputs, the hash of each artefact and its results; written atomically."""
+        self.data["stages"][name] = {
+            "key": sha256_json(inputs),
+            "inputs": dict(inputs),
+            "artefacts": {p.relative_to(self.path.parent).as_posix(): _seal(p) for p in artefacts},
+            "result": dict(result),
+            "seconds": round(seconds, 1),
+            "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        self.save()
+
+    def artefact_sha256(self, stage: str, relative: str) -> str:
+        """Recorded hash of an artefact; KeyError when the stage has not made it."""
+        return str(self.data["stages"][stage]["artefacts"][relative]["sha256"])
+
+    def save(self) -> None:
+        """Write the manifest atomically."""
+        write_json(self.path, self.data)
+
+    def _unchanged(self, relative: str, seen: Mapping[str, Any]) -> bool:
+        path = self.path.parent / relative
+        return path.exists() and tree_bytes(path) == seen["bytes"] and sha256_tree(path) == seen["sha256"]
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    return {"sha256": sha256_tree(path), "bytes": tree_bytes(path)}

@@ -1,0 +1,78 @@
+"""The run folder: where each artefact of one named run lives."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import InputError
+
+DEFAULT_OUTPUT = Path("training/output")
+DEFAULT_NAME = "generic"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run below ``output``; the name is one path component of letters, digits, '.', '_' and '-'."""
+
+    name: str = DEFAULT_NAME
+    output: Path = DEFAULT_OUTPUT
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise InputError(
+                f"run name {self.name!r} is not usable",
+                remedy="use 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit",
+            )
+
+    @property
+    def path(self) -> Path:
+        """The folder itself."""
+        return self.output / self.name
+
+    @property
+    def adapter(self) -> Path:
+        """LoRA adapter (or, after full fine-tuning, the whole model) as training saved it."""
+        return self.path / "adapter"
+
+    @property
+    def merged(self) -> Path:
+        """Merged float16 model folder: safetensors, config, tokenizer, chat template."""
+        return self.path / "merged_fp16"
+
+    @property
+    def gguf(self) -> Path:
+        """Q8_0 GGUF made from the merged weights."""
+        return self.path / "unsloth.Q8_0.gguf"
+
+    @property
+    def modelfile(self) -> Path:
+        """Ollama Modelfile."""
+        return self.path / "Modelfile"
+
+    @property
+    def manifest(self) -> Path:
+        """The run's record: inputs, parameters, hashes, metrics, launches."""
+        return self.path / "manifest.json"
+
+    @property
+    def notebooks(self) -> Path:
+        """Executed notebook copies."""
+        return self.path / "notebooks"
+
+    @property
+    def report(self) -> Path:
+        """report.html, report.json, junit.xml."""
+        return self.path / "report"
+
+    @property
+    def logs(self) -> Path:
+        """One log per server start."""
+        return self.path / "logs"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Trainer checkpoints, kept until training ends."""
+        return self.path / "checkpoints"
