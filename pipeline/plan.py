@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -52,7 +52,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything an engine needs to be launched, each setting with its reason."""
+    """Everything an engine needs to be launched, each setting with its reason; ``parameters`` go into an Ollama Modelfile."""
 
     engine: str
     feasible: bool
@@ -64,6 +64,7 @@ class Plan:
     max_model_len: int
     max_num_seqs: int
     memory: Memory
+    parameters: tuple[Setting, ...] = ()
     alternatives: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -77,13 +78,13 @@ class Plan:
         """The environment variables to add."""
         return {setting.name: setting.value or "" for setting in self.env}
 
-    def to_json(self) -> dict[str, Any]:
-        """The plan as the documented JSON object (``granite-pipeline plan --json``), without the engine's own argv prefix."""
+    def to_json(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
+        """The documented JSON object of ``granite-pipeline plan --json``; ``argv`` is the whole command line where there is one."""
         memory = {**asdict(self.memory), "total": self.memory.total}
         return {
             "engine": self.engine,
             "feasible": self.feasible,
-            "argv": self.arguments,
+            "argv": self.arguments if argv is None else list(argv),
             "env": self.environment,
             "dtype": self.dtype,
             "quantization": self.quantization,
@@ -91,7 +92,11 @@ class Plan:
             "max_model_len": self.max_model_len,
             "max_num_seqs": self.max_num_seqs,
             "memory_gib": {name: round(value, 3) for name, value in memory.items()},
-            "reasons": [{"flag": s.name, "value": s.value, "reason": s.reason, "source": s.source} for s in (*self.flags, *self.env)],
+            "parameters": {s.name: s.value for s in self.parameters},
+            "reasons": [
+                {"flag": s.name, "value": s.value, "reason": s.reason, "source": s.source}
+                for s in (*self.flags, *self.env, *self.parameters)
+            ],
             "alternatives": list(self.alternatives),
             "warnings": list(self.warnings),
         }

@@ -76,3 +76,12 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Trainer checkpoints, kept until training ends."""
         return self.path / "checkpoints"
+
+    @property
+    def heldout(self) -> Path:
+        """Held-out conversations, control tokens neutralised, one JSON object a line."""
+        return self.path / "heldout.jsonl"
+
+    def reference(self, which: str) -> Path:
+        """In-process answers of ``base`` or ``tuned`` to the held-out prompts."""
+        return self.path / "reference" / f"{which}.jsonl"

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import httpx
 
+from pipeline.errors import EngineError
 from pipeline.plan import Plan, Request
 
 Message = Mapping[str, Any]
@@ -62,3 +63,25 @@ class Engine(Protocol):
         ``client`` has the server's base URL (without ``/v1``).
         """
         ...
+
+
+def require_feasible(plan: Plan) -> None:
+    """Raise EngineError with the numbers and the alternatives when a plan was refused."""
+    if not plan.feasible:
+        raise EngineError(
+            f"{plan.engine} cannot serve this model on this machine",
+            evidence="\n".join(plan.warnings),
+            remedy="; or ".join(plan.alternatives) or "use a larger machine",
+        )
+
+
+async def ask(client: httpx.AsyncClient, path: str, body: Mapping[str, Any]) -> Any:
+    """POST JSON to a running server and return its JSON; raises EngineError with the server's own words."""
+    try:
+        answer = await client.post(path, json=dict(body))
+        answer.raise_for_status()
+        return answer.json()
+    except httpx.HTTPStatusError as error:
+        raise EngineError(f"POST {path} answered {error.response.status_code}", evidence=error.response.text[:2000]) from None
+    except (httpx.HTTPError, ValueError) as error:
+        raise EngineError(f"POST {path} failed: {error!r}") from None

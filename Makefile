@@ -1,0 +1,80 @@
+# Every target runs the same code as the notebooks and the granite-pipeline command.
+PYTHON ?= python3
+VENV ?= .venv
+DEVICE ?= auto
+NAME ?= generic
+OUTPUT ?= training/output
+BIN := $(VENV)/bin
+# a changed requirement changes the stamp's name, so that set-up runs again by itself
+STAMP := $(VENV)/.ready-$(shell cat pyproject.toml constraints/*.txt training/scripts/setup_environment.py | cksum | cut -d' ' -f1)
+PIPELINE := $(BIN)/granite-pipeline
+RUN = --name '$(NAME)' --output '$(OUTPUT)'
+opt = $(if $($(1)),$(2) '$($(1))')
+TRAIN_OPTIONS = $(call opt,BASE,--base) $(call opt,DATA,--data) $(call opt,EVAL_DATA,--eval-data) $(ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup doctor run test check lab train export modelfile verify report status stop clean \
+        train-serve-ollama train-serve-vllm train-serve-llamacpp
+
+help: ## list the targets
+	@echo "make TARGET [NAME=run] [BASE=embedded|hub id|folder] [DATA=soc|file] [EVAL_DATA=file] [BACKENDS=vllm,llamacpp] [ARGS='...']"
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-20s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## install everything this machine needs into .venv and check that it imports (DEVICE=cpu|cuda)
+
+$(STAMP):
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "no venv: install Python 3.11 or newer, or set PYTHON="; exit 3; }
+	$(BIN)/python training/scripts/setup_environment.py --device $(DEVICE)
+	@rm -f $(VENV)/.ready-*
+	@touch $@
+
+doctor: $(STAMP) ## check the imports again and say what to do about those that fail
+	@$(BIN)/python training/scripts/setup_environment.py --check
+
+run: $(STAMP) ## fine-tune, export, serve and verify; open the report it names at the end
+	$(PIPELINE) run $(RUN) $(TRAIN_OPTIONS) $(call opt,BACKENDS,--backends)
+
+test: $(STAMP) ## all tests, with one small end-to-end run on the real vLLM and llama.cpp
+	$(BIN)/python -m pytest
+
+check: $(STAMP) ## format, lint, types and the fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -m "not slow and not e2e"
+
+lab: $(STAMP) ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+train: $(STAMP) ## fine-tune only: adapter/
+	$(PIPELINE) train $(RUN) $(TRAIN_OPTIONS)
+
+export: $(STAMP) ## merge, GGUF, Modelfile and reference answers from the adapter
+	$(PIPELINE) export $(RUN) $(ARGS)
+
+modelfile: $(STAMP) ## write the run's Modelfile and say which renderer Ollama will use
+	$(PIPELINE) modelfile --run '$(NAME)' --output '$(OUTPUT)' --explain
+
+train-serve-ollama: train export ## fine-tune, export, then serve with Ollama until Ctrl-C
+	$(PIPELINE) serve ollama $(RUN)
+
+train-serve-vllm: train export ## fine-tune, export, then serve with vLLM until Ctrl-C
+	$(PIPELINE) serve vllm $(RUN)
+
+train-serve-llamacpp: train export ## fine-tune, export, then serve with llama.cpp until Ctrl-C
+	$(PIPELINE) serve llamacpp $(RUN)
+
+verify: $(STAMP) ## question every backend of a run and write its report
+	$(PIPELINE) verify $(RUN) $(call opt,BACKENDS,--backends) $(ARGS)
+
+report: $(STAMP) ## draw the report again from report.json
+	$(PIPELINE) report --run '$(NAME)' --output '$(OUTPUT)'
+
+status: $(STAMP) ## which servers of the run are up
+	$(PIPELINE) status $(RUN)
+
+stop: $(STAMP) ## stop the servers of the run
+	$(PIPELINE) stop $(RUN)
+
+clean: ## remove the environment and caches; runs in training/output are kept
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,0 +1,105 @@
+"""The backends of a run: attach to those that are up, start those that are installed, say why of the rest."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipeline import engines, serving
+from pipeline.config import Settings
+from pipeline.errors import InputError, PipelineError
+from pipeline.neutralise import control_tokens, neutralise
+from pipeline.probe import Prober
+from pipeline.runs import RunFolder
+from pipeline.score import HeldOut, read_held_out
+from pipeline.serving import Endpoint, Options, Target
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Started:
+    """What became of one backend: ``ready``, ``skipped`` (not installed) or ``failed``, with the reason."""
+
+    name: str
+    status: str
+    reason: str = ""
+    endpoint: Endpoint | None = None
+
+    def row(self) -> dict[str, Any]:
+        """For a table."""
+        e = self.endpoint
+        seen = {"version": e.version, "url": e.url, "model": e.model, "ready, s": e.ready_seconds} if e else {}
+        return {"backend": self.name, "status": self.status, **seen, "reason": self.reason}
+
+    @property
+    def reasons(self) -> list[dict[str, Any]]:
+        """The planned settings with their reasons."""
+        plan = self.endpoint.plan if self.endpoint else None
+        return list((plan or {}).get("reasons", []))
+
+    @property
+    def memory(self) -> dict[str, float]:
+        """Predicted parts and the measured resident memory, GiB."""
+        if self.endpoint is None or self.endpoint.plan is None or self.endpoint.server is None:
+            return {}
+        return {**self.endpoint.plan["memory_gib"], "measured": round(self.endpoint.server.memory_gib(), 2)}
+
+
+def find(run: RunFolder, name: str, settings: Settings) -> Endpoint | None:
+    """An endpoint that already runs: started for this run, or (openai) given by URL; None when there is none."""
+    if name != "openai":
+        return serving.attach(name, Target.of_run(run, name))
+    if not settings.openai_compatible_base_url:
+        raise InputError("openai: no endpoint given", remedy="set OPENAI_COMPATIBLE_BASE_URL and OPENAI_COMPATIBLE_MODEL")
+    url = settings.openai_compatible_base_url.rstrip("/").removesuffix("/v1")
+    key = settings.openai_compatible_api_key.get_secret_value()
+    return Endpoint(name, url, settings.openai_compatible_model, api_key=key)
+
+
+def start(run: RunFolder, name: str, settings: Settings, options: Options) -> Started:
+    """Find or start one backend; a failure to start is a result here, not an exception."""
+    engine = engines.get(name)
+    try:
+        endpoint = find(run, name, settings)
+        available = engine.available()
+        if endpoint is None and not available.usable:
+            return Started(name, "skipped", f"{available.reason}; to have it: {available.remedy}")
+        if endpoint is None:
+            wanted = replace(options, overrides={**settings.overrides(name), **options.overrides})
+            endpoint = serving.serve(name, Target.of_run(run, name), wanted, _say)
+        return Started(name, "ready", endpoint=endpoint)
+    except InputError:
+        raise
+    except PipelineError as error:
+        return Started(name, "failed", str(error))
+
+
+def start_backends(run: RunFolder, names: Sequence[str], settings: Settings, options: Options) -> list[Started]:
+    """Find or start each backend in turn; InputError for a name that is not an engine."""
+    for name in names:
+        engines.get(name)
+    return [start(run, name, settings, options) for name in names]
+
+
+def ask_once(run: RunFolder, endpoint: Endpoint, prompt: str | None) -> dict[str, Any]:
+    """One prompt (default: the first held-out one), with the held-out rows' system message, and its answer."""
+    row = read_held_out(run.heldout)[0]
+    if prompt is not None:
+        system = [m for m in row.messages if m["role"] == "system"]
+        content = neutralise(prompt, control_tokens(run.merged))
+        row = HeldOut((*system, {"role": "user", "content": content}), "")
+
+    async def ask() -> dict[str, Any]:
+        async with Prober(endpoint, max_tokens=128) as prober:
+            answer, tokens = await prober.chat(row)
+        return {"prompt": row.prompt, "answer": answer.text, "finish reason": answer.finish_reason, "tokens": tokens}
+
+    return asyncio.run(ask())
+
+
+def _say(text: str) -> None:
+    log.info("%s", text[:160])

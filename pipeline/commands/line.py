@@ -1,0 +1,124 @@
+"""``granite-pipeline run``: the whole line through its notebooks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import serving
+from pipeline.errors import InputError, VerificationFailed
+from pipeline.files import read_json
+from pipeline.notebooks import STAGES, Executed, run_notebooks
+from pipeline.report import paths_in, summary_table
+from pipeline.runs import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
+from pipeline.verify import require_passed
+
+log = logging.getLogger(__name__)
+OWNER_VARIABLE = "GRANITE_PIPELINE_OWNER"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the ``run`` verb."""
+    app.command("run")(run)
+
+
+def run(
+    name: Annotated[str, typer.Option("--name", "--run", help="Name of the run, one folder below --output.")] = DEFAULT_NAME,
+    base: Annotated[str | None, typer.Option("--base", help="embedded (default), a hub id, or a model folder.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="soc (default), a file, or hub:owner/name.")] = None,
+    eval_data: Annotated[
+        str | None, typer.Option("--eval-data", help="Held-out rows; else a share of --data is held out.")
+    ] = None,
+    backends: Annotated[str | None, typer.Option("--backends", help="Comma-separated: vllm,llamacpp,ollama,openai.")] = None,
+    output: Annotated[Path, typer.Option("--output", help="Folder that holds the runs.")] = DEFAULT_OUTPUT,
+    stages: Annotated[str, typer.Option("--stages", help="Comma-separated notebooks to run.")] = ",".join(STAGES),
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--parameter",
+            "-p",
+            metavar="NAME=VALUE",
+            help="Any other notebook parameter, e.g. -p EPOCHS=2. Repeatable.",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Do every stage again, even when nothing changed.")] = False,
+) -> None:
+    """Fine-tune, export, serve and verify, by executing the notebooks in order with papermill.
+
+    Executed copies are kept in the run folder, the report in its report/. A stage whose inputs have not changed is skipped.
+    Exit code: 0 verified, 1 a check failed, 2 bad input, 3 the machine or an engine failed.
+
+    Examples:
+      granite-pipeline run
+      granite-pipeline run --name mine --base ibm-granite/granite-4.0-350m --data alerts.jsonl -p EPOCHS=2
+      granite-pipeline run --stages 04_verify --backends llamacpp
+    """
+    folder = RunFolder(name, output.resolve())
+    given: dict[str, Any] = {"NAME": name, "OUTPUT": str(folder.output)}
+    given |= {key: _path(value) for key, value in (("BASE", base), ("DATA", data), ("EVAL_DATA", eval_data)) if value}
+    given |= {"BACKENDS": backends.split(",")} if backends else {}
+    given |= {"FORCE": True} if force else {}
+    given |= dict(_assignment(text) for text in parameter or [])
+    chosen = _stages(stages)
+    begun = time.monotonic()
+    # servers started by a notebook end with this process, however it ends
+    os.environ[OWNER_VARIABLE] = str(os.getpid())
+    executed: list[Executed] = []
+    try:
+        executed = run_notebooks(folder, chosen, given)
+    except VerificationFailed:
+        log.warning("verification failed")  # the report tells all of it, below
+    finally:
+        stopped = [engine for engine in ("vllm", "llamacpp", "ollama", "sglang") if serving.stop(folder.path, engine)]
+    console = Console(stderr=True)
+    table = Table("notebook", "seconds", "executed copy", title=f"run {name}: {time.monotonic() - begun:.0f} s")
+    for entry in executed:
+        table.add_row(entry.name, f"{entry.seconds:.0f}", str(entry.copy))
+    console.print(table)
+    if stopped:
+        console.print(f"servers stopped: {', '.join(stopped)}")
+    if "04_verify" in chosen:
+        _conclude(folder, console)
+
+
+def _conclude(folder: RunFolder, console: Console) -> None:
+    report = read_json(paths_in(folder.report).json)
+    console.print(summary_table(report))
+    console.print(f"report: {paths_in(folder.report).html}", soft_wrap=True)
+    require_passed(report)
+
+
+def _stages(text: str) -> list[str]:
+    wanted = [word.strip() for word in text.split(",") if word.strip()]
+    for word in wanted:
+        if word not in STAGES:
+            raise InputError(f"no notebook {word!r}", remedy=f"known: {', '.join(STAGES)}")
+    return [stage for stage in STAGES if stage in wanted]
+
+
+def _path(value: str) -> str:
+    """Notebooks run in their own folder, so a path the user gave is made absolute."""
+    return str(Path(value).resolve()) if Path(value).exists() else value
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise InputError(f"parameter {text!r} is not NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, {"True": True, "False": False, "None": None}.get(value, value)
+
+
+if sys.platform == "win32":  # pragma: no cover - process groups and signals differ
+    raise InputError("servers are supervised through POSIX process groups; use WSL on Windows")

@@ -1,0 +1,141 @@
+"""``granite-pipeline render``, ``parity`` and ``modelfile``: prompts as each engine makes them."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.errors import InputError, VerificationFailed
+from pipeline.runs import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
+
+RunName = Annotated[str | None, typer.Option("--run", help="Name of a run; its merged model's chat template is used.")]
+Output = Annotated[Path, typer.Option("--output", help="Folder that holds the runs.")]
+TemplateFile = Annotated[Path | None, typer.Option("--template", help="A chat template (.jinja) instead of a run's.")]
+Url = Annotated[str | None, typer.Option("--url", help="Base URL of the engine (default: its usual local port).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs."""
+    app.command("render")(render)
+    app.command("parity")(parity)
+    app.command("modelfile")(modelfile)
+
+
+def render(
+    messages: Annotated[Path, typer.Option("--messages", help="JSON file: a list of messages, or {'messages': [...]}.")],
+    tools: Annotated[Path | None, typer.Option("--tools", help="JSON file: a list of tools in OpenAI's form.")] = None,
+    run: RunName = None,
+    template: TemplateFile = None,
+    renderer: Annotated[str, typer.Option(help="jinja, transformers, go, llamacpp, vllm or ollama.")] = "jinja",
+    url: Url = None,
+    model: Annotated[str | None, typer.Option("--model", help="Model name on the engine (default: its first).")] = None,
+    prefill: Annotated[bool, typer.Option("--continue", help="Continue the last (assistant) message.")] = False,
+    now: Annotated[datetime | None, typer.Option(help="Clock that dated templates see.")] = None,
+    output: Output = DEFAULT_OUTPUT,
+) -> None:
+    """Print the exact prompt that a renderer makes of a conversation, and nothing else.
+
+    Example: granite-pipeline render --run generic --messages chat.json --renderer go
+    """
+    from pipeline.conversation import Conversation, read_messages, read_tools
+    from pipeline.prompt_sources import make_renderer, prompt_text, read_source
+
+    source = read_source(run, template, output, now)
+    chat = Conversation("stdin", read_messages(messages), read_tools(tools) if tools else None, None, prefill)
+    chosen = make_renderer(renderer, source, url=url, model=model)
+    typer.echo(prompt_text(chosen, chat, source), nl=False)
+
+
+def parity(
+    run: RunName = None,
+    template: TemplateFile = None,
+    engines: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated: chat, transformers, go, llamacpp, vllm, ollama; NAME=URL for an engine elsewhere."),
+    ] = None,
+    as_json: AsJson = False,
+    output: Output = DEFAULT_OUTPUT,
+) -> None:
+    """Compare the prompt of every renderer with the tokenizer's, over the conversation suite.
+
+    Without --engines all that are here are compared: servers are looked for on their usual local ports, what is absent is
+    named and left out. Exit code 1 when a prompt differs for no listed reason.
+
+    Example: granite-pipeline parity --run generic --engines chat,go,llamacpp=http://127.0.0.1:8005
+    """
+    from pipeline.parity import compare
+    from pipeline.parity_report import print_matrix
+    from pipeline.prompt_sources import choose_renderers, read_source
+
+    source = read_source(run, template, output, None)
+    chosen, absent = choose_renderers(engines, source)
+    matrix = compare(source.reference, chosen)
+    if as_json:
+        typer.echo(json.dumps({**matrix.to_json(), "skipped": absent}, ensure_ascii=False))
+    else:
+        print_matrix(matrix, absent)
+    if not matrix.passed:
+        raise VerificationFailed(f"{len(matrix.differences)} prompts differ from the tokenizer's for no listed reason")
+
+
+def modelfile(
+    run: RunName = None,
+    gguf: Annotated[Path | None, typer.Option("--gguf", help="A GGUF instead of a run; the Modelfile goes to stdout.")] = None,
+    template: TemplateFile = None,
+    system: Annotated[str | None, typer.Option("--system", help="System message for requests that bring none.")] = None,
+    num_ctx: Annotated[
+        int | None, typer.Option("--num-ctx", min=1, help="Context length (default: the model's, at most 8192).")
+    ] = None,
+    parameter: Annotated[list[str] | None, typer.Option("--parameter", help="NAME=VALUE; repeat for several (stop).")] = None,
+    license_file: Annotated[Path | None, typer.Option("--license-file", help="Text for LICENSE.")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say which renderer each Ollama generation uses; write nothing.")
+    ] = False,
+    output: Output = DEFAULT_OUTPUT,
+) -> None:
+    """Write the Ollama Modelfile of a run, or print one for any GGUF.
+
+    The TEMPLATE is derived from the model's chat template and gives the same prompts; a chat template for which none can be
+    proven is refused. Example: granite-pipeline modelfile --run generic --num-ctx 8192
+    """
+    from pipeline.files import write_atomic
+    from pipeline.modelfile import explain as explanations
+    from pipeline.modelfile import for_gguf, for_run, parse_modelfile
+
+    if (run is None) == (gguf is None) and run is not None:
+        raise InputError("give --run or --gguf, not both")
+    wanted = _parameters(parameter or [], num_ctx)
+    license_text = _read_text(license_file) if license_file else None
+    folder = RunFolder(run or DEFAULT_NAME, output)
+    made = for_gguf(gguf, template, system, wanted, license_text) if gguf else for_run(folder, system, wanted, license_text)
+    if explain:
+        for choice in explanations(parse_modelfile(made.text), made.jinja):
+            typer.echo(f"Ollama {choice.generation}: {choice.renderer}; {choice.reason}")
+    elif gguf:
+        typer.echo(made.text, nl=False)
+    else:
+        write_atomic(folder.modelfile, made.text)
+        typer.echo(folder.modelfile)
+
+
+def _parameters(given: list[str], num_ctx: int | None) -> dict[str, str | int | list[str]]:
+    found: dict[str, list[str]] = {}
+    for item in given:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise InputError(f"--parameter {item!r} is not NAME=VALUE")
+        found.setdefault(name, []).append(value)
+    made: dict[str, str | int | list[str]] = {name: values if name == "stop" else values[-1] for name, values in found.items()}
+    return made | ({"num_ctx": num_ctx} if num_ctx else {})
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None

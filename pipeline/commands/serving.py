@@ -1,0 +1,161 @@
+"""``serve``, ``stop``, ``status``: servers for a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import config, engines, server, serving
+from pipeline.engines.base import Engine
+from pipeline.errors import EngineError, InputError
+from pipeline.plan import Purpose
+from pipeline.runs import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
+from pipeline.serving import Endpoint, Options, Target
+
+log = logging.getLogger(__name__)
+Run = Annotated[str, typer.Option("--run", "--name", help="Name of the run.")]
+Output = Annotated[Path, typer.Option("--output", help="Folder that holds the runs.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs."""
+    app.command("serve")(serve)
+    app.command("stop")(stop)
+    app.command("status")(status)
+
+
+def serve(
+    engine: Annotated[str, typer.Argument(help="vllm, llamacpp, ollama or sglang; default: LLM_BACKEND.")] = "",
+    run: Run = DEFAULT_NAME,
+    output: Output = DEFAULT_OUTPUT,
+    model: Annotated[Path | None, typer.Option("--model", "--gguf", help="Serve this folder or GGUF instead of a run's.")] = None,
+    name: Annotated[str | None, typer.Option("--served-model-name", help="Name that clients use.")] = None,
+    host: Annotated[
+        str, typer.Option("--host", help="Address to bind; anything but 127.0.0.1 is reachable by others.")
+    ] = serving.LOOPBACK,
+    port: Annotated[
+        int | None, typer.Option("--port", help="Port; 0 picks a free one. Default: the engine's documented one.")
+    ] = None,
+    purpose: Annotated[str, typer.Option("--purpose", help="verify (fast start), serve, throughput or latency.")] = "serve",
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a planned flag. Repeatable.")
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Leave the server running and return.")] = False,
+) -> None:
+    """Serve a run (or any model) with flags planned for this machine, each with its reason.
+
+    Runs in the foreground until Ctrl-C; with --detach it returns once the first token has come, and
+    granite-pipeline stop ends it.
+
+    Examples:
+      granite-pipeline serve vllm
+      granite-pipeline serve llamacpp --run mine --port 0 --detach
+      granite-pipeline serve vllm --model path/to/merged_fp16 --set max-model-len=4096
+    """
+    settings = config.load()
+    chosen = engines.get(engine or settings.llm_backend)
+    target = _target(RunFolder(run, output), chosen, model, name, settings)
+    overrides = {**settings.overrides(chosen.name), **dict(_pair(text) for text in setting or [])}
+    if purpose not in ("verify", "serve", "throughput", "latency"):
+        raise InputError(f"no purpose {purpose!r}", remedy="use verify, serve, throughput or latency")
+    wanted: Purpose = purpose  # type: ignore[assignment]
+    options = Options(
+        wanted, host, chosen.default_port if port is None else port, None if detach else os.getpid(), None, overrides
+    )
+    run_server(chosen.name, target, options, detach=detach)
+
+
+def run_server(engine: str, target: Target, options: Options, *, detach: bool) -> None:
+    """Serve in the foreground until interrupted, or (``detach``) leave the server running."""
+    console = Console(stderr=True)
+    with console.status(f"starting {engine}") as spinner:
+        endpoint = serving.serve(engine, target, options, lambda text: spinner.update(text[:120]))
+    show(endpoint, console)
+    process = endpoint.server
+    if detach or process is None:
+        return
+    try:
+        while process.alive:
+            time.sleep(0.5)
+        raise server.failure(process, "died while serving")
+    except KeyboardInterrupt:
+        console.print("stopping")
+    finally:
+        serving.stop(target.folder, engine)
+
+
+def show(endpoint: Endpoint, console: Console) -> None:
+    """Print the flags with their reasons, and how to talk to the endpoint."""
+    table = Table("setting", "value", "source", "reason", title=f"{endpoint.engine} {endpoint.version or ''}")
+    for reason in (endpoint.plan or {}).get("reasons", []):
+        table.add_row(reason["flag"], str(reason["value"] or ""), reason["source"], reason["reason"])
+    console.print(table)
+    console.print(f"ready after {endpoint.ready_seconds:.0f} s: {endpoint.url}/v1, model {endpoint.model}", soft_wrap=True)
+
+
+def stop(run: Run = DEFAULT_NAME, output: Output = DEFAULT_OUTPUT) -> None:
+    """Stop the servers that were started for a run."""
+    folder = RunFolder(run, output).path
+    stopped = [name for name in engines.NAMES if serving.stop(folder, name)]
+    Console(stderr=True).print(f"stopped: {', '.join(stopped)}" if stopped else f"no server of run {run} was running")
+
+
+def status(
+    run: Run = DEFAULT_NAME,
+    output: Output = DEFAULT_OUTPUT,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show which servers of a run are up and whether each answers."""
+    folder = RunFolder(run, output).path
+    rows = [
+        {
+            "backend": s.engine,
+            "url": s.url,
+            "model": s.model,
+            "pid": s.pid,
+            "healthy": serving.reachable(s.url + s.ready_path),
+            "log": str(s.log),
+        }
+        for s in server.running(folder / "servers")
+    ]
+    if as_json:
+        typer.echo(json.dumps({"run": run, "servers": rows}, indent=2))
+        return
+    table = Table("backend", "url", "model", "healthy", "memory, GiB", title=f"servers of run {run}")
+    for s, row in zip(server.running(folder / "servers"), rows, strict=False):
+        table.add_row(s.engine, s.url, s.model, "yes" if row["healthy"] else "no", f"{s.memory_gib():.2f}")
+    Console().print(table if rows else f"no server of run {run} is running")
+
+
+def _target(run: RunFolder, engine: Engine, model: Path | None, name: str | None, settings: config.Settings) -> Target:
+    documented = {
+        "vllm": settings.vllm_model,
+        "llamacpp": settings.llamacpp_model,
+        "ollama": settings.ollama_model,
+        "sglang": settings.sglang_model,
+    }
+    served = name or documented.get(engine.name) or run.name
+    if model is None:
+        return Target.of_run(run, engine.name, served)
+    if not model.exists():
+        raise InputError(f"{model}: no such file or folder", remedy="give a model folder or a .gguf file")
+    modelfile = model.parent / "Modelfile"
+    return Target(model, served, model.parent, modelfile if engine.name == "ollama" else None)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key:
+        raise InputError(f"--set {text!r} is not KEY=VALUE")
+    return key, value if equals else "true"
+
+
+__all__ = ["EngineError", "register", "run_server"]

@@ -1,0 +1,61 @@
+"""llama.cpp's HTTP server: a ``llama-server`` on PATH when there is one, else the one inside the xllamacpp wheel."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import sys
+from collections.abc import Sequence
+
+import httpx
+
+from pipeline.engines.base import Availability, Launch, Message, ask, require_feasible
+from pipeline.engines.llamacpp_plan import plan as _plan
+from pipeline.plan import Plan, Request
+
+
+class LlamaCpp:
+    """llama.cpp's OpenAI-compatible server; both programs take the same flags.
+
+    A ``llama-server`` on PATH comes first: its owner built it for this machine (GPU, AVX-512), the wheel is a portable AVX2 build.
+    """
+
+    name = "llamacpp"
+    default_port = 8005
+
+    def available(self) -> Availability:
+        """Look for ``llama-server`` on PATH and for the xllamacpp wheel, without starting either."""
+        if found := shutil.which("llama-server"):
+            return Availability(True, version=f"llama-server ({found})")
+        try:
+            return Availability(True, version=f"xllamacpp {importlib.metadata.version('xllamacpp')}")
+        except importlib.metadata.PackageNotFoundError:
+            reason = "neither llama-server is on PATH nor is the xllamacpp package installed"
+            return Availability(
+                False, reason=reason, remedy="pip install xllamacpp, or install llama.cpp (brew install llama.cpp)"
+            )
+
+    def plan(self, request: Request) -> Plan:
+        """Flags for this GGUF, machine and purpose."""
+        return _plan(request)
+
+    def launch(self, plan: Plan, request: Request, *, host: str, port: int) -> Launch:
+        """The server process with the plan's flags; EngineError when the plan is not feasible."""
+        require_feasible(plan)
+        program = shutil.which("llama-server")
+        prefix = [program] if program else [sys.executable, "-m", "pipeline.engines.xllamacpp_server"]
+        argv = (*prefix, *plan.arguments, "--host", host, "--port", str(port))
+        name = request.served_name or request.model.name
+        return Launch(self.name, argv, plan.environment, f"http://{host}:{port}", "/health", name, start_timeout=300.0)
+
+    async def prompt_tokens(
+        self, client: httpx.AsyncClient, model: str, messages: Sequence[Message], tools: Sequence[Message] | None
+    ) -> list[int] | str:
+        """Token IDs: ``/apply-template`` renders as chat completions do, ``/tokenize`` then parses special tokens as they do."""
+        body: dict[str, object] = {"messages": list(messages)}
+        if tools:
+            body["tools"] = list(tools)
+        prompt = (await ask(client, "/apply-template", body))["prompt"]
+        # add_special lets the model's own metadata decide about a BOS token, which is what the completion path does
+        answer = await ask(client, "/tokenize", {"content": prompt, "add_special": True, "parse_special": True})
+        return [int(token) for token in answer["tokens"]]

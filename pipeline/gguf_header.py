@@ -1,0 +1,142 @@
+"""Read a GGUF file's metadata and tensor list from its header alone (no weights read, no gguf package).
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md - little-endian, versions 2 and 3.
+Long arrays (the vocabulary, its scores and merges) are skipped; their length is kept instead.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pipeline.errors import ModelError
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_KEPT_ARRAY = 4096
+_LONGEST_STRING = 1 << 24
+# ggml type id -> (name, elements per block, bytes per block) of the types that files hold; source: ggml-common.h
+_TYPES = {
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50), 20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136), 24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8),
+    29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 39: ("MXFP4", 32, 17),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One tensor: its ggml type name ("Q8_0"), shape (ggml order, fastest axis first) and bytes."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """Metadata (arrays longer than 4096 items are replaced by their length, as int) and the tensor list."""
+
+    version: int
+    metadata: dict[str, Any]
+    tensors: tuple[GgufTensor, ...]
+
+    @property
+    def architecture(self) -> str:
+        """``general.architecture``, such as "granite" or "granitehybrid"."""
+        return str(self.metadata["general.architecture"])
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A metadata value of this architecture, e.g. ``get("block_count")`` for ``granite.block_count``."""
+        return self.metadata.get(f"{self.architecture}.{key}", default)
+
+
+def read_gguf_header(path: Path) -> GgufHeader:
+    """Read a header; raises ModelError when the file is no GGUF, is cut short, or lacks its architecture."""
+    size = path.stat().st_size
+    with path.open("rb") as handle:
+        if handle.read(4) != b"GGUF":
+            raise _broken(path, "it does not start with the letters GGUF")
+        try:
+            version, count, pairs = struct.unpack("<IQQ", _exactly(handle, 20))
+            if version not in (2, 3):
+                raise ValueError(f"version {version} is not 2 or 3")
+            metadata = dict(_pair(handle) for _ in range(pairs))
+            tensors, end = _tensor_list(handle, count)
+            alignment = int(metadata.get("general.alignment", 32))
+        except (EOFError, ValueError, KeyError, struct.error) as error:
+            raise _broken(path, str(error) or "the header is cut short") from None
+        data = -(-handle.tell() // alignment) * alignment
+    if "general.architecture" not in metadata:
+        raise _broken(path, "general.architecture is missing")
+    if data + end > size:
+        raise _broken(path, f"the tensors need {data + end} bytes, the file has {size}")
+    return GgufHeader(version, metadata, tensors)
+
+
+def _tensor_list(handle: BinaryIO, count: int) -> tuple[tuple[GgufTensor, ...], int]:
+    tensors, end = [], 0
+    for _ in range(count):
+        name = _string(handle)
+        axes = struct.unpack("<I", _exactly(handle, 4))[0]
+        if axes > 8:
+            raise ValueError(f"tensor {name!r} has {axes} axes")
+        shape = struct.unpack(f"<{axes}Q", _exactly(handle, 8 * axes))
+        kind, offset = struct.unpack("<IQ", _exactly(handle, 12))
+        if kind not in _TYPES:
+            raise ValueError(f"tensor {name!r} has the unknown type {kind}")
+        label, block, block_bytes = _TYPES[kind]
+        nbytes = prod(shape) // block * block_bytes
+        tensors.append(GgufTensor(name, label, shape, nbytes))
+        end = max(end, offset + nbytes)
+    return tuple(tensors), end
+
+
+def _pair(handle: BinaryIO) -> tuple[str, Any]:
+    key = _string(handle)
+    return key, _value(handle, struct.unpack("<I", _exactly(handle, 4))[0])
+
+
+def _value(handle: BinaryIO, kind: int) -> Any:
+    if kind == _STRING:
+        return _string(handle)
+    if kind == _ARRAY:
+        item, length = struct.unpack("<IQ", _exactly(handle, 12))
+        return _array(handle, item, length)
+    code = _SCALARS[kind]
+    return struct.unpack(f"<{code}", _exactly(handle, struct.calcsize(code)))[0]
+
+
+def _array(handle: BinaryIO, item: int, length: int) -> Any:
+    if length <= _KEPT_ARRAY:
+        return [_value(handle, item) for _ in range(length)]
+    if item == _STRING:
+        for _ in range(length):
+            handle.seek(struct.unpack("<Q", _exactly(handle, 8))[0], 1)
+    else:
+        handle.seek(length * struct.calcsize(_SCALARS[item]), 1)
+    return int(length)
+
+
+def _string(handle: BinaryIO) -> str:
+    length = struct.unpack("<Q", _exactly(handle, 8))[0]
+    if length > _LONGEST_STRING:
+        raise ValueError(f"a string of {length} bytes")
+    return _exactly(handle, length).decode("utf-8", errors="replace")
+
+
+def _exactly(handle: BinaryIO, count: int) -> bytes:
+    data = handle.read(count)
+    if len(data) != count:
+        raise EOFError("the header is cut short")
+    return data
+
+
+def _broken(path: Path, why: str) -> ModelError:
+    return ModelError(f"{path} is not a whole GGUF file: {why}", remedy="copy or export it again (granite-pipeline export)")

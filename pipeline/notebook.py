@@ -1,0 +1,53 @@
+"""What the notebooks share: one set-up call, tables and charts that show in JupyterLab and in executed copies."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dotenv import find_dotenv, load_dotenv
+
+from pipeline.runs import RunFolder
+
+
+def begin(name: str, output: str) -> RunFolder:
+    """Log to stderr with the time of day, and return the run folder; call it once, first."""
+    load_dotenv(find_dotenv(usecwd=True))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
+    for noisy in ("httpx", "torchao", "transformers", "asyncio", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    return RunFolder(name, Path(output).resolve())
+
+
+def owner() -> int | None:
+    """The process that servers started here must not outlive: the batch run's, or none in an interactive session."""
+    pid = os.environ.get("GRANITE_PIPELINE_OWNER")
+    return int(pid) if pid else None
+
+
+def table(rows: Iterable[Mapping[str, Any]]) -> Any:
+    """A table of dicts, long texts wrapped instead of cut."""
+    import pandas
+
+    frame = pandas.DataFrame(list(rows))
+    return (
+        frame.style.hide(axis="index")
+        .format(na_rep="", precision=4)
+        .set_properties(**{"text-align": "left", "white-space": "pre-wrap", "max-width": "48em", "vertical-align": "top"})
+    )
+
+
+def pairs(mapping: Mapping[str, Any]) -> Any:
+    """A two-column table of names and values."""
+    return table({"name": name, "value": str(value)} for name, value in mapping.items())
+
+
+def chart(svg: str) -> Any:
+    """An SVG drawn by ``pipeline.charts``, shown inline."""
+    from IPython.display import HTML
+
+    return HTML(f'<div style="max-width:760px;background:#fff;color:#111">{svg}</div>')

@@ -1,0 +1,86 @@
+"""Read what a safetensors file holds from its header alone: names, dtypes, shapes, bytes (no torch, no weights read).
+
+Format: 8 bytes little-endian header length, a JSON object of that length, then the data
+(https://huggingface.co/docs/safetensors/index#format).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from pipeline.errors import ModelError
+
+# The reference implementation refuses longer headers too; it keeps a hostile file from filling the memory.
+_MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint: dtype as the format writes it ("F16", "BF16", "F32", ...), shape and bytes on disk."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @property
+    def elements(self) -> int:
+        """Number of stored elements (of a packed quantised tensor: packed words)."""
+        return prod(self.shape)
+
+
+def read_header(path: Path) -> list[TensorInfo]:
+    """Tensors of one file; raises ModelError when it is truncated, not safetensors, or its sizes contradict themselves."""
+    size = path.stat().st_size
+    with path.open("rb") as handle:
+        prefix = handle.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= min(_MAX_HEADER, size - 8):
+            raise _broken(path, f"the header length {length} does not fit a file of {size} bytes")
+        try:
+            header = json.loads(handle.read(length))
+        except ValueError as error:
+            raise _broken(path, f"the header is not JSON ({error})") from None
+    try:
+        tensors = [_tensor(name, entry) for name, entry in header.items() if name != "__metadata__"]
+        end = max((int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"), default=0)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _broken(path, f"a header entry is malformed ({error!r})") from None
+    if 8 + length + end > size:
+        raise _broken(path, f"the tensors need {8 + length + end} bytes, the file has {size}")
+    return tensors
+
+
+def read_folder(folder: Path) -> list[TensorInfo]:
+    """Tensors of every shard of a model folder; raises ModelError when a shard the index names is missing."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise ModelError(
+                f"{folder} lacks {len(missing)} of {len(names)} weight shards: {', '.join(missing[:3])}",
+                remedy="copy or download the model again",
+            )
+        shards = [folder / name for name in names]
+    else:
+        shards = sorted(folder.glob("*.safetensors"))
+    return [tensor for shard in shards for tensor in read_header(shard)]
+
+
+def _tensor(name: str, entry: dict[str, list[int]]) -> TensorInfo:
+    begin, end = entry["data_offsets"]
+    if begin > end:
+        raise ValueError(f"{name}: data ends before it begins")
+    return TensorInfo(name, str(entry["dtype"]), tuple(int(n) for n in entry["shape"]), end - begin)
+
+
+def _broken(path: Path, why: str) -> ModelError:
+    return ModelError(
+        f"{path} is not a whole safetensors file: {why}",
+        remedy="copy, download or export the model again; the file was cut or overwritten",
+    )

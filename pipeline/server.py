@@ -1,0 +1,190 @@
+"""The one supervisor: start a server in its own process group, wait until it answers, say why when it does not, stop the group."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from pipeline.engines.base import Launch
+from pipeline.errors import EngineError, InputError
+from pipeline.failures import classify
+from pipeline.files import read_json, write_json
+
+_POLL_SECONDS = 0.5
+_STOP_SECONDS = 20.0
+_TAIL_LINES = 12
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server started from here. ``pid`` is its guard, which leads the process group; ``started`` tells reused pids apart."""
+
+    engine: str
+    url: str
+    model: str
+    argv: tuple[str, ...]
+    env: dict[str, str]
+    pid: int
+    started: float
+    log: Path
+    started_at: str
+    ready_path: str
+
+    @property
+    def alive(self) -> bool:
+        """True while the guard runs, and with it the server."""
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(self.pid)
+            return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - self.started) < 1.0
+        return False
+
+    def to_json(self) -> dict[str, Any]:
+        """The record that ``ps``, ``stop`` and the report read."""
+        return {**asdict(self), "log": str(self.log)}
+
+    @classmethod
+    def from_json(cls, path: Path) -> Server:
+        """Read a record written by :func:`save`; InputError when it is not one."""
+        data = read_json(path)
+        try:
+            return cls(**{**data, "log": Path(data["log"]), "argv": tuple(data["argv"])})
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path} is not a server record ({error!r})", remedy="delete it") from None
+
+    def memory_gib(self) -> float:
+        """Resident memory of the whole process group, GiB; 0 when it is gone."""
+        with contextlib.suppress(psutil.Error):
+            guard = psutil.Process(self.pid)
+            return sum(_rss(process) for process in [guard, *guard.children(recursive=True)]) / 2**30
+        return 0.0
+
+
+def start(launch: Launch, log: Path, *, owner: int | None) -> Server:
+    """Start the process; it ends with process ``owner`` (None: it runs until :func:`stop`)."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pipeline.guard", "--owner", str(owner or 0), "--", *launch.argv]
+    environment = {**os.environ, **launch.env, "PYTHONUNBUFFERED": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+    return Server(
+        launch.engine,
+        launch.url,
+        launch.model,
+        launch.argv,
+        dict(launch.env),
+        process.pid,
+        psutil.Process(process.pid).create_time(),
+        log,
+        datetime.now(UTC).isoformat(timespec="seconds"),
+        launch.ready_path,
+    )
+
+
+def wait_ready(server: Server, timeout: float, progress: Progress) -> float:
+    """Wait until the health path answers 200; returns the seconds since the start.
+
+    On an exit (whatever the code) or a time-out the group is ended and EngineError carries cause, remedy and log tail.
+    """
+    begun = time.monotonic()
+    shown = ""
+    while time.monotonic() - begun < timeout:
+        if not server.alive:
+            raise failure(server, "ended before it was ready")
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(server.url + server.ready_path, timeout=5).status_code == httpx.codes.OK:
+                return time.time() - server.started
+        line = _last_line(server.log)
+        if line != shown:
+            progress(shown := line)
+        time.sleep(_POLL_SECONDS)
+    stop(server)
+    raise failure(server, f"was not ready after {timeout:.0f} s")
+
+
+def stop(server: Server) -> None:
+    """End the process group: SIGTERM to the guard, which ends the rest; SIGKILL to the group if that takes too long."""
+    if not server.alive:
+        return
+    os.kill(server.pid, signal.SIGTERM)
+    deadline = time.monotonic() + _STOP_SECONDS
+    while server.alive and time.monotonic() < deadline:
+        _reap(server.pid)
+        time.sleep(0.1)
+    if server.alive:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        _reap(server.pid)
+
+
+def failure(server: Server, what: str) -> EngineError:
+    """The error for a server that did not start or stay: recognised cause, argv, last log lines, remedy."""
+    text = server.log.read_text(encoding="utf-8", errors="replace") if server.log.exists() else ""
+    known = classify(text)
+    tail = "\n".join(text.strip().splitlines()[-_TAIL_LINES:])
+    cause = f": {known.cause}" if known else ""
+    evidence = [f"command: {' '.join(server.argv)}", f"log: {server.log}"]
+    evidence += [f"seen: {known.line}"] if known else [f"last lines:\n{tail}"]
+    return EngineError(
+        f"{server.engine} {what}{cause}",
+        evidence="\n".join(evidence),
+        remedy=known.remedy if known else "read the log named above",
+    )
+
+
+def save(server: Server, folder: Path) -> Path:
+    """Write the server's record to ``folder/<engine>.json``."""
+    path = folder / f"{server.engine}.json"
+    write_json(path, server.to_json())
+    return path
+
+
+def running(folder: Path) -> list[Server]:
+    """The servers recorded in a folder that are alive; records of dead ones are removed."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        server = Server.from_json(path)
+        if server.alive:
+            found.append(server)
+        else:
+            path.unlink(missing_ok=True)
+    return found
+
+
+def _rss(process: psutil.Process) -> int:
+    with contextlib.suppress(psutil.Error):
+        return int(process.memory_info().rss)
+    return 0
+
+
+def _reap(pid: int) -> None:
+    """Collect the exit status when the guard is our own child, so that it does not stay a zombie."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+
+
+def _last_line(log: Path) -> str:
+    with log.open("rb") as handle:
+        handle.seek(max(0, log.stat().st_size - 4096))
+        lines = handle.read().decode("utf-8", errors="replace").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")

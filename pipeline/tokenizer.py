@@ -1,0 +1,45 @@
+"""The tokenizer of a model folder through the ``tokenizers`` library, without transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.errors import ModelError
+
+
+class Tokenizer:
+    """Token IDs of rendered prompts, as ``apply_chat_template(tokenize=True)`` gives them, with nothing added."""
+
+    def __init__(self, folder: Path) -> None:
+        import tokenizers
+
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ModelError(
+                f"{folder} has no tokenizer.json",
+                remedy="save the tokenizer there with tokenizer.save_pretrained(folder)",
+            )
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise ModelError(f"{path} is not a tokenizer file: {error}") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    def encode(self, text: str) -> list[int]:
+        """Token IDs of a text; control tokens written in it count as such."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token IDs, control tokens included."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def id_of(self, token: str) -> int | None:
+        """ID of a token string, None when the vocabulary lacks it."""
+        found = self._tokenizer.token_to_id(token)
+        return None if found is None else int(found)
+
+    def token_of(self, token_id: int) -> str | None:
+        """Token string of an ID, None when it is outside the vocabulary."""
+        return self._tokenizer.id_to_token(token_id)

@@ -1,0 +1,323 @@
+"""Verify: put every held-out prompt to every backend and judge the answers against the in-process reference."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline import backends, checks, serving
+from pipeline.chat import ChatTemplate
+from pipeline.checks import Check
+from pipeline.config import Settings
+from pipeline.errors import InputError, PipelineError, VerificationFailed
+from pipeline.hardware import Hardware
+from pipeline.manifest import Manifest
+from pipeline.neutralise import control_tokens, neutralise
+from pipeline.probe import Prober, ask_all
+from pipeline.runs import RunFolder
+from pipeline.score import Answer, HeldOut, read_held_out, score
+from pipeline.serving import Endpoint, Options
+from pipeline.tokenizer import Tokenizer
+
+BACKENDS = ("vllm", "llamacpp", "ollama")
+_SPARE_TOKENS = 12
+_STREAMED = 8
+_EXAMPLES = 12
+_CONCURRENCY = 16
+# an embedded-base run on the built-in data is expected to learn the task; a user's own run decides for itself
+DEMO_MIN_EXACT = 0.8
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a run is verified with: held-out rows, their prompts as the tokenizer makes them, reference answers."""
+
+    rows: list[HeldOut]
+    prompts: list[tuple[str, list[int]]]
+    base: list[Answer]
+    tuned: list[Answer]
+    tuned_score: dict[str, Any]
+    max_tokens: int
+
+
+@dataclass
+class Outcome:
+    """What one backend did: its report entry, its checks and its answers."""
+
+    entry: dict[str, Any]
+    checks: list[Check] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+
+
+def verify(run: RunFolder, names: Sequence[str], settings: Settings, progress: Callable[[str], None], *, keep: bool = False, limit: int | None = None) -> dict[str, Any]:  # fmt: skip
+    """Verify the run on each backend and return the report (see ``report.json``'s contract).
+
+    A backend that already runs for this run is used; one that does not is started and stopped again. ``keep`` leaves
+    running what was running. A backend that cannot be had here is skipped with its reason, never passed.
+    """
+    material = read_material(run, limit)
+    outcomes = {name: _backend(run, name, settings, material, progress, keep=keep) for name in names}
+    report = _assemble(run, material, outcomes)
+    manifest = Manifest(run.manifest)
+    manifest.data["served"] = {
+        name: {key: outcome.entry.get(key) for key in ("engine_version", "argv", "env", "status")}
+        for name, outcome in outcomes.items()
+    }
+    manifest.save()
+    return report
+
+
+def read_material(run: RunFolder, limit: int | None = None) -> Material:
+    """Held-out rows (the first ``limit``), prompts and reference answers; InputError when a stage is missing."""
+    rows = [_clean(row, control_tokens(run.merged)) for row in read_held_out(run.heldout)][:limit]
+    references = {which: _read_answers(run.reference(which))[:limit] for which in ("base", "tuned")}
+    if any(len(answers) != len(rows) for answers in references.values()):
+        raise InputError(
+            "the reference answers do not match the held-out rows", remedy=f"granite-pipeline export --run {run.name}"
+        )
+    template, tokenizer = ChatTemplate.from_folder(run.merged), Tokenizer(run.merged)
+    texts = [template.render(row.messages, tools=row.tools, add_generation_prompt=True) for row in rows]
+    budget = _SPARE_TOKENS + max(len(tokenizer.encode(row.expected)) for row in rows)
+    prompts = [(text, tokenizer.encode(text)) for text in texts]
+    tuned_score = score(rows, references["tuned"])
+    return Material(rows, prompts, references["base"], references["tuned"], tuned_score, budget)
+
+
+def _clean(row: HeldOut, controls: frozenset[str]) -> HeldOut:
+    messages = tuple(
+        {**m, "content": neutralise(m["content"], controls)} if isinstance(m.get("content"), str) else m for m in row.messages
+    )
+    return HeldOut(messages, row.expected, row.tools)
+
+
+def _read_answers(path: Path) -> list[Answer]:
+    if not path.is_file():
+        raise InputError(f"{path}: no reference answers", remedy="granite-pipeline export makes them after the merge")
+    return [Answer(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _backend(run: RunFolder, name: str, settings: Settings, material: Material, progress: Callable[[str], None], *, keep: bool) -> Outcome:  # fmt: skip
+    attached = backends.find(run, name, settings) is not None
+    started = backends.start(run, name, settings, Options(purpose="verify", owner=os.getpid()))
+    if started.endpoint is None:
+        return _absent(name, started.status, started.reason)
+    try:
+        progress(f"{name}: {len(material.rows)} prompts")
+        return asyncio.run(_question(started.endpoint, material, progress))
+    except PipelineError as error:
+        return _absent(name, "failed", str(error), started.endpoint)
+    finally:
+        if not (keep and attached):
+            serving.stop(run.path, name)
+
+
+async def _question(endpoint: Endpoint, material: Material, progress: Callable[[str], None]) -> Outcome:
+    rows, name = material.rows, endpoint.engine
+    async with Prober(endpoint, material.max_tokens) as prober:
+        found = [checks.listed(name, endpoint.model, await prober.models())]
+        first, _ = await prober.chat(rows[0])
+        found.append(checks.verdict(f"{name}.chat", bool(first.text), f"answered {len(first.text)} characters"))
+        parity = await checks.parity(prober, rows, material.prompts)
+        found.append(parity)
+        streams = [await prober.stream(row) for row in rows[:_STREAMED]]
+        count = 0
+
+        def done() -> None:
+            nonlocal count
+            count += 1
+            if count % 20 == 0 or count == len(rows):
+                progress(f"{name}: {count} of {len(rows)} prompts answered")
+
+        answers, speed = await ask_all(prober, rows, _concurrency(endpoint), done)
+    scores = score(rows, answers)
+    found.append(checks.streamed(name, streams, [a.text for a in answers[:_STREAMED]]))
+    found.append(checks.exact(name, scores["exact"], material.tuned_score["exact"]))
+    found.append(checks.finish(name, scores["finish_stop"], material.tuned_score["finish_stop"]))
+    status = "failed" if any(check.status == "failed" for check in found) else "passed"
+    same = sum(answer.text.strip() == reference.text.strip() for answer, reference in zip(answers, material.tuned, strict=True))
+    entry = {
+        **_launched(endpoint),
+        "status": status,
+        "reason": "; ".join(f"{c.id}: {c.detail}" for c in found if c.status == "failed") or None,
+        # a prompt passes when the served answer is the one the trained model gives in process
+        "prompts": {"total": len(rows), "passed": same},
+        "exact": scores["exact"],
+        "fields": {k: v for k, v in scores.items() if k not in ("n", "exact", "finish_stop") and v is not None},
+        "prompt_parity": None if parity.status == "skipped" else parity.status == "passed",
+        "finish_stop": scores["finish_stop"],
+        "ttft_ms": {"p50": _percentile(streams, 0.5), "p95": _percentile(streams, 0.95)},
+        "tokens_per_second": round(speed, 1),
+        "checks": [check.to_json() for check in found],
+    }
+    return Outcome(entry, found, answers)
+
+
+def _concurrency(endpoint: Endpoint) -> int:
+    planned = (endpoint.plan or {}).get("max_num_seqs") or _CONCURRENCY
+    return max(1, min(_CONCURRENCY, int(planned)))
+
+
+def _percentile(streams: Sequence[Any], share: float) -> float:
+    times = sorted(s.first_token for s in streams)
+    return round(1000 * times[min(len(times) - 1, int(share * len(times)))], 1)
+
+
+def _launched(endpoint: Endpoint) -> dict[str, Any]:
+    plan, process = endpoint.plan or {}, endpoint.server
+    return {
+        "name": endpoint.engine,
+        "engine_version": endpoint.version,
+        "argv": list(process.argv) if process else None,
+        "env": process.env if process else None,
+        "ready_seconds": endpoint.ready_seconds,
+        "reasons": plan.get("reasons", []),
+        "memory_gib": plan.get("memory_gib"),
+        "memory_measured_gib": round(process.memory_gib(), 2) if process else None,
+    }
+
+
+_NOTHING = {
+    "engine_version": None, "argv": None, "ready_seconds": None, "exact": None, "prompt_parity": None,
+    "finish_stop": None, "ttft_ms": None, "tokens_per_second": None,
+}  # fmt: skip
+
+
+def _absent(name: str, status: str, reason: str, endpoint: Endpoint | None = None) -> Outcome:
+    """A backend without figures: skipped because it is not installed, or failed."""
+    check = Check(
+        f"{name}.available" if status == "skipped" else f"{name}.serving",
+        "skipped" if status == "skipped" else "failed",
+        reason,
+    )
+    what, _, install = reason.partition("; to have it: ")
+    known = _launched(endpoint) if endpoint else {}
+    entry = {
+        **_NOTHING,
+        **known,
+        "name": name,
+        "status": status,
+        "reason": what,
+        "install": install or None,
+        "prompts": {"total": 0, "passed": 0},
+        "checks": [check.to_json()],
+    }
+    return Outcome(entry, [check])
+
+
+def summary_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row a backend, for a table."""
+    shown = (
+        "name",
+        "status",
+        "engine_version",
+        "exact",
+        "prompt_parity",
+        "finish_stop",
+        "ready_seconds",
+        "tokens_per_second",
+        "reason",
+    )
+    rows = [{key: entry.get(key) for key in shown} for entry in report["backends"]]
+    return [
+        {**row, **{f"TTFT {k}, ms": v for k, v in (e["ttft_ms"] or {}).items()}}
+        for row, e in zip(rows, report["backends"], strict=True)
+    ]
+
+
+def require_passed(report: Mapping[str, Any]) -> None:
+    """Raise VerificationFailed with the failed checks when the report did not pass."""
+    failed = [f"{check['id']}: {check['detail']}" for check in report["checks"] if check["status"] == "failed"]
+    if failed:
+        raise VerificationFailed("verification failed", evidence="\n".join(failed), remedy="open the run's report/report.html")
+
+
+def _assemble(run: RunFolder, material: Material, outcomes: dict[str, Outcome]) -> dict[str, Any]:
+    manifest = Manifest(run.manifest)
+    tuning = manifest.stage("finetune")
+    result, inputs = tuning["result"], tuning["inputs"]
+    evaluation = {"base": score(material.rows, material.base), "tuned": material.tuned_score}
+    found = [*_line_checks(result, inputs, evaluation), *(c for o in outcomes.values() for c in o.checks)]
+    served = [o for o in outcomes.values() if o.entry["status"] != "skipped"]
+    if not served:
+        found.append(Check("backends", "failed", "no backend could be started on this machine"))
+    return {
+        "schema": 1,
+        "run": run.name,
+        "passed": all(check.status != "failed" for check in found),
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "base_model": inputs["base"],
+        "eval": evaluation,
+        "training": {
+            **{key: result[key] for key in ("method", "trainer", "dtype", "steps", "tokens_per_second", "history")},
+            "seconds": result["train_seconds"],
+            "parameters": inputs["parameters"],
+        },
+        "backends": [outcome.entry for outcome in outcomes.values()],
+        "checks": [check.to_json() for check in found],
+        "examples": _examples(material, outcomes),
+        "manifest": {
+            name: {key: stage[key] for key in ("artefacts", "seconds", "finished_at")}
+            for name, stage in manifest.data["stages"].items()
+        },
+        "hardware": Hardware.detect().to_json(),
+        "not_tested": _not_tested(),
+    }
+
+
+def _line_checks(result: dict[str, Any], inputs: dict[str, Any], evaluation: dict[str, Any]) -> list[Check]:
+    loss, base, tuned = result["eval_loss"], evaluation["base"], evaluation["tuned"]
+    demo = inputs["parameters"]["base"] == "embedded" and inputs["parameters"]["data"] == "soc"
+    found = [
+        checks.verdict(
+            "training.learned",
+            loss["after"] < loss["before"],
+            f"held-out loss {loss['before']:.3f} before, {loss['after']:.3f} after",
+        ),
+        checks.verdict(
+            "eval.not_worse",
+            tuned["exact"] >= base["exact"],
+            f"exact {base['exact']:.3f} before, {tuned['exact']:.3f} after, {tuned['n']} rows",
+        ),
+    ]
+    if demo:
+        found.append(
+            checks.verdict(
+                "eval.exact",
+                tuned["exact"] >= DEMO_MIN_EXACT,
+                f"exact {tuned['exact']:.3f}, at least {DEMO_MIN_EXACT} expected",
+            )
+        )
+    return found
+
+
+def _examples(material: Material, outcomes: dict[str, Outcome]) -> list[dict[str, Any]]:
+    """Some rows with every answer: first those that any backend gets wrong, then the others."""
+    answered = {name: o.answers for name, o in outcomes.items() if o.answers}
+
+    def trouble(i: int) -> int:
+        return -sum(answers[i].text.strip() != material.rows[i].expected.strip() for answers in answered.values())
+
+    wrong_first = sorted(range(len(material.rows)), key=trouble)
+    chosen = sorted({*wrong_first[: _EXAMPLES // 3], *range(_EXAMPLES - _EXAMPLES // 3)} & set(range(len(material.rows))))
+    return [
+        {
+            "prompt": material.rows[i].prompt,
+            "expected": material.rows[i].expected,
+            "base": material.base[i].text,
+            "tuned": material.tuned[i].text,
+            "answers": {name: answers[i].text for name, answers in answered.items()},
+        }
+        for i in chosen
+    ]
+
+
+def _not_tested() -> list[str]:
+    hardware = Hardware.detect()
+    notes = [] if hardware.gpus else ["No GPU on this machine: GPU training and GPU serving were not run."]
+    return [*notes, "Load beyond 16 requests at a time was not measured."]

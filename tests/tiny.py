@@ -1,0 +1,41 @@
+"""Random Granite models of every architecture, a few megabytes each, with the embedded base's tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from training.base import write_embedded_tokenizer
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 49152, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 512, "tie_word_embeddings": True, "embedding_multiplier": 12.0, "attention_multiplier": 0.0625,
+    "residual_multiplier": 0.22, "logits_scaling": 8.0, "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 16,
+    "initializer_range": 0.1,
+}  # fmt: skip
+_MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64}
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_expand": 2, "mamba_n_groups": 1, "mamba_d_conv": 4}
+_HYBRID = {"layer_types": ["mamba", "attention", "mamba", "attention"], "position_embedding_type": "nope", **_MAMBA}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "3.x-dense": ("Granite", {"intermediate_size": 128}),
+    "3.x-moe": ("GraniteMoe", _MOE),
+    "4.0-dense": ("GraniteMoeHybrid", {"layer_types": ["attention"] * 4, "shared_intermediate_size": 128, "num_local_experts": 0, "position_embedding_type": "rope"}),
+    "4.0-hybrid": ("GraniteMoeHybrid", {**_HYBRID, "shared_intermediate_size": 128, "num_local_experts": 0}),
+    "4.0-hybrid-moe": ("GraniteMoeHybrid", {**_HYBRID, **_MOE, "shared_intermediate_size": 64}),
+    "4.1": ("Granite", {"intermediate_size": 128, "head_dim": 16}),
+}  # fmt: skip
+
+
+def make(variant: str, folder: Path) -> Path:
+    """Save the variant's random float32 model and tokenizer to a folder."""
+    import torch
+    import transformers
+
+    name, settings = VARIANTS[variant]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**_COMMON, **settings})
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(str(folder))
+    write_embedded_tokenizer(folder)
+    return folder

@@ -1,0 +1,78 @@
+"""The in-process reference: greedy answers of the base and of the merged model to every held-out prompt."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.chat import ChatTemplate
+from pipeline.files import sha256_file, sha256_tree, write_atomic
+from pipeline.manifest import Manifest
+from pipeline.runs import RunFolder
+from pipeline.score import Answer, HeldOut, read_held_out, score
+from training.base import resolve
+from training.stages import StageResult, run_stage
+
+log = logging.getLogger(__name__)
+_RECIPE = 1
+_BATCH = 40
+# room beyond the longest expected answer, so that a model that does not stop is seen not to
+_SPARE_TOKENS = 12
+
+
+def evaluate(run: RunFolder, *, force: bool = False) -> dict[str, StageResult]:
+    """Answer the held-out prompts with the base and with ``merged_fp16``; each half is skipped when unchanged."""
+    tuned = Manifest(run.manifest).stage("finetune")
+    base = resolve(tuned["inputs"]["parameters"]["base"], run.output / ".base", tuned["inputs"]["base"]["revision"])
+    rows = read_held_out(run.heldout)
+    shared = {"recipe": _RECIPE, "heldout": sha256_file(run.heldout)}
+    models = {"base": (base.folder, base.sha256), "tuned": (run.merged, sha256_tree(run.merged))}
+    results = {}
+    for which, (folder, sha256) in models.items():
+        target = run.reference(which)
+
+        def work(folder: Path = folder, target: Path = target) -> dict[str, Any]:
+            answers = answer_all(folder, rows)
+            lines = [json.dumps({"text": a.text, "finish_reason": a.finish_reason}, ensure_ascii=False) for a in answers]
+            write_atomic(target, "".join(f"{line}\n" for line in lines))
+            return score(rows, answers)
+
+        results[which] = run_stage(run, f"evaluate_{which}", {**shared, "model": sha256}, [target], work, force=force)
+    return results
+
+
+def answer_all(folder: Path, rows: Sequence[HeldOut], progress: bool = True) -> list[Answer]:
+    """Greedy float32 answers of a model folder, in the rows' order."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from training.progress import track
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # float32 on a CPU: the reference should not add rounding of its own; a GPU holds what was trained
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), padding_side="left")
+    template = ChatTemplate.from_folder(folder)
+    prompts = [template.render(row.messages, tools=row.tools, add_generation_prompt=True) for row in rows]
+    budget = _SPARE_TOKENS + max(len(tokenizer(row.expected, add_special_tokens=False)["input_ids"]) for row in rows)
+    # longest first: a batch pads little, and running out of memory shows at once
+    order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
+    answers: dict[int, Answer] = {}
+    for start in track(range(0, len(order), _BATCH), f"answers of {folder.name}", shown=progress):
+        chosen = order[start : start + _BATCH]
+        batch = tokenizer([prompts[i] for i in chosen], return_tensors="pt", padding=True, add_special_tokens=False)
+        with torch.inference_mode():
+            out = model.generate(**batch.to(device), max_new_tokens=budget, do_sample=False)
+        for i, ids in zip(chosen, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+            answers[i] = _answer(ids, tokenizer)
+    return [answers[i] for i in range(len(rows))]
+
+
+def _answer(ids: list[int], tokenizer: Any) -> Answer:
+    ended = tokenizer.eos_token_id in ids
+    kept = ids[: ids.index(tokenizer.eos_token_id)] if ended else ids
+    return Answer(tokenizer.decode(kept, skip_special_tokens=True), "stop" if ended else "length")

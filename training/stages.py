@@ -1,0 +1,50 @@
+"""One way to run a stage: skip it when nothing changed, time it, and record it in the manifest."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.manifest import Manifest
+from pipeline.runs import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage did: its recorded results, and whether it was skipped because nothing had changed."""
+
+    stage: str
+    skipped: bool
+    result: dict[str, Any]
+    seconds: float
+
+
+def run_stage(
+    run: RunFolder,
+    name: str,
+    inputs: Mapping[str, Any],
+    artefacts: list[Path],
+    work: Callable[[], dict[str, Any]],
+    *,
+    force: bool = False,
+) -> StageResult:
+    """Do ``work`` unless the manifest says it was done with the same inputs and its artefacts are unchanged."""
+    manifest = Manifest(run.manifest)
+    if not force and manifest.is_current(name, inputs):
+        stage = manifest.stage(name)
+        log.info("%s: nothing changed since %s, skipped", name, stage["finished_at"])
+        return StageResult(name, True, stage["result"], stage["seconds"])
+    started = time.monotonic()
+    result = work()
+    seconds = time.monotonic() - started
+    # read again: the work may have taken hours, and other stages append to the same file
+    manifest = Manifest(run.manifest)
+    manifest.record(name, inputs, artefacts, result, seconds)
+    log.info("%s: done in %.0f s", name, seconds)
+    return StageResult(name, False, result, seconds)
