@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,11 +78,13 @@ def start(run: RunFolder, name: str, settings: Settings, options: Options) -> St
         return Started(name, "failed", str(error))
 
 
-def start_backends(run: RunFolder, names: Sequence[str], settings: Settings, options: Options) -> list[Started]:
-    """Find or start each backend in turn; InputError for a name that is not an engine."""
+def start_backends(
+    run: RunFolder, names: Sequence[str], settings: Settings, options: Options, ports: Mapping[str, int] | None = None
+) -> list[Started]:
+    """Find or start each backend in turn, on its port in ``ports`` or a free one; InputError for a name that is not an engine."""
     for name in names:
         engines.get(name)
-    return [start(run, name, settings, options) for name in names]
+    return [start(run, name, settings, replace(options, port=(ports or {}).get(name, options.port))) for name in names]
 
 
 def ask_once(run: RunFolder, endpoint: Endpoint, prompt: str | None) -> dict[str, Any]:

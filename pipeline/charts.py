@@ -30,9 +30,10 @@ PALETTE = {
     "second": "#c2571a",
 }
 _ROLE = {colour: role for role, colour in PALETTE.items()}
-_RC = {"svg.fonttype": "none", "svg.hashsalt": "granite-pipeline", "text.parse_math": False, "font.size": 11.0}
-_WIDTH = 6.2  # inches; 72 SVG units each, so that text stays readable when a phone shrinks the chart to 350 pixels
+_RC = {"svg.fonttype": "none", "svg.hashsalt": "granite-pipeline", "text.parse_math": False, "font.size": 10.5}
+_WIDTH = 5.4  # inches; 72 SVG units each, so that text stays readable when a phone shrinks the chart to 350 pixels
 _MAX_POINTS = 500
+_SMOOTH_FROM = 60  # log entries; a shorter history is readable as it is
 _STYLE = {
     "fill",
     "fill-opacity",
@@ -47,7 +48,7 @@ _STYLE |= {"stroke-opacity", "opacity", "font-size", "font-weight", "text-anchor
 
 
 def loss_curve(history: Sequence[Point]) -> str:
-    """Training loss by step, with its trailing mean and the held-out loss where there is one; '' without two points."""
+    """Training loss by step (with its moving mean, when noisy) and held-out loss; '' without two points of either."""
     steps = [(p.step, p.loss) for p in history if p.loss is not None]
     held_out = [(p.step, p.eval_loss) for p in history if p.eval_loss is not None]
     if len(steps) < 2 and len(held_out) < 2:
@@ -55,15 +56,19 @@ def loss_curve(history: Sequence[Point]) -> str:
     canvas = _Canvas("loss", "Loss by training step", 4.0)
     axes = canvas.axes
     if len(steps) >= 2:
-        window = max(1, len(steps) // 12)
-        mean = _trailing_mean([loss for _, loss in steps], window)
-        axes.plot(*zip(*_thin(steps), strict=True), color=PALETTE["before"], linewidth=1.0, label="training, each log step")
-        smooth = _thin(list(zip([s for s, _ in steps], mean, strict=True)))
-        axes.plot(*zip(*smooth, strict=True), color=PALETTE["after"], linewidth=2.2, label=f"training, mean of {window}")
+        noisy = len(steps) > _SMOOTH_FROM
+        style = {"color": PALETTE["before"], "linewidth": 1.0} if noisy else {"color": PALETTE["after"], "linewidth": 2.0}
+        axes.plot(*zip(*_thin(steps), strict=True), label="training", **style)
+        if noisy:
+            half = len(steps) // 60
+            smooth = list(zip([s for s, _ in steps], _centred_mean([y for _, y in steps], half), strict=True))
+            label = f"training, mean of {2 * half + 1} entries"
+            axes.plot(*zip(*_thin(smooth), strict=True), color=PALETTE["after"], linewidth=2.2, label=label)
     if held_out:
         canvas.points(_thin(held_out), "held-out", "held-out loss {y:.3f} at step {x}")
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
+    axes.margins(y=0.08)
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", color=PALETTE["grid"], linewidth=0.8)
     canvas.legend()
@@ -248,7 +253,7 @@ def _restyle(element: ElementTree.Element, prefix: str) -> None:
 
 
 def _words(name: str) -> str:
-    return name.replace("_", " ")
+    return name.replace("_", " ").replace("json", "JSON")
 
 
 def _short(name: str) -> str:
@@ -260,8 +265,9 @@ def _figure(value: float) -> str:
     return f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.1f}"
 
 
-def _trailing_mean(values: Sequence[float], window: int) -> list[float]:
-    return [sum(values[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(values))]
+def _centred_mean(values: Sequence[float], half: int) -> list[float]:
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
 
 
 def _thin(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:

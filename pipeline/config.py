@@ -19,7 +19,10 @@ ENV_FILE = Path(".env")
 class Settings(BaseSettings):
     """Every documented variable; the field name in capitals is the variable's name."""
 
-    model_config = SettingsConfigDict(env_file=ENV_FILE, env_file_encoding="utf-8", extra="ignore", frozen=True)
+    # an empty variable, as in a copied .env.example or a compose file, means "not set"
+    model_config = SettingsConfigDict(
+        env_file=ENV_FILE, env_file_encoding="utf-8", env_ignore_empty=True, extra="ignore", frozen=True
+    )
 
     llm_backend: Backend = Field("vllm", description="backend that applications use")
     ollama_base_url: str = Field("http://127.0.0.1:11434", description="where Ollama answers")
@@ -44,7 +47,7 @@ class Settings(BaseSettings):
 
     def overrides(self, engine: str) -> dict[str, str]:
         """The planning overrides these variables hold for an engine, by flag name."""
-        named = {
+        named: dict[str, dict[str, float | int | None]] = {
             "vllm": {
                 "gpu-memory-utilization": self.vllm_gpu_memory_util,
                 "max-model-len": self.vllm_max_model_len,
@@ -68,20 +71,13 @@ class Resolved:
 
 def load(env_file: Path = ENV_FILE) -> Settings:
     """Read the settings; raises InputError naming each variable that does not fit."""
-    present = {name: os.environ[name] for name in _names() if os.environ.get(name) == ""}
     try:
-        for name in present:  # an empty variable in a compose file means "not set"
-            del os.environ[name]
-        return Settings(_env_file=env_file)  # type: ignore[call-arg]
+        return Settings(_env_file=env_file)
     except ValidationError as error:
         lines = [f"{str(e['loc'][0]).upper()}={e['input']!r}: {e['msg']}" for e in error.errors()]
         raise InputError(
-            "a setting has an unusable value",
-            evidence="\n".join(lines),
-            remedy=f"correct it in {env_file} or the environment",
+            "a setting has an unusable value", evidence="\n".join(lines), remedy=f"correct it in {env_file} or the environment"
         ) from None
-    finally:
-        os.environ.update(present)
 
 
 def resolved(env_file: Path = ENV_FILE) -> list[Resolved]:
@@ -100,7 +96,3 @@ def resolved(env_file: Path = ENV_FILE) -> list[Resolved]:
         source = "environment" if os.environ.get(name) else ".env" if in_file.get(name) else "default"
         rows.append(Resolved(name, shown, cast(Literal["default", ".env", "environment"], source), info.description or ""))
     return rows
-
-
-def _names() -> list[str]:
-    return [name.upper() for name in Settings.model_fields]

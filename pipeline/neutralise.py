@@ -43,12 +43,13 @@ def neutralise(text: str, tokens: Collection[str]) -> str:
         return text
     # a break can join with what stands beside it to another token, so look again until none is left
     for _ in range(len(text) + 2):
-        if not text.isascii() and pattern.search(unicodedata.normalize("NFKC", text)):
-            text = unicodedata.normalize("NFKC", text)
-        broken = pattern.sub(_break, text)
-        if broken == text:
+        folded = text if text.isascii() else unicodedata.normalize("NFKC", text)
+        if pattern.search(folded):
+            text = pattern.sub(_break, folded)
+        elif pattern.search(text):
+            text = pattern.sub(_break, text)
+        else:
             return text
-        text = broken
     raise ModelError("these control tokens cannot be broken up in text", evidence=", ".join(sorted(map(repr, tokens)))[:400])
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from pipeline.result import Backend, Check, Example, Result
 _TEMPLATES = Path(__file__).with_name("templates")
 _OPEN_EXAMPLES = 3
 _NONE = "–"
+_HEADLINE = 280  # characters of a failed check's detail that fit under the headline; the rest is in the list
+_ACRONYMS = re.compile(r"\b(?:json|gguf|kv|id|ids|eos|gpu|cpu|lora|ttft)\b")
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def render(result: Result) -> str:
         .render(
             result=result,
             version=__version__,
-            css=Markup(css),  # noqa: S704 - our own file
+            css=Markup(css),
             css_hash=base64.b64encode(hashlib.sha256(css.encode()).digest()).decode(),
             verdict=verdict(result),
             figures=figures(result),
@@ -105,7 +109,7 @@ def verdict(result: Result) -> Verdict:
         broken = tuple(result.broken)
         name = f"Failed: {check_title(broken[0], result)}" if broken else "Failed"
         more = f" {len(broken) - 1} more {'check' if len(broken) == 2 else 'checks'} failed." if len(broken) > 1 else ""
-        text = f"{broken[0].detail}" if broken else "The run did not pass, and no check says why."
+        text = _first_line(broken[0].detail) if broken else "The run did not pass, and no check says why."
         return Verdict("failed", name, f"{text}{more}{tail}", broken)
     if not served:
         return Verdict("unverified", "Not verified: no engine answered", f"Nothing was served, so nothing was proven.{tail}")
@@ -128,15 +132,15 @@ def figures(result: Result) -> list[Figure]:
     base, tuned = result.evaluation.base, result.evaluation.tuned
     found = [
         Figure(
-            "Right before → after",
+            "Exact, before → after",
             f"{percent(base.exact)} → {percent(tuned.exact)}",
-            f"of {tuned.n} held-out rows, all fields",
+            f"of {tuned.n} held-out rows",
         )
     ]
     for backend in result.backends:
         if backend.exact is not None:
             note = f"{points(backend.exact - tuned.exact)} the trained model"
-            found.append(Figure(f"Right from {charts.title(backend.name)}", percent(backend.exact), note, backend.status))
+            found.append(Figure(f"Exact, {charts.title(backend.name)}", percent(backend.exact), note, backend.status))
     parity = [b.prompt_parity for b in result.backends if b.prompt_parity is not None]
     if parity:
         state = "passed" if all(parity) else "failed"
@@ -150,7 +154,7 @@ def figures(result: Result) -> list[Figure]:
         )
     stops = [b.finish_stop for b in result.backends if b.finish_stop is not None]
     if stops:
-        found.append(Figure("Answers that stop", percent(min(stops)), "by themselves, in the worst engine"))
+        found.append(Figure("Stops", percent(min(stops)), "answers that end by themselves, in the worst engine"))
     training = result.training
     if training.seconds is not None:
         steps = [f"{training.steps} steps"] if training.steps is not None else []
@@ -211,6 +215,15 @@ def points(difference: float) -> str:
     return f"{amount} {'point' if amount == '1' else 'points'} {'above' if difference > 0 else 'below'}"
 
 
+def moment(iso: str) -> str:
+    """An ISO time as '2026-11-14 09:31 UTC'; other text as it is."""
+    try:
+        time = datetime.fromisoformat(iso)
+    except ValueError:
+        return visible(iso)
+    return f"{time.astimezone(UTC):%Y-%m-%d %H:%M} UTC" if time.tzinfo else f"{time:%Y-%m-%d %H:%M}"
+
+
 def duration(seconds: float | None) -> str:
     """Seconds as '0.8 s', '45 s', '8 min 42 s' or '2 h 05 min'."""
     if seconds is None:
@@ -237,6 +250,7 @@ def _environment() -> Environment:
     environment.filters.update(
         percent=percent,
         duration=duration,
+        moment=moment,
         visible=visible,
         flatten=flatten,
         words=_words,
@@ -263,7 +277,7 @@ def _charts(result: Result) -> list[tuple[str, Markup]]:
         "Time to first token": charts.latency(result.backends),
         "Throughput": charts.throughput(result.backends),
     }
-    return [(name, Markup(svg)) for name, svg in drawn.items() if svg]  # noqa: S704 - drawn by charts.py, text escaped there
+    return [(name, Markup(svg)) for name, svg in drawn.items() if svg]
 
 
 def _score_rows(result: Result) -> dict[str, Any]:
@@ -282,8 +296,8 @@ def _backend_table(backends: Sequence[Backend]) -> dict[str, Any]:
     """Columns that at least one backend has a figure for."""
     columns = {
         "Version": [b.engine_version or _NONE for b in backends],
-        "Prompts": [f"{b.prompts.passed} of {b.prompts.total}" if b.prompts.total else _NONE for b in backends],
-        "Right": [percent(b.exact) for b in backends],
+        "Same answers": [f"{b.prompts.passed} of {b.prompts.total}" if b.prompts.total else _NONE for b in backends],
+        "Exact": [percent(b.exact) for b in backends],
         "Prompt parity": [{True: "equal", False: "differs", None: _NONE}[b.prompt_parity] for b in backends],
         "Stops": [percent(b.finish_stop) for b in backends],
         "First token": [f"{b.ttft_ms.p50:.0f} / {b.ttft_ms.p95:.0f} ms" if b.ttft_ms else _NONE for b in backends],
@@ -305,7 +319,7 @@ def _memory(backend: Backend) -> str:
 
 
 def _plain(value: Any) -> str:
-    if value is None:
+    if value is None or value in ([], {}, ""):
         return _NONE
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -313,7 +327,15 @@ def _plain(value: Any) -> str:
 
 
 def _words(name: str) -> str:
-    return visible(name).replace("_", " ").replace(".", ", ")
+    """``export.gguf_loads`` as 'export: GGUF loads'."""
+    words = visible(name).replace("_", " ").replace(".", ": ")
+    return _ACRONYMS.sub(lambda match: match.group().upper(), words)
+
+
+def _first_line(detail: str) -> str:
+    line = next((line.strip() for line in detail.splitlines() if line.strip()), "no detail given")
+    line = line if len(line) <= _HEADLINE else f"{line[: _HEADLINE - 1]}…"
+    return line if line.endswith((".", "!", "?", "…")) else f"{line}."
 
 
 def _and(names: Sequence[str]) -> str:

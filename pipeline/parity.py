@@ -13,10 +13,10 @@ from pipeline.deviations import predictions
 from pipeline.errors import ModelError
 from pipeline.ollama_template import OllamaTemplate
 from pipeline.ollama_view import as_api, restored
+from pipeline.prompt_causes import explain_difference
 from pipeline.renderers import GoRenderer, NotApplicable, Prompt, Renderer, render_chat
 
 Status = Literal["equal", "listed", "not applicable", "different"]
-_CONTEXT = 60
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,9 @@ def _cell(reference: Reference, renderer: Renderer, conversation: Conversation) 
     if reference.same(prompt, expected):
         return cell("equal")
     used = _listed(reference, renderer.name, conversation, prompt)
-    return cell("listed", ", ".join(used)) if used else cell("different", difference(expected, reference.shown(prompt)))
+    if used:
+        return cell("listed", ", ".join(used))
+    return cell("different", explain_difference(conversation, expected, reference.shown(prompt)))
 
 
 def _listed(reference: Reference, renderer: str, conversation: Conversation, prompt: Prompt) -> tuple[str, ...]:
@@ -126,11 +128,3 @@ def _listed(reference: Reference, renderer: str, conversation: Conversation, pro
         if reference.same(prompt, predicted):
             return used
     return ()
-
-
-def difference(expected: str, found: str) -> str:
-    """Where two prompts part, with what stands around it, line ends shown as \\n."""
-    at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found)))
-    before = expected[max(0, at - _CONTEXT) : at]
-    wanted, got = expected[at : at + _CONTEXT], found[at : at + _CONTEXT]
-    return f"from character {at}, after {before!r}: expected {wanted!r}, got {got!r}"

@@ -29,7 +29,7 @@ def holder(port: int) -> str:
     """Which process listens on a port, as a person would want to read it; empty when that cannot be seen."""
     with contextlib.suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port and connection.pid:
                 process = psutil.Process(connection.pid)
                 return f"held by process {process.pid}: {' '.join(process.cmdline())[:160]}"
     return ""

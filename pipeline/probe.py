@@ -35,7 +35,9 @@ class Prober:
     def __init__(self, endpoint: Endpoint, max_tokens: int) -> None:
         self.endpoint = endpoint
         self.max_tokens = max_tokens
-        self._client = httpx.AsyncClient(base_url=endpoint.url, headers=endpoint.headers, timeout=_TIMEOUT)
+        # a connection kept open may be closed by the server in the moment it is used again, which looks like a failure
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        self._client = httpx.AsyncClient(base_url=endpoint.url, headers=endpoint.headers, timeout=_TIMEOUT, limits=limits)
 
     async def __aenter__(self) -> Prober:
         return self

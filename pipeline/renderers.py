@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, Protocol
 
 import httpx
@@ -137,12 +138,15 @@ class VllmRenderer:
 
     def render(self, conversation: Conversation) -> Prompt:
         """Ask the server for token IDs."""
-        body = _openai_body(conversation) | {
+        return Prompt(ids=tuple(_post(f"{self.url}/tokenize", self.body(conversation))["tokens"]))
+
+    def body(self, conversation: Conversation) -> dict[str, Any]:
+        """The request; unlike the others, this server must be told when to continue."""
+        return _openai_body(conversation) | {
             "model": self.model,
             "add_generation_prompt": not conversation.continued,
             "continue_final_message": conversation.continued,
         }
-        return Prompt(ids=tuple(_post(f"{self.url}/tokenize", body)["tokens"]))
 
     def detokenize(self, prompt: Prompt) -> str:
         """A prompt's token IDs as text, by the server's own tokenizer."""
@@ -192,9 +196,15 @@ def _openai_message(message: Mapping[str, Any]) -> dict[str, Any]:
     return {**message, "tool_calls": made}
 
 
+@lru_cache(maxsize=1)
+def _client() -> httpx.Client:
+    """One client for all requests: making one costs more than a request does."""
+    return httpx.Client(timeout=_TIMEOUT)
+
+
 def _post(url: str, body: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        answer = httpx.post(url, json=body, timeout=_TIMEOUT)
+        answer = _client().post(url, json=body)
     except httpx.HTTPError as error:
         raise EngineError(f"{url} does not answer: {error}") from None
     if answer.status_code >= 400:

@@ -57,9 +57,10 @@ class Evaluation(_Open):
 
 
 class BaseModelId(_Open):
-    """Which model was fine-tuned."""
+    """Which model was fine-tuned; ``note`` says in words what it is."""
 
     id: str
+    note: str | None = None
 
 
 class Point(_Open):

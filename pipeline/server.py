@@ -24,8 +24,12 @@ from pipeline.files import read_json, write_json
 
 _POLL_SECONDS = 0.5
 _STOP_SECONDS = 20.0
+# start times are read against the wall clock, which may be set; a pid that is used again starts much later
+_SAME_START = 120.0
 _TAIL_LINES = 12
 Progress = Callable[[str], None]
+# guards started by this process, kept so that their exit status can be collected
+_children: dict[int, subprocess.Popen[bytes]] = {}
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,10 @@ class Server:
     @property
     def alive(self) -> bool:
         """True while the guard runs, and with it the server."""
+        _reap(self.pid)
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(self.pid)
-            return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - self.started) < 1.0
+            return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - self.started) < _SAME_START
         return False
 
     def to_json(self) -> dict[str, Any]:
@@ -87,6 +92,7 @@ def start(launch: Launch, log: Path, *, owner: int | None) -> Server:
             env=environment,
             start_new_session=True,
         )
+    _children[process.pid] = process
     return Server(
         launch.engine,
         launch.url,
@@ -113,7 +119,7 @@ def wait_ready(server: Server, timeout: float, progress: Progress) -> float:
             raise failure(server, "ended before it was ready")
         with contextlib.suppress(httpx.HTTPError):
             if httpx.get(server.url + server.ready_path, timeout=5).status_code == httpx.codes.OK:
-                return time.time() - server.started
+                return time.monotonic() - begun
         line = _last_line(server.log)
         if line != shown:
             progress(shown := line)
@@ -129,12 +135,10 @@ def stop(server: Server) -> None:
     os.kill(server.pid, signal.SIGTERM)
     deadline = time.monotonic() + _STOP_SECONDS
     while server.alive and time.monotonic() < deadline:
-        _reap(server.pid)
         time.sleep(0.1)
     if server.alive:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)
-        _reap(server.pid)
 
 
 def failure(server: Server, what: str) -> EngineError:
@@ -179,8 +183,8 @@ def _rss(process: psutil.Process) -> int:
 
 def _reap(pid: int) -> None:
     """Collect the exit status when the guard is our own child, so that it does not stay a zombie."""
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
+    if pid in _children and _children[pid].poll() is not None:
+        del _children[pid]
 
 
 def _last_line(log: Path) -> str:

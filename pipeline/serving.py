@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,7 @@ def serve(engine_name: str, target: Target, options: Options, progress: Progress
     port = claim(options.host, options.port)
     launch = engine.launch(plan, request, host=options.host, port=port)
     log = target.folder / "logs" / f"{engine_name}-{time.strftime('%Y%m%d-%H%M%S')}.log"
+    begun = time.monotonic()
     progress(f"starting {engine_name} on {launch.url}, log {log}")
     process = server.start(launch, log, owner=options.owner)
     record = server.save(process, target.servers)
@@ -119,7 +120,7 @@ def serve(engine_name: str, target: Target, options: Options, progress: Progress
         server.stop(process)
         record.unlink(missing_ok=True)
         raise
-    return _with_ready(endpoint, process, target)
+    return _with_ready(endpoint, begun, target)
 
 
 def attach(engine_name: str, target: Target) -> Endpoint | None:
@@ -192,11 +193,11 @@ def _described(plan: Plan, launch: Launch) -> dict[str, Any]:
     return {**plan.to_json(), "argv": list(launch.argv)}
 
 
-def _with_ready(endpoint: Endpoint, process: Server, target: Target) -> Endpoint:
-    seconds = round(time.time() - process.started, 1)
+def _with_ready(endpoint: Endpoint, begun: float, target: Target) -> Endpoint:
+    seconds = round(time.monotonic() - begun, 1)
     notes = {"version": endpoint.version, "plan": endpoint.plan, "ready_seconds": seconds}
     write_json(target.servers / f"{endpoint.engine}.endpoint", notes)
-    return Endpoint(endpoint.engine, endpoint.url, endpoint.model, server=process, **notes)
+    return replace(endpoint, ready_seconds=seconds)
 
 
 def _read_notes(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pipeline.errors import InputError, PipelineError, VerificationFailed
 from pipeline.hardware import Hardware
 from pipeline.manifest import Manifest
 from pipeline.neutralise import control_tokens, neutralise
-from pipeline.probe import Prober, ask_all
+from pipeline.probe import Prober, Streamed, ask_all
 from pipeline.runs import RunFolder
 from pipeline.score import Answer, HeldOut, read_held_out, score
 from pipeline.serving import Endpoint, Options
@@ -163,7 +163,7 @@ def _concurrency(endpoint: Endpoint) -> int:
     return max(1, min(_CONCURRENCY, int(planned)))
 
 
-def _percentile(streams: Sequence[Any], share: float) -> float:
+def _percentile(streams: Sequence[Streamed], share: float) -> float:
     times = sorted(s.first_token for s in streams)
     return round(1000 * times[min(len(times) - 1, int(share * len(times)))], 1)
 

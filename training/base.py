@@ -172,8 +172,7 @@ def _write_embedded_weights(target: Path) -> None:
     source = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
     old = source.config
     head_dim = old.hidden_size // old.num_attention_heads
-    shared = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-              "hidden_act max_position_embeddings initializer_range rms_norm_eps rope_parameters").split()  # fmt: skip
+    shared = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "rope_parameters"]  # fmt: skip
     config = GraniteConfig(
         **{name: getattr(old, name) for name in shared},
         tie_word_embeddings=True,

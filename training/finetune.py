@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 STAGE = "finetune"
 BUILT_IN = "soc"
 _RECIPE = 1
-_EVAL_ROWS = 64
+_EVAL_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _trainer(model: Any, folder: Path, params: FinetuneParameters, dtype: Any, r
         use_cpu=not torch.cuda.is_available(),
         logging_steps=max(1, total // 50),
         eval_strategy="steps",
-        eval_steps=max(1, total // 3),
+        eval_steps=max(1, total // 2),
         save_steps=params.save_steps,
         save_total_limit=2,
         prediction_loss_only=True,
@@ -212,7 +212,7 @@ def _history(log_history: list[dict[str, Any]], before: float) -> list[dict[str,
     """Per-step records with loss, learning rate, gradient norm and held-out loss, in step order."""
     steps: dict[int, dict[str, Any]] = {0: {"step": 0, "eval_loss": before}}
     for entry in log_history:
-        kept = {k: entry[k] for k in ("loss", "learning_rate", "grad_norm", "eval_loss") if k in entry}
+        kept: dict[str, Any] = {k: entry[k] for k in ("loss", "learning_rate", "grad_norm", "eval_loss") if k in entry}
         if kept and entry["step"] > 0:
             steps.setdefault(entry["step"], {"step": entry["step"]}).update(kept)
     return [steps[step] for step in sorted(steps)]

@@ -20,9 +20,9 @@ TRAIN = FOLDER / "soc_train.jsonl"
 EVAL = FOLDER / "soc_eval.jsonl"
 
 SEED = 20261
-TRAIN_ROUNDS = 42
-EVAL_ROUNDS = 10
-BENIGN_PER_ROUND = 4
+TRAIN_ROUNDS = 60
+EVAL_ROUNDS = 12
+BENIGN_PER_ROUND = 3
 # of the rows a modifier fits, this share carries it
 BLOCKED_SHARE = 0.12
 CONTROLLER_SHARE = 0.15

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from pipeline.engines.gpu_fit import Fit, Wish, best, choices, legal_tensor_parallel
+from pipeline.engines.gpu_fit import Fit, Wish, alike, best, choices, legal_tensor_parallel
 from pipeline.engines.llamacpp_plan import gguf_that_fits
 from pipeline.engines.vllm_common import refusal
 from pipeline.memory import kv_gib
@@ -50,13 +50,13 @@ def smaller(request: Request, fits: Callable[[Model], bool]) -> str:
 
 
 def _fits(request: Request, model: Model, wish: Wish) -> bool:
-    free = replace(wish, choices=tuple(choices(model, request.hardware.gpus, eager=False)), length=None)
-    return best(model, request.hardware.gpus, free).feasible
+    free = replace(wish, choices=tuple(choices(model, alike(request.hardware.gpus), eager=False)), length=None)
+    return best(model, alike(request.hardware.gpus), free).feasible
 
 
 def _without_limits(request: Request, wish: Wish) -> str:
     """What would fit if the user's own settings were dropped."""
-    gpus = request.hardware.gpus
+    gpus = alike(request.hardware.gpus)
     free = replace(wish, choices=tuple(choices(request.model, gpus, eager=False)), length=None, utilization=None)
     fit = best(request.model, gpus, free) if request.overrides else None
     if fit is None or not fit.feasible:

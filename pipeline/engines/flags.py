@@ -127,15 +127,15 @@ list-devices load-mode log-colors log-disable log-file log-prefix log-prompts-di
 log-verbosity logit-bias lora lora-scaled main-gpu mcp-servers-config mcp-servers-json media-path metrics min-p
 mirostat mirostat-ent mirostat-lr mlock mmap mmproj mmproj-auto mmproj-offload mmproj-url model model-url
 models-autoload models-dir models-max models-preset mtmd-batch-max-tokens n-cpu-moe n-gpu-layers n-predict numa
-offline op-offload override-kv override-tensor path perf poll poll-batch pooling port predict prefill-assistant
-presence-penalty prio prio-batch props reasoning reasoning-budget reasoning-budget-message reasoning-effort
-reasoning-format reasoning-preserve repack repeat-last-n repeat-penalty rerank reranking reuse-port reverse-prompt
-rope-freq-base rope-freq-scale rope-scale rope-scaling sampler-seq samplers sampling-seq seed skip-chat-parsing
-sleep-idle-seconds slot-prompt-similarity slot-save-path slots special split-mode spm-infill sse-ping-interval
-ssl-cert-file ssl-key-file swa-checkpoints swa-full tags temp temperature tensor-split threads threads-batch
-threads-http timeout tools tools-runtime top-k top-n-sigma top-nsigma top-p typical typical-p ubatch-size ui ui-config
-ui-config-file ui-mcp-proxy verbose verbose-prompt verbosity version warmup xtc-probability xtc-threshold
-yarn-attn-factor yarn-beta-fast yarn-beta-slow yarn-ext-factor yarn-orig-ctx
+offline op-offload override-kv override-tensor parallel path perf poll poll-batch pooling port predict
+prefill-assistant presence-penalty prio prio-batch props reasoning reasoning-budget reasoning-budget-message
+reasoning-effort reasoning-format reasoning-preserve repack repeat-last-n repeat-penalty rerank reranking reuse-port
+reverse-prompt rope-freq-base rope-freq-scale rope-scale rope-scaling rpc sampler-seq samplers sampling-seq seed
+skip-chat-parsing sleep-idle-seconds slot-prompt-similarity slot-save-path slots special split-mode spm-infill
+sse-ping-interval ssl-cert-file ssl-key-file swa-checkpoints swa-full tags temp temperature tensor-split threads
+threads-batch threads-http timeout tools tools-runtime top-k top-n-sigma top-nsigma top-p typical typical-p
+ubatch-size ui ui-config ui-config-file ui-mcp-proxy verbose verbose-prompt verbosity version warmup xtc-probability
+xtc-threshold yarn-attn-factor yarn-beta-fast yarn-beta-slow yarn-ext-factor yarn-orig-ctx
 """
 _LLAMACPP_BARE = _flags(_LLAMACPP_SWITCHES) | {"--no-" + word for word in _LLAMACPP_SWITCHES.split()}
 LLAMACPP = Known(

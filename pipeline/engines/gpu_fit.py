@@ -56,6 +56,11 @@ class Fit:
     feasible: bool
 
 
+def alike(gpus: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
+    """The GPUs that can share one model: those of the first one's kind; MIG slices cannot talk to each other."""
+    return gpus[:1] if gpus[0].mig else tuple(gpu for gpu in gpus if gpu.name == gpus[0].name)
+
+
 def legal_tensor_parallel(shape: Shape, size: int) -> bool:
     """vLLM's rule: heads divide evenly, and kv heads divide or are divided by the size; mamba heads divide too."""
     if shape.mamba and shape.mamba.heads % size:

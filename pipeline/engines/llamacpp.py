@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -24,9 +26,9 @@ class LlamaCpp:
     default_port = 8005
 
     def available(self) -> Availability:
-        """Look for ``llama-server`` on PATH and for the xllamacpp wheel, without starting either."""
+        """Look for ``llama-server`` on PATH and for the xllamacpp wheel, without starting a server."""
         if found := shutil.which("llama-server"):
-            return Availability(True, version=f"llama-server ({found})")
+            return Availability(True, version=_llama_server_version(found))
         try:
             return Availability(True, version=f"xllamacpp {importlib.metadata.version('xllamacpp')}")
         except importlib.metadata.PackageNotFoundError:
@@ -59,3 +61,12 @@ class LlamaCpp:
         # add_special lets the model's own metadata decide about a BOS token, which is what the completion path does
         answer = await ask(client, "/tokenize", {"content": prompt, "add_special": True, "parse_special": True})
         return [int(token) for token in answer["tokens"]]
+
+
+def _llama_server_version(program: str) -> str:
+    try:
+        said = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20, check=False)
+        found = re.search(r"version: (\S+)", said.stdout + said.stderr)
+    except (OSError, subprocess.SubprocessError):
+        found = None
+    return f"llama-server {found[1] if found else 'of unknown version'} ({program})"

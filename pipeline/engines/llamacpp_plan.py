@@ -159,6 +159,8 @@ def _settings(request: Request, fit: GgufFit) -> list[Setting]:
         Setting("--threads", str(cpu.cores), "the cores this process may use (affinity and container quota applied)"),
         Setting("--jinja", None, "prompts come from the model's own chat template"),
     ]
+    if cpu.numa_nodes > 1 and not fit.on_gpu:
+        settings.append(Setting("--numa", "distribute", f"threads and memory spread over {cpu.numa_nodes} NUMA nodes"))
     if not fit.on_gpu:
         why = "threads sleep at barriers instead of spinning: 20 times faster when the cores are shared with other work"
         settings.append(Setting("OMP_WAIT_POLICY", "passive", why))
@@ -187,6 +189,8 @@ def _warnings(request: Request, fit: GgufFit, why_not: str) -> tuple[str, ...]:
         found.append(
             f"{m.total:.1f} GiB do not fit on the GPU ({room(request.hardware).gpu:.1f} GiB usable): part of the layers run on the CPU"
         )
+    if not request.model.has_chat_template:
+        found.append("the GGUF has no chat template: llama.cpp would guess a format; export it with its template")
     if request.model.format == "shape":
         found.append("planned for a Q8_0 GGUF; give --model FILE.gguf for another type")
     return tuple(found)

@@ -38,7 +38,11 @@ def plan(request: Request) -> Plan:
             "the default loads up to three models a GPU; this plan counts on the memory for one",
         ),
         Setting("OLLAMA_KEEP_ALIVE", "30m", "the default unloads the model after five minutes without requests"),
-        Setting("OLLAMA_CONTEXT_LENGTH", str(fit.length), "for models created without num_ctx; the default of 4096 cuts prompts silently"),
+        Setting(
+            "OLLAMA_CONTEXT_LENGTH",
+            str(fit.length),
+            "for models created without num_ctx; the default of 4096 cuts prompts silently",
+        ),
         Setting("--num-ctx", str(fit.length), "the default of 4096 on small machines cuts long prompts silently"),
         Setting("--num-gpu", str(planned_layers), why_layers),
     ]

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from pipeline.engines import alternatives
 from pipeline.engines.flags import SGLANG
-from pipeline.engines.gpu_fit import Wish, best, choices
+from pipeline.engines.gpu_fit import Wish, alike, best, choices
 from pipeline.engines.vllm_common import hub_id, refusal
 from pipeline.errors import InputError
 from pipeline.overrides import Overrides
@@ -26,8 +26,9 @@ def plan(request: Request) -> Plan:
     dtype = "bfloat16" if gpu.vendor == "amd" or gpu.capability >= (8, 0) else "float16"
     if user.values.get("--dtype") == "bfloat16" and dtype == "float16":
         raise InputError(f"--dtype bfloat16 needs compute capability 8.0, {gpu.name} has {gpu.compute_capability}")
-    asked = user.integer("--tp-size", 1, len(request.hardware.gpus), f"there are {len(request.hardware.gpus)} GPUs")
-    found = choices(request.model, request.hardware.gpus, eager=request.purpose == "verify")
+    gpus = alike(request.hardware.gpus)
+    asked = user.integer("--tp-size", 1, len(gpus), f"GPUs that can work together here: {len(gpus)}")
+    found = choices(request.model, gpus, eager=request.purpose == "verify")
     # SGLang has no bitsandbytes loader for Granite worth planning; fp8 is its online quantisation
     usable = tuple(c for c in found if c.quantization != "bitsandbytes" and asked in (None, c.tensor_parallel))
     if not usable:
@@ -35,7 +36,7 @@ def plan(request: Request) -> Plan:
     sequences = user.integer("--max-running-requests", 1, 4096) or _SEQUENCES[request.purpose]
     length = user.integer("--context-length", 1, shape.max_positions, f"the model's own limit is {shape.max_positions}")
     wish = Wish(request.purpose, dtype, sequences, usable, length)
-    fit = best(request.model, request.hardware.gpus, wish)
+    fit = best(request.model, gpus, wish)
     fit = replace(fit, feasible=fit.feasible and not why_not)
     m, choice = fit.memory, fit.choice
     short = f"needs {m.total:.1f} GiB per GPU (weights {m.weights:.1f}), {m.available:.1f} GiB are free"

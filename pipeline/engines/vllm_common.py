@@ -34,6 +34,13 @@ def tool_parser(request: Request) -> list[Setting]:
     ]
 
 
+def template_warning(request: Request) -> list[str]:
+    """A folder without a chat template refuses every chat, and only when asked."""
+    if request.model.has_chat_template:
+        return []
+    return ["the folder has no chat template: every chat would be refused; save it with the tokenizer"]
+
+
 def common_environment(local: bool) -> list[Setting]:
     """Variables every start gets: no usage reports, and no hub look-ups for a model that is a local folder."""
     settings = [

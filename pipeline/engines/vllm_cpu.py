@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pipeline.engines import alternatives
 from pipeline.engines.flags import VLLM
-from pipeline.engines.vllm_common import common_environment, identity, refusal, tool_parser
+from pipeline.engines.vllm_common import common_environment, identity, refusal, template_warning, tool_parser
 from pipeline.memory import kv_gib, mamba_gib, vllm_cpu_activation_gib, vllm_cpu_processes_gib
 from pipeline.overrides import Overrides
 from pipeline.plan import Memory, Plan, Purpose, Request, Setting
@@ -56,7 +56,7 @@ def plan(request: Request) -> Plan:
         max_num_seqs=sizes.sequences,
         memory=memory,
         alternatives=alternatives.nearest_cpu(request, sizes.length, sizes.kv, free - memory.overhead) if why_not else (),
-        warnings=(why_not,) if why_not else (),
+        warnings=tuple([why_not] if why_not else template_warning(request)),
     )
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from pipeline.engines import alternatives
 from pipeline.engines.flags import VLLM
-from pipeline.engines.gpu_fit import Choice, Fit, Wish, best, choices, legal_tensor_parallel
-from pipeline.engines.vllm_common import common_environment, identity, refusal, tool_parser
+from pipeline.engines.gpu_fit import Choice, Fit, Wish, alike, best, choices, legal_tensor_parallel
+from pipeline.engines.vllm_common import common_environment, identity, refusal, template_warning, tool_parser
 from pipeline.errors import InputError
 from pipeline.gpus import Gpu
 from pipeline.memory import default_max_num_seqs, utilization
@@ -27,7 +27,7 @@ def plan(request: Request) -> Plan:
     gpu = request.hardware.gpus[0]
     why_not = refusal(request, gpu)
     wish = _wish(request, user)
-    fit = best(request.model, request.hardware.gpus, wish)
+    fit = best(request.model, alike(request.hardware.gpus), wish)
     if why_not:
         fit = replace(fit, feasible=False)
     settings = _settings(request, wish, fit)
@@ -55,7 +55,7 @@ def _wish(request: Request, user: Overrides) -> Wish:
     if request.purpose == "serve" and gpu.memory_gib < 25:
         sequences = 32 if "GeForce" in gpu.name else 64
     eager = user.switch("--enforce-eager")
-    found = tuple(choices(request.model, request.hardware.gpus, request.purpose == "verify" if eager is None else eager))
+    found = tuple(choices(request.model, alike(request.hardware.gpus), request.purpose == "verify" if eager is None else eager))
     if eager is False:
         found = tuple(c for c in found if not c.eager)
     found = _restrict(request, user, found, gpu)
@@ -67,8 +67,7 @@ def _wish(request: Request, user: Overrides) -> Wish:
         length=user.integer("--max-model-len", 1, shape.max_positions, f"the model's own limit is {shape.max_positions}"),
         utilization=user.number("--gpu-memory-utilization", 0.05, 1.0),
         prefix_caching=not shape.hybrid
-        or (user.switch("--enable-prefix-caching") is not False
-        and request.purpose != "throughput"),
+        or (user.switch("--enable-prefix-caching") is not False and request.purpose != "throughput"),
     )
 
 
@@ -84,8 +83,8 @@ def _dtype(user: Overrides, gpu: Gpu) -> str:
 
 def _restrict(request: Request, user: Overrides, found: tuple[Choice, ...], gpu: Gpu) -> tuple[Choice, ...]:
     """Keep the choices the user's settings leave; raises InputError for a setting that is illegal here."""
-    shape, count = request.model.shape, len(request.hardware.gpus)
-    size = user.integer("--tensor-parallel-size", 1, count, f"there are {count} GPUs")
+    shape, count = request.model.shape, len(alike(request.hardware.gpus))
+    size = user.integer("--tensor-parallel-size", 1, count, f"GPUs that can work together here: {count}")
     if size and not legal_tensor_parallel(shape, size):
         raise InputError(f"--tensor-parallel-size {size} does not divide {shape.heads} heads and {shape.kv_heads} kv heads")
     found = tuple(c for c in found if size in (None, c.tensor_parallel))
@@ -180,7 +179,7 @@ def _why_quantization(request: Request, choice: Choice, word: str) -> str:
 
 
 def _warnings(request: Request, fit: Fit, wish: Wish, user: Overrides) -> list[str]:
-    gpu, memory, found = request.hardware.gpus[0], fit.memory, list[str]()
+    gpu, memory, found = request.hardware.gpus[0], fit.memory, template_warning(request)
     budget = (user.number("--gpu-memory-utilization", 0.05, 1.0) or utilization(gpu)[0]) * gpu.memory_gib
     if not fit.feasible:
         found.append(
@@ -195,5 +194,5 @@ def _warnings(request: Request, fit: Fit, wish: Wish, user: Overrides) -> list[s
             f"compute capability {gpu.compute_capability}: wheels built with CUDA 13 have no kernels for it; use a CUDA 12 build"
         )
     if len({g.name for g in request.hardware.gpus}) > 1:
-        found.append("GPUs of different kinds: planned for the first, the others only if they are as large")
+        found.append(f"GPUs of different kinds: planned for {gpu.name} only; CUDA_VISIBLE_DEVICES chooses others")
     return found

@@ -13,6 +13,7 @@ from typing import Any
 
 # llama-server's word -> the wheel's enum member, for the KV cache types a plan may choose
 _CACHE_TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
+_NUMA = {"distribute": "DISTRIBUTE", "isolate": "ISOLATE", "numactl": "NUMACTL"}
 _FLASH = {"auto": "AUTO", "on": "ENABLED", "off": "DISABLED"}
 
 
@@ -30,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-tb", "--threads-batch", type=int, default=-1)
     p.add_argument("-b", "--batch-size", type=int, default=2048)
     p.add_argument("-ub", "--ubatch-size", type=int, default=512)
+    p.add_argument("--numa", choices=sorted(_NUMA), help="spread threads and memory over NUMA nodes")
     p.add_argument("-ngl", "--n-gpu-layers", type=int, help="layers on the GPU; unset: as many as fit")
     p.add_argument("-fa", "--flash-attn", choices=sorted(_FLASH), default="auto")
     p.add_argument("-ctk", "--cache-type-k", choices=sorted(_CACHE_TYPES), default="f16")
@@ -60,6 +62,8 @@ def parameters(args: argparse.Namespace) -> Any:
     p.cpuparams_batch.n_threads = args.threads if args.threads_batch < 0 else args.threads_batch
     if args.n_gpu_layers is not None:
         p.n_gpu_layers = args.n_gpu_layers
+    if args.numa:
+        p.numa = getattr(xllamacpp.ggml_numa_strategy, f"GGML_NUMA_STRATEGY_{_NUMA[args.numa]}")
     p.flash_attn_type = getattr(xllamacpp.llama_flash_attn_type, f"LLAMA_FLASH_ATTN_TYPE_{_FLASH[args.flash_attn]}")
     p.cache_type_k = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{_CACHE_TYPES[args.cache_type_k]}")
     p.cache_type_v = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{_CACHE_TYPES[args.cache_type_v]}")
@@ -70,9 +74,8 @@ def parameters(args: argparse.Namespace) -> Any:
 def main(argv: list[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT; returns 0 then, 1 when the server cannot start (llama.cpp's own log says why)."""
     args = parser().parse_args(argv)
-    signals = {signal.SIGTERM, signal.SIGINT}
-    # blocked before the server starts, so that its threads inherit the mask and only sigwait below receives them
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    # while the model loads no Python code runs, so the kernel itself ends the process on either signal
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     import xllamacpp
 
     try:
@@ -82,9 +85,19 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     sys.stderr.write(f"llama.cpp server of xllamacpp {xllamacpp.__version__} listening on {server.listening_address}\n")
     sys.stderr.flush()
-    signal.sigwait(signals)
+    _wait_for_signal()
     # the C++ destructor may wait on an open stream; the process has nothing else to save
     os._exit(0)
+
+
+def _wait_for_signal() -> None:
+    """Return on SIGTERM or SIGINT, whichever thread it is delivered to: the wake-up pipe is written by the C-level handler."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    os.read(read, 1)
 
 
 if __name__ == "__main__":

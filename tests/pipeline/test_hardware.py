@@ -22,7 +22,9 @@ def test_detect_describes_this_machine() -> None:
 
 
 def test_detect_measures_the_disk_of_a_folder_that_does_not_exist_yet(tmp_path: Path) -> None:
-    assert Hardware.detect(tmp_path / "not" / "yet").disk_free_gib == pytest.approx(Hardware.detect(tmp_path).disk_free_gib, abs=1)
+    assert Hardware.detect(tmp_path / "not" / "yet").disk_free_gib == pytest.approx(
+        Hardware.detect(tmp_path).disk_free_gib, abs=1
+    )
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_every_named_machine_is_possible(name: str) -> None:
 
 
 def test_names_of_the_issue() -> None:
-    names = "rtx4060 t4 l4 a10g rtx3090 rtx4090 a100-40 a100-80 h100 h200 cpu-2c-24g 2xa10g".split()
+    names = ["rtx4060", "t4", "l4", "a10g", "rtx3090", "rtx4090", "a100-40", "a100-80", "h100", "h200", "cpu-2c-24g", "2xa10g"]
     assert [hardware_from(name).name for name in names] == names
 
 

