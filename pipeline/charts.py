@@ -7,6 +7,7 @@ content security policy allows none), ids get a prefix (several charts share one
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ _ROLE = {colour: role for role, colour in PALETTE.items()}
 _RC = {"svg.fonttype": "none", "svg.hashsalt": "granite-pipeline", "text.parse_math": False, "font.size": 10.5}
 _WIDTH = 5.4  # inches; 72 SVG units each, so that text stays readable when a phone shrinks the chart to 350 pixels
 _MAX_POINTS = 500
-_SMOOTH_FROM = 60  # log entries; a shorter history is readable as it is
+_SMOOTH_FROM = 120  # log entries; a shorter history is readable as it is
 _STYLE = {
     "fill",
     "fill-opacity",
@@ -57,8 +58,8 @@ def loss_curve(history: Sequence[Point]) -> str:
     axes = canvas.axes
     if len(steps) >= 2:
         noisy = len(steps) > _SMOOTH_FROM
-        style = {"color": PALETTE["before"], "linewidth": 1.0} if noisy else {"color": PALETTE["after"], "linewidth": 2.0}
-        axes.plot(*zip(*_thin(steps), strict=True), label="training", **style)
+        colour, width = (PALETTE["before"], 1.0) if noisy else (PALETTE["after"], 2.0)
+        axes.plot(*zip(*_thin(steps), strict=True), label="training", color=colour, linewidth=width)
         if noisy:
             half = len(steps) // 60
             smooth = list(zip([s for s, _ in steps], _centred_mean([y for _, y in steps], half), strict=True))
@@ -266,8 +267,9 @@ def _figure(value: float) -> str:
 
 
 def _centred_mean(values: Sequence[float], half: int) -> list[float]:
-    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [sum(window) / len(window) for window in windows]
+    sums = [0.0, *itertools.accumulate(values)]
+    ends = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
+    return [(sums[end] - sums[start]) / (end - start) for start, end in ends]
 
 
 def _thin(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:

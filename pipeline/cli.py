@@ -43,7 +43,7 @@ def _main(
         format="%(message)s",
         handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_level=False, log_time_format="%H:%M:%S")],
     )
-    for noisy in ("httpx", "papermill", "torchao", "transformers", "asyncio"):
+    for noisy in ("httpx", "papermill", "torchao", "transformers", "asyncio", "torch.utils._pytree"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 

@@ -70,7 +70,7 @@ def _run(argv: list[str], text: str, folder: Path | None = None) -> str:
         **os.environ,
         "GOPROXY": "off",
         "GOTOOLCHAIN": "local",
-        "GOFLAGS": "-mod=mod -buildvcs=false",
+        "GOFLAGS": "-buildvcs=false",
         "CGO_ENABLED": "0",
     }
     try:

@@ -40,7 +40,7 @@ class Manifest:
         self.data["stages"][name] = {
             "key": sha256_json(inputs),
             "inputs": dict(inputs),
-            "artefacts": {p.relative_to(self.path.parent).as_posix(): _seal(p) for p in artefacts},
+            "artefacts": {p.relative_to(self.path.parent).as_posix(): _seal(p) for p in artefacts if p.exists()},
             "result": dict(result),
             "seconds": round(seconds, 1),
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import ModelError
 from pipeline.files import read_json
@@ -51,6 +52,21 @@ def neutralise(text: str, tokens: Collection[str]) -> str:
         else:
             return text
     raise ModelError("these control tokens cannot be broken up in text", evidence=", ".join(sorted(map(repr, tokens)))[:400])
+
+
+def neutralise_message(message: Mapping[str, Any], tokens: Collection[str]) -> dict[str, Any]:
+    """A chat message with :func:`neutralise` applied to every text in it: content, content parts, names, tool calls."""
+    return {key: value if key == "role" else _neutralise_all(value, tokens) for key, value in message.items()}
+
+
+def _neutralise_all(value: Any, tokens: Collection[str]) -> Any:
+    if isinstance(value, str):
+        return neutralise(value, tokens)
+    if isinstance(value, Mapping):
+        return {neutralise(str(key), tokens): _neutralise_all(inner, tokens) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_neutralise_all(inner, tokens) for inner in value]
+    return value
 
 
 def _break(match: re.Match[str]) -> str:

@@ -18,7 +18,7 @@ def begin(name: str, output: str) -> RunFolder:
     """Log to stderr with the time of day, and return the run folder; call it once, first."""
     load_dotenv(find_dotenv(usecwd=True))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
-    for noisy in ("httpx", "torchao", "transformers", "asyncio", "matplotlib"):
+    for noisy in ("httpx", "torchao", "transformers", "asyncio", "matplotlib", "torch.utils._pytree", "IPKernelApp", "traitlets"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     return RunFolder(name, Path(output).resolve())
 

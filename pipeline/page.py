@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,13 +16,11 @@ from markupsafe import Markup
 
 from pipeline import __version__, charts
 from pipeline.answers import Comparison, compare, show, visible
+from pipeline.phrases import NONE, duration, first_line, flatten, listing, moment, percent, plain, points, was, words
 from pipeline.result import Backend, Check, Example, Result
 
 _TEMPLATES = Path(__file__).with_name("templates")
 _OPEN_EXAMPLES = 3
-_NONE = "–"
-_HEADLINE = 280  # characters of a failed check's detail that fit under the headline; the rest is in the list
-_ACRONYMS = re.compile(r"\b(?:json|gguf|kv|id|ids|eos|gpu|cpu|lora|ttft)\b")
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,6 @@ class Sheet:
 def render(result: Result) -> str:
     """The whole page."""
     css = (_TEMPLATES / "report.css").read_text(encoding="utf-8")
-    scored = {b.name: b for b in result.backends}
     return (
         _environment()
         .get_template("report.html.j2")
@@ -94,7 +89,7 @@ def render(result: Result) -> str:
             charts=_charts(result),
             scores=_score_rows(result),
             table=_backend_table(result.backends),
-            sheets=sheets(result.examples, scored),
+            sheets=sheets(result.examples),
             facts_run=flatten({"run": result.run, "written": result.created_at, "base model": result.base_model.model_dump()}),
         )
     )
@@ -104,16 +99,16 @@ def verdict(result: Result) -> Verdict:
     """Passed, failed (naming the broken check) or unverified (no engine answered)."""
     served = [charts.title(b.name) for b in result.backends if b.status == "passed"]
     skipped = [charts.title(b.name) for b in result.backends if b.status == "skipped"]
-    tail = f" {_and(skipped)} {_was(skipped)} skipped, not tested." if skipped else ""
+    tail = f" {listing(skipped)} {was(skipped)} skipped, not tested." if skipped else ""
     if result.broken or not result.passed:
         broken = tuple(result.broken)
         name = f"Failed: {check_title(broken[0], result)}" if broken else "Failed"
         more = f" {len(broken) - 1} more {'check' if len(broken) == 2 else 'checks'} failed." if len(broken) > 1 else ""
-        text = _first_line(broken[0].detail) if broken else "The run did not pass, and no check says why."
+        text = first_line(broken[0].detail) if broken else "The run did not pass, and no check says why."
         return Verdict("failed", name, f"{text}{more}{tail}", broken)
     if not served:
         return Verdict("unverified", "Not verified: no engine answered", f"Nothing was served, so nothing was proven.{tail}")
-    text = f"{_and(served)} {'answers' if len(served) == 1 else 'answer'} held-out prompts as the fine-tuned model does.{tail}"
+    text = f"{listing(served)} {'answers' if len(served) == 1 else 'answer'} held-out prompts as the fine-tuned model does.{tail}"
     return Verdict("passed", "Passed: what is served is what was trained", text)
 
 
@@ -123,8 +118,8 @@ def check_title(check: Check, result: Result) -> str:
         if check.id == backend.name:
             return charts.title(backend.name)
         if check.id.startswith(f"{backend.name}."):
-            return f"{charts.title(backend.name)}, {_words(check.id.removeprefix(f'{backend.name}.'))}"
-    return _words(check.id)
+            return f"{charts.title(backend.name)}, {words(check.id.removeprefix(f'{backend.name}.'))}"
+    return words(check.id)
 
 
 def figures(result: Result) -> list[Figure]:
@@ -171,11 +166,11 @@ def groups(result: Result) -> list[Group]:
     return sorted(found, key=lambda group: group.status != "failed")
 
 
-def sheets(examples: Sequence[Example], backends: Mapping[str, Backend]) -> list[Sheet]:
+def sheets(examples: Sequence[Example]) -> list[Sheet]:
     """Each example with identical answers shown once."""
     found = []
     for i, example in enumerate(examples):
-        served = {charts.title(name): text for name, text in example.answers.items() if name in backends or text}
+        served = {charts.title(name): text for name, text in example.answers.items()}
         after: dict[str, list[str]] = {}
         for label, text in {"Fine-tuned, in process": example.tuned, **served}.items():
             if text is not None:
@@ -187,62 +182,12 @@ def sheets(examples: Sequence[Example], backends: Mapping[str, Backend]) -> list
     return found
 
 
-def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested JSON as (dotted name, text) rows; lists of plain values stay on one row."""
-    if isinstance(value, Mapping):
-        return [row for key, inner in value.items() for row in flatten(inner, f"{prefix}{'.' if prefix else ''}{key}")]
-    if isinstance(value, list) and any(isinstance(item, Mapping | list) for item in value):
-        return [row for i, inner in enumerate(value) for row in flatten(inner, f"{prefix}[{i}]")]
-    return [(visible(prefix), visible(_plain(value)))]
-
-
-def percent(share: float | None) -> str:
-    """0.865 as '86.5 %'; never rounds something short of all up to 100 %, or of none down to 0 %."""
-    if share is None:
-        return _NONE
-    if 0.9995 <= share < 1:
-        return "> 99.9\u00a0%"
-    if 0 < share < 0.0005:
-        return "< 0.1\u00a0%"
-    return f"{share * 100:.1f}".removesuffix(".0") + "\u00a0%"
-
-
-def points(difference: float) -> str:
-    """A difference of shares in words, in percentage points."""
-    amount = f"{abs(difference) * 100:.1f}".removesuffix(".0")
-    if amount == "0":
-        return "the same as"
-    return f"{amount} {'point' if amount == '1' else 'points'} {'above' if difference > 0 else 'below'}"
-
-
-def moment(iso: str) -> str:
-    """An ISO time as '2026-11-14 09:31 UTC'; other text as it is."""
-    try:
-        time = datetime.fromisoformat(iso)
-    except ValueError:
-        return visible(iso)
-    return f"{time.astimezone(UTC):%Y-%m-%d %H:%M} UTC" if time.tzinfo else f"{time:%Y-%m-%d %H:%M}"
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as '0.8 s', '45 s', '8 min 42 s' or '2 h 05 min'."""
-    if seconds is None:
-        return _NONE
-    if seconds < 9.95:
-        return f"{seconds:.1f}\u00a0s"
-    whole = round(seconds)
-    if whole < 100:
-        return f"{whole}\u00a0s"
-    if whole < 3600:
-        return f"{whole // 60}\u00a0min {whole % 60:02d}\u00a0s"
-    return f"{whole // 3600}\u00a0h {whole % 3600 // 60:02d}\u00a0min"
-
-
 @cache
 def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
+        finalize=_finalize,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -251,14 +196,18 @@ def _environment() -> Environment:
         percent=percent,
         duration=duration,
         moment=moment,
-        visible=visible,
         flatten=flatten,
-        words=_words,
+        words=words,
         title=charts.title,
         shell=shlex.join,
-        plain=_plain,
+        plain=plain,
     )
     return environment
+
+
+def _finalize(value: Any) -> Any:
+    """Applied to every expression of the template before escaping: no text from outside can hide or reorder what is shown."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _group(name: str, status: str, checks: Sequence[Check], reason: str) -> Group:
@@ -285,27 +234,31 @@ def _score_rows(result: Result) -> dict[str, Any]:
     scored = [b for b in result.backends if b.exact is not None or b.fields]
     heads = ["Before", "After", *(charts.title(b.name) for b in scored)]
     names = [n for n in dict.fromkeys([*tuned, *base]) if n != "exact"] + ["exact"]
-    columns = [base, tuned, *({**b.fields, "finish_stop": b.finish_stop, "exact": b.exact} for b in scored)]
+    columns: list[Mapping[str, float | None]] = [
+        base,
+        tuned,
+        *({**b.fields, "finish_stop": b.finish_stop, "exact": b.exact} for b in scored),
+    ]
     return {
         "heads": heads,
-        "rows": [(_words(name), [percent(column.get(name)) for column in columns]) for name in names],
+        "rows": [(words(name), [percent(column.get(name)) for column in columns]) for name in names],
     }
 
 
 def _backend_table(backends: Sequence[Backend]) -> dict[str, Any]:
     """Columns that at least one backend has a figure for."""
     columns = {
-        "Version": [b.engine_version or _NONE for b in backends],
-        "Same answers": [f"{b.prompts.passed} of {b.prompts.total}" if b.prompts.total else _NONE for b in backends],
+        "Version": [b.engine_version or NONE for b in backends],
+        "Same answers": [f"{b.prompts.passed} of {b.prompts.total}" if b.prompts.total else NONE for b in backends],
         "Exact": [percent(b.exact) for b in backends],
-        "Prompt parity": [{True: "equal", False: "differs", None: _NONE}[b.prompt_parity] for b in backends],
+        "Prompt parity": [{True: "equal", False: "differs", None: NONE}[b.prompt_parity] for b in backends],
         "Stops": [percent(b.finish_stop) for b in backends],
-        "First token": [f"{b.ttft_ms.p50:.0f} / {b.ttft_ms.p95:.0f} ms" if b.ttft_ms else _NONE for b in backends],
-        "Tokens/s": [f"{b.tokens_per_second:.1f}" if b.tokens_per_second is not None else _NONE for b in backends],
+        "First token": [f"{b.ttft_ms.p50:.0f} / {b.ttft_ms.p95:.0f} ms" if b.ttft_ms else NONE for b in backends],
+        "Tokens/s": [f"{b.tokens_per_second:.1f}" if b.tokens_per_second is not None else NONE for b in backends],
         "Ready in": [duration(b.ready_seconds) for b in backends],
         "Memory": [_memory(b) for b in backends],
     }
-    kept = {head: cells for head, cells in columns.items() if any(cell != _NONE for cell in cells)}
+    kept = {head: cells for head, cells in columns.items() if any(cell != NONE for cell in cells)}
     rows = [(b, [cells[i] for cells in kept.values()]) for i, b in enumerate(backends)]
     return {"heads": list(kept), "rows": rows}
 
@@ -315,32 +268,4 @@ def _memory(backend: Backend) -> str:
     parts = [f"{backend.memory_measured_gib:.1f}" if backend.memory_measured_gib is not None else ""]
     parts.append(f"({predicted:.1f} planned)" if predicted is not None else "")
     text = " ".join(filter(None, parts))
-    return f"{text} GiB" if text else _NONE
-
-
-def _plain(value: Any) -> str:
-    if value is None or value in ([], {}, ""):
-        return _NONE
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return ", ".join(_plain(item) for item in value) if isinstance(value, list) else str(value)
-
-
-def _words(name: str) -> str:
-    """``export.gguf_loads`` as 'export: GGUF loads'."""
-    words = visible(name).replace("_", " ").replace(".", ": ")
-    return _ACRONYMS.sub(lambda match: match.group().upper(), words)
-
-
-def _first_line(detail: str) -> str:
-    line = next((line.strip() for line in detail.splitlines() if line.strip()), "no detail given")
-    line = line if len(line) <= _HEADLINE else f"{line[: _HEADLINE - 1]}…"
-    return line if line.endswith((".", "!", "?", "…")) else f"{line}."
-
-
-def _and(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-
-
-def _was(names: Sequence[str]) -> str:
-    return "was" if len(names) == 1 else "were"
+    return f"{text} GiB" if text else NONE

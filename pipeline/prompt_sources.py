@@ -6,6 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -27,7 +28,6 @@ from pipeline.renderers import (
 from pipeline.runs import DEFAULT_NAME, RunFolder
 
 _PORTS = {"llamacpp": 8005, "vllm": 8003, "ollama": 11434}
-_MODELS = {"llamacpp": "/health", "vllm": "/v1/models", "ollama": "/v1/models"}
 NAMES = ("chat", "transformers", "go", *_PORTS)
 # Templates given as a file name no tokens; these are the same in every Granite model
 _TOKENS = {"bos_token": "<|end_of_text|>", "eos_token": "<|end_of_text|>"}
@@ -38,6 +38,7 @@ class Source:
     """The chat template to render with, and what it is compared as."""
 
     reference: Reference
+    folder: Path | None = None
 
     @property
     def template(self) -> ChatTemplate:
@@ -55,7 +56,7 @@ def read_source(run: str | None, template: Path | None, output: Path, now: datet
     folder = RunFolder(run or DEFAULT_NAME, output)
     if not folder.merged.is_dir():
         raise InputError(f"run {folder.name!r} has no merged model", remedy=f"granite-pipeline export --run {folder.name}")
-    return Source(Reference(ChatTemplate.from_folder(folder.merged), clock, Tokenizer(folder.merged)))
+    return Source(Reference(ChatTemplate.from_folder(folder.merged), clock, Tokenizer(folder.merged)), folder.merged)
 
 
 def make_renderer(name: str, source: Source, *, url: str | None = None, model: str | None = None) -> Renderer:
@@ -74,25 +75,41 @@ def make_renderer(name: str, source: Source, *, url: str | None = None, model: s
     if name not in _PORTS:
         raise InputError(f"no renderer {name!r}", remedy=f"use one of {', '.join(NAMES)}")
     base = (url or f"http://127.0.0.1:{_PORTS[name]}").rstrip("/").removesuffix("/v1")
-    found = _first_model(name, base)
-    if name == "llamacpp":
-        return LlamaCppRenderer(base)
-    return (VllmRenderer if name == "vllm" else OllamaRenderer)(base, model or found)
+    return _server_renderer(name, base, model if model is not None else _served(name, base, source, asked=True))
 
 
 def choose_renderers(wanted: str | None, source: Source) -> tuple[list[Renderer], dict[str, str]]:
-    """The named renderers, each of which must be here; with none named all that are, and why the others are not."""
+    """The named renderers (``NAME``, ``NAME=URL``, ``NAME=URL#MODEL``), each of which must be here.
+
+    With none named: all that are here - a server only when it serves this very model - and why the others are left out.
+    """
     if wanted is not None:
-        pairs = [item.strip().partition("=") for item in wanted.split(",") if item.strip()]
-        return [make_renderer(name, source, url=url or None) for name, _, url in pairs], {}
+        return [_named(item.strip(), source) for item in wanted.split(",") if item.strip()], {}
     chosen: list[Renderer] = []
     absent = {}
     for name in NAMES:
         try:
-            chosen.append(make_renderer(name, source))
-        except (EngineError, MissingDependency) as error:
+            if name not in _PORTS:
+                chosen.append(make_renderer(name, source))
+                continue
+            base = f"http://127.0.0.1:{_PORTS[name]}"
+            model = _served(name, base, source, asked=False)
+            chosen.append(_server_renderer(name, base, model))
+        except (EngineError, InputError, MissingDependency) as error:
             absent[name] = f"{error.message}" + (f" ({error.remedy})" if error.remedy else "")
     return chosen, absent
+
+
+def _named(item: str, source: Source) -> Renderer:
+    name, _, where = item.partition("=")
+    url, _, model = where.partition("#")
+    return make_renderer(name, source, url=url or None, model=model or None)
+
+
+def _server_renderer(name: str, base: str, model: str) -> Renderer:
+    if name == "llamacpp":
+        return LlamaCppRenderer(base)
+    return VllmRenderer(base, model) if name == "vllm" else OllamaRenderer(base, model)
 
 
 def prompt_text(renderer: Renderer, conversation: Conversation, source: Source) -> str:
@@ -103,16 +120,54 @@ def prompt_text(renderer: Renderer, conversation: Conversation, source: Source) 
     return source.reference.shown(prompt)
 
 
-def _first_model(name: str, base: str) -> str:
-    """Name of the first model a server lists ("" for llama-server, which has one); EngineError when it does not answer."""
-    try:
-        answer = httpx.get(base + _MODELS[name], timeout=3.0)
-        answer.raise_for_status()
-    except httpx.HTTPError as error:
-        raise EngineError(f"no {name} server at {base}: {error}") from None
-    if name == "llamacpp":
-        return ""
-    models = answer.json().get("data") or []
-    if not models:
-        raise EngineError(f"the {name} server at {base} lists no model")
-    return str(models[0]["id"])
+def _served(name: str, base: str, source: Source, *, asked: bool) -> str:
+    """The model on a server that is this one ("" for llama-server, which has one).
+
+    EngineError when the server does not answer; when it serves something else InputError, unless it was asked for by name
+    and there is nothing to choose: then what it serves is what is to be compared.
+    """
+    with httpx.Client(base_url=base, timeout=3.0) as client:
+        try:
+            found, others = _FINDERS[name](client, source)
+        except httpx.HTTPError as error:
+            raise EngineError(f"no {name} server at {base}: {error}") from None
+    if found is not None:
+        return found
+    if asked and len(others) == 1:
+        return others[0]
+    raise InputError(
+        f"the {name} server at {base} serves another model: {', '.join(others) or 'none'}",
+        remedy=f"--engines {name}={base}#MODEL compares one of its models",
+    )
+
+
+def _find_llamacpp(client: httpx.Client, source: Source) -> tuple[str | None, list[str]]:
+    """By the chat template it shows."""
+    same = str(_json(client.get("/props")).get("chat_template", "")).rstrip("\n") == source.template.source.rstrip("\n")
+    return ("" if same else None), [""]
+
+
+def _find_vllm(client: httpx.Client, source: Source) -> tuple[str | None, list[str]]:
+    """By the folder it was started with."""
+    models = _json(client.get("/v1/models")).get("data") or []
+    same = (
+        str(m["id"]) for m in models if source.folder and Path(str(m.get("root") or "/")).resolve() == source.folder.resolve()
+    )
+    return next(same, None), [str(m["id"]) for m in models]
+
+
+def _find_ollama(client: httpx.Client, source: Source) -> tuple[str | None, list[str]]:
+    """By the TEMPLATE it was created with."""
+    names = [str(m["name"]) for m in _json(client.get("/api/tags")).get("models") or []]
+    wanted = derive(source.template).text
+    same = (name for name in names if _json(client.post("/api/show", json={"model": name})).get("template") == wanted)
+    return next(same, None), names
+
+
+_FINDERS = {"llamacpp": _find_llamacpp, "vllm": _find_vllm, "ollama": _find_ollama}
+
+
+def _json(answer: httpx.Response) -> dict[str, Any]:
+    answer.raise_for_status()
+    found: dict[str, Any] = answer.json()
+    return found

@@ -14,6 +14,7 @@ from rich.text import Text
 from pipeline import charts, page
 from pipeline.answers import visible
 from pipeline.files import write_atomic, write_json
+from pipeline.phrases import NONE, percent
 from pipeline.result import Backend, Check, clean, parse
 
 _STYLES = {"passed": "green", "failed": "bold red", "skipped": "dim", "warning": "yellow"}
@@ -64,13 +65,14 @@ def render_html(result: Mapping[str, Any]) -> str:
 def junit_xml(result: Mapping[str, Any]) -> str:
     """One suite for the line and one per backend, one test case per check."""
     run = parse(clean(result))
-    report = JUnitXml(run.run)
+    report = JUnitXml(visible(run.run))
     report.add_testsuite(_suite(run.run, "line", run.line_checks))
     for backend in run.backends:
         report.add_testsuite(_suite(run.run, backend.name, _backend_checks(run.checks_of(backend), backend)))
     report.update_statistics()
     text = report.tostring()
-    return text.decode("utf-8") if isinstance(text, bytes) else str(text)
+    body = text.decode("utf-8") if isinstance(text, bytes) else str(text)
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{body}\n'
 
 
 def summary_table(result: Mapping[str, Any]) -> Table:
@@ -84,22 +86,22 @@ def summary_table(result: Mapping[str, Any]) -> Table:
         title_justify="left",
         caption_justify="left",
     )
-    heads = ("", "status", "right", "prompt parity", "stops", "first token ms", "tokens/s")
+    heads = ("", "status", "exact", "prompt parity", "stops", "first token ms", "tokens/s")
     for head in heads:
         table.add_column(head, justify="left" if head in ("", "status", "prompt parity") else "right")
     for name, scores in (("before", run.evaluation.base), ("after", run.evaluation.tuned)):
-        table.add_row(name, "", page.percent(scores.exact), "", page.percent(scores.shares.get("finish_stop")), "", "")
+        table.add_row(name, "", percent(scores.exact), "", percent(scores.shares.get("finish_stop")), "", "")
     for backend in run.backends:
         table.add_row(*_row(backend))
     return table
 
 
 def _row(backend: Backend) -> list[Text]:
-    parity = {True: "equal", False: "differs", None: "–"}[backend.prompt_parity]
-    first = f"{backend.ttft_ms.p50:.0f}" if backend.ttft_ms else "–"
-    speed = f"{backend.tokens_per_second:.1f}" if backend.tokens_per_second is not None else "–"
+    parity = {True: "equal", False: "differs", None: NONE}[backend.prompt_parity]
+    first = f"{backend.ttft_ms.p50:.0f}" if backend.ttft_ms else NONE
+    speed = f"{backend.tokens_per_second:.1f}" if backend.tokens_per_second is not None else NONE
     status = Text(backend.status, style=_STYLES[backend.status])
-    figures = [page.percent(backend.exact), parity, page.percent(backend.finish_stop), first, speed]
+    figures = [percent(backend.exact), parity, percent(backend.finish_stop), first, speed]
     return [Text(charts.title(backend.name)), status, *(Text(figure) for figure in figures)]
 
 

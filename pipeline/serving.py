@@ -50,7 +50,8 @@ class Target:
         model = run.merged if engine in _SERVES_FOLDER else run.gguf
         if not model.exists():
             raise InputError(f"run {run.name} has no {model.name}", remedy=f"granite-pipeline export --run {run.name}")
-        return cls(model, name or run.name, run.path, run.modelfile if engine == "ollama" else None)
+        modelfile = run.modelfile if engine == "ollama" and run.modelfile.exists() else None
+        return cls(model, name or run.name, run.path, modelfile)
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,9 @@ def attach(engine_name: str, target: Target) -> Endpoint | None:
 def create_in_ollama(endpoint: Endpoint, target: Target, progress: Progress) -> None:
     """Make the model in a running Ollama from the target's GGUF and Modelfile."""
     if target.modelfile is None:
-        raise InputError("serving a GGUF with Ollama needs its Modelfile", remedy="granite-pipeline modelfile --gguf FILE")
+        raise EngineError(
+            "serving a GGUF with Ollama needs its Modelfile", remedy="granite-pipeline modelfile says why there is none"
+        )
     modelfile = parse_modelfile(target.modelfile.read_text(encoding="utf-8"))
     request = to_create_request(modelfile, "", endpoint.model)
     parts = {name: value for name, value in request.items() if name not in ("model", "files", "stream")}

@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from typing import Any
 from pipeline import backends, checks, serving
 from pipeline.chat import ChatTemplate
 from pipeline.checks import Check
-from pipeline.config import Settings
+from pipeline.config import Settings, resolved
 from pipeline.errors import InputError, PipelineError, VerificationFailed
 from pipeline.hardware import Hardware
 from pipeline.manifest import Manifest
-from pipeline.neutralise import control_tokens, neutralise
+from pipeline.neutralise import control_tokens, neutralise_message
 from pipeline.probe import Prober, Streamed, ask_all
 from pipeline.runs import RunFolder
 from pipeline.score import Answer, HeldOut, read_held_out, score
@@ -90,10 +90,7 @@ def read_material(run: RunFolder, limit: int | None = None) -> Material:
 
 
 def _clean(row: HeldOut, controls: frozenset[str]) -> HeldOut:
-    messages = tuple(
-        {**m, "content": neutralise(m["content"], controls)} if isinstance(m.get("content"), str) else m for m in row.messages
-    )
-    return HeldOut(messages, row.expected, row.tools)
+    return HeldOut(tuple(neutralise_message(message, controls) for message in row.messages), row.expected, row.tools)
 
 
 def _read_answers(path: Path) -> list[Answer]:
@@ -266,6 +263,7 @@ def _assemble(run: RunFolder, material: Material, outcomes: dict[str, Outcome]) 
             for name, stage in manifest.data["stages"].items()
         },
         "hardware": Hardware.detect().to_json(),
+        "settings": [asdict(setting) for setting in resolved()],
         "not_tested": _not_tested(),
     }
 

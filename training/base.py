@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -112,12 +114,25 @@ def _download(model_id: str, revision: str | None) -> tuple[Path, str]:
 def _embedded(folder: Path) -> Path:
     if folder.is_dir():
         return folder
+    _embedded_gguf()
     require_free_space(folder, 2**29, "the embedded base model")
+    # in a process of its own: unsloth wants to be imported before transformers, and the float32 copy is freed for sure
+    command = [sys.executable, "-m", "training.base", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-8:]
+        raise EnvironmentFailure("the embedded base model could not be built", evidence="\n".join(last), remedy="make doctor")
+    return folder
+
+
+def build_embedded(folder: Path) -> None:
+    """Write the embedded base model to a folder, which appears whole."""
     with staged(folder) as target:
         target.mkdir()
         write_embedded_tokenizer(target)
         _write_embedded_weights(target)
-    return folder
+        for path in target.iterdir():
+            path.chmod(0o644)  # safetensors writes 0600
 
 
 def _embedded_gguf() -> Path:
@@ -191,3 +206,7 @@ def _write_embedded_weights(target: Path) -> None:
     model.load_state_dict(state)
     model.generation_config = GenerationConfig(bos_token_id=_EOS, eos_token_id=_EOS, pad_token_id=_PAD)
     model.to(torch.float16).save_pretrained(str(target))
+
+
+if __name__ == "__main__":
+    build_embedded(Path(sys.argv[1]))

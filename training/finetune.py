@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -9,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from training.base import BaseModel, resolve
 from training.data import Row, load, overlap, split
 from training.parameters import FinetuneParameters
 from training.prepare import IGNORED, Example, Prepared, Preparer
+from training.progress import progress_callback
 from training.stages import StageResult, run_stage
 
 log = logging.getLogger(__name__)
@@ -123,6 +126,7 @@ def _train(run: RunFolder, params: FinetuneParameters, base: BaseModel, rows: Pr
         "method": params.method,
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(model.device),
+        "packages": _versions(),
         "rows": {"train": len(rows.examples), "held_out": len(held_out.examples), "too_long": list(rows.too_long), "neutralised": rows.neutralised},
         "tokens": {"all": rows.tokens, "trained": rows.trained_tokens},
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -172,7 +176,17 @@ def _trainer(model: Any, folder: Path, params: FinetuneParameters, dtype: Any, r
         train_dataset=list(rows),
         eval_dataset=list(held_out),
         data_collator=_collator(pad if pad is not None else 0),
+        callbacks=[progress_callback(log)],
     )
+
+
+def _versions() -> dict[str, str]:
+    """Installed versions of what shapes the result."""
+    found = {}
+    for name in ("torch", "transformers", "peft", "unsloth", "accelerate", "tokenizers"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _collator(pad_id: int) -> Callable[[Sequence[Example]], dict[str, Any]]:

@@ -12,9 +12,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from pipeline.chat import ChatTemplate
 from pipeline.errors import EnvironmentFailure, MissingDependency, PipelineError
 from pipeline.files import read_json, require_free_space, sha256_tree, staged, tree_bytes, write_json
+from pipeline.gguf_header import read_gguf_header
 from pipeline.runs import RunFolder
+from pipeline.stops import gguf_problems, special_ids, turn_end
 from training.stages import StageResult, run_stage
 
 log = logging.getLogger(__name__)
@@ -48,8 +51,19 @@ def convert(merged: Path, gguf: Path, *, name: str) -> dict[str, Any]:
     with TemporaryDirectory(prefix="gguf-") as scratch, staged(gguf) as target:
         source = _converter_view(merged, Path(scratch) / "model")
         _run_converter(source, target, name)
+        _check_stops(merged, target)
         probe = load_and_generate(target)
     return {"bytes": tree_bytes(gguf), "converter": _converter_version(), **probe}
+
+
+def _check_stops(merged: Path, gguf: Path) -> None:
+    problems = gguf_problems(read_gguf_header(gguf).metadata, turn_end(ChatTemplate.from_folder(merged), special_ids(merged)))
+    if problems:
+        raise EnvironmentFailure(
+            "the converted GGUF would not stop where the model was trained to",
+            evidence="\n".join(problems),
+            remedy="the previous GGUF was kept; report the model's tokenizer_config.json",
+        )
 
 
 def load_and_generate(gguf: Path) -> dict[str, Any]:

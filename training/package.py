@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+from typing import Any
+
+import pipeline
+from pipeline.errors import ModelError
 from pipeline.files import sha256_file, sha256_tree
 from pipeline.manifest import Manifest
 from pipeline.modelfile import write_modelfile
 from pipeline.runs import RunFolder
 from training.stages import StageResult, run_stage
 
+log = logging.getLogger(__name__)
 STAGE = "modelfile"
 _RECIPE = 1
 
 
 def package(run: RunFolder, *, force: bool = False) -> StageResult:
     """Write ``Modelfile`` beside the GGUF; skipped when neither artefact nor system message changed."""
+    skeletons = sha256_tree(Path(pipeline.__file__).parent / "ollama_templates")
     system = Manifest(run.manifest).stage("finetune").get("result", {}).get("system")
     template = sha256_file(run.merged / "chat_template.jinja")
-    inputs = {"recipe": _RECIPE, "gguf": sha256_tree(run.gguf), "template": template, "system": system}
+    inputs = {"recipe": _RECIPE, "gguf": sha256_tree(run.gguf), "template": template, "skeletons": skeletons, "system": system}
 
-    def work() -> dict[str, str]:
-        write_modelfile(run, system=system)
-        return {"template": template}
+    def work() -> dict[str, Any]:
+        try:
+            write_modelfile(run, system=system)
+        except ModelError as error:
+            # every other backend can still serve the run
+            run.modelfile.unlink(missing_ok=True)
+            log.warning("modelfile: none written, so Ollama is left out: %s", error)
+            return {"refused": str(error)}
+        return {"refused": None}
 
     return run_stage(run, STAGE, inputs, [run.modelfile], work, force=force)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.chat import ChatTemplate, assistant_spans, control_tokens, neutralise
+from pipeline.chat import ChatTemplate, assistant_spans
 from pipeline.errors import DataError, ModelError
 from pipeline.files import read_json
+from pipeline.neutralise import control_tokens, neutralise_message
 from training.data import Row
 
 IGNORED = -100
@@ -56,7 +57,7 @@ class Preparer:
 
     def clean(self, row: Row) -> Row:
         """The row with control tokens inside its texts turned into ordinary text."""
-        return Row(tuple(_clean(message, self.controls) for message in row.messages), row.where, row.tools)
+        return Row(tuple(neutralise_message(message, self.controls) for message in row.messages), row.where, row.tools)
 
     def example(self, row: Row) -> Example:
         """Token IDs and labels of one clean row; raises DataError when its mask is not exactly one end-of-text per turn."""
@@ -92,11 +93,6 @@ class Preparer:
             tuple(e.where for e in examples if len(e.input_ids) > max_length),
             sum(before.messages != after.messages for before, after in zip(rows, clean, strict=True)),
         )
-
-
-def _clean(message: dict[str, Any], controls: frozenset[str]) -> dict[str, Any]:
-    content = message.get("content")
-    return {**message, "content": neutralise(content, controls)} if isinstance(content, str) else message
 
 
 def _eos_id(folder: Path, tokenizer: Any) -> int:

@@ -2,10 +2,41 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
+_EVERY_SECONDS = 10.0
+
+
+def progress_callback(log: logging.Logger) -> Any:
+    """A Trainer callback that logs step, loss and the time left every few seconds, for logs and batch runs."""
+    from transformers import TrainerCallback
+
+    class ProgressLog(TrainerCallback):  # type: ignore[misc,unused-ignore]
+        """Says how far training is."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            """Start the clock, which a resumed training starts in the middle."""
+            self.begun, self.first, self.said, self.loss = time.monotonic(), state.global_step, 0.0, None
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            """Remember the newest training loss."""
+            self.loss = (logs or {}).get("loss", self.loss)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            """Log one line, now and then."""
+            now = time.monotonic()
+            if now - self.said < _EVERY_SECONDS and state.global_step < state.max_steps:
+                return
+            self.said = now
+            left = (now - self.begun) / (state.global_step - self.first) * (state.max_steps - state.global_step)
+            shown = "" if self.loss is None else f", loss {float(self.loss):.3f}"
+            log.info("finetune: step %d of %d%s, %.0f s left", state.global_step, state.max_steps, shown, left)
+
+    return ProgressLog()
 
 
 def track(items: Iterable[T], label: str, *, shown: bool = True) -> Iterator[T]:

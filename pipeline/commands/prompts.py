@@ -33,7 +33,10 @@ def render(
     template: TemplateFile = None,
     renderer: Annotated[str, typer.Option(help="jinja, transformers, go, llamacpp, vllm or ollama.")] = "jinja",
     url: Url = None,
-    model: Annotated[str | None, typer.Option("--model", help="Model name on the engine (default: its first).")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Model name on the engine (default: the one with this chat template, or its only one)."),
+    ] = None,
     prefill: Annotated[bool, typer.Option("--continue", help="Continue the last (assistant) message.")] = False,
     now: Annotated[datetime | None, typer.Option(help="Clock that dated templates see.")] = None,
     output: Output = DEFAULT_OUTPUT,
@@ -56,15 +59,17 @@ def parity(
     template: TemplateFile = None,
     engines: Annotated[
         str | None,
-        typer.Option(help="Comma-separated: chat, transformers, go, llamacpp, vllm, ollama; NAME=URL for an engine elsewhere."),
+        typer.Option(
+            help="Comma-separated: chat, transformers, go, llamacpp, vllm, ollama; NAME=URL#MODEL for a server elsewhere."
+        ),
     ] = None,
     as_json: AsJson = False,
     output: Output = DEFAULT_OUTPUT,
 ) -> None:
     """Compare the prompt of every renderer with the tokenizer's, over the conversation suite.
 
-    Without --engines all that are here are compared: servers are looked for on their usual local ports, what is absent is
-    named and left out. Exit code 1 when a prompt differs for no listed reason.
+    Without --engines all that are here are compared: servers are looked for on their usual local ports and taken when they
+    serve this model; what is left out is named. Exit code 1 when a prompt differs for no listed reason.
 
     Example: granite-pipeline parity --run generic --engines chat,go,llamacpp=http://127.0.0.1:8005
     """

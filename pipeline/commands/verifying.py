@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Annotated
@@ -44,7 +43,7 @@ def verify(
     report = verify_run(folder, backends.split(","), config.load(), log.info, keep=True, limit=limit)
     paths = write_report(report, folder.report)
     if as_json:
-        typer.echo(json.dumps(report, indent=2))
+        typer.echo(paths.json.read_text(encoding="utf-8"))
     console = Console(stderr=True)
     console.print(summary_table(report))
     console.print(f"report: {paths.html}", soft_wrap=True)

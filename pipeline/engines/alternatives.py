@@ -8,7 +8,6 @@ from dataclasses import replace
 from pipeline.engines.gpu_fit import Fit, Wish, alike, best, choices, legal_tensor_parallel
 from pipeline.engines.llamacpp_plan import gguf_that_fits
 from pipeline.engines.vllm_common import refusal
-from pipeline.memory import kv_gib
 from pipeline.model import Model
 from pipeline.model_shapes import SHAPES
 from pipeline.plan import Request
@@ -83,14 +82,9 @@ def _more_gpus(request: Request, wish: Wish) -> str:
     return ""
 
 
-def nearest_cpu(request: Request, length: int, kv: float, room: float) -> tuple[str, ...]:
-    """For the CPU build, when ``room`` GiB are left for weights and KV cache: a shorter context, a GGUF, a smaller Granite."""
-    model = request.model
-    dtype = "bfloat16" if request.hardware.cpu.fast_bfloat16 else "float32"
-    left = room - model.weights_gib(dtype)
-    found = []
-    tokens = int(left / kv_gib(model.shape, 1, 4.0 if dtype == "float32" else 2.0)) // 1024 * 1024
-    if kv > 1 and left >= 1 and 1024 <= tokens < length:
-        found.append(f"--set max_model_len={tokens}")
-    found += [gguf(request), smaller(request, lambda m: m.weights_gib(dtype) + 1 <= room)]
+def nearest_cpu(request: Request, fits: Callable[[Request], bool]) -> tuple[str, ...]:
+    """For the CPU build: the plan without the user's limits, a GGUF, a smaller Granite."""
+    free = replace(request, overrides={})
+    found = ["without your --set it fits"] if request.overrides and fits(free) else []
+    found += [gguf(request), smaller(request, lambda model: fits(replace(free, model=model)))]
     return tuple(words for words in found if words)

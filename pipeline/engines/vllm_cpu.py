@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pipeline.engines import alternatives
 from pipeline.engines.flags import VLLM
 from pipeline.engines.vllm_common import common_environment, identity, refusal, template_warning, tool_parser
-from pipeline.memory import kv_gib, mamba_gib, vllm_cpu_activation_gib, vllm_cpu_processes_gib
+from pipeline.memory import kv_gib, mamba_gib, vllm_cpu_activation_gib, vllm_cpu_overhead_gib
 from pipeline.overrides import Overrides
 from pipeline.plan import Memory, Plan, Purpose, Request, Setting
 
@@ -17,6 +17,8 @@ _SEQUENCES: dict[Purpose, int] = {"verify": 32, "serve": 32, "throughput": 128, 
 # Tokens a request is expected to hold on average; the KV cache is sized for this many per sequence.
 _TYPICAL_TOKENS = 1024
 _STEP, _LEAST_CONTEXT = 1024, 2048
+# vllm 0.32 v1/attention/backends/cpu_attn.py get_supported_head_sizes
+_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 _KV = "VLLM_CPU_KVCACHE_SPACE"
 
 
@@ -33,15 +35,8 @@ class _Sizes:
 def plan(request: Request) -> Plan:
     """Flags for the CPU build, or a refusal with numbers when weights and the smallest KV cache exceed the RAM available."""
     user = Overrides.of(request.overrides)
-    model, free = request.model, request.hardware.ram_free_gib
     sizes = _sizes(request, user)
-    memory = Memory(
-        weights=model.weights_gib(sizes.dtype),
-        kv_cache=float(sizes.kv),
-        activation=vllm_cpu_activation_gib(model.shape, sizes.sequences, _element(sizes.dtype)),
-        overhead=vllm_cpu_processes_gib(sizes.eager),
-        available=free,
-    )
+    memory = _memory(request, sizes)
     why_not = _why_not(request, sizes, memory)
     flags, env = user.lay_over(_settings(request, sizes), VLLM)
     return Plan(
@@ -50,13 +45,29 @@ def plan(request: Request) -> Plan:
         flags=flags,
         env=env,
         dtype=sizes.dtype,
-        quantization=model.quantization,
+        quantization=request.model.quantization,
         tensor_parallel=1,
         max_model_len=sizes.length,
         max_num_seqs=sizes.sequences,
         memory=memory,
-        alternatives=alternatives.nearest_cpu(request, sizes.length, sizes.kv, free - memory.overhead) if why_not else (),
+        alternatives=alternatives.nearest_cpu(request, _fits) if why_not else (),
         warnings=tuple([why_not] if why_not else template_warning(request)),
+    )
+
+
+def _fits(request: Request) -> bool:
+    sizes = _sizes(request, Overrides.of(request.overrides))
+    return not _why_not(request, sizes, _memory(request, sizes))
+
+
+def _memory(request: Request, sizes: _Sizes) -> Memory:
+    shape, weights, element = request.model.shape, request.model.weights_gib(sizes.dtype), _element(sizes.dtype)
+    return Memory(
+        weights=weights,
+        kv_cache=float(sizes.kv),
+        activation=vllm_cpu_activation_gib(shape, sizes.sequences, element),
+        overhead=vllm_cpu_overhead_gib(shape, weights, element, sizes.eager),
+        available=request.hardware.ram_free_gib,
     )
 
 
@@ -74,8 +85,9 @@ def _sizes(request: Request, user: Overrides) -> _Sizes:
     eager = (request.purpose == "verify" or not hardware.compiler) if eager is None else eager
     # the mamba state is float32 in the CPU kernels
     state = mamba_gib(shape, 1, 4.0)
-    others = vllm_cpu_processes_gib(eager) + vllm_cpu_activation_gib(shape, sequences, element)
-    room = hardware.ram_free_gib - model.weights_gib(dtype) - others
+    weights = model.weights_gib(dtype)
+    others = vllm_cpu_overhead_gib(shape, weights, element, eager) + vllm_cpu_activation_gib(shape, sequences, element)
+    room = hardware.ram_free_gib - weights - others
     wanted = (
         max(kv_gib(shape, length, element), kv_gib(shape, sequences * min(length, _TYPICAL_TOKENS), element)) + state * sequences
     )
@@ -93,6 +105,8 @@ def _element(dtype: str) -> float:
 def _why_not(request: Request, sizes: _Sizes, memory: Memory) -> str:
     if never := refusal(request, None):
         return never
+    if request.model.shape.head_dim not in _HEAD_DIMS:
+        return f"vLLM's CPU attention has no kernel for head_dim {request.model.shape.head_dim}: it would start and fail at the first request"
     if memory.total > memory.available:
         return (
             f"needs {memory.total:.1f} GiB of RAM (weights {memory.weights:.1f} as {sizes.dtype}, KV cache {memory.kv_cache:.1f}, "

@@ -48,7 +48,7 @@ class Page(HTMLParser):
 
     @property
     def text(self) -> str:
-        return re.sub(r"\s+", " ", "".join(self.words))
+        return re.sub(r"\s+", " ", " ".join(self.words))
 
 
 @pytest.fixture
@@ -59,12 +59,27 @@ def result() -> dict[str, Any]:
 
 @pytest.fixture
 def failed(result: dict[str, Any]) -> dict[str, Any]:
+    return break_parity(result)
+
+
+def break_parity(result: dict[str, Any]) -> dict[str, Any]:
     result["passed"] = False
     result["backends"][0].update(status="failed", prompt_parity=False, exact=0.618, reason="2 checks failed")
     for check in result["checks"]:
         if check["id"] in ("vllm.prompt_parity", "vllm.scores"):
             check.update(status="failed", detail="token 14 is 198, the tokenizer has 12586\nmore below")
     return result
+
+
+@pytest.fixture(scope="module")
+def passed_page() -> str:
+    """Drawn once, because charts take most of a test's time."""
+    return render_html(json.loads(SAMPLE.read_text(encoding="utf-8")))
+
+
+@pytest.fixture(scope="module")
+def failed_page() -> str:
+    return render_html(break_parity(json.loads(SAMPLE.read_text(encoding="utf-8"))))
 
 
 def poison(value: Any) -> Any:
@@ -78,8 +93,8 @@ def poison(value: Any) -> Any:
     return value
 
 
-def test_the_page_is_whole_and_well_formed(result: dict[str, Any]) -> None:
-    page = Page(render_html(result))
+def test_the_page_is_whole_and_well_formed(passed_page: str) -> None:
+    page = Page(passed_page)
     assert page.open == []
     assert {tag for tag, _ in page.tags} <= {
         *(
@@ -104,47 +119,46 @@ def test_the_page_is_whole_and_well_formed(result: dict[str, Any]) -> None:
     }
 
 
-def test_the_page_fetches_nothing_and_runs_nothing(result: dict[str, Any]) -> None:
-    markup = render_html(result)
-    page = Page(markup)
+def test_the_page_fetches_nothing_and_runs_nothing(passed_page: str) -> None:
+    page = Page(passed_page)
     links = [
         value for _, attrs in page.tags for name, value in attrs.items() if name in ("href", "src", "srcset", "action", "data")
     ]
     assert links
     assert all(str(link).startswith("#") for link in links)
     assert not any(name == "style" or name.startswith("on") for _, attrs in page.tags for name in attrs)
-    style = markup.partition("<style>")[2].partition("</style>")[0]
+    style = passed_page.partition("<style>")[2].partition("</style>")[0]
     assert not re.search(r"url\(|@import", style)
     digest = b64encode(sha256(style.encode()).digest()).decode()
     policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy")
     assert policy == f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
 
 
-def test_anchors_and_ids_meet(result: dict[str, Any]) -> None:
-    page = Page(render_html(result))
+def test_anchors_and_ids_meet(passed_page: str) -> None:
+    page = Page(passed_page)
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
     assert {str(attrs["href"])[1:] for _, attrs in page.tags if "href" in attrs} <= set(ids)
 
 
-def test_a_passed_run_says_so_first(result: dict[str, Any]) -> None:
-    text = Page(render_html(result)).text
+def test_a_passed_run_says_so_first(passed_page: str) -> None:
+    text = Page(passed_page).text
     assert "Passed: what is served is what was trained" in text
     assert "vLLM and llama.cpp answer held-out prompts as the fine-tuned model does. Ollama was skipped, not tested." in text
     for figure in (
-        "0\u00a0% → 86.3\u00a0%",
+        "0 % → 86.3 %",
         "of 204 held-out rows",
         "0.5 points below the trained model",
         "2 of 2",
         "8 min 42 s",
     ):
-        assert figure.replace("\u00a0", " ") in text.replace("\u00a0", " ")
+        assert figure in text
     assert "curl -fsSL https://ollama.com/install.sh | sh" in text
     assert "VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=auto python -m vllm.entrypoints.openai.api_server" in text
 
 
-def test_a_failed_run_names_the_broken_check(failed: dict[str, Any]) -> None:
-    page = Page(render_html(failed))
+def test_a_failed_run_names_the_broken_check(failed_page: str) -> None:
+    page = Page(failed_page)
     assert "Failed: vLLM, prompt parity token 14 is 198, the tokenizer has 12586. 1 more check failed." in page.text
     assert "Passed: what is served" not in page.text
     assert "vllm.prompt_parity vllm.scores" in page.text
@@ -165,23 +179,22 @@ def test_a_run_that_failed_without_a_check_is_failed(result: dict[str, Any]) -> 
     assert "The run did not pass, and no check says why." in Page(render_html(result)).text
 
 
-def test_differences_from_the_expected_answer_are_marked(result: dict[str, Any]) -> None:
-    markup = render_html(result)
-    assert '<dt>technique</dt><dd dir="auto"><mark>T1567.002</mark>' in re.sub(r"\s*\n\s*", "", markup)
-    text = Page(markup).text
+def test_differences_from_the_expected_answer_are_marked(passed_page: str) -> None:
+    assert '<dt>technique</dt><dd dir="auto"><mark>T1567.002</mark>' in re.sub(r"\s*\n\s*", "", passed_page)
+    text = Page(passed_page).text
     assert "Fine-tuned, in process · vLLM · llama.cpp ✓ as expected" in text
     assert "llama.cpp ≠ differs in technique" in text
     assert "Before fine-tuning ≠ not a JSON object" in text
 
 
-def test_status_is_told_in_words_and_signs(failed: dict[str, Any]) -> None:
-    text = Page(render_html(failed)).text
-    assert "✕ failed Prompt parity" in re.sub(r"\s+", " ", text).replace("prompt parity", "Prompt parity")
+def test_status_is_told_in_words_and_signs(failed_page: str) -> None:
+    text = Page(failed_page).text
+    assert "✕ failed prompt parity token 14 is 198" in text
     assert "– skipped available" in text
     assert "✓ 6 of 6 passed" in text
 
 
-def test_hostile_text_stays_text(failed: dict[str, Any]) -> None:
+def test_hostile_text_stays_text(failed: dict[str, Any], passed_page: str) -> None:
     failed["eval"]["tuned"][HOSTILE] = failed["eval"]["base"][HOSTILE] = 0.5
     failed["backends"][0]["fields"][HOSTILE] = 0.5
     failed["backends"][0]["env"] = {HOSTILE: "x"}
@@ -192,7 +205,7 @@ def test_hostile_text_stays_text(failed: dict[str, Any]) -> None:
     result = poison(failed)
     markup = render_html(result)
     page = Page(markup)
-    clean_tags = {tag for tag, _ in Page(render_html(json.loads(SAMPLE.read_text(encoding="utf-8")))).tags}
+    clean_tags = {tag for tag, _ in Page(passed_page).tags}
     assert {tag for tag, _ in page.tags} <= clean_tags | {"del"}
     assert not any(name.startswith("on") or name == "src" for _, attrs in page.tags for name in attrs)
     assert "<script" not in markup
@@ -216,7 +229,7 @@ def test_other_datasets_fields_are_shown(result: dict[str, Any]) -> None:
     scores = {"n": 9, "json_valid": 1.0, "severity": None, "technique": None, "exact": 0.5, "root_cause": 0.9995}
     result["eval"] = {"base": scores, "tuned": scores}
     text = Page(render_html(result)).text
-    assert "root cause > 99.9\u00a0% > 99.9\u00a0%" in text
+    assert "root cause > 99.9 % > 99.9 %" in text
     assert "severity 9" not in text
 
 
@@ -248,7 +261,7 @@ def test_a_backend_without_checks_still_has_its_case(result: dict[str, Any]) -> 
 
 def test_junit_is_xml_whatever_the_text(failed: dict[str, Any]) -> None:
     suites = list(JUnitXml.fromstring(junit_xml(poison(failed)).encode()))
-    assert sum(s.failures for s in suites) == 2
+    assert sum(s.failures for s in suites) == 3  # two checks, and the backend whose name now fits neither
     assert "<script>alert(1)</script>" in suites[0].name + str([c.name for s in suites for c in s])
 
 

@@ -47,7 +47,7 @@ def test_one_weight_gains_its_delta_and_the_rest_only_the_cast(
     name = f"{MODULE}.weight"
     torch.testing.assert_close(after[name].float(), before[name] + scale * b @ a, atol=2e-2, rtol=1e-3)
     assert all(torch.equal(after[n], before[n].half()) for n in before if n != name)
-    assert (report["adapted"], report["tokenizer"]["eos_token_id"]) == (1, 2)
+    assert (report["adapted"], report["tokenizer"]["end_token_id"]) == (1, 2)
     config_after = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert (config_after["dtype"], config_after["use_cache"]) == ("float16", True)
 

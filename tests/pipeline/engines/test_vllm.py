@@ -156,6 +156,14 @@ def test_a_cpu_refusal_has_numbers_and_alternatives() -> None:
     )
 
 
+def test_a_head_size_without_a_cpu_kernel_is_refused_before_the_first_request_fails() -> None:
+    model = Model.from_shape("granite-4.0-350m")
+    odd = replace(model, shape=replace(model.shape, head_dim=16))
+    plan = Vllm().plan(Request(odd, hardware_from("cpu-2c-24g")))
+    assert not plan.feasible
+    assert "head_dim 16" in plan.warnings[0]
+
+
 def test_a_shared_card_lowers_the_utilisation_to_what_is_free() -> None:
     machine = replace(hardware_from("l4"), gpus=(Gpu("NVIDIA L4", 22.05, 11.03, "8.9"),))
     plan = Vllm().plan(Request(Model.from_shape("granite-4.1-3b"), machine))
@@ -229,7 +237,8 @@ def test_variables_are_overrides_too() -> None:
     plan = _plan("cpu-2c-24g", "granite-4.0-350m", "verify", VLLM_CPU_KVCACHE_SPACE="3")
     assert plan.environment["VLLM_CPU_KVCACHE_SPACE"] == "3"
     assert plan.memory.kv_cache == 3.0
-    assert not _plan("cpu-2c-24g", "granite-4.0-350m", "verify", VLLM_CPU_KVCACHE_SPACE="40").feasible
+    refused = _plan("cpu-2c-24g", "granite-4.0-350m", "verify", VLLM_CPU_KVCACHE_SPACE="40")
+    assert (refused.feasible, refused.alternatives[0]) == (False, "without your --set it fits")
 
 
 @pytest.mark.parametrize(
