@@ -150,7 +150,7 @@ def _trainer(model: Any, folder: Path, params: FinetuneParameters, dtype: Any, r
         per_device_train_batch_size=params.batch_size,
         per_device_eval_batch_size=params.batch_size,
         gradient_accumulation_steps=params.gradient_accumulation,
-        learning_rate=params.learning_rate,
+        learning_rate=params.peak_learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=min(params.warmup_steps, total),
         weight_decay=params.weight_decay,

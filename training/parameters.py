@@ -27,10 +27,10 @@ class FinetuneParameters:
     rank: int = 16
     alpha: int = 32
     dropout: float = 0.0
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     epochs: float = 1.0
     max_steps: int | None = None
-    batch_size: int = 8
+    batch_size: int = 4
     gradient_accumulation: int = 1
     warmup_steps: int = 5
     weight_decay: float = 0.0
@@ -50,12 +50,21 @@ class FinetuneParameters:
             "gradient_accumulation",
             "max_length",
             "save_steps",
-            "learning_rate",
+            "peak_learning_rate",
         ):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name}={getattr(self, name)} must be greater than 0")
         if not 0 < self.eval_share < 1:
             raise InputError(f"eval_share={self.eval_share} must lie between 0 and 1")
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """What was asked for, else what suits: the small embedded base bears ten times the usual rate of LoRA."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        if self.method == "full":
+            return 2e-5
+        return 2e-3 if self.base == "embedded" else 2e-4
 
     @classmethod
     def from_notebook(cls, names: Mapping[str, Any]) -> FinetuneParameters:
@@ -63,5 +72,5 @@ class FinetuneParameters:
         return cls(**{field.name: names[field.name.upper()] for field in fields(cls) if field.name.upper() in names})
 
     def to_json(self) -> dict[str, Any]:
-        """All parameters as a dict."""
-        return asdict(self)
+        """All parameters as a dict, the learning rate as it is in force."""
+        return {**asdict(self), "learning_rate": self.peak_learning_rate}

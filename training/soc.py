@@ -20,7 +20,7 @@ TRAIN = FOLDER / "soc_train.jsonl"
 EVAL = FOLDER / "soc_eval.jsonl"
 
 SEED = 20261
-TRAIN_ROUNDS = 60
+TRAIN_ROUNDS = 50
 EVAL_ROUNDS = 12
 BENIGN_PER_ROUND = 3
 # of the rows a modifier fits, this share carries it

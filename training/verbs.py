@@ -34,8 +34,8 @@ def train(
     rank: Annotated[int, typer.Option("--rank", help="LoRA rank.")] = _DEFAULT.rank,
     alpha: Annotated[int, typer.Option("--alpha", help="LoRA alpha; the delta is scaled by alpha / rank.")] = _DEFAULT.alpha,
     learning_rate: Annotated[
-        float, typer.Option("--learning-rate", help="Peak learning rate, cosine schedule.")
-    ] = _DEFAULT.learning_rate,
+        float | None, typer.Option("--learning-rate", help="Peak learning rate, cosine schedule; default by base and method.")
+    ] = None,
     epochs: Annotated[float, typer.Option("--epochs", help="Passes over the rows.")] = _DEFAULT.epochs,
     max_steps: Annotated[int | None, typer.Option("--max-steps", help="Stop after this many optimizer steps.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Rows a step and device.")] = _DEFAULT.batch_size,

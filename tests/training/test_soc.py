@@ -48,7 +48,7 @@ def test_writing_repairs_a_missing_file(monkeypatch, tmp_path):
 
 def test_sizes_and_row_shape(made):
     train, held_out = made
-    assert (len(train), len(held_out)) == (1020, 204)
+    assert (len(train), len(held_out)) == (850, 204)
     for row in train + held_out:
         assert [m["role"] for m in row["messages"]] == ["system", "user", "assistant"]
         assert list(_answer(row)) == ["severity", "technique", "verdict", "action"]
@@ -58,7 +58,7 @@ def test_sizes_and_row_shape(made):
 
 def test_no_prompt_appears_twice(made):
     prompts = [soc.normalise(_alert(row)) for rows in made for row in rows]
-    assert len(set(prompts)) == len(prompts) == 1224
+    assert len(set(prompts)) == len(prompts) == 1054
     assert overlap(load(soc.TRAIN).rows, load(soc.EVAL).rows) == []
 
 
@@ -92,8 +92,8 @@ def test_labels_follow_the_written_rules(made):
 def test_an_alert_is_blocked_or_on_a_domain_controller_never_both(made):
     alerts = [_alert(row).lower() for rows in made for row in rows]
     assert not [a for a in alerts if "blocked" in a and "domain controller" in a]
-    assert sum("blocked" in a for a in alerts) > 60
-    assert sum("domain controller" in a for a in alerts) > 60
+    assert sum("blocked" in a for a in alerts) > 50
+    assert sum("domain controller" in a for a in alerts) > 50
 
 
 def test_held_out_has_wordings_training_never_saw(made):
@@ -118,7 +118,7 @@ def test_each_wording_and_tool_is_used(made):
 
 def test_verdicts_are_mixed(made):
     share = Counter(_answer(row)["verdict"] for row in made[0])
-    assert {verdict: round(count / 1020, 2) for verdict, count in share.items()} == {
+    assert {verdict: round(count / 850, 2) for verdict, count in share.items()} == {
         "malicious": 0.71,
         "benign": 0.18,
         "suspicious": 0.12,
