@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ _RECIPE = 1
 def package(run: RunFolder, *, force: bool = False) -> StageResult:
     """Write ``Modelfile`` beside the GGUF; skipped when neither artefact nor system message changed."""
     skeletons = sha256_tree(Path(pipeline.__file__).parent / "ollama_templates")
-    system = Manifest(run.manifest).stage("finetune").get("result", {}).get("system")
+    tuned = Manifest(run.manifest).stage("finetune")
+    system = tuned.get("result", {}).get("system")
     template = sha256_file(run.merged / "chat_template.jinja")
     inputs = {"recipe": _RECIPE, "gguf": sha256_tree(run.gguf), "template": template, "skeletons": skeletons, "system": system}
 
     def work() -> dict[str, Any]:
         try:
-            write_modelfile(run, system=system)
+            write_modelfile(run, system=system, license=_license(tuned))
         except ModelError as error:
             # every other backend can still serve the run
             run.modelfile.unlink(missing_ok=True)
@@ -37,3 +39,10 @@ def package(run: RunFolder, *, force: bool = False) -> StageResult:
         return {"refused": None}
 
     return run_stage(run, STAGE, inputs, [run.modelfile], work, force=force)
+
+
+def _license(tuned: Mapping[str, Any]) -> str | None:
+    """The base's licence: the LICENSE file of a folder, or what is known of the embedded base."""
+    base = tuned.get("inputs", {}).get("base", {})
+    file = Path(base.get("id", "")) / "LICENSE"
+    return file.read_text(encoding="utf-8") if file.is_file() else base.get("note") or None

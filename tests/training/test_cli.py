@@ -25,7 +25,7 @@ def write(tmp_path):
 def _run(*arguments):
     app = typer.Typer()
     cli.register(app)
-    return CliRunner().invoke(app, list(map(str, arguments)))
+    return CliRunner().invoke(app, ["data", *map(str, arguments)])
 
 
 def test_the_command_prints_a_table(write):
