@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,9 @@ def import_unsloth() -> Any:
     unsloth probes ``vllm._C`` at import; in vLLM's CPU build that file is AVX-512 code, which kills the process
     (SIGILL) on a CPU without it. Training does not need vLLM, so it is hidden for the moment of the import.
     """
-    with _hidden("vllm"):
+    with _hidden("vllm"), warnings.catch_warnings():
+        # said when a notebook has something of transformers loaded; our models are loaded after the patches either way
+        warnings.filterwarnings("ignore", message=r"(?s).*Unsloth should be imported before")
         import unsloth
 
         return unsloth

@@ -18,9 +18,12 @@ def progress_callback(log: logging.Logger) -> Any:
     class ProgressLog(TrainerCallback):  # type: ignore[misc,unused-ignore]
         """Says how far training is."""
 
+        begun, first, said = 0.0, 0, 0.0
+        loss: float | None = None  # evaluating before training logs too
+
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             """Start the clock, which a resumed training starts in the middle."""
-            self.begun, self.first, self.said, self.loss = time.monotonic(), state.global_step, 0.0, None
+            self.begun, self.first = time.monotonic(), state.global_step
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             """Remember the newest training loss."""
