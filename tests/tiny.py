@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,5 +41,14 @@ def make(variant: str, folder: Path) -> Path:
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(str(folder))
+    shutil.copytree(_tokenizer(), folder, dirs_exist_ok=True)
+    return folder
+
+
+@cache
+def _tokenizer() -> Path:
+    """The tokenizer's files, read out of the package once in a test run."""
+    folder = Path(tempfile.mkdtemp(prefix="tiny-tokenizer-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     write_embedded_tokenizer(folder)
     return folder
