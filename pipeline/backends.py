@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from pipeline.probe import Prober
 from pipeline.runs import RunFolder
 from pipeline.score import HeldOut, read_held_out
 from pipeline.serving import Endpoint, Options, Target
+from pipeline.waiting import wait_for
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def ask_once(run: RunFolder, endpoint: Endpoint, prompt: str | None) -> dict[str
             answer, tokens = await prober.chat(row)
         return {"prompt": row.prompt, "answer": answer.text, "finish reason": answer.finish_reason, "tokens": tokens}
 
-    return asyncio.run(ask())
+    return wait_for(ask())
 
 
 def _say(text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from pipeline.plan import Plan, Purpose, Request
 from pipeline.ports import claim
 from pipeline.runs import RunFolder
 from pipeline.server import Progress, Server
+from pipeline.waiting import wait_for
 
 LOOPBACK = "127.0.0.1"
 # which artefact of a run each engine serves
@@ -149,7 +149,7 @@ def create_in_ollama(endpoint: Endpoint, target: Target, progress: Progress) -> 
             await Ollama().create(client, endpoint.model, target.model, parts)
 
     progress(f"creating {endpoint.model} in Ollama")
-    asyncio.run(create())
+    wait_for(create())
 
 
 def first_token(endpoint: Endpoint, timeout: float = 300) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from pipeline.runs import RunFolder
 from pipeline.score import Answer, HeldOut, read_held_out, score
 from pipeline.serving import Endpoint, Options
 from pipeline.tokenizer import Tokenizer
+from pipeline.waiting import wait_for
 
 BACKENDS = ("vllm", "llamacpp", "ollama")
 _SPARE_TOKENS = 12
@@ -106,7 +106,7 @@ def _backend(run: RunFolder, name: str, settings: Settings, material: Material, 
         return _absent(name, started.status, started.reason)
     try:
         progress(f"{name}: {len(material.rows)} prompts")
-        return asyncio.run(_question(started.endpoint, material, progress))
+        return wait_for(_question(started.endpoint, material, progress))
     except PipelineError as error:
         return _absent(name, "failed", str(error), started.endpoint)
     finally:
