@@ -18,7 +18,8 @@ from training.stages import StageResult, run_stage
 
 log = logging.getLogger(__name__)
 _RECIPE = 1
-_BATCH = 40
+# tokens of a batch, prompts and answers padded: fills a CPU's matrix products, and stays small beside the weights on a GPU
+_BATCH_TOKENS = 16384
 # room beyond the longest expected answer, so that a model that does not stop is seen not to
 _SPARE_TOKENS = 12
 
@@ -62,8 +63,10 @@ def answer_all(folder: Path, rows: Sequence[HeldOut], progress: bool = True) -> 
     # longest first: a batch pads little, and running out of memory shows at once
     order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
     answers: dict[int, Answer] = {}
-    for start in track(range(0, len(order), _BATCH), f"answers of {folder.name}", shown=progress):
-        chosen = order[start : start + _BATCH]
+    longest = max(len(tokenizer(prompts[order[0]], add_special_tokens=False)["input_ids"]), 1)
+    size = max(1, _BATCH_TOKENS // (longest + budget))
+    for start in track(range(0, len(order), size), f"answers of {folder.name}", shown=progress):
+        chosen = order[start : start + size]
         batch = tokenizer([prompts[i] for i in chosen], return_tensors="pt", padding=True, add_special_tokens=False)
         with torch.inference_mode():
             out = model.generate(**batch.to(device), max_new_tokens=budget, do_sample=False)
