@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ _STOP_SECONDS = 20.0
 # start times are read against the wall clock, which may be set; a pid that is used again starts much later
 _SAME_START = 120.0
 _TAIL_LINES = 12
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 Progress = Callable[[str], None]
 # guards started by this process, kept so that their exit status can be collected
 _children: dict[int, subprocess.Popen[bytes]] = {}
@@ -190,5 +192,5 @@ def _reap(pid: int) -> None:
 def _last_line(log: Path) -> str:
     with log.open("rb") as handle:
         handle.seek(max(0, log.stat().st_size - 4096))
-        lines = handle.read().decode("utf-8", errors="replace").splitlines()
+        lines = _COLOUR.sub("", handle.read().decode("utf-8", errors="replace")).splitlines()
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
