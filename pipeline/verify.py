@@ -29,7 +29,7 @@ BACKENDS = ("vllm", "llamacpp", "ollama")
 _SPARE_TOKENS = 12
 _STREAMED = 8
 _EXAMPLES = 12
-_CONCURRENCY = 16
+_CONCURRENCY = 32
 # an embedded-base run on the built-in data is expected to learn the task; a user's own run decides for itself
 DEMO_MIN_EXACT = 0.8
 
@@ -318,4 +318,4 @@ def _examples(material: Material, outcomes: dict[str, Outcome]) -> list[dict[str
 def _not_tested() -> list[str]:
     hardware = Hardware.detect()
     notes = [] if hardware.gpus else ["No GPU on this machine: GPU training and GPU serving were not run."]
-    return [*notes, "Load beyond 16 requests at a time was not measured."]
+    return [*notes, "Load beyond 32 requests at a time was not measured."]
