@@ -162,7 +162,7 @@ def _settings(request: Request, fit: GgufFit) -> list[Setting]:
     if cpu.numa_nodes > 1 and not fit.on_gpu:
         settings.append(Setting("--numa", "distribute", f"threads and memory spread over {cpu.numa_nodes} NUMA nodes"))
     if not fit.on_gpu:
-        why = "threads sleep at barriers instead of spinning: 20 times faster when the cores are shared with other work"
+        why = "threads sleep at barriers instead of spinning: much faster when the cores are shared with other work, slower on an idle machine"
         settings.append(Setting("OMP_WAIT_POLICY", "passive", why))
     return settings
 

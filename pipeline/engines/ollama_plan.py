@@ -47,7 +47,7 @@ def plan(request: Request) -> Plan:
         Setting("--num-gpu", str(planned_layers), why_layers),
     ]
     if on_cpu:
-        why = "threads sleep at barriers instead of spinning: 20 times faster when the cores are shared with other work"
+        why = "threads sleep at barriers instead of spinning: much faster when the cores are shared with other work, slower on an idle machine"
         settings.append(Setting("OMP_WAIT_POLICY", "passive", why))
     flags, env = user.lay_over(settings, OLLAMA)
     parameters = tuple(Setting(_PARAMETERS[s.name], s.value, s.reason, s.source) for s in flags)

@@ -26,7 +26,7 @@ def _cli(*words: str) -> subprocess.CompletedProcess[str]:
 
 CASES = {
     "missing": (None, "no such file"),
-    "empty": ("", "empty"),
+    "empty": ("", "has no rows"),
     "no assistant turn": (f"{GOOD}\n{NO_ANSWER}\n", "data.jsonl:2"),
     "broken JSON on line 7": ((GOOD + "\n") * 6 + "{broken\n", "data.jsonl:7"),
     "unknown columns": ('{"foo": 1, "bar": 2}\n', "foo"),
