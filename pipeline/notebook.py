@@ -15,9 +15,9 @@ from pipeline.runs import RunFolder
 
 
 def begin(name: str, output: str) -> RunFolder:
-    """Log to stderr with the time of day, and return the run folder; call it once, first."""
+    """Log with the time of day, and return the run folder; call it once, first."""
     load_dotenv(find_dotenv(usecwd=True))
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, force=True)
     for noisy in ("httpx", "torchao", "transformers", "asyncio", "matplotlib", "torch.utils._pytree", "IPKernelApp", "traitlets"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     return RunFolder(name, Path(output).resolve())
@@ -33,12 +33,9 @@ def table(rows: Iterable[Mapping[str, Any]]) -> Any:
     """A table of dicts, long texts wrapped instead of cut."""
     import pandas
 
-    frame = pandas.DataFrame(list(rows))
-    return (
-        frame.style.hide(axis="index")
-        .format(na_rep="", precision=4)
-        .set_properties(**{"text-align": "left", "white-space": "pre-wrap", "max-width": "48em", "vertical-align": "top"})
-    )
+    look = pandas.DataFrame(list(rows)).style.hide(axis="index").format(na_rep="", precision=4)
+    look.set_table_styles([{"selector": "th", "props": [("text-align", "left")]}])
+    return look.set_properties(**{"text-align": "left", "white-space": "pre-wrap", "max-width": "48em", "vertical-align": "top"})
 
 
 def pairs(mapping: Mapping[str, Any]) -> Any:
