@@ -50,7 +50,7 @@ train: $(STAMP) ## fine-tune only: adapter/
 	$(PIPELINE) train $(RUN) $(TRAIN_OPTIONS)
 
 export: $(STAMP) ## merge, GGUF, Modelfile and reference answers from the adapter
-	$(PIPELINE) export $(RUN) $(ARGS)
+	$(PIPELINE) export $(RUN)
 
 modelfile: $(STAMP) ## write the run's Modelfile and say which renderer Ollama will use
 	$(PIPELINE) modelfile --run '$(NAME)' --output '$(OUTPUT)' --explain
