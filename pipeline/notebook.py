@@ -13,6 +13,8 @@ from dotenv import find_dotenv, load_dotenv
 
 from pipeline.runs import RunFolder
 
+OWNER_VARIABLE = "GRANITE_PIPELINE_OWNER"
+
 
 def begin(name: str, output: str) -> RunFolder:
     """Log with the time of day, and return the run folder; call it once, first."""
@@ -25,7 +27,7 @@ def begin(name: str, output: str) -> RunFolder:
 
 def owner() -> int | None:
     """The process that servers started here must not outlive: the batch run's, or none in an interactive session."""
-    pid = os.environ.get("GRANITE_PIPELINE_OWNER")
+    pid = os.environ.get(OWNER_VARIABLE)
     return int(pid) if pid else None
 
 

@@ -12,6 +12,8 @@ from pipeline.errors import InputError
 
 # ``exact`` means these are all right, in an answer that parses; the recommended action may differ without harm
 KEY_FIELDS = ("severity", "technique", "verdict")
+# room beyond the longest expected answer, in process and served alike, so that a model that does not stop is seen not to
+SPARE_TOKENS = 12
 
 
 @dataclass(frozen=True)

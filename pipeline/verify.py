@@ -20,13 +20,12 @@ from pipeline.manifest import Manifest
 from pipeline.neutralise import control_tokens, neutralise_message
 from pipeline.probe import Prober, Streamed, ask_all
 from pipeline.runs import RunFolder
-from pipeline.score import Answer, HeldOut, read_held_out, score
+from pipeline.score import SPARE_TOKENS, Answer, HeldOut, read_held_out, score
 from pipeline.serving import Endpoint, Options
 from pipeline.tokenizer import Tokenizer
 from pipeline.waiting import wait_for
 
 BACKENDS = ("vllm", "llamacpp", "ollama")
-_SPARE_TOKENS = 12
 _STREAMED = 8
 _EXAMPLES = 12
 _CONCURRENCY = 32
@@ -83,7 +82,7 @@ def read_material(run: RunFolder, limit: int | None = None) -> Material:
         )
     template, tokenizer = ChatTemplate.from_folder(run.merged), Tokenizer(run.merged)
     texts = [template.render(row.messages, tools=row.tools, add_generation_prompt=True) for row in rows]
-    budget = _SPARE_TOKENS + max(len(tokenizer.encode(row.expected)) for row in rows)
+    budget = SPARE_TOKENS + max(len(tokenizer.encode(row.expected)) for row in rows)
     prompts = [(text, tokenizer.encode(text)) for text in texts]
     tuned_score = score(rows, references["tuned"])
     return Material(rows, prompts, references["base"], references["tuned"], tuned_score, budget)

@@ -12,7 +12,7 @@ from pipeline.chat import ChatTemplate
 from pipeline.files import sha256_file, sha256_tree, write_atomic
 from pipeline.manifest import Manifest
 from pipeline.runs import RunFolder
-from pipeline.score import Answer, HeldOut, read_held_out, score
+from pipeline.score import SPARE_TOKENS, Answer, HeldOut, read_held_out, score
 from training.base import resolve
 from training.stages import StageResult, run_stage
 
@@ -20,8 +20,6 @@ log = logging.getLogger(__name__)
 _RECIPE = 1
 # tokens of a batch, prompts and answers padded: fills a CPU's matrix products, and stays small beside the weights on a GPU
 _BATCH_TOKENS = 16384
-# room beyond the longest expected answer, so that a model that does not stop is seen not to
-_SPARE_TOKENS = 12
 
 
 def evaluate(run: RunFolder, *, force: bool = False) -> dict[str, StageResult]:
@@ -59,7 +57,7 @@ def answer_all(folder: Path, rows: Sequence[HeldOut], progress: bool = True) -> 
     tokenizer = AutoTokenizer.from_pretrained(str(folder), padding_side="left")
     template = ChatTemplate.from_folder(folder)
     prompts = [template.render(row.messages, tools=row.tools, add_generation_prompt=True) for row in rows]
-    budget = _SPARE_TOKENS + max(len(tokenizer(row.expected, add_special_tokens=False)["input_ids"]) for row in rows)
+    budget = SPARE_TOKENS + max(len(tokenizer(row.expected, add_special_tokens=False)["input_ids"]) for row in rows)
     # longest first: a batch pads little, and running out of memory shows at once
     order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
     answers: dict[int, Answer] = {}

@@ -14,16 +14,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import serving
+from pipeline import engines, serving
 from pipeline.errors import InputError, VerificationFailed
 from pipeline.files import read_json
+from pipeline.notebook import OWNER_VARIABLE
 from pipeline.notebooks import STAGES, Executed, run_notebooks
 from pipeline.report import paths_in, summary_table
 from pipeline.runs import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 from pipeline.verify import require_passed
 
 log = logging.getLogger(__name__)
-OWNER_VARIABLE = "GRANITE_PIPELINE_OWNER"
 
 
 def register(app: typer.Typer) -> None:
@@ -78,7 +78,7 @@ def run(
     except VerificationFailed:
         log.warning("verification failed")  # the report tells all of it, below
     finally:
-        stopped = [engine for engine in ("vllm", "llamacpp", "ollama", "sglang") if serving.stop(folder.path, engine)]
+        stopped = [engine for engine in engines.NAMES if serving.stop(folder.path, engine)]
     console = Console(stderr=True)
     table = Table("notebook", "seconds", "executed copy", title=f"run {name}: {time.monotonic() - begun:.0f} s")
     for entry in executed:

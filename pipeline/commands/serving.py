@@ -15,7 +15,7 @@ from rich.table import Table
 
 from pipeline import config, engines, server, serving
 from pipeline.engines.base import Engine
-from pipeline.errors import EngineError, InputError
+from pipeline.errors import InputError
 from pipeline.plan import Purpose
 from pipeline.runs import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 from pipeline.serving import Endpoint, Options, Target
@@ -115,6 +115,7 @@ def status(
 ) -> None:
     """Show which servers of a run are up and whether each answers."""
     folder = RunFolder(run, output).path
+    running = server.running(folder / "servers")
     rows = [
         {
             "backend": s.engine,
@@ -124,13 +125,13 @@ def status(
             "healthy": serving.reachable(s.url + s.ready_path),
             "log": str(s.log),
         }
-        for s in server.running(folder / "servers")
+        for s in running
     ]
     if as_json:
         typer.echo(json.dumps({"run": run, "servers": rows}, indent=2))
         return
     table = Table("backend", "url", "model", "healthy", "memory, GiB", title=f"servers of run {run}")
-    for s, row in zip(server.running(folder / "servers"), rows, strict=False):
+    for s, row in zip(running, rows, strict=True):
         table.add_row(s.engine, s.url, s.model, "yes" if row["healthy"] else "no", f"{s.memory_gib():.2f}")
     Console().print(table if rows else f"no server of run {run} is running")
 
@@ -156,6 +157,3 @@ def _pair(text: str) -> tuple[str, str]:
     if not key:
         raise InputError(f"--set {text!r} is not KEY=VALUE")
     return key, value if equals else "true"
-
-
-__all__ = ["EngineError", "register", "run_server"]
