@@ -20,6 +20,8 @@ _STEP, _LEAST_CONTEXT = 1024, 2048
 # vllm 0.32 v1/attention/backends/cpu_attn.py get_supported_head_sizes
 _HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 _KV = "VLLM_CPU_KVCACHE_SPACE"
+# above this, binding threads to cores (vLLM's own choice) is worth more than the core it keeps for its scheduler
+_FEW_CORES = 4
 
 
 @dataclass(frozen=True)
@@ -142,4 +144,26 @@ def _settings(request: Request, sizes: _Sizes) -> list[Setting]:
         settings.append(Setting("--enforce-eager", None, why))
     settings += tool_parser(request)
     settings.append(Setting(_KV, str(sizes.kv), "GiB of KV cache; unset, vLLM reserves most of the RAM"))
-    return settings + common_environment(request.model.path is not None)
+    return settings + _threads(cpu.cores) + common_environment(request.model.path is not None)
+
+
+def _threads(cores: int) -> list[Setting]:
+    """On few cores, compute on all of them: vLLM's own choice keeps one for a scheduler process that polls.
+
+    Measured on 2 cores (80 M parameters, float32, 32 requests at a time): 91 tokens/s against 68, ready in 40 s against 59.
+    vLLM runs its worker inside the engine process only when told so by the first variable (platforms/cpu.py, 0.32).
+    """
+    if cores > _FEW_CORES:
+        return []
+    return [
+        Setting(
+            "VLLM_ENABLE_V1_MULTIPROCESSING",
+            "0",
+            "the worker runs in the engine's process: one start less, no polling between two",
+        ),
+        Setting(
+            "VLLM_CPU_OMP_THREADS_BIND", "nobind", f"vLLM would keep 1 of {cores} cores for its scheduler; all of them compute"
+        ),
+        Setting("OMP_NUM_THREADS", str(cores), "one thread a core"),
+        Setting("GOMP_SPINCOUNT", "10000", "threads wait awake only briefly, so that the API process gets its turn"),
+    ]

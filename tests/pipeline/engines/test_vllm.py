@@ -32,7 +32,14 @@ def test_an_avx2_cpu_gets_float32_and_a_bounded_kv_cache() -> None:
     assert plan.arguments == _words(
         "--model ibm-granite/granite-4.0-350m --served-model-name m --dtype float32 --max-model-len 4096 --max-num-seqs 32 --enforce-eager"
     )
-    assert plan.environment == {**_QUIET, "VLLM_CPU_KVCACHE_SPACE": "2"}
+    assert plan.environment == {
+        **_QUIET,
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "2",
+        "GOMP_SPINCOUNT": "10000",
+    }
 
 
 def test_a_bfloat16_cpu_serves_compiled() -> None:
