@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from pipeline.errors import EngineError
+from pipeline.conversation import Conversation
+from pipeline.errors import PipelineError
 from pipeline.probe import Prober, Streamed
 from pipeline.score import HeldOut
 
@@ -66,9 +67,10 @@ async def parity(prober: Prober, rows: Sequence[HeldOut], expected: Sequence[tup
     check_id = f"{prober.endpoint.engine}.prompt_parity"
     for number, (row, (text, ids)) in enumerate(zip(rows, expected, strict=True), 1):
         try:
-            fed = await prober.prompt(row)
-        except EngineError as error:
+            prompt = await prober.prompt(Conversation(f"row {number}", row.messages, row.tools))
+        except PipelineError as error:
             return Check(check_id, "skipped" if prober.endpoint.engine == "openai" else "failed", str(error))
+        fed = prompt.text or "" if prompt.ids is None else list(prompt.ids)
         if fed != (text if isinstance(fed, str) else ids):
             return Check(check_id, "failed", f"prompt {number} differs: {difference(fed, text, ids)}")
     kind = "texts" if rows and isinstance(fed, str) else "token IDs"

@@ -10,11 +10,12 @@ from typing import Any, Literal
 from pipeline.chat import ChatTemplate, Tokenizer
 from pipeline.conversation import Conversation, load_suite
 from pipeline.deviations import predictions
+from pipeline.engines.base import NotApplicable, Prompt
 from pipeline.errors import ModelError
 from pipeline.ollama_template import OllamaTemplate
 from pipeline.ollama_view import as_api, restored
 from pipeline.prompt_causes import explain_difference
-from pipeline.renderers import GoRenderer, NotApplicable, Prompt, Renderer, render_chat
+from pipeline.renderers import GoRenderer, Renderer, render_chat
 
 Status = Literal["equal", "listed", "not applicable", "different"]
 

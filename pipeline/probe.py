@@ -12,6 +12,8 @@ from typing import Any
 import httpx
 
 from pipeline import engines
+from pipeline.conversation import Conversation
+from pipeline.engines import Prompt
 from pipeline.errors import EngineError
 from pipeline.score import Answer, HeldOut
 from pipeline.serving import Endpoint
@@ -38,12 +40,14 @@ class Prober:
         # a connection kept open may be closed by the server in the moment it is used again, which looks like a failure
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self._client = httpx.AsyncClient(base_url=endpoint.url, headers=endpoint.headers, timeout=_TIMEOUT, limits=limits)
+        self._plain = httpx.Client(base_url=endpoint.url, headers=endpoint.headers, timeout=_TIMEOUT, limits=limits)
 
     async def __aenter__(self) -> Prober:
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._client.aclose()
+        self._plain.close()
 
     async def models(self) -> list[str]:
         """Names the server lists at ``/v1/models``."""
@@ -76,10 +80,10 @@ class Prober:
             raise EngineError(f"{self.endpoint.engine}: the stream broke off without [DONE]")
         return Streamed("".join(pieces), first, time.perf_counter() - begun, len(pieces))
 
-    async def prompt(self, row: HeldOut) -> list[int] | str:
-        """What the engine feeds the model for this row: token IDs or text."""
+    async def prompt(self, conversation: Conversation) -> Prompt:
+        """What the engine feeds the model for this conversation."""
         engine = engines.get(self.endpoint.engine)
-        return await engine.prompt_tokens(self._client, self.endpoint.model, row.messages, row.tools)
+        return await asyncio.to_thread(engine.prompt, self._plain, self.endpoint.model, conversation)
 
     def _body(self, row: HeldOut) -> dict[str, Any]:
         body: dict[str, Any] = {

@@ -16,15 +16,7 @@ from pipeline.errors import EngineError, InputError, MissingDependency
 from pipeline.gorender import find_go
 from pipeline.ollama_template import derive
 from pipeline.parity import Reference
-from pipeline.renderers import (
-    GoRenderer,
-    JinjaRenderer,
-    LlamaCppRenderer,
-    OllamaRenderer,
-    Renderer,
-    TransformersRenderer,
-    VllmRenderer,
-)
+from pipeline.renderers import EngineRenderer, GoRenderer, JinjaRenderer, Renderer, TransformersRenderer
 from pipeline.runs import DEFAULT_NAME, RunFolder
 
 _PORTS = {"llamacpp": 8005, "vllm": 8003, "ollama": 11434}
@@ -75,7 +67,7 @@ def make_renderer(name: str, source: Source, *, url: str | None = None, model: s
     if name not in _PORTS:
         raise InputError(f"no renderer {name!r}", remedy=f"use one of {', '.join(NAMES)}")
     base = (url or f"http://127.0.0.1:{_PORTS[name]}").rstrip("/").removesuffix("/v1")
-    return _server_renderer(name, base, model if model is not None else _served(name, base, source, asked=True))
+    return EngineRenderer(name, base, model if model is not None else _served(name, base, source, asked=True))
 
 
 def choose_renderers(wanted: str | None, source: Source) -> tuple[list[Renderer], dict[str, str]]:
@@ -94,7 +86,7 @@ def choose_renderers(wanted: str | None, source: Source) -> tuple[list[Renderer]
                 continue
             base = f"http://127.0.0.1:{_PORTS[name]}"
             model = _served(name, base, source, asked=False)
-            chosen.append(_server_renderer(name, base, model))
+            chosen.append(EngineRenderer(name, base, model))
         except (EngineError, InputError, MissingDependency) as error:
             absent[name] = f"{error.message}" + (f" ({error.remedy})" if error.remedy else "")
     return chosen, absent
@@ -106,16 +98,10 @@ def _named(item: str, source: Source) -> Renderer:
     return make_renderer(name, source, url=url or None, model=model or None)
 
 
-def _server_renderer(name: str, base: str, model: str) -> Renderer:
-    if name == "llamacpp":
-        return LlamaCppRenderer(base)
-    return VllmRenderer(base, model) if name == "vllm" else OllamaRenderer(base, model)
-
-
 def prompt_text(renderer: Renderer, conversation: Conversation, source: Source) -> str:
     """A renderer's prompt as text; vLLM's token IDs are turned back by vLLM itself."""
     prompt = renderer.render(conversation)
-    if prompt.text is None and isinstance(renderer, VllmRenderer):
+    if prompt.text is None and isinstance(renderer, EngineRenderer):
         return renderer.detokenize(prompt)
     return source.reference.shown(prompt)
 

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import httpx
 
+from pipeline import engines
 from pipeline.chat import ChatTemplate
 from pipeline.conversation import Conversation
-from pipeline.errors import EngineError, ModelError, PipelineError
+from pipeline.engines.base import Engine, NotApplicable, Prompt, ask
+from pipeline.errors import ModelError
 from pipeline.gorender import render_go
 from pipeline.ollama_view import as_api
 
 _TIMEOUT = 60.0
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What an engine feeds the model: token IDs where it tells them, and the text where it tells that."""
-
-    text: str | None = None
-    ids: tuple[int, ...] | None = None
-
-
-class NotApplicable(Exception):
-    """The engine's API cannot express this conversation; the message says what it lacks."""
 
 
 class Renderer(Protocol):
@@ -115,100 +103,28 @@ class GoRenderer:
 
 
 @dataclass(frozen=True)
-class LlamaCppRenderer:
-    """A running llama-server: /apply-template, then /tokenize."""
+class EngineRenderer:
+    """A running server of one of the engines, asked in that engine's own way."""
 
+    name: str
     url: str
-    name: str = "llamacpp"
+    model: str = ""
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of that name."""
+        return engines.get(self.name)
 
     def render(self, conversation: Conversation) -> Prompt:
-        """Ask the server; it continues a final assistant message by itself."""
-        text = str(_post(f"{self.url}/apply-template", _openai_body(conversation))["prompt"])
-        body = {"content": text, "add_special": False, "parse_special": True}
-        return Prompt(text, tuple(_post(f"{self.url}/tokenize", body)["tokens"]))
-
-
-@dataclass(frozen=True)
-class VllmRenderer:
-    """A running vLLM server: /tokenize."""
-
-    url: str
-    model: str
-    name: str = "vllm"
-
-    def render(self, conversation: Conversation) -> Prompt:
-        """Ask the server for token IDs."""
-        return Prompt(ids=tuple(_post(f"{self.url}/tokenize", self.body(conversation))["tokens"]))
-
-    def body(self, conversation: Conversation) -> dict[str, Any]:
-        """The request; unlike the others, this server must be told when to continue."""
-        return _openai_body(conversation) | {
-            "model": self.model,
-            "add_generation_prompt": not conversation.continued,
-            "continue_final_message": conversation.continued,
-        }
+        """Ask the server what it would feed the model."""
+        return self.engine.prompt(_client(self.url), self.model, conversation)
 
     def detokenize(self, prompt: Prompt) -> str:
-        """A prompt's token IDs as text, by the server's own tokenizer."""
-        return str(_post(f"{self.url}/detokenize", {"model": self.model, "tokens": list(prompt.ids or ())})["prompt"])
+        """A vLLM prompt's token IDs as text, by the server's own tokenizer."""
+        return str(ask(_client(self.url), "/detokenize", {"model": self.model, "tokens": list(prompt.ids or ())})["prompt"])
 
 
-@dataclass(frozen=True)
-class OllamaRenderer:
-    """A running Ollama: /api/chat with its render-only switch (undocumented; the model is loaded first)."""
-
-    url: str
-    model: str
-    name: str = "ollama"
-
-    def render(self, conversation: Conversation) -> Prompt:
-        """Ask the server for the text it would feed."""
-        if conversation.documents:
-            raise NotApplicable("Ollama's API has no documents")
-        seen = as_api(conversation)
-        body = {"model": self.model, "messages": list(seen.messages), "stream": False, "_debug_render_only": True}
-        answer = _post(f"{self.url}/api/chat", body | ({"tools": list(seen.tools)} if seen.tools else {}))
-        rendered = (answer.get("_debug_info") or {}).get("rendered_template")
-        if rendered is None:
-            raise EngineError("this Ollama does not tell the prompt it renders", remedy="use Ollama 0.12 or later")
-        return Prompt(str(rendered))
-
-
-def _openai_body(conversation: Conversation) -> dict[str, Any]:
-    body: dict[str, Any] = {"messages": [_openai_message(message) for message in conversation.messages]}
-    if conversation.tools:
-        body["tools"] = list(conversation.tools)
-    if conversation.documents:
-        body["chat_template_kwargs"] = {"documents": list(conversation.documents)}
-    return body
-
-
-def _openai_message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """OpenAI's form: call arguments are a JSON string."""
-    calls = message.get("tool_calls")
-    if not calls:
-        return dict(message)
-    made = []
-    for call in calls:
-        arguments = call["function"]["arguments"]
-        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        made.append({**call, "function": {**call["function"], "arguments": text}})
-    return {**message, "tool_calls": made}
-
-
-@lru_cache(maxsize=1)
-def _client() -> httpx.Client:
-    """One client for all requests: making one costs more than a request does."""
-    return httpx.Client(timeout=_TIMEOUT)
-
-
-def _post(url: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        answer = _client().post(url, json=body)
-    except httpx.HTTPError as error:
-        raise EngineError(f"{url} does not answer: {error}") from None
-    if answer.status_code >= 400:
-        kind: type[PipelineError] = ModelError if answer.status_code in (400, 422, 500) else EngineError
-        raise kind(f"{url} answered {answer.status_code}", evidence=answer.text[:500])
-    found: dict[str, Any] = answer.json()
-    return found
+@lru_cache(maxsize=8)
+def _client(url: str) -> httpx.Client:
+    """One client for all requests to a server: making one costs more than a request does."""
+    return httpx.Client(base_url=url, timeout=_TIMEOUT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipeline.engines.base import Availability, Engine, Launch
+from pipeline.engines.base import Availability, Engine, Launch, NotApplicable, Prompt
 from pipeline.errors import InputError
 
 
@@ -55,4 +55,4 @@ def get(name: str) -> Engine:
     return _ENGINES[name]()
 
 
-__all__ = ["NAMES", "Availability", "Engine", "Launch", "get"]
+__all__ = ["NAMES", "Availability", "Engine", "Launch", "NotApplicable", "Prompt", "get"]

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import httpx
 
-from pipeline.errors import EngineError
+from pipeline.conversation import Conversation
+from pipeline.errors import EngineError, ModelError, PipelineError
 from pipeline.plan import Plan, Request
 
-Message = Mapping[str, Any]
+# what a server says when the chat template, not the server, refuses the messages
+_REFUSED = (400, 422, 500)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What an engine feeds the model: token IDs where it tells them, and the text where it tells that."""
+
+    text: str | None = None
+    ids: tuple[int, ...] | None = None
+
+
+class NotApplicable(Exception):
+    """The engine's API cannot express this conversation; the message says what it lacks."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +70,11 @@ class Engine(Protocol):
         """Turn a feasible plan into the process to start."""
         ...
 
-    async def prompt_tokens(
-        self, client: httpx.AsyncClient, model: str, messages: Sequence[Message], tools: Sequence[Message] | None
-    ) -> list[int] | str:
-        """What the engine feeds the model for these messages: token IDs, or the rendered text where it tells no IDs.
+    def prompt(self, client: httpx.Client, model: str, conversation: Conversation) -> Prompt:
+        """What the engine feeds the model for this conversation; ``client`` has the server's base URL (without ``/v1``).
 
-        ``client`` has the server's base URL (without ``/v1``).
+        Raises ModelError when the chat template refuses it, NotApplicable when the API cannot say it, EngineError when
+        the engine does not tell its prompts or does not answer.
         """
         ...
 
@@ -75,13 +89,37 @@ def require_feasible(plan: Plan) -> None:
         )
 
 
-async def ask(client: httpx.AsyncClient, path: str, body: Mapping[str, Any]) -> Any:
-    """POST JSON to a running server and return its JSON; raises EngineError with the server's own words."""
+def ask(client: httpx.Client, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """POST JSON to a running server and return its JSON; ModelError or EngineError with the server's own words."""
     try:
-        answer = await client.post(path, json=dict(body))
-        answer.raise_for_status()
-        return answer.json()
-    except httpx.HTTPStatusError as error:
-        raise EngineError(f"POST {path} answered {error.response.status_code}", evidence=error.response.text[:2000]) from None
+        answer = client.post(path, json=dict(body))
+        if answer.is_error:
+            kind: type[PipelineError] = ModelError if answer.status_code in _REFUSED else EngineError
+            raise kind(f"POST {path} answered {answer.status_code}", evidence=answer.text[:2000])
+        found: dict[str, Any] = answer.json()
     except (httpx.HTTPError, ValueError) as error:
-        raise EngineError(f"POST {path} failed: {error!r}") from None
+        raise EngineError(f"POST {client.base_url.join(path)} does not answer: {error!r}") from None
+    return found
+
+
+def openai_body(conversation: Conversation) -> dict[str, Any]:
+    """The conversation as OpenAI's chat API carries it; documents go to the chat template by its keyword arguments."""
+    body: dict[str, Any] = {"messages": [_openai_message(message) for message in conversation.messages]}
+    if conversation.tools:
+        body["tools"] = list(conversation.tools)
+    if conversation.documents:
+        body["chat_template_kwargs"] = {"documents": list(conversation.documents)}
+    return body
+
+
+def _openai_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenAI's form: call arguments are a JSON string."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return dict(message)
+    made = []
+    for call in calls:
+        arguments = call["function"]["arguments"]
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        made.append({**call, "function": {**call["function"], "arguments": text}})
+    return {**message, "tool_calls": made}

@@ -7,11 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 
 import httpx
 
-from pipeline.engines.base import Availability, Launch, Message, ask, require_feasible
+from pipeline.conversation import Conversation
+from pipeline.engines.base import Availability, Launch, Prompt, ask, openai_body, require_feasible
 from pipeline.engines.llamacpp_plan import plan as _plan
 from pipeline.plan import Plan, Request
 
@@ -50,17 +50,14 @@ class LlamaCpp:
         name = request.served_name or request.model.name
         return Launch(self.name, argv, plan.environment, f"http://{host}:{port}", "/health", name, start_timeout=300.0)
 
-    async def prompt_tokens(
-        self, client: httpx.AsyncClient, model: str, messages: Sequence[Message], tools: Sequence[Message] | None
-    ) -> list[int] | str:
-        """Token IDs: ``/apply-template`` renders as chat completions do, ``/tokenize`` then parses special tokens as they do."""
-        body: dict[str, object] = {"messages": list(messages)}
-        if tools:
-            body["tools"] = list(tools)
-        prompt = (await ask(client, "/apply-template", body))["prompt"]
+    def prompt(self, client: httpx.Client, model: str, conversation: Conversation) -> Prompt:
+        """Text and token IDs: ``/apply-template`` renders as chat completions do (a final assistant message is continued),
+        ``/tokenize`` then parses special tokens as they do.
+        """
+        text = str(ask(client, "/apply-template", openai_body(conversation))["prompt"])
         # add_special lets the model's own metadata decide about a BOS token, which is what the completion path does
-        answer = await ask(client, "/tokenize", {"content": prompt, "add_special": True, "parse_special": True})
-        return [int(token) for token in answer["tokens"]]
+        answer = ask(client, "/tokenize", {"content": text, "add_special": True, "parse_special": True})
+        return Prompt(text, tuple(answer["tokens"]))
 
 
 def _llama_server_version(program: str) -> str:

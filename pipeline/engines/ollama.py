@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from pipeline.engines.base import Availability, Launch, Message, ask, require_feasible
+from pipeline.conversation import Conversation
+from pipeline.engines.base import Availability, Launch, NotApplicable, Prompt, ask, require_feasible
 from pipeline.engines.ollama_plan import plan as _plan
 from pipeline.errors import EngineError
 from pipeline.files import sha256_file
+from pipeline.ollama_view import as_api
 from pipeline.plan import Plan, Request
 
 _INSTALL = "curl -fsSL https://ollama.com/install.sh | sh (macOS: brew install ollama), or set OLLAMA_BASE_URL to a running one"
@@ -71,18 +73,17 @@ class Ollama:
         if answer.is_error or said.get("status") != "success":
             raise EngineError(f"Ollama could not create {name} ({answer.status_code})", evidence=str(said.get("error", said)))
 
-    async def prompt_tokens(
-        self, client: httpx.AsyncClient, model: str, messages: Sequence[Message], tools: Sequence[Message] | None
-    ) -> list[int] | str:
-        """The rendered prompt as text, from ``_debug_render_only``; Ollama tells no token IDs."""
-        body: dict[str, Any] = {"model": model, "messages": list(messages), "stream": False, "_debug_render_only": True}
-        if tools:
-            body["tools"] = list(tools)
-        answer = await ask(client, "/api/chat", body)
-        try:
-            return str(answer["_debug_info"]["rendered_template"])
-        except (KeyError, TypeError):
-            raise EngineError("this Ollama does not know _debug_render_only", remedy="use Ollama 0.12 or newer") from None
+    def prompt(self, client: httpx.Client, model: str, conversation: Conversation) -> Prompt:
+        """The rendered prompt as text, from ``_debug_render_only`` (the model is loaded first); Ollama tells no token IDs."""
+        if conversation.documents:
+            raise NotApplicable("Ollama's API has no documents")
+        seen = as_api(conversation)
+        body: dict[str, Any] = {"model": model, "messages": list(seen.messages), "stream": False, "_debug_render_only": True}
+        answer = ask(client, "/api/chat", body | ({"tools": list(seen.tools)} if seen.tools else {}))
+        rendered = (answer.get("_debug_info") or {}).get("rendered_template")
+        if rendered is None:
+            raise EngineError("this Ollama does not tell the prompt it renders", remedy="use Ollama 0.12 or later")
+        return Prompt(str(rendered))
 
 
 async def _chunks(path: Path) -> AsyncIterator[bytes]:

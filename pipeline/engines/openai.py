@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import httpx
 
-from pipeline.engines.base import Availability, Launch, Message
+from pipeline.conversation import Conversation
+from pipeline.engines.base import Availability, Launch, Prompt
 from pipeline.errors import EngineError, InputError
 from pipeline.plan import Memory, Plan, Request
 
@@ -50,9 +49,7 @@ class OpenAiCompatible:
         """Always raises EngineError: there is nothing to start."""
         raise EngineError("an OpenAI-compatible server is not started from here", remedy=_REMEDY)
 
-    async def prompt_tokens(
-        self, client: httpx.AsyncClient, model: str, messages: Sequence[Message], tools: Sequence[Message] | None
-    ) -> list[int] | str:
+    def prompt(self, client: httpx.Client, model: str, conversation: Conversation) -> Prompt:
         """Always raises EngineError: the OpenAI API has no way to ask for the rendered prompt."""
         raise EngineError(
             "the OpenAI API does not tell the rendered prompt",

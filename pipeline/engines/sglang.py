@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 
 import httpx
 
-from pipeline.engines.base import Availability, Launch, Message, require_feasible
+from pipeline.conversation import Conversation
+from pipeline.engines.base import Availability, Launch, Prompt, require_feasible
 from pipeline.engines.sglang_plan import plan as _plan
 from pipeline.errors import EngineError
 from pipeline.plan import Plan, Request
@@ -45,9 +45,7 @@ class Sglang:
         name = request.served_name or request.model.name
         return Launch(self.name, argv, plan.environment, f"http://{host}:{port}", "/health", name)
 
-    async def prompt_tokens(
-        self, client: httpx.AsyncClient, model: str, messages: Sequence[Message], tools: Sequence[Message] | None
-    ) -> list[int] | str:
+    def prompt(self, client: httpx.Client, model: str, conversation: Conversation) -> Prompt:
         """Always raises EngineError: SGLang's /tokenize takes text only and no route renders a chat."""
         raise EngineError(
             "SGLang does not tell the rendered prompt",

@@ -6,12 +6,13 @@ import importlib.metadata
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from typing import Any
 
 import httpx
 
+from pipeline.conversation import Conversation
 from pipeline.engines import vllm_cpu, vllm_gpu
-from pipeline.engines.base import Availability, Launch, Message, ask, require_feasible
+from pipeline.engines.base import Availability, Launch, Prompt, ask, openai_body, require_feasible
 from pipeline.plan import Plan, Request
 
 _VERSION_CODE = (
@@ -54,14 +55,18 @@ class Vllm:
         name = request.served_name or request.model.name
         return Launch(self.name, tuple(argv), plan.environment, f"http://{host}:{port}", "/health", name)
 
-    async def prompt_tokens(
-        self, client: httpx.AsyncClient, model: str, messages: Sequence[Message], tools: Sequence[Message] | None
-    ) -> list[int] | str:
+    def prompt(self, client: httpx.Client, model: str, conversation: Conversation) -> Prompt:
         """Token IDs from ``POST /tokenize``, which renders and tokenises exactly as chat completions do."""
-        body = {"model": model, "messages": list(messages), "add_generation_prompt": True}
-        if tools:
-            body["tools"] = list(tools)
-        return [int(token) for token in (await ask(client, "/tokenize", body))["tokens"]]
+        return Prompt(ids=tuple(ask(client, "/tokenize", self.tokenize_body(model, conversation))["tokens"]))
+
+    def tokenize_body(self, model: str, conversation: Conversation) -> dict[str, Any]:
+        """The request; unlike the others, this server must be told when to continue the last message."""
+        continued = conversation.continued
+        return openai_body(conversation) | {
+            "model": model,
+            "add_generation_prompt": not continued,
+            "continue_final_message": continued,
+        }
 
 
 def vllm_python() -> str:

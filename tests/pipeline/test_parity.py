@@ -9,11 +9,12 @@ from rich.console import Console
 from pipeline.chat import ChatTemplate, Tokenizer
 from pipeline.conversation import Conversation, load_suite
 from pipeline.deviations import DEVIATIONS
+from pipeline.engines.base import NotApplicable, Prompt
 from pipeline.errors import EngineError, ModelError
 from pipeline.ollama_template import derive
 from pipeline.parity import Reference, compare, go_differences
 from pipeline.parity_report import print_matrix
-from pipeline.renderers import GoRenderer, JinjaRenderer, NotApplicable, Prompt, render_chat
+from pipeline.renderers import GoRenderer, JinjaRenderer, render_chat
 
 USER = {"role": "user", "content": "Hi"}
 TOOLS = (

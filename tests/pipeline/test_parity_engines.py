@@ -18,8 +18,9 @@ import pytest
 
 from pipeline.chat import ChatTemplate, Tokenizer
 from pipeline.conversation import Conversation, load_suite
+from pipeline.engines.vllm import Vllm
 from pipeline.parity import Reference, compare
-from pipeline.renderers import JinjaRenderer, LlamaCppRenderer, OllamaRenderer, VllmRenderer, render_chat
+from pipeline.renderers import EngineRenderer, JinjaRenderer, render_chat
 
 pytestmark = pytest.mark.slow
 
@@ -47,14 +48,25 @@ if __name__ == "__main__":
 """
 
 
-@dataclass(frozen=True)
-class VllmWith(VllmRenderer):
+class VllmWith(Vllm):
     """vLLM with the chat template of the request, so that one server does for all."""
 
-    template: str = ""
+    def __init__(self, template: str) -> None:
+        self.template = template
 
-    def body(self, conversation: Conversation) -> dict:
-        return super().body(conversation) | {"chat_template": self.template}
+    def tokenize_body(self, model: str, conversation: Conversation) -> dict:
+        return super().tokenize_body(model, conversation) | {"chat_template": self.template}
+
+
+@dataclass(frozen=True)
+class RendererWith(EngineRenderer):
+    """A renderer that asks in an engine's way of a test's own."""
+
+    asked: Vllm | None = None
+
+    @property
+    def engine(self) -> Vllm:
+        return self.asked
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +135,7 @@ def llama(gguf, template, tmp_path):
 def test_llamacpp_feeds_the_tokenizers_ids(base, gguf, template, tmp_path):
     with llama(gguf, template, tmp_path) as server:
         url, now = server.url(60), datetime.now()
-        matrix = compare(Reference(template, now, Tokenizer(base)), [LlamaCppRenderer(url)])
+        matrix = compare(Reference(template, now, Tokenizer(base)), [EngineRenderer("llamacpp", url)])
         assert matrix.differences == []
         assert matrix.counts()["llamacpp"]["listed"] == (8 if "<think>" in template.source else 3)
 
@@ -142,7 +154,7 @@ def test_llamacpp_with_a_mutated_template_is_caught(base, gguf, embedded, tmp_pa
     cases = [case for case in load_suite() if case.id in ("system-user", "tools-one-system")]
     with llama(gguf, mutated, tmp_path) as server:
         reference = Reference(embedded, datetime.now(), Tokenizer(base))
-        matrix = compare(reference, [JinjaRenderer(embedded, reference.now), LlamaCppRenderer(server.url(60))], cases)
+        matrix = compare(reference, [JinjaRenderer(embedded, reference.now), EngineRenderer("llamacpp", server.url(60))], cases)
     assert {cell.renderer for cell in matrix.differences} == {"llamacpp"}
     assert any(cell.conversation == "tools-one-system" for cell in matrix.differences)
 
@@ -157,14 +169,14 @@ def vllm(base, tmp_path_factory):
 
 def test_vllm_feeds_the_tokenizers_ids(base, vllm, template):
     reference = Reference(template, datetime.now(), Tokenizer(base))
-    matrix = compare(reference, [VllmWith(vllm, "m", template=template.source)])
+    matrix = compare(reference, [RendererWith("vllm", vllm, "m", VllmWith(template.source))])
     assert matrix.differences == []
     assert matrix.counts()["vllm"]["listed"] == 3
 
 
 def test_vllm_uses_the_folders_own_template(base, vllm):
     template = ChatTemplate.from_folder(base)
-    renderer = VllmRenderer(vllm, "m")
+    renderer = EngineRenderer("vllm", vllm, "m")
     case = load_suite()[0]
     assert renderer.detokenize(renderer.render(case)) == render_chat(template, case, datetime.now())
 
@@ -190,6 +202,6 @@ def test_ollama_feeds_what_its_go_path_or_its_jinja_path_would(gguf, embedded):
         shown = httpx.post(f"{url}/api/show", json={"model": name}, timeout=60).json()
         assert (shown["system"], shown["template"]) == (parse_modelfile(text).system, parse_modelfile(text).template)
         with_system = [case for case in load_suite() if case.messages[0]["role"] == "system"]
-        assert compare(Reference(embedded, datetime.now()), [OllamaRenderer(url, name)], with_system).differences == []
+        assert compare(Reference(embedded, datetime.now()), [EngineRenderer("ollama", url, name)], with_system).differences == []
     finally:
         httpx.request("DELETE", f"{url}/api/delete", json={"model": name}, timeout=60)

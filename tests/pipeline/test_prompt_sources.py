@@ -12,7 +12,7 @@ from pipeline.errors import InputError
 from pipeline.ollama_template import derive
 from pipeline.parity import Reference
 from pipeline.prompt_sources import Source, choose_renderers, make_renderer
-from pipeline.renderers import LlamaCppRenderer, OllamaRenderer, VllmRenderer
+from pipeline.renderers import EngineRenderer
 
 
 @pytest.fixture
@@ -61,21 +61,21 @@ def found_by_itself(stub, monkeypatch):
 def test_llamacpp_by_its_chat_template(stub, source, found_by_itself):
     url, answers = stub
     answers["/props"] = {"chat_template": source.template.source + "\n"}
-    assert found_by_itself("llamacpp", source) == ([LlamaCppRenderer(url)], {})
+    assert found_by_itself("llamacpp", source) == ([EngineRenderer("llamacpp", url)], {})
     answers["/props"] = {"chat_template": "another"}
     chosen, absent = found_by_itself("llamacpp", source)
     assert (chosen, "serves another model" in absent["llamacpp"]) == ([], True)
-    assert make_renderer("llamacpp", source, url=url) == LlamaCppRenderer(url)  # asked for: compared as it is
+    assert make_renderer("llamacpp", source, url=url) == EngineRenderer("llamacpp", url)  # asked for: compared as it is
 
 
 def test_vllm_by_its_folder(stub, source, found_by_itself):
     url, answers = stub
     answers["/v1/models"] = {"data": [{"id": "a", "root": "/elsewhere"}, {"id": "b", "root": str(source.folder)}]}
-    assert found_by_itself("vllm", source) == ([VllmRenderer(url, "b")], {})
-    assert choose_renderers(f"vllm={url}/v1#a", source) == ([VllmRenderer(url, "a")], {})
+    assert found_by_itself("vllm", source) == ([EngineRenderer("vllm", url, "b")], {})
+    assert choose_renderers(f"vllm={url}/v1#a", source) == ([EngineRenderer("vllm", url, "a")], {})
     answers["/v1/models"] = {"data": [{"id": "only", "root": "org/model"}]}
     assert found_by_itself("vllm", source)[0] == []
-    assert choose_renderers(f"vllm={url}", source) == ([VllmRenderer(url, "only")], {})
+    assert choose_renderers(f"vllm={url}", source) == ([EngineRenderer("vllm", url, "only")], {})
 
 
 def test_ollama_by_its_template(stub, source, found_by_itself):
@@ -83,7 +83,7 @@ def test_ollama_by_its_template(stub, source, found_by_itself):
     templates = {"x:latest": "{{ .Prompt }}", "soc:latest": derive(source.template).text}
     answers["/api/tags"] = {"models": [{"name": name} for name in templates]}
     answers["/api/show"] = lambda asked: {"template": templates[asked["model"]]}
-    assert found_by_itself("ollama", source) == ([OllamaRenderer(url, "soc:latest")], {})
+    assert found_by_itself("ollama", source) == ([EngineRenderer("ollama", url, "soc:latest")], {})
     del templates["soc:latest"]
     templates["y:latest"] = ""
     answers["/api/tags"] = {"models": [{"name": name} for name in templates]}

@@ -9,8 +9,9 @@ from threading import Thread
 import pytest
 
 from pipeline.conversation import Conversation
+from pipeline.engines.base import NotApplicable, Prompt
 from pipeline.errors import EngineError, ModelError
-from pipeline.renderers import GoRenderer, LlamaCppRenderer, NotApplicable, OllamaRenderer, Prompt, VllmRenderer
+from pipeline.renderers import EngineRenderer, GoRenderer
 
 USER = {"role": "user", "content": "Hi"}
 CALL = {
@@ -49,17 +50,17 @@ def stub():
 def test_llamacpp(stub):
     url, seen, answers = stub
     answers["/apply-template"], answers["/tokenize"] = (200, {"prompt": "text"}), (200, {"tokens": [1, 2]})
-    assert LlamaCppRenderer(url).render(CHAT) == Prompt("text", (1, 2))
+    assert EngineRenderer("llamacpp", url).render(CHAT) == Prompt("text", (1, 2))
     asked = seen[0][1]
     assert asked["messages"][1]["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"é": 1}'}
     assert (asked["tools"], asked["chat_template_kwargs"]) == ([TOOL], {"documents": [{"text": "d"}]})
-    assert seen[1] == ("/tokenize", {"content": "text", "add_special": False, "parse_special": True})
+    assert seen[1] == ("/tokenize", {"content": "text", "add_special": True, "parse_special": True})
 
 
 def test_vllm(stub):
     url, seen, answers = stub
     answers["/tokenize"], answers["/detokenize"] = (200, {"tokens": [3]}), (200, {"prompt": "three"})
-    renderer = VllmRenderer(url, "m")
+    renderer = EngineRenderer("vllm", url, "m")
     prompt = renderer.render(Conversation("c", (USER, {"role": "assistant", "content": "He"}), continued=True))
     assert prompt == Prompt(None, (3,))
     assert {name: seen[0][1][name] for name in ("model", "add_generation_prompt", "continue_final_message")} == {
@@ -73,18 +74,18 @@ def test_ollama(stub):
     url, seen, answers = stub
     answers["/api/chat"] = (200, {"_debug_info": {"rendered_template": "text"}})
     chat = Conversation("c", ({"role": "user", "content": [{"type": "text", "text": "a"}]}, CALL), (TOOL,))
-    assert OllamaRenderer(url, "m").render(chat) == Prompt("text")
+    assert EngineRenderer("ollama", url, "m").render(chat) == Prompt("text")
     asked = seen[0][1]
     assert (asked["_debug_render_only"], asked["stream"], asked["tools"]) == (True, False, [TOOL])
     assert asked["messages"][0]["content"] == "a"
     assert asked["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"é": 1}
     answers["/api/chat"] = (200, {"message": {}})
     with pytest.raises(EngineError, match="does not tell"):
-        OllamaRenderer(url, "m").render(chat)
+        EngineRenderer("ollama", url, "m").render(chat)
 
 
 def test_documents_cannot_be_sent_to_ollama(stub, now):
-    for renderer in (OllamaRenderer(stub[0], "m"), GoRenderer("{{ .Prompt }}", now)):
+    for renderer in (EngineRenderer("ollama", stub[0], "m"), GoRenderer("{{ .Prompt }}", now)):
         with pytest.raises(NotApplicable, match="no documents"):
             renderer.render(CHAT)
 
@@ -94,10 +95,10 @@ def test_refusals_keep_the_servers_words(stub, status, kind):
     url, _, answers = stub
     answers["/apply-template"] = (status, {"error": "why"})
     with pytest.raises(kind, match=str(status)) as caught:
-        LlamaCppRenderer(url).render(CHAT)
+        EngineRenderer("llamacpp", url).render(CHAT)
     assert "why" in caught.value.evidence
 
 
 def test_no_server():
     with pytest.raises(EngineError, match="does not answer"):
-        LlamaCppRenderer("http://127.0.0.1:9").render(CHAT)
+        EngineRenderer("llamacpp", "http://127.0.0.1:9").render(CHAT)

@@ -111,7 +111,8 @@ class TestParity:
             call("parity", "--template", files / "t.jinja", "--engines", "chat,vllm=http://127.0.0.1:9/v1")
 
     def test_difference_is_exit_code_1(self, files, monkeypatch):
-        from pipeline.renderers import JinjaRenderer, Prompt
+        from pipeline.engines.base import Prompt
+        from pipeline.renderers import JinjaRenderer
 
         monkeypatch.setattr(JinjaRenderer, "render", lambda self, conversation: Prompt("wrong"))
         with pytest.raises(VerificationFailed, match="141 prompts differ") as caught:

@@ -1,4 +1,3 @@
-import asyncio
 import json
 import sys
 from dataclasses import replace
@@ -8,6 +7,8 @@ import httpx
 import pytest
 
 from pipeline import engines
+from pipeline.conversation import Conversation
+from pipeline.engines.base import Prompt
 from pipeline.engines.llamacpp import LlamaCpp
 from pipeline.engines.llamacpp_plan import gguf_that_fits
 from pipeline.errors import InputError
@@ -162,18 +163,16 @@ def test_several_numa_nodes_are_used() -> None:
     assert plan.arguments[plan.arguments.index("--numa") + 1] == "distribute"
 
 
-def test_prompt_tokens_are_the_applied_template_tokenised_with_special_tokens() -> None:
+def test_the_prompt_is_the_applied_template_tokenised_with_special_tokens() -> None:
     seen = []
 
     def answer(request: httpx.Request) -> httpx.Response:
         seen.append((request.url.path, json.loads(request.content)))
         return httpx.Response(200, json={"prompt": "<|x|>hi"} if request.url.path == "/apply-template" else {"tokens": [5, 6]})
 
-    async def ask() -> list[int] | str:
-        async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://x") as client:
-            return await LlamaCpp().prompt_tokens(client, "m", [{"role": "user", "content": "hi"}], [{"type": "function"}])
-
-    assert asyncio.run(ask()) == [5, 6]
+    conversation = Conversation("c", ({"role": "user", "content": "hi"},), ({"type": "function"},))
+    with httpx.Client(transport=httpx.MockTransport(answer), base_url="http://x") as client:
+        assert LlamaCpp().prompt(client, "m", conversation) == Prompt("<|x|>hi", (5, 6))
     assert seen == [
         ("/apply-template", {"messages": [{"role": "user", "content": "hi"}], "tools": [{"type": "function"}]}),
         ("/tokenize", {"content": "<|x|>hi", "add_special": True, "parse_special": True}),

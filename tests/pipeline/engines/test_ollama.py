@@ -9,6 +9,8 @@ import httpx
 import pytest
 
 from pipeline import engines
+from pipeline.conversation import Conversation
+from pipeline.engines.base import Prompt
 from pipeline.engines.ollama import Ollama
 from pipeline.errors import EngineError, InputError
 from pipeline.machines import hardware_from
@@ -77,7 +79,7 @@ def test_an_absent_ollama_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) ->
 
 
 class _Server:
-    """Ollama's HTTP API as the notes describe it: blobs by digest, create, and prompts that are only rendered."""
+    """Ollama's HTTP API as the notes describe it: blobs by digest, and create."""
 
     def __init__(self, created: dict[str, Any], known: bool = False) -> None:
         self.created, self.known, self.seen = created, known, list[tuple[str, str, Any]]()
@@ -85,12 +87,10 @@ class _Server:
     async def __call__(self, request: httpx.Request) -> httpx.Response:
         content = await request.aread()
         path = request.url.path
-        body = json.loads(content) if path in ("/api/create", "/api/chat") else content
+        body = json.loads(content) if path == "/api/create" else content
         self.seen.append((request.method, path, body))
         if path == "/api/create":
             return httpx.Response(200, json=self.created)
-        if path == "/api/chat":
-            return httpx.Response(200, json={"_debug_info": {"rendered_template": "<|x|>hi"}} if self.known else {"message": {}})
         return httpx.Response(200 if self.known or request.method == "POST" else 404)
 
 
@@ -133,10 +133,10 @@ def test_a_refused_create_shows_ollama_s_words(tmp_path: Path) -> None:
 
 
 def test_the_prompt_is_the_rendered_text() -> None:
-    async def ask(server: _Server) -> list[int] | str:
-        async with httpx.AsyncClient(transport=httpx.MockTransport(server), base_url="http://x") as client:
-            return await Ollama().prompt_tokens(client, "m", [{"role": "user", "content": "hi"}], None)
-
-    assert asyncio.run(ask(_Server({}, known=True))) == "<|x|>hi"
-    with pytest.raises(EngineError, match="_debug_render_only"):
-        asyncio.run(ask(_Server({})))
+    answers = iter([{"_debug_info": {"rendered_template": "<|x|>hi"}}, {"message": {}}])
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, json=next(answers)))
+    conversation = Conversation("c", ({"role": "user", "content": "hi"},))
+    with httpx.Client(transport=transport, base_url="http://x") as client:
+        assert Ollama().prompt(client, "m", conversation) == Prompt("<|x|>hi")
+        with pytest.raises(EngineError, match="does not tell the prompt"):
+            Ollama().prompt(client, "m", conversation)

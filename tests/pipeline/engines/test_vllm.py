@@ -1,4 +1,3 @@
-import asyncio
 import json
 import sys
 from dataclasses import replace
@@ -8,6 +7,8 @@ import httpx
 import pytest
 
 from pipeline import engines
+from pipeline.conversation import Conversation
+from pipeline.engines.base import Prompt
 from pipeline.engines.vllm import Vllm
 from pipeline.errors import EngineError, InputError
 from pipeline.gpus import Gpu
@@ -313,26 +314,24 @@ def test_an_infeasible_plan_is_not_launched() -> None:
     assert "GGUF" in caught.value.remedy
 
 
-async def _tokens(handler: httpx.MockTransport, tools: list[dict[str, object]] | None = None) -> list[int] | str:
-    async with httpx.AsyncClient(transport=handler, base_url="http://x") as client:
-        return await Vllm().prompt_tokens(client, "m", [{"role": "user", "content": "hi"}], tools)
+def _prompt(handler: httpx.MockTransport, tools: tuple[dict[str, object], ...] | None = None) -> Prompt:
+    with httpx.Client(transport=handler, base_url="http://x") as client:
+        return Vllm().prompt(client, "m", Conversation("c", ({"role": "user", "content": "hi"},), tools))
 
 
-def test_prompt_tokens_come_from_tokenize() -> None:
+def test_the_prompt_comes_from_tokenize() -> None:
     seen = []
 
     def answer(request: httpx.Request) -> httpx.Response:
         seen.append((request.url.path, json.loads(request.content)))
         return httpx.Response(200, json={"tokens": [1, 2], "count": 2})
 
-    assert asyncio.run(_tokens(httpx.MockTransport(answer), [{"type": "function"}])) == [1, 2]
-    messages = [{"role": "user", "content": "hi"}]
-    assert seen == [
-        ("/tokenize", {"model": "m", "messages": messages, "add_generation_prompt": True, "tools": [{"type": "function"}]})
-    ]
+    assert _prompt(httpx.MockTransport(answer), ({"type": "function"},)) == Prompt(ids=(1, 2))
+    asked = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "tools": [{"type": "function"}]}
+    assert seen == [("/tokenize", {**asked, "add_generation_prompt": True, "continue_final_message": False})]
 
 
 def test_a_refused_question_shows_the_server_s_words() -> None:
     with pytest.raises(EngineError) as caught:
-        asyncio.run(_tokens(httpx.MockTransport(lambda _: httpx.Response(404, text="no such model"))))
+        _prompt(httpx.MockTransport(lambda _: httpx.Response(404, text="no such model")))
     assert (caught.value.message, caught.value.evidence) == ("POST /tokenize answered 404", "no such model")

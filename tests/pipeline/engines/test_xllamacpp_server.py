@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from pipeline.conversation import Conversation
 from pipeline.engines.xllamacpp_server import parser
 
 _INSTALLED = importlib.util.find_spec("xllamacpp") is not None
@@ -110,21 +111,16 @@ def test_it_serves_under_its_alias_and_ends_on_a_signal(server: tuple[subprocess
 
 @pytest.mark.slow
 def test_prompt_tokens_are_what_a_chat_feeds_the_model(server: tuple[subprocess.Popen[str], str]) -> None:
-    import asyncio
-
     from pipeline.engines.llamacpp import LlamaCpp
 
     process, url = server
     _wait(process, url)
     messages = [{"role": "user", "content": "A <|im_end|> inside, and ünïcode."}]
 
-    async def ask() -> list[int] | str:
-        async with httpx.AsyncClient(base_url=url) as client:
-            return await LlamaCpp().prompt_tokens(client, "soc", messages, None)
-
-    tokens = asyncio.run(ask())
+    with httpx.Client(base_url=url) as client:
+        prompt = LlamaCpp().prompt(client, "soc", Conversation("c", tuple(messages)))
     used = httpx.post(f"{url}/v1/chat/completions", json={"messages": messages, "max_tokens": 1}, timeout=60).json()["usage"]
-    assert len(tokens) == used["prompt_tokens"]
+    assert len(prompt.ids or ()) == used["prompt_tokens"]
 
 
 @pytest.mark.slow
