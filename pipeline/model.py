@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from pipeline.files import read_json
 from pipeline.gguf_header import read_gguf_header
 from pipeline.safetensors_header import TensorInfo, read_folder
 from pipeline.shape import Shape, shape_from_config, shape_from_gguf
+from pipeline.toolcalls import tool_format
 
 GIB = 2**30
 Format = Literal["safetensors", "gguf", "shape"]
@@ -22,7 +24,10 @@ _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "
 
 @dataclass(frozen=True)
 class Model:
-    """A model to serve: its shape, its format, dtype and quantisation on disk, its bytes, and where it is (None: shape only)."""
+    """A model to serve: its shape, its format, dtype and quantisation on disk, its bytes, and where it is (None: shape only).
+
+    ``tool_format`` is the form its chat template writes tool calls in (``pipeline.toolcalls``), None without tools.
+    """
 
     name: str
     shape: Shape
@@ -34,6 +39,7 @@ class Model:
     path: Path | None = None
     class_name: str = ""
     has_chat_template: bool = True
+    tool_format: str | None = None
 
     def weights_gib(self, dtype: str, quantization: str | None = None) -> float:
         """GiB of weights once loaded as ``dtype``, with linear layers quantised while loading when ``quantization`` is given.
@@ -75,6 +81,7 @@ class Model:
             raise ModelError(f"{path} has no *.safetensors", remedy="save the model with save_pretrained(...)")
         shape = shape_from_config(config, path)
         quantization = _checkpoint_quantization(config)
+        template = _template(path)
         return Model(
             name=path.resolve().name,
             shape=shape,
@@ -85,7 +92,8 @@ class Model:
             quantization=quantization,
             path=path,
             class_name=(config.get("architectures") or [""])[0],
-            has_chat_template=_has_template(path),
+            has_chat_template=bool(template),
+            tool_format=tool_format(template),
         )
 
     @staticmethod
@@ -110,6 +118,7 @@ class Model:
             path=path,
             class_name=header.architecture,
             has_chat_template="tokenizer.chat_template" in header.metadata,
+            tool_format=tool_format(str(header.metadata.get("tokenizer.chat_template", ""))),
         )
 
     @staticmethod
@@ -131,9 +140,12 @@ class Model:
             2 * size,
             size,
             class_name=_CLASSES["granitehybrid" if key in HYBRID_CLASS else shape.architecture],
+            tool_format=_TOOL_FORMATS.get(shape.vocab),
         )
 
 
+# vocabulary size of a published generation -> the form of its tool calls
+_TOOL_FORMATS = {49155: "granite", 49159: "granite", 100352: "granite4"}
 _CLASSES = {
     "granite": "GraniteForCausalLM",
     "granitemoe": "GraniteMoeForCausalLM",
@@ -155,8 +167,10 @@ def _stored_dtype(tensors: list[TensorInfo]) -> str:
     return _SAFETENSORS_DTYPES.get(largest, largest)
 
 
-def _has_template(folder: Path) -> bool:
+def _template(folder: Path) -> str:
+    """Source of the folder's chat template (of all of them, where it has several), "" without one."""
     if (folder / "chat_template.jinja").is_file():
-        return True
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     config = folder / "tokenizer_config.json"
-    return config.is_file() and "chat_template" in read_json(config)
+    found = read_json(config).get("chat_template") if config.is_file() else None
+    return found if isinstance(found, str) else json.dumps(found) if found else ""

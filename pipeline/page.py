@@ -17,7 +17,7 @@ from markupsafe import Markup
 from pipeline import __version__, charts
 from pipeline.answers import Comparison, compare, show, visible
 from pipeline.phrases import NONE, duration, first_line, flatten, listing, moment, percent, plain, points, was, words
-from pipeline.result import Backend, Check, Example, Result
+from pipeline.result import Backend, Check, Example, Feature, Result
 
 _TEMPLATES = Path(__file__).with_name("templates")
 _OPEN_EXAMPLES = 3
@@ -253,6 +253,9 @@ def _backend_table(backends: Sequence[Backend]) -> dict[str, Any]:
         "Exact": [percent(b.exact) for b in backends],
         "Prompt parity": [{True: "equal", False: "differs", None: NONE}[b.prompt_parity] for b in backends],
         "Stops": [percent(b.finish_stop) for b in backends],
+        "Raw control tokens": [injection(b) for b in backends],
+        "JSON schema": [feature(b.structured_output) for b in backends],
+        "Tool calls": [feature(b.tool_calls) for b in backends],
         "First token": [f"{b.ttft_ms.p50:.0f} / {b.ttft_ms.p95:.0f} ms" if b.ttft_ms else NONE for b in backends],
         "Tokens/s": [f"{b.tokens_per_second:.1f}" if b.tokens_per_second is not None else NONE for b in backends],
         "Ready in": [duration(b.ready_seconds) for b in backends],
@@ -261,6 +264,19 @@ def _backend_table(backends: Sequence[Backend]) -> dict[str, Any]:
     kept = {head: cells for head, cells in columns.items() if any(cell != NONE for cell in cells)}
     rows = [(b, [cells[i] for cells in kept.values()]) for i, b in enumerate(backends)]
     return {"heads": list(kept), "rows": rows}
+
+
+def injection(backend: Backend) -> str:
+    """What raw control tokens in a user's text do on this engine, in a word."""
+    found = backend.injection
+    return {True: "work", False: "stay text", None: NONE}[found.raw if found else None]
+
+
+def feature(tried: Feature | None) -> str:
+    """How trying a feature ended, in a word or two."""
+    if tried is None:
+        return NONE
+    return {"passed": "works", "failed": "fails", "not tested": "not tested"}.get(tried.result, "not supported")
 
 
 def _memory(backend: Backend) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ class Prober:
 
     async def chat(self, row: HeldOut) -> tuple[Answer, int]:
         """Greedy answer to a held-out prompt and the number of tokens it has."""
-        body = await self._post("/v1/chat/completions", self._body(row))
+        body = await self.post("/v1/chat/completions", self._body(row))
         choice = body["choices"][0]
         return Answer(choice["message"]["content"] or "", str(choice["finish_reason"])), int(body["usage"]["completion_tokens"])
 
@@ -85,19 +85,19 @@ class Prober:
         engine = engines.get(self.endpoint.engine)
         return await asyncio.to_thread(engine.prompt, self._plain, self.endpoint.model, conversation)
 
+    def body(self, messages: Sequence[Mapping[str, Any]], max_tokens: int) -> dict[str, Any]:
+        """A greedy chat request."""
+        return {"model": self.endpoint.model, "messages": list(messages), "max_tokens": max_tokens, "temperature": 0}
+
     def _body(self, row: HeldOut) -> dict[str, Any]:
-        body: dict[str, Any] = {
-            "model": self.endpoint.model,
-            "messages": list(row.messages),
-            "max_tokens": self.max_tokens,
-            "temperature": 0,
-        }
+        body = self.body(row.messages, self.max_tokens)
         return {**body, "tools": list(row.tools)} if row.tools else body
 
     async def _get(self, path: str) -> dict[str, Any]:
         return await self._json("GET", path, None)
 
-    async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """POST JSON and return the JSON answer; EngineError with the server's words."""
         return await self._json("POST", path, body)
 
     async def _json(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pipeline import charts, page
 from pipeline.answers import visible
 from pipeline.files import write_atomic, write_json
 from pipeline.phrases import NONE, percent
-from pipeline.result import Backend, Check, clean, parse
+from pipeline.result import Backend, Check, Result, clean, parse
 
 _STYLES = {"passed": "green", "failed": "bold red", "skipped": "dim", "warning": "yellow"}
 
@@ -82,7 +82,7 @@ def summary_table(result: Mapping[str, Any]) -> Table:
     colour = {"passed": "bold green", "failed": "bold red"}.get(verdict.state, "bold yellow")
     table = Table(
         title=Text(visible(verdict.title), style=colour),
-        caption=Text(visible(verdict.text)),
+        caption=Text("\n".join([visible(verdict.text), *_probe_lines(run)])),
         title_justify="left",
         caption_justify="left",
     )
@@ -94,6 +94,19 @@ def summary_table(result: Mapping[str, Any]) -> Table:
     for backend in run.backends:
         table.add_row(*_row(backend))
     return table
+
+
+def _probe_lines(run: Result) -> list[str]:
+    """A line a backend: what raw control tokens in a user's text would do, and which features were seen to work."""
+    found = []
+    for backend in run.backends:
+        tried = (("JSON schema", backend.structured_output), ("tool calls", backend.tool_calls))
+        parts = [f"{name}: {page.feature(tried)}" for name, tried in tried if tried]
+        if backend.injection:
+            parts.insert(0, backend.injection.detail)
+        if parts:
+            found.append(visible(f"{charts.title(backend.name)}: {'; '.join(parts)}"))
+    return found
 
 
 def _row(backend: Backend) -> list[Text]:

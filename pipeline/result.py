@@ -113,6 +113,22 @@ class Reason(_Open):
     source: str = ""
 
 
+class Injection(_Open):
+    """Whether control tokens in a user's text reach the model as such, raw and neutralised; None: unknown."""
+
+    raw: bool | None = None
+    neutralised: bool | None = None
+    how: str = "unknown"
+    detail: str = ""
+
+
+class Feature(_Open):
+    """A feature tried on an engine: ``result`` is passed, failed, not tested, or not supported by whom."""
+
+    result: str
+    detail: str = ""
+
+
 class Backend(_Open):
     """One engine: how it was started and what it answered."""
 
@@ -135,6 +151,9 @@ class Backend(_Open):
     memory_measured_gib: float | None = None
     checks: list[Check] = []
     install: str | None = None
+    injection: Injection | None = None
+    structured_output: Feature | None = None
+    tool_calls: Feature | None = None
 
 
 class Example(_Open):

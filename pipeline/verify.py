@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from pipeline import backends, checks, serving
-from pipeline.chat import ChatTemplate
 from pipeline.checks import Check
 from pipeline.config import Settings, resolved
-from pipeline.errors import InputError, PipelineError, VerificationFailed
+from pipeline.errors import PipelineError, VerificationFailed
 from pipeline.hardware import Hardware
+from pipeline.injection import probe as probe_injection
 from pipeline.manifest import Manifest
-from pipeline.neutralise import control_tokens, neutralise_message
+from pipeline.material import Material, read_material
+from pipeline.outcome import Outcome, absent, launched
 from pipeline.probe import Prober, Streamed, ask_all
 from pipeline.runs import RunFolder
-from pipeline.score import SPARE_TOKENS, Answer, HeldOut, read_held_out, score
+from pipeline.score import score
 from pipeline.serving import Endpoint, Options
-from pipeline.tokenizer import Tokenizer
+from pipeline.structured import structured_output, tool_call
 from pipeline.waiting import wait_for
 
 BACKENDS = ("vllm", "llamacpp", "ollama")
@@ -31,27 +30,6 @@ _EXAMPLES = 12
 _CONCURRENCY = 32
 # an embedded-base run on the built-in data is expected to learn the task; a user's own run decides for itself
 DEMO_MIN_EXACT = 0.8
-
-
-@dataclass(frozen=True)
-class Material:
-    """What a run is verified with: held-out rows, their prompts as the tokenizer makes them, reference answers."""
-
-    rows: list[HeldOut]
-    prompts: list[tuple[str, list[int]]]
-    base: list[Answer]
-    tuned: list[Answer]
-    tuned_score: dict[str, Any]
-    max_tokens: int
-
-
-@dataclass
-class Outcome:
-    """What one backend did: its report entry, its checks and its answers."""
-
-    entry: dict[str, Any]
-    checks: list[Check] = field(default_factory=list)
-    answers: list[Answer] = field(default_factory=list)
 
 
 def verify(run: RunFolder, names: Sequence[str], settings: Settings, progress: Callable[[str], None], *, keep: bool = False, limit: int | None = None) -> dict[str, Any]:  # fmt: skip
@@ -72,42 +50,16 @@ def verify(run: RunFolder, names: Sequence[str], settings: Settings, progress: C
     return report
 
 
-def read_material(run: RunFolder, limit: int | None = None) -> Material:
-    """Held-out rows (the first ``limit``), prompts and reference answers; InputError when a stage is missing."""
-    rows = [_clean(row, control_tokens(run.merged)) for row in read_held_out(run.heldout)][:limit]
-    references = {which: _read_answers(run.reference(which))[:limit] for which in ("base", "tuned")}
-    if any(len(answers) != len(rows) for answers in references.values()):
-        raise InputError(
-            "the reference answers do not match the held-out rows", remedy=f"granite-pipeline export --run {run.name}"
-        )
-    template, tokenizer = ChatTemplate.from_folder(run.merged), Tokenizer(run.merged)
-    texts = [template.render(row.messages, tools=row.tools, add_generation_prompt=True) for row in rows]
-    budget = SPARE_TOKENS + max(len(tokenizer.encode(row.expected)) for row in rows)
-    prompts = [(text, tokenizer.encode(text)) for text in texts]
-    tuned_score = score(rows, references["tuned"])
-    return Material(rows, prompts, references["base"], references["tuned"], tuned_score, budget)
-
-
-def _clean(row: HeldOut, controls: frozenset[str]) -> HeldOut:
-    return HeldOut(tuple(neutralise_message(message, controls) for message in row.messages), row.expected, row.tools)
-
-
-def _read_answers(path: Path) -> list[Answer]:
-    if not path.is_file():
-        raise InputError(f"{path}: no reference answers", remedy="granite-pipeline export makes them after the merge")
-    return [Answer(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def _backend(run: RunFolder, name: str, settings: Settings, material: Material, progress: Callable[[str], None], *, keep: bool) -> Outcome:  # fmt: skip
     attached = backends.find(run, name, settings) is not None
     started = backends.start(run, name, settings, Options(purpose="verify", owner=os.getpid()))
     if started.endpoint is None:
-        return _absent(name, started.status, started.reason)
+        return absent(name, started.status, started.reason)
     try:
         progress(f"{name}: {len(material.rows)} prompts")
         return wait_for(_question(started.endpoint, material, progress))
     except PipelineError as error:
-        return _absent(name, "failed", str(error), started.endpoint)
+        return absent(name, "failed", str(error), started.endpoint)
     finally:
         if not (keep and attached):
             serving.stop(run.path, name)
@@ -120,7 +72,10 @@ async def _question(endpoint: Endpoint, material: Material, progress: Callable[[
         first, _ = await prober.chat(rows[0])
         found.append(checks.verdict(f"{name}.chat", bool(first.text), f"answered {len(first.text)} characters"))
         parity = await checks.parity(prober, rows, material.prompts)
-        found.append(parity)
+        attacked, injection = await probe_injection(prober, material.yardstick)
+        obeyed, schema = await structured_output(prober, rows[0])
+        called, tools = await tool_call(prober, material.yardstick.template.source)
+        found += [parity, attacked, obeyed, called]
         streams = [await prober.stream(row) for row in rows[:_STREAMED]]
         count = 0
 
@@ -138,7 +93,7 @@ async def _question(endpoint: Endpoint, material: Material, progress: Callable[[
     status = "failed" if any(check.status == "failed" for check in found) else "passed"
     same = sum(answer.text.strip() == reference.text.strip() for answer, reference in zip(answers, material.tuned, strict=True))
     entry = {
-        **_launched(endpoint),
+        **launched(endpoint),
         "status": status,
         "reason": "; ".join(f"{c.id}: {c.detail}" for c in found if c.status == "failed") or None,
         # a prompt passes when the served answer is the one the trained model gives in process
@@ -149,6 +104,9 @@ async def _question(endpoint: Endpoint, material: Material, progress: Callable[[
         "finish_stop": scores["finish_stop"],
         "ttft_ms": {"p50": _percentile(streams, 0.5), "p95": _percentile(streams, 0.95)},
         "tokens_per_second": round(speed, 1),
+        "injection": injection,
+        "structured_output": schema,
+        "tool_calls": tools,
         "checks": [check.to_json() for check in found],
     }
     return Outcome(entry, found, answers)
@@ -162,48 +120,6 @@ def _concurrency(endpoint: Endpoint) -> int:
 def _percentile(streams: Sequence[Streamed], share: float) -> float:
     times = sorted(s.first_token for s in streams)
     return round(1000 * times[min(len(times) - 1, int(share * len(times)))], 1)
-
-
-def _launched(endpoint: Endpoint) -> dict[str, Any]:
-    plan, process = endpoint.plan or {}, endpoint.server
-    return {
-        "name": endpoint.engine,
-        "engine_version": endpoint.version,
-        "argv": list(process.argv) if process else None,
-        "env": process.env if process else None,
-        "ready_seconds": endpoint.ready_seconds,
-        "reasons": plan.get("reasons", []),
-        "memory_gib": plan.get("memory_gib"),
-        "memory_measured_gib": round(process.memory_gib(), 2) if process else None,
-    }
-
-
-_NOTHING = {
-    "engine_version": None, "argv": None, "ready_seconds": None, "exact": None, "prompt_parity": None,
-    "finish_stop": None, "ttft_ms": None, "tokens_per_second": None,
-}  # fmt: skip
-
-
-def _absent(name: str, status: str, reason: str, endpoint: Endpoint | None = None) -> Outcome:
-    """A backend without figures: skipped because it is not installed, or failed."""
-    check = Check(
-        f"{name}.available" if status == "skipped" else f"{name}.serving",
-        "skipped" if status == "skipped" else "failed",
-        reason,
-    )
-    what, _, install = reason.partition("; to have it: ")
-    known = _launched(endpoint) if endpoint else {}
-    entry = {
-        **_NOTHING,
-        **known,
-        "name": name,
-        "status": status,
-        "reason": what,
-        "install": install or None,
-        "prompts": {"total": 0, "passed": 0},
-        "checks": [check.to_json()],
-    }
-    return Outcome(entry, [check])
 
 
 def summary_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import httpx
 from pipeline.conversation import Conversation
 from pipeline.errors import EngineError, ModelError, PipelineError
 from pipeline.plan import Plan, Request
+from pipeline.toolcalls import Call
 
 # what a server says when the chat template, not the server, refuses the messages
 _REFUSED = (400, 422, 500)
@@ -23,6 +24,9 @@ class Prompt:
 
     text: str | None = None
     ids: tuple[int, ...] | None = None
+
+
+Body = dict[str, Any]
 
 
 class NotApplicable(Exception):
@@ -77,6 +81,27 @@ class Engine(Protocol):
         the engine does not tell its prompts or does not answer.
         """
         ...
+
+    def schema_requests(self, body: Body, schema: Body) -> list[tuple[str, Body]]:
+        """(path, body) of every way this engine has to answer a chat request by a JSON schema."""
+        ...
+
+    def force_call(self, body: Body, call: Call) -> Body | None:
+        """A chat request with ``tools`` changed so that the engine makes the model write a call; None where it cannot."""
+        ...
+
+
+class OpenAiRequests:
+    """Structured output and tool calls as OpenAI's API has them; engines that differ override."""
+
+    def schema_requests(self, body: Body, schema: Body) -> list[tuple[str, Body]]:
+        """``response_format`` with a JSON schema."""
+        wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+        return [("/v1/chat/completions", body | {"response_format": wanted})]
+
+    def force_call(self, body: Body, call: Call) -> Body | None:
+        """``tool_choice`` required."""
+        return body | {"tool_choice": "required"}
 
 
 def require_feasible(plan: Plan) -> None:

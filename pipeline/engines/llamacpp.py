@@ -11,12 +11,13 @@ import sys
 import httpx
 
 from pipeline.conversation import Conversation
-from pipeline.engines.base import Availability, Launch, Prompt, ask, openai_body, require_feasible
+from pipeline.engines.base import Availability, Body, Launch, OpenAiRequests, Prompt, ask, openai_body, require_feasible
 from pipeline.engines.llamacpp_plan import plan as _plan
 from pipeline.plan import Plan, Request
+from pipeline.toolcalls import Call
 
 
-class LlamaCpp:
+class LlamaCpp(OpenAiRequests):
     """llama.cpp's OpenAI-compatible server; both programs take the same flags.
 
     A ``llama-server`` on PATH comes first: its owner built it for this machine (GPU, AVX-512), the wheel is a portable AVX2 build.
@@ -49,6 +50,14 @@ class LlamaCpp:
         argv = (*prefix, *plan.arguments, "--host", host, "--port", str(port))
         name = request.served_name or request.model.name
         return Launch(self.name, argv, plan.environment, f"http://{host}:{port}", "/health", name, start_timeout=300.0)
+
+    def force_call(self, body: Body, call: Call) -> Body | None:
+        """``tool_choice`` required: from the opening on, llama.cpp's grammar for this chat template demands a call.
+
+        Without the opening the grammar lets a model talk for as long as it likes first.
+        """
+        opened = {"role": "assistant", "content": call.opening}
+        return body | {"tool_choice": "required", "messages": [*body["messages"], opened]}
 
     def prompt(self, client: httpx.Client, model: str, conversation: Conversation) -> Prompt:
         """Text and token IDs: ``/apply-template`` renders as chat completions do (a final assistant message is continued),

@@ -11,18 +11,19 @@ from typing import Any
 import httpx
 
 from pipeline.conversation import Conversation
-from pipeline.engines.base import Availability, Launch, NotApplicable, Prompt, ask, require_feasible
+from pipeline.engines.base import Availability, Body, Launch, NotApplicable, OpenAiRequests, Prompt, ask, require_feasible
 from pipeline.engines.ollama_plan import plan as _plan
 from pipeline.errors import EngineError
 from pipeline.files import sha256_file
 from pipeline.ollama_view import as_api
 from pipeline.plan import Plan, Request
+from pipeline.toolcalls import Call
 
 _INSTALL = "curl -fsSL https://ollama.com/install.sh | sh (macOS: brew install ollama), or set OLLAMA_BASE_URL to a running one"
 _CHUNK = 1 << 20
 
 
-class Ollama:
+class Ollama(OpenAiRequests):
     """Ollama's server. Limits of a model (context, GPU layers) are Modelfile parameters, not server flags."""
 
     name = "ollama"
@@ -72,6 +73,16 @@ class Ollama:
         )
         if answer.is_error or said.get("status") != "success":
             raise EngineError(f"Ollama could not create {name} ({answer.status_code})", evidence=str(said.get("error", said)))
+
+    def schema_requests(self, body: Body, schema: Body) -> list[tuple[str, Body]]:
+        """``response_format``, and Ollama's own ``format``."""
+        options = {"temperature": 0, "num_predict": body["max_tokens"]}
+        own = {"model": body["model"], "messages": body["messages"], "stream": False, "format": schema, "options": options}
+        return [*super().schema_requests(body, schema), ("/api/chat", own)]
+
+    def force_call(self, body: Body, call: Call) -> Body | None:
+        """Ollama ignores ``tool_choice``: None."""
+        return None
 
     def prompt(self, client: httpx.Client, model: str, conversation: Conversation) -> Prompt:
         """The rendered prompt as text, from ``_debug_render_only`` (the model is loaded first); Ollama tells no token IDs."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import httpx
 
 from pipeline.conversation import Conversation
-from pipeline.engines.base import Availability, Launch, Prompt
+from pipeline.engines.base import Availability, Launch, OpenAiRequests, Prompt
 from pipeline.errors import EngineError, InputError
 from pipeline.plan import Memory, Plan, Request
 
 _REMEDY = "set OPENAI_COMPATIBLE_BASE_URL to the running server"
 
 
-class OpenAiCompatible:
+class OpenAiCompatible(OpenAiRequests):
     """A server reached by URL only."""
 
     name = "openai"

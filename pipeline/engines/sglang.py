@@ -9,7 +9,7 @@ import sys
 import httpx
 
 from pipeline.conversation import Conversation
-from pipeline.engines.base import Availability, Launch, Prompt, require_feasible
+from pipeline.engines.base import Availability, Launch, OpenAiRequests, Prompt, require_feasible
 from pipeline.engines.sglang_plan import plan as _plan
 from pipeline.errors import EngineError
 from pipeline.plan import Plan, Request
@@ -18,7 +18,7 @@ _INSTALL = "python -m venv sglang-env && sglang-env/bin/pip install sglang, then
 _VERSION_CODE = "import importlib.metadata as m; print(m.version('sglang'))"
 
 
-class Sglang:
+class Sglang(OpenAiRequests):
     """SGLang's OpenAI-compatible server."""
 
     name = "sglang"

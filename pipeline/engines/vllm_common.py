@@ -5,9 +5,6 @@ from __future__ import annotations
 from pipeline.gpus import Gpu
 from pipeline.plan import Request, Setting
 
-# vocabulary size -> tool call parser of that Granite generation; the embedded base model has no tool tokens
-_TOOL_PARSERS = {49155: "granite", 49159: "granite", 100352: "granite4"}
-
 
 def identity(request: Request) -> list[Setting]:
     """Which model, under which name."""
@@ -24,13 +21,13 @@ def hub_id(name: str) -> str:
 
 
 def tool_parser(request: Request) -> list[Setting]:
-    """Tool calling for Granite generations that have it; not needed to verify answers."""
-    parser = _TOOL_PARSERS.get(request.model.shape.vocab)
-    if parser is None or request.purpose == "verify":
+    """Tool calling in the form of the model's chat template, where it has tools."""
+    parser = request.model.tool_format
+    if parser is None:
         return []
     return [
         Setting("--enable-auto-tool-choice", None, "requests with tools are refused without it"),
-        Setting("--tool-call-parser", parser, "the format this Granite generation writes tool calls in"),
+        Setting("--tool-call-parser", parser, "the form in which the chat template writes tool calls"),
     ]
 
 

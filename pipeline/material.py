@@ -1,0 +1,54 @@
+"""What a run is verified with: held-out rows, the prompts they make, and the answers given in process."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import InputError
+from pipeline.injection import Yardstick
+from pipeline.neutralise import neutralise_message
+from pipeline.runs import RunFolder
+from pipeline.score import SPARE_TOKENS, Answer, HeldOut, read_held_out, score
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a run is verified with: held-out rows, their prompts as the tokenizer makes them, reference answers."""
+
+    rows: list[HeldOut]
+    prompts: list[tuple[str, list[int]]]
+    base: list[Answer]
+    tuned: list[Answer]
+    tuned_score: dict[str, Any]
+    max_tokens: int
+    yardstick: Yardstick
+
+
+def read_material(run: RunFolder, limit: int | None = None) -> Material:
+    """Held-out rows (the first ``limit``), prompts and reference answers; InputError when a stage is missing."""
+    yardstick = Yardstick.of_folder(run.merged)
+    rows = [_clean(row, yardstick.controls) for row in read_held_out(run.heldout)][:limit]
+    references = {which: _read_answers(run.reference(which))[:limit] for which in ("base", "tuned")}
+    if any(len(answers) != len(rows) for answers in references.values()):
+        raise InputError(
+            "the reference answers do not match the held-out rows", remedy=f"granite-pipeline export --run {run.name}"
+        )
+    template, tokenizer = yardstick.template, yardstick.tokenizer
+    texts = [template.render(row.messages, tools=row.tools, add_generation_prompt=True) for row in rows]
+    budget = SPARE_TOKENS + max(len(tokenizer.encode(row.expected)) for row in rows)
+    prompts = [(text, tokenizer.encode(text)) for text in texts]
+    tuned_score = score(rows, references["tuned"])
+    return Material(rows, prompts, references["base"], references["tuned"], tuned_score, budget, yardstick)
+
+
+def _clean(row: HeldOut, controls: frozenset[str]) -> HeldOut:
+    return HeldOut(tuple(neutralise_message(message, controls) for message in row.messages), row.expected, row.tools)
+
+
+def _read_answers(path: Path) -> list[Answer]:
+    if not path.is_file():
+        raise InputError(f"{path}: no reference answers", remedy="granite-pipeline export makes them after the merge")
+    return [Answer(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,108 @@
+"""Structured output and tool calls, tried on a running engine: facts for the report, and what fails verification.
+
+A small model may never call a tool of its own accord, so each engine is made to: its own grammar makes the model write a call
+and its own parser must find it. Not covered: whether the model calls the right tool when it is free to.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline import engines
+from pipeline.checks import Check
+from pipeline.errors import EngineError
+from pipeline.probe import Prober
+from pipeline.score import HeldOut
+from pipeline.toolcalls import ARGUMENTS, NAME, QUESTION, example_call, tool_format
+
+_MAX_TOKENS = 64
+# a server that is not ours to configure may lack a feature without failing verification
+_FOREIGN = "openai"
+
+
+class Colour(BaseModel):
+    """An answer no model trained on a user's data would give by itself, so that only an obeyed schema explains it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    colour: Literal["red", "green"]
+    count: int = Field(ge=0, le=9)
+
+
+def colour_schema() -> dict[str, Any]:
+    """The JSON schema that engines are asked to obey."""
+    schema = Colour.model_json_schema()
+    return {key: schema[key] for key in ("type", "properties", "required", "additionalProperties")}
+
+
+async def structured_output(prober: Prober, row: HeldOut) -> tuple[Check, dict[str, Any]]:
+    """Whether an answer obeys a JSON schema (``response_format``; for Ollama also its own ``format``)."""
+    name = prober.endpoint.engine
+    check_id, seen = f"{name}.structured_output", []
+    for path, body in engines.get(name).schema_requests(prober.body(row.messages, _MAX_TOKENS), colour_schema()):
+        try:
+            text = _content(await prober.post(path, body))
+            Colour.model_validate_json(text)
+        except EngineError as error:
+            return _refused(check_id, name, f"{path} refuses a schema: {error.message} {error.evidence}")
+        except ValidationError as error:
+            wrong = error.errors(include_url=False)[0]["msg"]
+            return _outcome(check_id, "failed", f"{path} does not obey the JSON schema: {text[:200]!r} ({wrong})")
+        seen.append(f"{path} obeys a JSON schema: {Colour.model_validate_json(text).model_dump_json()}")
+    return _outcome(check_id, "passed", "; ".join(seen))
+
+
+async def tool_call(prober: Prober, template: str) -> tuple[Check, dict[str, Any]]:
+    """Whether a tool call in the chat template's own form comes back as ``tool_calls``."""
+    name = prober.endpoint.engine
+    check_id, form = f"{name}.tool_calls", tool_format(template)
+    if form is None:
+        return _outcome(check_id, "skipped", "the chat template has no tool calls", "not supported by the model's chat template")
+    call = example_call(form)
+    body = prober.body([QUESTION], _MAX_TOKENS) | {"tools": [call.tool]}
+    forced = engines.get(name).force_call(body, call)
+    try:
+        message = (await prober.post("/v1/chat/completions", forced or body))["choices"][0]["message"]
+    except EngineError as error:
+        return _refused(check_id, name, f"refuses tools: {error.message} {error.evidence}")
+    calls = message.get("tool_calls") or []
+    if calls and _is_call(calls[0]):
+        how = "made to call a function" if forced else "asked to call a function"
+        return _outcome(check_id, "passed", f"{how}, the call came back as tool_calls")
+    answer = str(message.get("content") or "")[:200]
+    if forced is None:
+        text = f"cannot be tested: the engine has no way to demand a call, and the model answered {answer!r} instead"
+        return _outcome(check_id, "skipped", text, "not tested")
+    if calls:
+        return _outcome(check_id, "failed", f"the call came back changed: {json.dumps(calls)[:300]}")
+    return _outcome(check_id, "failed", f"a demanded call did not come back as tool_calls; the answer is {answer!r}")
+
+
+def _is_call(call: Mapping[str, Any]) -> bool:
+    function = call.get("function") or {}
+    try:
+        return function.get("name") == NAME and json.loads(function.get("arguments") or "") == ARGUMENTS
+    except ValueError:
+        return False
+
+
+def _content(answer: Mapping[str, Any]) -> str:
+    """Text of an OpenAI answer, or of Ollama's own."""
+    message = answer["choices"][0]["message"] if "choices" in answer else answer.get("message", {})
+    return str(message.get("content") or "")
+
+
+def _refused(check_id: str, engine: str, detail: str) -> tuple[Check, dict[str, Any]]:
+    if engine == _FOREIGN:
+        return _outcome(check_id, "skipped", detail, "not supported by this engine")
+    return _outcome(check_id, "failed", detail)
+
+
+def _outcome(
+    check_id: str, status: Literal["passed", "failed", "skipped"], detail: str, result: str | None = None
+) -> tuple[Check, dict[str, Any]]:
+    return Check(check_id, status, detail), {"result": result or status, "detail": detail}
