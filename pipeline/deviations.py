@@ -15,7 +15,13 @@ from pipeline.conversation import Conversation
 from pipeline.ollama_view import merged, remade_tools, reordered_tools
 
 # Ways an engine may take; Ollama renders with TEMPLATE or hands the chat to llama.cpp (``granite-pipeline modelfile --explain``).
-_PATHS = {"go": ("template",), "ollama": ("template", "ollama-jinja"), "llamacpp": ("llamacpp",), "vllm": ("vllm",)}
+_PATHS = {
+    "go": ("template",),
+    "modelfile": ("template",),
+    "ollama": ("template", "ollama-jinja"),
+    "llamacpp": ("llamacpp",),
+    "vllm": ("vllm",),
+}
 Change = Callable[[Conversation, str], Conversation]
 
 

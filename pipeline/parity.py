@@ -11,7 +11,7 @@ from pipeline.chat import ChatTemplate, Tokenizer
 from pipeline.conversation import Conversation, load_suite
 from pipeline.deviations import predictions
 from pipeline.engines.base import NotApplicable, Prompt
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, VerificationFailed
 from pipeline.ollama_template import OllamaTemplate
 from pipeline.ollama_view import as_api, restored
 from pipeline.prompt_causes import explain_difference
@@ -89,6 +89,21 @@ def compare(reference: Reference, renderers: Sequence[Renderer], conversations: 
     return Matrix(tuple(_cell(reference, renderer, one) for one in suite for renderer in renderers))
 
 
+def require_same(matrix: Matrix, problems: Sequence[str] = ()) -> None:
+    """Raise VerificationFailed with each cause once when a prompt differs unexplained, or the files have other problems."""
+    if matrix.passed and not problems:
+        return
+    causes: dict[str, Cell] = {}
+    for cell in matrix.differences:
+        causes.setdefault(f"{cell.renderer}: {cell.detail.partition(';')[0]}", cell)
+    seen = [f"{cause} (first in {cell.conversation})" for cause, cell in causes.items()]
+    count = len(matrix.differences)
+    what = (
+        f"{count} prompts differ from the tokenizer's for no listed reason" if count else "the run's files disagree about prompts"
+    )
+    raise VerificationFailed(what, evidence="\n".join([*problems, *seen[:20]]))
+
+
 def go_differences(derived: OllamaTemplate, template: ChatTemplate, now: datetime | None = None) -> list[str]:
     """Unexplained differences between a TEMPLATE run by Go and the chat template, one line each."""
     clock = now or datetime.now()
@@ -120,7 +135,7 @@ def _cell(reference: Reference, renderer: Renderer, conversation: Conversation) 
 
 def _listed(reference: Reference, renderer: str, conversation: Conversation, prompt: Prompt) -> tuple[str, ...]:
     """The deviations that predict this prompt exactly; empty when none does."""
-    sent = as_api(conversation) if renderer in ("go", "ollama") else conversation
+    sent = as_api(conversation) if renderer in ("go", "modelfile", "ollama") else conversation
     for changed, used in predictions(renderer, sent, reference.template.source):
         try:
             predicted = restored(render_chat(reference.template, changed, reference.now))

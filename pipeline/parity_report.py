@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -14,8 +14,8 @@ from pipeline.parity import Matrix
 _MARKS = {"equal": Text("=", "green"), "listed": Text("~", "yellow"), "not applicable": Text("·", "dim")}
 
 
-def print_matrix(matrix: Matrix, absent: Mapping[str, str], console: Console | None = None) -> None:
-    """Print conversations by renderers, then what the marks mean: listed deviations, differences, absent renderers."""
+def print_matrix(matrix: Matrix, absent: Mapping[str, str], problems: Sequence[str] = (), console: Console | None = None) -> None:
+    """Print conversations by renderers, then what the marks mean: listed deviations, differences, absent renderers, problems."""
     out = console or Console()
     names = list(dict.fromkeys(cell.renderer for cell in matrix.cells))
     table = Table("conversation", *names, title="Prompts compared with the tokenizer's chat template")
@@ -36,3 +36,5 @@ def print_matrix(matrix: Matrix, absent: Mapping[str, str], console: Console | N
         out.print(Text(f"skipped {name}: {reason}", "dim"))
     for cell in matrix.differences:
         out.print(Text(f"{cell.conversation} / {cell.renderer}: {cell.detail}", "red"))
+    for problem in problems:
+        out.print(Text(problem, "bold red"))

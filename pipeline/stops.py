@@ -82,14 +82,26 @@ def repair_stops(files: StopFiles, end: Token, vocabulary: Mapping[str, int]) ->
 
 def repair_folder(folder: Path) -> list[str]:
     """Repair a model folder's files in place, each atomically; the sentences say what changed, empty when all agreed."""
-    paths = [folder / f"{name}.json" for name in ("config", "generation_config", "tokenizer_config")]
-    before = StopFiles(*(read_json(path) if path.is_file() else {} for path in paths))
-    vocabulary = special_ids(folder)
+    before, vocabulary = _stop_files(folder), special_ids(folder)
     after, notes = repair_stops(before, turn_end(ChatTemplate.from_folder(folder), vocabulary), vocabulary)
-    for path, old, new in zip(paths, _parts(before), _parts(after), strict=True):
+    for path, old, new in zip(_paths(folder), _parts(before), _parts(after), strict=True):
         if old != new:
             write_json(path, dict(new))
     return notes
+
+
+def folder_problems(folder: Path, end: Token, vocabulary: Mapping[str, int]) -> list[str]:
+    """What :func:`repair_folder` would have to change, as problems; the cause first when eos and pad have changed places."""
+    files = _stop_files(folder)
+    after, notes = repair_stops(files, end, vocabulary)
+    here = tuple(f"{path.name}:" for path in _paths(folder) if path.is_file())  # an absent file contradicts nothing
+    found = [note.replace(" is now ", " should be ") for note in notes if note.startswith(here)]
+    pad = after.config.get("pad_token_id")
+    if any(
+        values.get("eos_token_id") == pad and values.get("pad_token_id") == end.id for values in (files.config, files.generation)
+    ):
+        found.insert(0, "eos and pad are swapped")
+    return found
 
 
 def special_ids(folder: Path) -> dict[str, int]:
@@ -102,6 +114,8 @@ def gguf_problems(metadata: Mapping[str, Any], end: Token) -> list[str]:
     """What a GGUF's metadata says about end and pad tokens that is wrong; empty when it stops where training stopped."""
     problems = []
     known = metadata.get("tokenizer.ggml.eos_token_id")
+    if known != end.id and metadata.get("tokenizer.ggml.padding_token_id") == end.id:
+        problems.append("eos and pad are swapped in the GGUF")
     if known != end.id and metadata.get("tokenizer.ggml.eot_token_id") != end.id:
         problems.append(f"the GGUF's eos_token_id is {known}, but {end.id} ({end.text}) ends a turn: answers would not stop")
     if metadata.get("tokenizer.ggml.padding_token_id") == end.id:
@@ -120,6 +134,14 @@ def _pad(known: str | None, end: Token, vocabulary: Mapping[str, int]) -> Token:
         f"the pad token is {known}, which ends a turn and so must be learned, and the tokenizer has no other to pad with",
         remedy="add a special token <|pad|> to the tokenizer",
     )
+
+
+def _paths(folder: Path) -> list[Path]:
+    return [folder / f"{name}.json" for name in ("config", "generation_config", "tokenizer_config")]
+
+
+def _stop_files(folder: Path) -> StopFiles:
+    return StopFiles(*(read_json(path) if path.is_file() else {} for path in _paths(folder)))
 
 
 def _parts(files: StopFiles) -> tuple[Mapping[str, Any], ...]:

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipeline import backends, checks, serving
+from pipeline.artefacts import run_checks
 from pipeline.checks import Check
 from pipeline.config import Settings, resolved
 from pipeline.errors import PipelineError, VerificationFailed
@@ -154,7 +155,7 @@ def _assemble(run: RunFolder, material: Material, outcomes: dict[str, Outcome]) 
     tuning = manifest.stage("finetune")
     result, inputs = tuning["result"], tuning["inputs"]
     evaluation = {"base": score(material.rows, material.base), "tuned": material.tuned_score}
-    found = [*_line_checks(result, inputs, evaluation), *(c for o in outcomes.values() for c in o.checks)]
+    found = [*_line_checks(result, inputs, evaluation), *run_checks(run), *(c for o in outcomes.values() for c in o.checks)]
     served = [o for o in outcomes.values() if o.entry["status"] != "skipped"]
     if not served:
         found.append(Check("backends", "failed", "no backend could be started on this machine"))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipeline.errors import InputError, VerificationFailed
+from pipeline.errors import InputError
 from pipeline.runs import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 
 RunName = Annotated[str | None, typer.Option("--run", help="Name of a run; its merged model's chat template is used.")]
@@ -60,32 +61,49 @@ def parity(
     engines: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated: chat, transformers, go, llamacpp, vllm, ollama; NAME=URL#MODEL for a server elsewhere."
+            help="Comma-separated: chat, transformers, go, merged, gguf, modelfile, llamacpp, vllm, ollama; NAME=URL#MODEL for a server elsewhere."
         ),
     ] = None,
+    start: Annotated[
+        bool, typer.Option("--start", help="Start the run's llama.cpp, vLLM and Ollama where installed, and stop them again.")
+    ] = False,
     as_json: AsJson = False,
     output: Output = DEFAULT_OUTPUT,
 ) -> None:
     """Compare the prompt of every renderer with the tokenizer's, over the conversation suite.
 
-    Without --engines all that are here are compared: servers are looked for on their usual local ports and taken when they
-    serve this model; what is left out is named. Exit code 1 when a prompt differs for no listed reason.
+    Without --engines all that are here are compared: the run's own files (merged, gguf, modelfile), its servers that are up
+    (--start brings them up), and servers on the usual local ports that serve this model; what is left out is named. The truth is
+    the chat template the run was trained with; end and pad tokens are checked too. Exit code 1 when anything differs for no
+    listed reason.
 
-    Example: granite-pipeline parity --run generic --engines chat,go,llamacpp=http://127.0.0.1:8005
+    Examples:
+      granite-pipeline parity --start
+      granite-pipeline parity --run generic --engines chat,gguf,llamacpp=http://127.0.0.1:8005
     """
-    from pipeline.parity import compare
+    from pipeline import config
+    from pipeline.artefacts import prompt_problems
+    from pipeline.parity import compare, require_same
     from pipeline.parity_report import print_matrix
-    from pipeline.prompt_sources import choose_renderers, read_source
+    from pipeline.parity_servers import Running, run_servers
+    from pipeline.prompt_sources import SERVERS, choose_renderers, read_source
 
     source = read_source(run, template, output, None)
-    chosen, absent = choose_renderers(engines, source)
-    matrix = compare(source.reference, chosen)
+    if start and source.run is None:
+        raise InputError("--start starts the servers of a run", remedy="give --run instead of --template")
+    names = [name for name in SERVERS if engines is None or name in engines.split(",")]
+    servers = run_servers(source.run, names, config.load(), start=start) if source.run else nullcontext(Running())
+    with servers as running:
+        chosen, absent = choose_renderers(engines, source, running.renderers)
+        matrix = compare(source.reference, chosen)
+    problems = prompt_problems(source.run) if source.run else []
+    absent |= running.absent
     if as_json:
-        typer.echo(json.dumps({**matrix.to_json(), "skipped": absent}, ensure_ascii=False))
+        found = {**matrix.to_json(), "passed": matrix.passed and not problems, "problems": problems, "skipped": absent}
+        typer.echo(json.dumps(found, ensure_ascii=False))
     else:
-        print_matrix(matrix, absent)
-    if not matrix.passed:
-        raise VerificationFailed(f"{len(matrix.differences)} prompts differ from the tokenizer's for no listed reason")
+        print_matrix(matrix, absent, problems)
+    require_same(matrix, problems)
 
 
 def modelfile(

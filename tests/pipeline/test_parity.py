@@ -112,7 +112,7 @@ def test_matrix_as_json_and_on_the_terminal(embedded, now):
     matrix = compare(Reference(embedded, now), [Said(Prompt(text), "chat"), llama], [FULL])
     assert matrix.to_json()["counts"] == {"chat": {"equal": 1}, "llamacpp": {"different": 1}}
     out = StringIO()
-    print_matrix(matrix, {"vllm": "no server"}, Console(file=out, width=200))
+    print_matrix(matrix, {"vllm": "no server"}, (), Console(file=out, width=200))
     shown = out.getvalue()
     assert "skipped vllm: no server" in shown
     assert "expected 'd\"" in shown

@@ -13,6 +13,7 @@ from pipeline.ollama_template import derive
 from pipeline.parity import Reference
 from pipeline.prompt_sources import Source, choose_renderers, make_renderer
 from pipeline.renderers import EngineRenderer
+from pipeline.runs import RunFolder
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def stub():
 
 @pytest.fixture
 def source(embedded, now, tmp_path):
-    return Source(Reference(embedded, now), tmp_path)
+    return Source(Reference(embedded, now), RunFolder("r", tmp_path))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from pipeline.chat import ChatTemplate
 from pipeline.errors import ModelError
 from pipeline.files import read_json, write_json
-from pipeline.stops import StopFiles, Token, gguf_problems, repair_folder, repair_stops, special_ids, turn_end
+from pipeline.stops import StopFiles, Token, folder_problems, gguf_problems, repair_folder, repair_stops, special_ids, turn_end
 
 END = Token("<|end_of_text|>", 0)
 VOCABULARY = {"<|end_of_text|>": 0, "<fim_pad>": 4, "<|start_of_role|>": 5}
@@ -89,7 +89,7 @@ def test_folder_is_repaired_in_place(tokenizer_folder, tmp_path):
     [
         ({"eos_token_id": 0, "padding_token_id": 4}, []),
         ({"eos_token_id": 7, "eot_token_id": 0}, []),
-        ({"eos_token_id": 4, "padding_token_id": 0}, ["answers would not stop", "pads with 0"]),
+        ({"eos_token_id": 4, "padding_token_id": 0}, ["eos and pad are swapped", "answers would not stop", "pads with 0"]),
         ({"eos_token_id": 0, "add_bos_token": True}, ["adds its bos token"]),
     ],
 )
@@ -97,3 +97,17 @@ def test_gguf(metadata, problems):
     found = gguf_problems({f"tokenizer.ggml.{name}": value for name, value in metadata.items()}, END)
     assert len(found) == len(problems)
     assert all(part in text for part, text in zip(problems, found, strict=True))
+
+
+def test_folder_problems_say_what_repair_would_change(tokenizer_folder, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / name).write_bytes((tokenizer_folder / name).read_bytes())
+    ids = special_ids(tmp_path)
+    end, pad = Token("<|end_of_text|>", ids["<|end_of_text|>"]), ids["<|pad|>"]
+    assert folder_problems(tmp_path, end, ids) == []
+    write_json(tmp_path / "config.json", {"eos_token_id": pad, "pad_token_id": end.id})
+    assert folder_problems(tmp_path, end, ids) == [
+        "eos and pad are swapped",
+        f"config.json: eos_token_id {pad} should be {end.id} (<|end_of_text|>), which ends a turn",
+        f"config.json: pad_token_id {end.id} should be {pad} (<|pad|>)",
+    ]

@@ -31,7 +31,8 @@ def _words(text: str) -> list[str]:
 def test_an_avx2_cpu_gets_float32_and_a_bounded_kv_cache() -> None:
     plan = _plan("cpu-2c-24g", "granite-4.0-350m", "verify")
     assert plan.arguments == _words(
-        "--model ibm-granite/granite-4.0-350m --served-model-name m --dtype float32 --max-model-len 4096 --max-num-seqs 32 --enforce-eager"
+        "--model ibm-granite/granite-4.0-350m --served-model-name m --dtype float32 --max-model-len 4096 --max-num-seqs 32 --enforce-eager "
+        "--enable-auto-tool-choice --tool-call-parser granite4"
     )
     assert plan.environment == {
         **_QUIET,
@@ -110,7 +111,8 @@ def test_two_a10g_serve_the_30b_quantised_over_both() -> None:
     plan = _plan("2xa10g", "granite-4.1-30b", "verify")
     assert plan.arguments == _words(
         "--model ibm-granite/granite-4.1-30b --served-model-name m --dtype bfloat16 --max-model-len 4096 --max-num-seqs 16 "
-        "--gpu-memory-utilization 0.92 --quantization fp8 --tensor-parallel-size 2 --enforce-eager"
+        "--gpu-memory-utilization 0.92 --quantization fp8 --tensor-parallel-size 2 --enforce-eager "
+        "--enable-auto-tool-choice --tool-call-parser granite4"
     )
     assert plan.memory.weights == pytest.approx(27.27 / 2, rel=0.01)
 
