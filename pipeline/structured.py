@@ -17,7 +17,7 @@ from pipeline.checks import Check
 from pipeline.errors import EngineError
 from pipeline.probe import Prober
 from pipeline.score import HeldOut
-from pipeline.toolcalls import ARGUMENTS, NAME, QUESTION, example_call, tool_format
+from pipeline.toolcalls import ARGUMENTS, MARKS, NAME, QUESTION, example_call, tool_format
 
 _MAX_TOKENS = 64
 # a server that is not ours to configure may lack a feature without failing verification
@@ -62,6 +62,9 @@ async def tool_call(prober: Prober, template: str) -> tuple[Check, dict[str, Any
     check_id, form = f"{name}.tool_calls", tool_format(template)
     if form is None:
         return _outcome(check_id, "skipped", "the chat template has no tool calls", "not supported by the model's chat template")
+    if form not in engines.get(name).call_forms:
+        text = f"not supported: {name} does not find calls in the form of this chat template ({MARKS[form]})"
+        return _outcome(check_id, "skipped", text, "not supported by this engine for this chat template")
     call = example_call(form)
     body = prober.body([QUESTION], _MAX_TOKENS) | {"tools": [call.tool]}
     forced = engines.get(name).force_call(body, call)

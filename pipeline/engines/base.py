@@ -12,7 +12,7 @@ import httpx
 from pipeline.conversation import Conversation
 from pipeline.errors import EngineError, ModelError, PipelineError
 from pipeline.plan import Plan, Request
-from pipeline.toolcalls import Call
+from pipeline.toolcalls import MARKS, Call
 
 # what a server says when the chat template, not the server, refuses the messages
 _REFUSED = (400, 422, 500)
@@ -61,6 +61,8 @@ class Engine(Protocol):
 
     name: str
     default_port: int
+    # forms of tool calls (``pipeline.toolcalls``) that the engine finds in an answer
+    call_forms: tuple[str, ...]
 
     def available(self) -> Availability:
         """Look for the program or package, without starting it."""
@@ -93,6 +95,8 @@ class Engine(Protocol):
 
 class OpenAiRequests:
     """Structured output and tool calls as OpenAI's API has them; engines that differ override."""
+
+    call_forms: tuple[str, ...] = tuple(MARKS)
 
     def schema_requests(self, body: Body, schema: Body) -> list[tuple[str, Body]]:
         """``response_format`` with a JSON schema."""

@@ -25,6 +25,8 @@ class LlamaCpp(OpenAiRequests):
 
     name = "llamacpp"
     default_port = 8005
+    # it learns the form from the chat template's past calls, and Granite 3's template writes none
+    call_forms: tuple[str, ...] = ("granite4",)
 
     def available(self) -> Availability:
         """Look for ``llama-server`` on PATH and for the xllamacpp wheel, without starting a server."""

