@@ -33,19 +33,19 @@ def free_port() -> int:
 class Process:
     """A server as a process group of its own; ended with the test."""
 
-    def __init__(self, code: str, *arguments: object, log: Path) -> None:
-        self.port, self.log = free_port(), log
-        argv = [sys.executable, "-c", code, str(arguments[0]), str(self.port), *map(str, arguments[1:])]
+    def __init__(self, argv: list[str], port: int, log: Path, **environment: str) -> None:
+        self.port, self.log = port, log
         with log.open("wb") as out:
-            self.process = subprocess.Popen(argv, stdout=out, stderr=out, start_new_session=True)
+            env = {**os.environ, **environment}
+            self.process = subprocess.Popen(argv, stdout=out, stderr=out, start_new_session=True, env=env)
 
-    def url(self, timeout: float) -> str:
+    def url(self, timeout: float, ready: str = "/health") -> str:
         end = time.monotonic() + timeout
         while time.monotonic() < end:
             if self.process.poll() is not None:
                 pytest.fail(f"server ended with {self.process.returncode}: {self.log.read_text()[-2000:]}")
             try:
-                if httpx.get(f"http://127.0.0.1:{self.port}/health", timeout=2).status_code == 200:
+                if httpx.get(f"http://127.0.0.1:{self.port}{ready}", timeout=2).status_code == 200:
                     return f"http://127.0.0.1:{self.port}"
             except httpx.HTTPError:
                 pass
@@ -64,4 +64,17 @@ def llama(gguf: Path, template: str, folder: Path) -> Process:
     """llama.cpp on a GGUF, with this chat template."""
     path = folder / "template.jinja"
     path.write_text(template, encoding="utf-8")
-    return Process(LLAMA, gguf, path, log=folder / "llama.log")
+    return python(LLAMA, gguf, path, log=folder / "llama.log")
+
+
+def python(code: str, model: Path, *more: object, log: Path) -> Process:
+    """A server as Python code, given a model, a free port and more arguments."""
+    port = free_port()
+    return Process([sys.executable, "-c", code, str(model), str(port), *map(str, more)], port, log)
+
+
+def ollama(folder: Path) -> Process:
+    """``ollama serve`` with models of its own."""
+    port = free_port()
+    settings = {"OLLAMA_HOST": f"127.0.0.1:{port}", "OLLAMA_MODELS": str(folder / "models")}
+    return Process(["ollama", "serve"], port, folder / "ollama.log", **settings)

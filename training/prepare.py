@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.chat import ChatTemplate, assistant_spans
-from pipeline.errors import DataError, ModelError
-from pipeline.files import read_json
+from pipeline.errors import DataError
 from pipeline.neutralise import control_tokens, neutralise_message
+from pipeline.stops import special_ids, turn_end
 from training.data import Row
 
 IGNORED = -100
@@ -53,7 +52,7 @@ class Preparer:
         self.template = ChatTemplate.from_folder(folder)
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.controls = control_tokens(folder)
-        self.eos_id = _eos_id(folder, self.tokenizer)
+        self.eos_id = turn_end(self.template, special_ids(folder)).id
 
     def clean(self, row: Row) -> Row:
         """The row with control tokens inside its texts turned into ordinary text."""
@@ -93,12 +92,3 @@ class Preparer:
             tuple(e.where for e in examples if len(e.input_ids) > max_length),
             sum(before.messages != after.messages for before, after in zip(rows, clean, strict=True)),
         )
-
-
-def _eos_id(folder: Path, tokenizer: Any) -> int:
-    token = read_json(folder / "tokenizer_config.json").get("eos_token")
-    token = token["content"] if isinstance(token, dict) else token
-    found = tokenizer.token_to_id(token) if token else None
-    if found is None:
-        raise ModelError(f"{folder}/tokenizer_config.json: eos_token {token!r} is not in the vocabulary")
-    return int(found)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import shutil
 import struct
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -123,3 +126,23 @@ def gguf(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     convert(base, path, name="tiny")
     return path
+
+
+@pytest.fixture(scope="session")
+def ollama_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A live Ollama: the one at OLLAMA_HOST (or its usual port), else ``ollama`` on PATH with models of its own."""
+    import httpx
+    import servers
+
+    url = os.environ.get("OLLAMA_HOST") or "http://127.0.0.1:11434"
+    url = url if "://" in url else f"http://{url}"
+    try:
+        httpx.get(f"{url}/api/version", timeout=2).raise_for_status()
+    except httpx.HTTPError:
+        if shutil.which("ollama") is None:
+            pytest.skip("no Ollama answers and none is on PATH: install it, or set OLLAMA_HOST")
+    else:
+        yield url
+        return
+    with servers.ollama(tmp_path_factory.mktemp("ollama")) as server:
+        yield server.url(60, "/api/version")

@@ -1,15 +1,13 @@
-"""Prompt parity on the real servers: llama.cpp from the wheel, vLLM's rendering server (its own code, no weights), a live Ollama."""
+"""Prompt parity on the real servers: llama.cpp from the wheel, vLLM's rendering server (its own code, no weights)."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 from dataclasses import dataclass
 from datetime import datetime
 
-import httpx
 import pytest
-from servers import Process, llama
+from servers import llama, python
 
 from pipeline.chat import ChatTemplate, Tokenizer
 from pipeline.conversation import Conversation, load_suite
@@ -87,7 +85,7 @@ def test_llamacpp_with_a_mutated_template_is_caught(base, gguf, embedded, tmp_pa
 def vllm(base, tmp_path_factory):
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed: pip install 'granite-pipeline[serve]'")
-    with Process(VLLM, base, log=tmp_path_factory.mktemp("vllm") / "vllm.log") as server:
+    with python(VLLM, base, log=tmp_path_factory.mktemp("vllm") / "vllm.log") as server:
         yield server.url(240)
 
 
@@ -103,29 +101,3 @@ def test_vllm_uses_the_folders_own_template(base, vllm):
     renderer = EngineRenderer("vllm", vllm, "m")
     case = load_suite()[0]
     assert renderer.detokenize(renderer.render(case)) == render_chat(template, case, datetime.now())
-
-
-@pytest.mark.ollama
-def test_ollama_feeds_what_its_go_path_or_its_jinja_path_would(gguf, embedded):
-    """Creates and removes a model of its own."""
-    from pipeline.files import sha256_file
-    from pipeline.modelfile import build_modelfile, parse_modelfile, to_create_request
-
-    url = os.environ.get("OLLAMA_HOST") or "http://127.0.0.1:11434"
-    url = url if "://" in url else f"http://{url}"
-    try:
-        httpx.get(f"{url}/api/version", timeout=2).raise_for_status()
-    except httpx.HTTPError:
-        pytest.skip("no Ollama answers: install it, or set OLLAMA_HOST")
-    text = build_modelfile(gguf=str(gguf), template=embedded, system='Say "hi" {{ x }}\n', parameters={"num_ctx": 4096})
-    digest, name = f"sha256:{sha256_file(gguf)}", "granite-pipeline-parity-test"
-    httpx.post(f"{url}/api/blobs/{digest}", content=gguf.read_bytes(), timeout=300).raise_for_status()
-    request = to_create_request(parse_modelfile(text), digest, name)
-    httpx.post(f"{url}/api/create", json=request, timeout=300).raise_for_status()
-    try:
-        shown = httpx.post(f"{url}/api/show", json={"model": name}, timeout=60).json()
-        assert (shown["system"], shown["template"]) == (parse_modelfile(text).system, parse_modelfile(text).template)
-        with_system = [case for case in load_suite() if case.messages[0]["role"] == "system"]
-        assert compare(Reference(embedded, datetime.now()), [EngineRenderer("ollama", url, name)], with_system).differences == []
-    finally:
-        httpx.request("DELETE", f"{url}/api/delete", json={"model": name}, timeout=60)
