@@ -31,6 +31,13 @@ def tool_parser(request: Request) -> list[Setting]:
     ]
 
 
+def structured_outputs() -> list[Setting]:
+    """JSON answers without white space of the model's choosing: a small model may pad with it until the token limit."""
+    wanted = '{"backend":"guidance","disable_any_whitespace":true}'
+    why = "JSON by schema comes compact: left free, a small model pads it with white space until the token limit"
+    return [Setting("--structured-outputs-config", wanted, why)]
+
+
 def template_warning(request: Request) -> list[str]:
     """A folder without a chat template refuses every chat, and only when asked."""
     if request.model.has_chat_template:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pipeline.engines import alternatives
 from pipeline.engines.flags import VLLM
-from pipeline.engines.vllm_common import common_environment, identity, refusal, template_warning, tool_parser
+from pipeline.engines.vllm_common import common_environment, identity, refusal, structured_outputs, template_warning, tool_parser
 from pipeline.memory import kv_gib, mamba_gib, vllm_cpu_activation_gib, vllm_cpu_overhead_gib
 from pipeline.overrides import Overrides
 from pipeline.plan import Memory, Plan, Purpose, Request, Setting
@@ -142,7 +142,7 @@ def _settings(request: Request, sizes: _Sizes) -> list[Setting]:
     if sizes.eager:
         why = "starts in half the time; compiling pays off only later" if compiler else "torch.compile finds no C++ compiler here"
         settings.append(Setting("--enforce-eager", None, why))
-    settings += tool_parser(request)
+    settings += [*tool_parser(request), *structured_outputs()]
     settings.append(Setting(_KV, str(sizes.kv), "GiB of KV cache; unset, vLLM reserves most of the RAM"))
     return settings + _threads(cpu.cores) + common_environment(request.model.path is not None)
 

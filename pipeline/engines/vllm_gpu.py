@@ -7,7 +7,7 @@ from dataclasses import replace
 from pipeline.engines import alternatives
 from pipeline.engines.flags import VLLM
 from pipeline.engines.gpu_fit import Choice, Fit, Wish, alike, best, choices, legal_tensor_parallel
-from pipeline.engines.vllm_common import common_environment, identity, refusal, template_warning, tool_parser
+from pipeline.engines.vllm_common import common_environment, identity, refusal, structured_outputs, template_warning, tool_parser
 from pipeline.errors import InputError
 from pipeline.gpus import Gpu
 from pipeline.memory import default_max_num_seqs, utilization
@@ -153,7 +153,7 @@ def _settings(request: Request, wish: Wish, fit: Fit) -> list[Setting]:
                 "a third of the mamba state per request, so three times the requests",
             )
         )
-    return settings + tool_parser(request) + common_environment(request.model.path is not None)
+    return settings + tool_parser(request) + structured_outputs() + common_environment(request.model.path is not None)
 
 
 def _why_dtype(gpu: Gpu, dtype: str) -> str:

@@ -77,6 +77,8 @@ def test_a_real_server_answers_as_the_trained_model_does(report: dict[str, Any],
     backend = next(entry for entry in report["backends"] if entry["name"] == name)
     assert backend["status"] == "passed", backend["reason"]
     assert backend["prompt_parity"] is True
+    assert (backend["structured_output"]["result"], backend["tool_calls"]["result"]) == ("passed", "passed"), backend
+    assert (backend["injection"]["raw"], backend["injection"]["neutralised"]) == (True, False)
     assert backend["prompts"]["total"] == HELD_OUT
     assert abs(backend["exact"] - report["eval"]["tuned"]["exact"]) <= 0.05
     assert backend["tokens_per_second"] > 0

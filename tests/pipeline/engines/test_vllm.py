@@ -24,6 +24,9 @@ def _plan(machine: str, shape: str, purpose: Purpose = "serve", **overrides: str
     return Vllm().plan(Request(Model.from_shape(shape), hardware_from(machine), purpose, "m", overrides))
 
 
+_COMPACT = '--structured-outputs-config {"backend":"guidance","disable_any_whitespace":true}'
+
+
 def _words(text: str) -> list[str]:
     return text.split()
 
@@ -32,7 +35,7 @@ def test_an_avx2_cpu_gets_float32_and_a_bounded_kv_cache() -> None:
     plan = _plan("cpu-2c-24g", "granite-4.0-350m", "verify")
     assert plan.arguments == _words(
         "--model ibm-granite/granite-4.0-350m --served-model-name m --dtype float32 --max-model-len 4096 --max-num-seqs 32 --enforce-eager "
-        "--enable-auto-tool-choice --tool-call-parser granite4"
+        "--enable-auto-tool-choice --tool-call-parser granite4 " + _COMPACT
     )
     assert plan.environment == {
         **_QUIET,
@@ -48,7 +51,7 @@ def test_a_bfloat16_cpu_serves_compiled() -> None:
     plan = _plan("cpu-16c-64g-bf16", "granite-4.0-h-tiny")
     assert plan.arguments == _words(
         "--model ibm-granite/granite-4.0-h-tiny --served-model-name m --dtype bfloat16 --max-model-len 8192 --max-num-seqs 32 "
-        "--enable-auto-tool-choice --tool-call-parser granite4"
+        "--enable-auto-tool-choice --tool-call-parser granite4 " + _COMPACT
     )
     assert plan.environment == {**_QUIET, "VLLM_CPU_KVCACHE_SPACE": "6"}
 
@@ -76,7 +79,7 @@ def test_a_local_folder_is_served_offline(tmp_path: Path) -> None:
 def test_l4_serves_the_8b_unquantised() -> None:
     assert _plan("l4", "granite-4.1-8b").arguments == _words(
         "--model ibm-granite/granite-4.1-8b --served-model-name m --dtype bfloat16 --max-model-len 10240 --max-num-seqs 20 "
-        "--gpu-memory-utilization 0.92 --enable-auto-tool-choice --tool-call-parser granite4"
+        "--gpu-memory-utilization 0.92 --enable-auto-tool-choice --tool-call-parser granite4 " + _COMPACT
     )
 
 
@@ -92,7 +95,7 @@ def test_rtx_4060_serves_the_8b_in_4_bits_and_says_why() -> None:
     assert plan.arguments == _words(
         "--model ibm-granite/granite-4.1-8b --served-model-name m --dtype bfloat16 --max-model-len 4096 --max-num-seqs 6 "
         "--gpu-memory-utilization 0.85 --quantization bitsandbytes --kv-cache-dtype fp8 --enforce-eager "
-        "--enable-auto-tool-choice --tool-call-parser granite4"
+        "--enable-auto-tool-choice --tool-call-parser granite4 " + _COMPACT
     )
     reason = next(s.reason for s in plan.flags if s.name == "--quantization")
     assert reason.startswith("16-bit weights take 15.6 GiB")
@@ -112,7 +115,7 @@ def test_two_a10g_serve_the_30b_quantised_over_both() -> None:
     assert plan.arguments == _words(
         "--model ibm-granite/granite-4.1-30b --served-model-name m --dtype bfloat16 --max-model-len 4096 --max-num-seqs 16 "
         "--gpu-memory-utilization 0.92 --quantization fp8 --tensor-parallel-size 2 --enforce-eager "
-        "--enable-auto-tool-choice --tool-call-parser granite4"
+        "--enable-auto-tool-choice --tool-call-parser granite4 " + _COMPACT
     )
     assert plan.memory.weights == pytest.approx(27.27 / 2, rel=0.01)
 
