@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
-from pipeline import backends, serving
-from pipeline.config import Settings
+from pipeline import backends, config, serving
+from pipeline.artefacts import prompt_problems
 from pipeline.errors import EngineError
+from pipeline.parity import Matrix, compare
+from pipeline.prompt_sources import SERVERS, Source, choose_renderers
 from pipeline.renderers import EngineRenderer
 from pipeline.runs import RunFolder
 from pipeline.serving import Options, Target
@@ -26,13 +29,37 @@ class Running:
     absent: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Compared:
+    """The matrix, what else is wrong in the run's files, and the renderers that were left out, with the reason."""
+
+    matrix: Matrix
+    problems: list[str]
+    absent: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        passed = self.matrix.passed and not self.problems
+        return {**self.matrix.to_json(), "passed": passed, "problems": self.problems, "skipped": self.absent}
+
+
+def compare_here(source: Source, engines: str | None, *, start: bool) -> Compared:
+    """Compare the renderers named (default: all that are here), with the run's own servers; ``start`` brings those up."""
+    run = source.run
+    names = [name for name in SERVERS if engines is None or name in engines.split(",")]
+    with run_servers(run, names, start=start) if run else nullcontext(Running()) as running:
+        chosen, absent = choose_renderers(engines, source, running.renderers)
+        matrix = compare(source.reference, chosen)
+    return Compared(matrix, prompt_problems(run) if run else [], absent | running.absent)
+
+
 @contextmanager
-def run_servers(run: RunFolder, names: Sequence[str], settings: Settings, *, start: bool) -> Iterator[Running]:
+def run_servers(run: RunFolder, names: Sequence[str], *, start: bool) -> Iterator[Running]:
     """The run's servers of these engines; those started here are stopped at the end.
 
     An engine that is not installed is left out with its reason; one that does not come up raises EngineError.
     """
-    found, mine = Running(), list[str]()
+    found, mine, settings = Running(), list[str](), config.load()
     try:
         for name in names:
             endpoint = serving.attach(name, Target.of_run(run, name)) if (run.path / "servers").is_dir() else None

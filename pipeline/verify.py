@@ -73,10 +73,8 @@ async def _question(endpoint: Endpoint, material: Material, progress: Callable[[
         first, _ = await prober.chat(rows[0])
         found.append(checks.verdict(f"{name}.chat", bool(first.text), f"answered {len(first.text)} characters"))
         parity = await checks.parity(prober, rows, material.prompts)
-        attacked, injection = await probe_injection(prober, material.yardstick)
-        obeyed, schema = await structured_output(prober, rows[0])
-        called, tools = await tool_call(prober, material.yardstick.template.source)
-        found += [parity, attacked, obeyed, called]
+        probed, facts = await _probe(prober, material)
+        found += [parity, *probed]
         streams = [await prober.stream(row) for row in rows[:_STREAMED]]
         count = 0
 
@@ -105,12 +103,20 @@ async def _question(endpoint: Endpoint, material: Material, progress: Callable[[
         "finish_stop": scores["finish_stop"],
         "ttft_ms": {"p50": _percentile(streams, 0.5), "p95": _percentile(streams, 0.95)},
         "tokens_per_second": round(speed, 1),
-        "injection": injection,
-        "structured_output": schema,
-        "tool_calls": tools,
+        **facts,
         "checks": [check.to_json() for check in found],
     }
     return Outcome(entry, found, answers)
+
+
+async def _probe(prober: Prober, material: Material) -> tuple[list[Check], dict[str, Any]]:
+    """What attacks, JSON schemas and tool calls do here: checks, and their part of the report entry."""
+    probes = {
+        "injection": await probe_injection(prober, material.yardstick),
+        "structured_output": await structured_output(prober, material.rows[0]),
+        "tool_calls": await tool_call(prober, material.yardstick.template.source),
+    }
+    return [check for check, _ in probes.values()], {name: facts for name, (_, facts) in probes.items()}
 
 
 def _concurrency(endpoint: Endpoint) -> int:

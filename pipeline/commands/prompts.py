@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -81,29 +80,20 @@ def parity(
       granite-pipeline parity --start
       granite-pipeline parity --run generic --engines chat,gguf,llamacpp=http://127.0.0.1:8005
     """
-    from pipeline import config
-    from pipeline.artefacts import prompt_problems
-    from pipeline.parity import compare, require_same
+    from pipeline.parity import require_same
     from pipeline.parity_report import print_matrix
-    from pipeline.parity_servers import Running, run_servers
-    from pipeline.prompt_sources import SERVERS, choose_renderers, read_source
+    from pipeline.parity_servers import compare_here
+    from pipeline.prompt_sources import read_source
 
     source = read_source(run, template, output, None)
     if start and source.run is None:
         raise InputError("--start starts the servers of a run", remedy="give --run instead of --template")
-    names = [name for name in SERVERS if engines is None or name in engines.split(",")]
-    servers = run_servers(source.run, names, config.load(), start=start) if source.run else nullcontext(Running())
-    with servers as running:
-        chosen, absent = choose_renderers(engines, source, running.renderers)
-        matrix = compare(source.reference, chosen)
-    problems = prompt_problems(source.run) if source.run else []
-    absent |= running.absent
+    found = compare_here(source, engines, start=start)
     if as_json:
-        found = {**matrix.to_json(), "passed": matrix.passed and not problems, "problems": problems, "skipped": absent}
-        typer.echo(json.dumps(found, ensure_ascii=False))
+        typer.echo(json.dumps(found.to_json(), ensure_ascii=False))
     else:
-        print_matrix(matrix, absent, problems)
-    require_same(matrix, problems)
+        print_matrix(found.matrix, found.absent, found.problems)
+    require_same(found.matrix, found.problems)
 
 
 def modelfile(
