@@ -13,7 +13,7 @@ opt = $(if $($(1)),$(2) '$($(1))')
 TRAIN_OPTIONS = $(call opt,BASE,--base) $(call opt,DATA,--data) $(call opt,EVAL_DATA,--eval-data) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor run test check lab train export modelfile verify report status stop clean \
+.PHONY: help setup doctor run test check lab train export modelfile parity verify report status stop clean \
         train-serve-ollama train-serve-vllm train-serve-llamacpp
 
 help: ## list the targets
@@ -63,6 +63,9 @@ train-serve-vllm: train export ## fine-tune, export, then serve with vLLM until 
 
 train-serve-llamacpp: train export ## fine-tune, export, then serve with llama.cpp until Ctrl-C
 	$(PIPELINE) serve llamacpp $(RUN)
+
+parity: $(STAMP) ## compare the prompts of the run's files and engines with the tokenizer's, 141 conversations
+	$(PIPELINE) parity --run '$(NAME)' --output '$(OUTPUT)' --start
 
 verify: $(STAMP) ## question every backend of a run and write its report
 	$(PIPELINE) verify $(RUN) $(call opt,BACKENDS,--backends) $(ARGS)

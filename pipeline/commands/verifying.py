@@ -35,7 +35,8 @@ def verify(
     """Put the held-out prompts to every backend and write report.html, report.json and junit.xml.
 
     A server of this run that is up is used and left running; a backend that is not is started and stopped again. A backend that
-    is not installed is skipped, with the command that installs it. Exit code 1 when any check fails.
+    is not installed is skipped, with the command that installs it. Each is also tried with control tokens in a user's text, a JSON
+    schema and a demanded tool call. Exit code 1 when any check fails.
 
     Example: granite-pipeline verify --backends llamacpp --limit 50
     """
