@@ -127,4 +127,5 @@ class EngineRenderer:
 @lru_cache(maxsize=8)
 def _client(url: str) -> httpx.Client:
     """One client for all requests to a server: making one costs more than a request does."""
-    return httpx.Client(base_url=url, timeout=_TIMEOUT)
+    # no connection is kept, so that a client that is dropped from the cache leaves nothing open
+    return httpx.Client(base_url=url, timeout=_TIMEOUT, limits=httpx.Limits(max_keepalive_connections=0))

@@ -56,7 +56,7 @@ class RendererWith(EngineRenderer):
 
 def test_llamacpp_feeds_the_tokenizers_ids(base, gguf, template, tmp_path):
     with llama(gguf, template.source, tmp_path) as server:
-        url, now = server.url(60), datetime.now()
+        url, now = server.url(180), datetime.now()
         matrix = compare(Reference(template, now, Tokenizer(base)), [EngineRenderer("llamacpp", url)])
         assert matrix.differences == []
         assert matrix.counts()["llamacpp"]["listed"] == (8 if "<think>" in template.source else 3)
@@ -76,7 +76,7 @@ def test_llamacpp_with_a_mutated_template_is_caught(base, gguf, embedded, tmp_pa
     cases = [case for case in load_suite() if case.id in ("system-user", "tools-one-system")]
     with llama(gguf, mutated.source, tmp_path) as server:
         reference = Reference(embedded, datetime.now(), Tokenizer(base))
-        matrix = compare(reference, [JinjaRenderer(embedded, reference.now), EngineRenderer("llamacpp", server.url(60))], cases)
+        matrix = compare(reference, [JinjaRenderer(embedded, reference.now), EngineRenderer("llamacpp", server.url(180))], cases)
     assert {cell.renderer for cell in matrix.differences} == {"llamacpp"}
     assert any(cell.conversation == "tools-one-system" for cell in matrix.differences)
 

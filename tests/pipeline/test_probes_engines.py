@@ -21,7 +21,7 @@ def test_llamacpp(base, gguf, template, tmp_path):
     yardstick = Yardstick(template, Yardstick.of_folder(base).tokenizer, Yardstick.of_folder(base).controls)
     row = HeldOut(({"role": "user", "content": "hi"},), "x")
     with llama(gguf, template.source, tmp_path) as server:
-        endpoint = Endpoint("llamacpp", server.url(60), "")
+        endpoint = Endpoint("llamacpp", server.url(180), "")
 
         async def ask() -> list[tuple[object, dict[str, object]]]:
             async with Prober(endpoint, 8) as prober:

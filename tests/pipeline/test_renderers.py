@@ -102,3 +102,13 @@ def test_refusals_keep_the_servers_words(stub, status, kind):
 def test_no_server():
     with pytest.raises(EngineError, match="does not answer"):
         EngineRenderer("llamacpp", "http://127.0.0.1:9").render(CHAT)
+
+
+def test_a_client_holds_no_connection_between_requests(stub):
+    """A cached client that is dropped must leave no socket open: warnings are errors here."""
+    from pipeline.renderers import _client
+
+    url, _, answers = stub
+    answers["/apply-template"], answers["/tokenize"] = (200, {"prompt": "text"}), (200, {"tokens": [1]})
+    EngineRenderer("llamacpp", url).render(CHAT)
+    assert _client(url)._transport._pool.connections == []

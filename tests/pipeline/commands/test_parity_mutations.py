@@ -172,6 +172,6 @@ def test_a_real_llamacpp_with_a_mutated_template(base, gguf, tmp_path, name):
     run = tmp_path / "out" / "r"
     shutil.copytree(base, run / "merged_fp16")
     with llama(gguf, EMBEDDED_TEMPLATE.replace(old, new), tmp_path) as server:
-        code, said = parity(run, f"chat,llamacpp={server.url(60)}")
+        code, said = parity(run, f"chat,llamacpp={server.url(180)}")
     assert code == 1
     assert f"llamacpp: {cause}" in said

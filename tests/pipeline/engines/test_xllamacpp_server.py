@@ -86,7 +86,7 @@ def server() -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 def _wait(process: subprocess.Popen[str], url: str) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline and process.poll() is None:
         try:
             if httpx.get(f"{url}/health").status_code == 200:
