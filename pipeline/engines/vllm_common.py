@@ -33,7 +33,7 @@ def tool_parser(request: Request) -> list[Setting]:
 
 def structured_outputs() -> list[Setting]:
     """JSON answers without white space of the model's choosing: a small model may pad with it until the token limit."""
-    wanted = '{"backend":"guidance","disable_any_whitespace":true}'
+    wanted = '{"backend":"xgrammar","disable_any_whitespace":true}'
     why = "JSON by schema comes compact: left free, a small model pads it with white space until the token limit"
     return [Setting("--structured-outputs-config", wanted, why)]
 

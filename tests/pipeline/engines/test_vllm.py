@@ -24,7 +24,7 @@ def _plan(machine: str, shape: str, purpose: Purpose = "serve", **overrides: str
     return Vllm().plan(Request(Model.from_shape(shape), hardware_from(machine), purpose, "m", overrides))
 
 
-_COMPACT = '--structured-outputs-config {"backend":"guidance","disable_any_whitespace":true}'
+_COMPACT = '--structured-outputs-config {"backend":"xgrammar","disable_any_whitespace":true}'
 
 
 def _words(text: str) -> list[str]:
