@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from pipeline.deviations import DEVIATIONS
@@ -18,7 +18,7 @@ def print_matrix(matrix: Matrix, absent: Mapping[str, str], problems: Sequence[s
     """Print conversations by renderers, then what the marks mean: listed deviations, differences, absent renderers, problems."""
     out = console or Console()
     names = list(dict.fromkeys(cell.renderer for cell in matrix.cells))
-    table = Table("conversation", *names, title="Prompts compared with the tokenizer's chat template")
+    table = Table(Column("conversation", overflow="fold"), *names, title="Prompts compared with the tokenizer's chat template")
     rows: dict[str, dict[str, Text]] = {}
     for cell in matrix.cells:
         rows.setdefault(cell.conversation, {})[cell.renderer] = _MARKS.get(cell.status, Text("DIFFERS", "bold red"))
