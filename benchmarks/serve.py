@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -129,6 +130,18 @@ def measure(engine: Engine, plan: Plan, variant: Variant, request: Request, work
     return Result(variant.name, ready, rss, plan.memory.total, tuple(loads), launch.argv, dict(launch.env))
 
 
+def median(several: Sequence[Result]) -> Result:
+    """The round in the middle at each level of concurrency; a setting that did not start once is that failure."""
+    if failed := next((r for r in several if r.failed), None):
+        return failed
+    levels = zip(*(r.loads for r in several), strict=True)
+    middle = tuple(sorted(loads, key=lambda load: load.tokens_per_second)[len(loads) // 2] for loads in levels)
+    first = several[0]
+    return replace(
+        first, ready=statistics.median(r.ready for r in several), rss_gib=max(r.rss_gib for r in several), loads=middle
+    )
+
+
 @dataclass(frozen=True)
 class Work:
     """The load: prompts, requests per level, tokens per answer; logs go to ``folder``."""
@@ -193,12 +206,15 @@ def main(argv: list[str] | None = None) -> int:
     if args.only:
         variants = [v for v in variants if v.name in args.only.split(",")]
     args.out.mkdir(parents=True, exist_ok=True)
+    rounds: dict[str, list[Result]] = {}
     results: list[Result] = []
-    for variant in variants:
-        results.append(measure(engine, plan, variant, request, work))
-        sys.stderr.write(table(results[-1:]).splitlines()[-1] + "\n")
+    name = engine.name + ("-sweep" if args.sweep else "")
+    # round by round, not setting by setting: a busy minute of the machine then hurts every setting alike
+    for variant in variants * args.repeat:
+        rounds.setdefault(variant.name, []).append(measure(engine, plan, variant, request, work))
+        sys.stderr.write(table(rounds[variant.name][-1:]).splitlines()[-1] + "\n")
         sys.stderr.flush()
-        name = engine.name + ("-sweep" if args.sweep else "")
+        results = [median(several) for several in rounds.values()]
         (args.out / f"{name}.json").write_text(json.dumps([asdict(r) for r in results], indent=2) + "\n")
     sys.stdout.write(table(results) + "\n")
     if any(not r.failed for r in results):
@@ -216,6 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sweep", action="store_true", help="also the plan with one key setting changed at a time")
     parser.add_argument("--no-compare", action="store_true", help="leave out defaults and guides")
     parser.add_argument("--only", default="", help="comma-separated names of settings to measure")
+    parser.add_argument("--repeat", type=int, default=1, help="rounds over all settings; the middle one is shown")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for JSON and plot")
     return parser
 
