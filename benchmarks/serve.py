@@ -119,7 +119,7 @@ def measure(engine: Engine, plan: Plan, variant: Variant, request: Request, work
         # the first answers of a server pay for caches and lazy compilation that no later one pays for
         put_load(launch.url, launch.model, work.prompts[:2], 2, 8)
         loads = []
-        for level in LEVELS:
+        for level in work.requests:
             count = min(len(work.prompts), work.requests[level])
             loads.append(put_load(launch.url, launch.model, work.prompts[:count], level, work.max_tokens))
         rss = process.memory_gib()
@@ -154,7 +154,9 @@ class Work:
 
 def table(results: Sequence[Result]) -> str:
     """A Markdown table, best speed at the highest level first among the sweep."""
-    head = ["setting", "ready, s", "RSS, GiB", *(f"tok/s at {n}" for n in LEVELS), *(f"TTFT p50/p95 ms at {n}" for n in LEVELS)]
+    shown = next((r.loads for r in results if r.loads), ())
+    levels = [load.concurrency for load in shown] or LEVELS
+    head = ["setting", "ready, s", "RSS, GiB", *(f"tok/s at {n}" for n in levels), *(f"TTFT p50/p95 ms at {n}" for n in levels)]
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
     for r in results:
         cells = [r.variant, "did not start: " + r.failed.replace("\n", " ")] if r.failed else _cells(r)
@@ -177,7 +179,7 @@ def plot(results: Sequence[Result], engine: str, path: Path) -> None:
 
     shown = [r for r in results if not r.failed]
     figure, axes = plt.subplots(figsize=(max(6, 1.1 * len(shown) + 2), 4))
-    for index, level in enumerate(LEVELS):
+    for index, level in enumerate(load.concurrency for load in shown[0].loads):
         speeds = [r.loads[index].tokens_per_second for r in shown]
         axes.bar([x + 0.27 * (index - 1) for x in range(len(shown))], speeds, 0.25, label=f"{level} at once")
     axes.set_xticks(range(len(shown)), [r.variant for r in shown], rotation=30, ha="right")
@@ -199,6 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = read_held_out(RunFolder(args.run, args.output).heldout)
     prompts = [[dict(m) for m in row.messages] for row in rows]
     requests = {1: 2, 8: 16, 32: 32} if args.quick else {1: 4, 8: 32, 32: 96}
+    requests = {level: requests[level] for level in LEVELS if str(level) in args.levels.split(",")}
     work = Work(prompts, requests, 32 if args.quick else 64, Path(tempfile.mkdtemp(prefix="benchmark-serve-")))
     cores = request.hardware.cpu.cores
     variants = compared(engine.name, plan, cores, request.model.shape.max_positions)
@@ -232,6 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sweep", action="store_true", help="also the plan with one key setting changed at a time")
     parser.add_argument("--no-compare", action="store_true", help="leave out defaults and guides")
     parser.add_argument("--only", default="", help="comma-separated names of settings to measure")
+    parser.add_argument("--levels", default="1,8,32", help="requests at once: any of 1, 8 and 32, comma-separated")
     parser.add_argument("--repeat", type=int, default=1, help="rounds over all settings; the middle one is shown")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for JSON and plot")
     return parser

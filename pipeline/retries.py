@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from pipeline.engines.base import Engine
-from pipeline.errors import StartFailure
+from pipeline.errors import InputError, StartFailure
 from pipeline.plan import Plan, Request, Setting
 
 MAX_RETRIES = 3
@@ -60,7 +60,10 @@ def next_plan(engine: Engine, request: Request, plan: Plan, failed: StartFailure
     if not change.settings:
         changes.append(change)
         return plan
-    following = replan(engine, request, [*changes, change])
+    try:
+        following = replan(engine, request, [*changes, change])
+    except InputError as error:
+        raise StartFailure(f"{failed.message}; {change.words} is not possible: {error.message}", evidence=failed.evidence, remedy=failed.remedy, kind=failed.kind) from None  # fmt: skip
     if not following.feasible:
         raise StartFailure(
             f"{failed.message}; {change.words} would be the next try, but does not fit: {'; '.join(following.warnings)}",
@@ -163,11 +166,12 @@ def _fewer(case: _Case) -> Change | None:
 def _smaller(case: _Case) -> Change | None:
     """Less memory: eager on a GPU, then fewer sequences; for llama.cpp and Ollama half the context."""
     if case.plan.engine == "llamacpp":
-        total = _value(case.plan, "-c")
-        slots = max(1, case.plan.max_num_seqs)
-        if total is None or total // 2 // slots < _LEAST_CONTEXT:
+        total, slots = _value(case.plan, "-c"), max(1, case.plan.max_num_seqs)
+        half = min((total or 0) // 2, slots * case.request.model.shape.max_positions)
+        if half // slots < _LEAST_CONTEXT:
             return None
-        return Change(f"{case.failed.cause}: half the context", {"-c": str(total // 2)})
+        keep = {} if _set_by_user(case.plan, "--parallel") else {"--parallel": str(slots)}
+        return Change(f"{case.failed.cause}: half the context", {"-c": str(half), **keep})
     if case.plan.engine == "ollama":
         length = case.plan.max_model_len // 2
         return Change(f"{case.failed.cause}: half the context", {"--num-ctx": str(length)}) if length >= _LEAST_CONTEXT else None

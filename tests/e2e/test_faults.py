@@ -23,8 +23,8 @@ from pipeline.processes import listing
 from pipeline.serving import Options, Target
 
 pytestmark = [pytest.mark.slow]
-# holds the weights and a KV cache of 64k tokens, not of 128k (23 KB a token)
-ADDRESS_SPACE = 3_200_000_000
+# holds Python, the weights and a KV cache of 32k tokens, not of 64k (23 KB a token)
+ADDRESS_SPACE = 1_500_000_000
 
 
 @pytest.fixture
@@ -52,13 +52,13 @@ def _start(engine: Watched, target: Target, said: list[str], context: int | None
 
 def test_a_context_that_does_not_fit_is_halved_until_it_does(target: Target, said: list[str]) -> None:
     engine = Watched(prefix=("prlimit", f"--as={ADDRESS_SPACE}"))
-    endpoint = _start(engine, target, said, context=1 << 18)
+    endpoint = _start(engine, target, said, context=1 << 16)
     served = [launch.argv[launch.argv.index("-c") + 1] for launch in engine.launches]
-    assert served in (["262144", "131072"], ["262144", "131072", "65536"])
+    assert served in (["65536", "32768"], ["65536", "32768", "16384"])
     assert any("retry 1 of 3" in line and "half the context" in line for line in said)
     attempts = starts(target)[-1]["attempts"]
     assert [attempt.get("kind") for attempt in attempts] == ["out-of-memory"] * (len(served) - 1) + [None]
-    assert attempts[0]["retry"]["settings"] == {"-c": "131072"}
+    assert attempts[0]["retry"]["settings"] == {"-c": "32768", "--parallel": "8"}
     reasons = {row["flag"]: row["source"] for row in (endpoint.plan or {})["reasons"]}
     assert reasons["-c"] == "retry"
     assert serving.stop(target.folder, "llamacpp")
@@ -66,7 +66,7 @@ def test_a_context_that_does_not_fit_is_halved_until_it_does(target: Target, sai
 
 
 def test_a_context_the_user_set_is_never_changed(target: Target, said: list[str]) -> None:
-    engine = Watched(prefix=("prlimit", f"--as={ADDRESS_SPACE // 4}"))
+    engine = Watched(prefix=("prlimit", f"--as={1_000_000_000}"))
     with pytest.raises(StartFailure, match=r"your --set c=32768 is not changed by a retry") as caught:
         _start(engine, target, said, c="32768", parallel="4")
     assert (caught.value.kind, "--set c=16384" in caught.value.remedy, len(engine.launches)) == ("out-of-memory", True, 1)
@@ -74,9 +74,10 @@ def test_a_context_the_user_set_is_never_changed(target: Target, said: list[str]
 
 
 def test_retries_end_after_three(target: Target, said: list[str]) -> None:
-    engine = Watched()
+    # a context of 8 x 512 tokens needs more than this machine has only if the machine says so
+    engine = Watched(prefix=("sh", "-c", "echo failed to allocate buffer; exit 1"))
     with pytest.raises(StartFailure, match="out of memory") as caught:
-        _start(engine, target, said, context=1 << 27)
+        _start(engine, target, said, context=1 << 16)
     assert len(engine.launches) == 4
     assert caught.value.evidence.count("retried:") == 3
     assert "last lines:" in caught.value.evidence
@@ -186,11 +187,20 @@ def test_a_server_killed_while_serving_is_noticed_and_swept_up(victim: str, targ
     nothing_left(target.folder, _ports(engine), [process.pid])
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 130), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_however_the_command_line_ends_its_server_ends_too(number: int, code: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "state"),
+    [
+        (signal.SIGTERM, 0, "ready"),
+        pytest.param(signal.SIGINT, 0, "ready", marks=pytest.mark.long),
+        pytest.param(signal.SIGINT, 130, "loading", marks=pytest.mark.long),
+        (signal.SIGKILL, -9, "loading"),
+        pytest.param(signal.SIGKILL, -9, "ready", marks=pytest.mark.long),
+    ],
+)
+def test_however_the_command_line_ends_its_server_ends_too(number: int, code: int, state: str, tmp_path: Path) -> None:
     gguf = copy_of(embedded_gguf(), tmp_path / "mine")
     command = cli("serve", "llamacpp", "--gguf", str(gguf), "--port", "0", "--output", str(tmp_path), "--purpose", "verify")
-    found = until(lambda: [entry for entry in listing(tmp_path) if entry.state == "ready"], 60)[0]
+    found = until(lambda: [entry for entry in listing(tmp_path) if entry.state == state], 60)[0]
     assert (found.run, found.server.engine) == ("mine", "llamacpp")
     command.send_signal(number)
     command.communicate(timeout=30)
