@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from benchmarks.load import Load, put_load
 from pipeline import engines, server, serving
 from pipeline.engines.base import Engine
@@ -123,8 +125,10 @@ def measure(engine: Engine, plan: Plan, variant: Variant, request: Request, work
             count = min(len(work.prompts), work.requests[level])
             loads.append(put_load(launch.url, launch.model, work.prompts[:count], level, work.max_tokens))
         rss = process.memory_gib()
-    except PipelineError as error:
-        return Result(variant.name, failed=error.message[:300], argv=launch.argv, env=dict(launch.env))
+    except (PipelineError, httpx.HTTPError) as error:
+        return Result(
+            variant.name, failed=str(getattr(error, "message", repr(error)))[:300], argv=launch.argv, env=dict(launch.env)
+        )
     finally:
         server.stop(process)
     return Result(variant.name, ready, rss, plan.memory.total, tuple(loads), launch.argv, dict(launch.env))

@@ -78,10 +78,10 @@ class Server:
             raise InputError(f"{path} is not a server record ({error!r})", remedy="delete it") from None
 
     def memory_gib(self) -> float:
-        """Resident memory of the whole process group, GiB; 0 when it is gone."""
+        """Resident memory of the whole process group, GiB, pages its processes share counted once; 0 when it is gone."""
         with contextlib.suppress(psutil.Error):
             guard = psutil.Process(self.pid)
-            return sum(_rss(process) for process in [guard, *guard.children(recursive=True)]) / 2**30
+            return sum(_resident(process) for process in [guard, *guard.children(recursive=True)]) / 2**30
         return 0.0
 
 
@@ -219,7 +219,10 @@ def running(folder: Path) -> list[Server]:
     return found
 
 
-def _rss(process: psutil.Process) -> int:
+def _resident(process: psutil.Process) -> int:
+    """Proportional set size in bytes where the system tells it (Linux), else the resident set."""
+    with contextlib.suppress(psutil.Error, AttributeError):
+        return int(process.memory_full_info().pss)
     with contextlib.suppress(psutil.Error):
         return int(process.memory_info().rss)
     return 0

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
@@ -28,7 +29,9 @@ KV = "VLLM_CPU_KVCACHE_SPACE"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("vllm") / "merged_fp16"
-    yield tiny.make("3.x-dense", folder)
+    # vLLM's CPU attention starts at head_dim 32
+    with mock.patch.dict(tiny.VARIANTS, {"head-32": ("Granite", {"intermediate_size": 128, "hidden_size": 128})}):
+        yield tiny.make("head-32", folder)
     shutil.rmtree(folder)
 
 
