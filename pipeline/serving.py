@@ -187,9 +187,10 @@ def _remember(target: Target, engine: str, attempts: list[dict[str, Any]], ready
 
 
 def attach(engine_name: str, target: Target) -> Endpoint | None:
-    """The endpoint of a server started earlier for this target and still alive, or None."""
+    """The endpoint of a server started earlier for this target, alive and past its first token, or None."""
     for process in server.running(target.servers):
-        if process.engine == engine_name:
+        # the notes are written after the first token: without them it is still loading
+        if process.engine == engine_name and _notes(target, engine_name).is_file():
             extra = _read_notes(_notes(target, engine_name))
             return Endpoint(engine_name, process.url, process.model, server=process, **extra)
     return None
