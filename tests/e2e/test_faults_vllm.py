@@ -19,7 +19,7 @@ from faults import nothing_left, request_of, starts, target_of, until
 from pipeline import server, serving
 from pipeline.engines.vllm import Vllm
 from pipeline.errors import EngineError, StartFailure
-from pipeline.plan import Plan, Setting
+from pipeline.plan import Plan, Request, Setting
 from pipeline.serving import Options, Target
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Vllm().available().usable, reason="vLLM is not installed")]
@@ -42,23 +42,26 @@ def target(model: Path, tmp_path: Path) -> Target:
     return target_of(copy, tmp_path / "run")
 
 
-def _with(plan: Plan, **values: str) -> Plan:
-    """The plan with planned values replaced, as if the planner had been wrong about this machine or model."""
+class Misjudging(Vllm):
+    """A planner that is wrong about the model's context and about this machine's RAM until it is told better."""
 
-    def changed(settings: tuple[Setting, ...]) -> tuple[Setting, ...]:
-        return tuple(replace(s, value=values.get(s.name.lstrip("-").replace("-", "_"), s.value)) for s in settings)
+    def plan(self, request: Request) -> Plan:
+        wrong = {"--max-model-len": "100000", KV: "4000"}
+        plan = super().plan(request)
 
-    return replace(plan, flags=changed(plan.flags), env=changed(plan.env))
+        def spoilt(settings: tuple[Setting, ...]) -> tuple[Setting, ...]:
+            return tuple(replace(s, value=wrong.get(s.name, s.value)) if s.name not in request.overrides else s for s in settings)
+
+        return replace(plan, flags=spoilt(plan.flags), env=spoilt(plan.env))
 
 
-def _start(target: Target, said: list[str], plan: Plan | None = None) -> serving.Endpoint:
-    return serving.start_planned(Vllm(), request_of(target), target, Options(owner=os.getpid()), said.append, plan)
+def _start(engine: Vllm, target: Target, said: list[str]) -> serving.Endpoint:
+    return serving.start_planned(engine, request_of(target), target, Options(owner=os.getpid()), said.append)
 
 
 def test_wrong_context_and_cache_are_mended_and_a_killed_engine_is_noticed(target: Target) -> None:
     said: list[str] = []
-    plan = _with(Vllm().plan(request_of(target)), max_model_len="100000", **{KV: "4000"})
-    endpoint = _start(target, said, plan)
+    endpoint = _start(Misjudging(), target, said)
     attempts = starts(target)[-1]["attempts"]
     assert [attempt.get("kind") for attempt in attempts] == ["context-exceeds-model", "cpu-kv-too-large", None]
     assert attempts[0]["retry"]["settings"] == {"--max-model-len": "512"}
@@ -139,7 +142,7 @@ def test_an_engine_process_killed_while_loading_is_refused(target: Target) -> No
     killer = threading.Thread(target=kill)
     killer.start()
     with pytest.raises(StartFailure, match="ended before it was ready") as caught:
-        _start(target, [])
+        _start(Vllm(), target, [])
     killer.join()
     assert caught.value.kind in ("engine-process-failed", "engine-process-died", "killed")
     nothing_left(target.folder, [])
