@@ -40,11 +40,18 @@ def main(argv: list[str]) -> int:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    while child.poll() is None and not stopping and (owner is None or owner.is_running()):
+    while child.poll() is None and not stopping and (owner is None or _living(owner)):
         time.sleep(_POLL_SECONDS)
     _end_group(child)
     code = child.returncode
     return 128 - code if code < 0 else code
+
+
+def _living(owner: psutil.Process) -> bool:
+    """False once the owner has ended, also while nobody has collected its exit status."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return owner.is_running() and owner.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _end_with_parent() -> None:

@@ -3,7 +3,7 @@
     failure                          change
     context-exceeds-kv               --max-model-len to the number the engine computed
     context-exceeds-model            --max-model-len to the model's own
-    cpu-kv-too-large                 VLLM_CPU_KVCACHE_SPACE to nine tenths of the free memory the engine saw
+    cpu-kv-too-large                 VLLM_CPU_KVCACHE_SPACE planned anew with the free memory the engine saw
     gpu-shared                       --gpu-memory-utilization to the free share less 0.02
     no-kv-memory, out-of-memory      eager on a GPU, then half the sequences; llama.cpp and Ollama: half the context
     sampler-memory                   half the sequences
@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from pipeline import engines
 from pipeline.engines.base import Engine
 from pipeline.errors import InputError, StartFailure
 from pipeline.plan import Plan, Request, Setting
@@ -132,10 +133,16 @@ def _length(case: _Case) -> Change | None:
 
 
 def _kv_space(case: _Case) -> Change | None:
-    if not case.failed.numbers or case.failed.numbers[0] * 0.9 < 1:
+    """What the plan would have been with the memory the engine saw, and less than it was: the cache is really written to."""
+    if not case.failed.numbers:
         return None
-    space = math.floor(case.failed.numbers[0] * 0.9)
-    return Change(f"{case.failed.numbers[0]:.1f} GiB were free when the KV cache was made", {_KV_SPACE: str(space)})
+    free = case.failed.numbers[0]
+    # weights and processes were in memory already when the engine looked
+    machine = replace(case.request.hardware, ram_free_gib=free + case.plan.memory.total - case.plan.memory.kv_cache)
+    smaller = engines.get(case.plan.engine).plan(replace(case.request, hardware=machine)).environment.get(_KV_SPACE, "0")
+    was = case.plan.environment.get(_KV_SPACE, "0")
+    space = min(int(smaller), int(free * 0.9), int(was) - 1)
+    return Change(f"only {free:.1f} GiB were free when the KV cache was made", {_KV_SPACE: str(space)}) if space >= 1 else None
 
 
 def _share(case: _Case) -> Change | None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -33,8 +34,9 @@ def said() -> list[str]:
 
 
 @pytest.fixture
-def target(tmp_path: Path) -> Target:
-    return target_of(copy_of(embedded_gguf(), tmp_path / "run"), tmp_path / "run")
+def target(tmp_path: Path) -> Iterator[Target]:
+    yield target_of(copy_of(embedded_gguf(), tmp_path / "run"), tmp_path / "run")
+    serving.stop(tmp_path / "run", "llamacpp")
 
 
 def _ports(engine: Watched) -> list[int]:

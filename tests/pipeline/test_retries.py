@@ -46,7 +46,7 @@ def _plan(engine: str, request: Request) -> Plan:
         ("vllm", "l4", "CUDA graph capture failed: operation", {"--enforce-eager": None}),
         ("vllm", "l4", "RuntimeError: CUDA out of memory occurred when warming up sampler with 64 dummy requests", {"--max-num-seqs": "32"}),
         ("vllm", "l4", "ValueError: Bfloat16 is only supported on GPUs with compute capability", {"--dtype": "float16"}),
-        ("vllm", "cpu-16c-64g", KV, {"VLLM_CPU_KVCACHE_SPACE": "9"}),
+        ("vllm", "cpu-16c-64g", KV, {"VLLM_CPU_KVCACHE_SPACE": "4"}),
         ("vllm", "cpu-16c-64g", "torch._inductor.exc.InductorError: CppCompileError: C++ compile error", {"--enforce-eager": None}),
         ("vllm", "cpu-16c-64g", "RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried", {"--max-num-seqs": "16"}),
         ("llamacpp", "cpu-16c-64g", "ggml_backend_cpu_buffer_type_alloc_buffer: failed to allocate buffer of size 3", {"-c": "32768", "--parallel": "8"}),
