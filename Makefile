@@ -13,7 +13,7 @@ opt = $(if $($(1)),$(2) '$($(1))')
 TRAIN_OPTIONS = $(call opt,BASE,--base) $(call opt,DATA,--data) $(call opt,EVAL_DATA,--eval-data) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor run test check lab train export modelfile parity verify report status stop clean \
+.PHONY: help setup doctor run test check lab train export modelfile parity verify report status ps logs stop bench clean \
         train-serve-ollama train-serve-vllm train-serve-llamacpp
 
 help: ## list the targets
@@ -28,8 +28,8 @@ $(STAMP):
 	@rm -f $(VENV)/.ready-*
 	@touch $@
 
-doctor: $(STAMP) ## check the imports again and say what to do about those that fail
-	@$(BIN)/python training/scripts/setup_environment.py --check
+doctor: $(STAMP) ## check machine, packages, ports and the run's files, then the imports; say how to mend what is wrong
+	@$(PIPELINE) doctor $(RUN); code=$$?; $(BIN)/python training/scripts/setup_environment.py --check && exit $$code
 
 run: $(STAMP) ## fine-tune, export, serve and verify; open the report it names at the end
 	$(PIPELINE) run $(RUN) $(TRAIN_OPTIONS) $(call opt,BACKENDS,--backends)
@@ -76,8 +76,17 @@ report: $(STAMP) ## draw the report again from report.json
 status: $(STAMP) ## which servers of the run are up
 	$(PIPELINE) status $(RUN)
 
-stop: $(STAMP) ## stop the servers of the run
-	$(PIPELINE) stop $(RUN)
+ps: $(STAMP) ## every server of every run: process, port, state, age, memory
+	@$(PIPELINE) ps --output '$(OUTPUT)'
+
+logs: $(STAMP) ## the log of the run's last server start
+	@$(PIPELINE) logs $(RUN)
+
+stop: $(STAMP) ## stop the servers of the run (ARGS=--all: of every run)
+	$(PIPELINE) stop $(RUN) $(ARGS)
+
+bench: $(STAMP) ## planned flags against defaults and guides on this machine (ARGS='--engine vllm --quick --sweep')
+	$(BIN)/python -m benchmarks.serve --run '$(NAME)' --output '$(OUTPUT)' $(ARGS)
 
 clean: ## remove the environment and caches; runs in training/output are kept
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

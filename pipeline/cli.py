@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from pipeline import __version__
-from pipeline.commands import line, planning, prompts, reporting, serving, verifying
+from pipeline.commands import doctor, line, planning, processes, prompts, reporting, serving, verifying
 from pipeline.config import ENV_FILE
 from pipeline.errors import PipelineError
 
@@ -47,7 +47,7 @@ def _main(
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
-for _group in (line, planning, prompts, serving, verifying, reporting):
+for _group in (line, planning, doctor, prompts, serving, processes, verifying, reporting):
     _group.register(app)
 for _entry in entry_points(group=_PLUGINS):
     _entry.load()(app)

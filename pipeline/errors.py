@@ -9,11 +9,14 @@
         ├── MissingDependency                   a package or program is not installed
         ├── DiskFull                            not enough space for the next artefact
         └── EngineError                         an inference server did not start, answer or stay up
+            └── StartFailure                    it ended or hung before its first token, or died later; classified
 
 The message says what happened; ``evidence`` shows it (argv, exit code, last log lines, file:line); ``remedy`` says what to do.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class PipelineError(Exception):
@@ -70,3 +73,13 @@ class DiskFull(EnvironmentFailure):
 
 class EngineError(EnvironmentFailure):
     """An inference engine did not start, answer or stay up."""
+
+
+class StartFailure(EngineError):
+    """A server that did not come up or did not stay: ``kind`` is its name in ``failures.json`` ("" when not recognised)."""
+
+    def __init__(self, message: str, *, evidence: str = "", remedy: str = "", kind: str = "", cause: str = "", numbers: Sequence[float] = ()) -> None:  # fmt: skip
+        super().__init__(message, evidence=evidence, remedy=remedy)
+        self.kind = kind
+        self.cause = cause
+        self.numbers = tuple(numbers)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> int:
     owner = _process(args.owner) if args.owner else None
     if args.owner and owner is None:
         return 128 + signal.SIGTERM
-    child = subprocess.Popen(args.command, stdin=subprocess.DEVNULL)
+    child = subprocess.Popen(args.command, stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent)
     # the group's SIGTERM reaches the child as well; the guard stays to see it end and to finish off stragglers
     stopping = False
 
@@ -39,11 +40,26 @@ def main(argv: list[str]) -> int:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    while child.poll() is None and not stopping and (owner is None or owner.is_running()):
+    while child.poll() is None and not stopping and (owner is None or _living(owner)):
         time.sleep(_POLL_SECONDS)
     _end_group(child)
     code = child.returncode
     return 128 - code if code < 0 else code
+
+
+def _living(owner: psutil.Process) -> bool:
+    """False once the owner has ended, also while nobody has collected its exit status."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return owner.is_running() and owner.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _end_with_parent() -> None:
+    """On Linux the kernel ends the server when the guard itself is killed; elsewhere :func:`pipeline.server.stop` sweeps up."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def _process(pid: int) -> psutil.Process | None:

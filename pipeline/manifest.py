@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.files import read_json, sha256_json, sha256_tree, tree_bytes, write_json
 
 SCHEMA = 1
+_KEPT = 20
 
 
 class Manifest:
@@ -50,6 +51,21 @@ class Manifest:
     def artefact_sha256(self, stage: str, relative: str) -> str:
         """Recorded hash of an artefact; KeyError when the stage has not made it."""
         return str(self.data["stages"][stage]["artefacts"][relative]["sha256"])
+
+    def changed(self) -> list[tuple[str, str, str]]:
+        """(stage, artefact, "missing" or "changed") for every artefact that is not as its stage recorded it."""
+        found = []
+        for name, stage in self.data["stages"].items():
+            for relative, seen in stage["artefacts"].items():
+                if not self._unchanged(relative, seen):
+                    found.append((name, relative, "changed" if (self.path.parent / relative).exists() else "missing"))
+        return found
+
+    def append(self, key: str, entry: Mapping[str, Any]) -> None:
+        """Add a dated entry to a list in the manifest, of which the last twenty are kept; written atomically."""
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        self.data[key] = [*self.data.get(key, []), {"at": at, **entry}][-_KEPT:]
+        self.save()
 
     def save(self) -> None:
         """Write the manifest atomically."""

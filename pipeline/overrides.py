@@ -38,7 +38,10 @@ class Known:
         every = {*self.flags, *self.switches, *self.variables}
         if name not in every:
             close = difflib.get_close_matches(name, sorted(every), n=3)
-            raise InputError(f"the engine has no setting {name}", remedy=f"did you mean {', '.join(close)}?" if close else "")
+            raise InputError(
+                f"the engine has no setting {name}",
+                remedy=f"did you mean {', '.join(close)}?" if close else "the engine's own --help lists its settings",
+            )
 
 
 @dataclass(frozen=True)

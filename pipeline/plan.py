@@ -30,7 +30,7 @@ class Setting:
     name: str
     value: str | None
     reason: str
-    source: Literal["planned", "user"] = "planned"
+    source: Literal["planned", "user", "retry"] = "planned"
 
 
 @dataclass(frozen=True)

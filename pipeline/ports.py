@@ -25,6 +25,13 @@ def claim(host: str, port: int) -> int:
         return int(probe.getsockname()[1])
 
 
+def listening(host: str, port: int) -> bool:
+    """True when something accepts connections on a port."""
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex((host, port)) == 0
+
+
 def holder(port: int) -> str:
     """Which process listens on a port, as a person would want to read it; empty when that cannot be seen."""
     with contextlib.suppress(psutil.Error, OSError):

@@ -19,9 +19,10 @@ import httpx
 import psutil
 
 from pipeline.engines.base import Launch
-from pipeline.errors import EngineError, InputError
-from pipeline.failures import classify
+from pipeline.errors import InputError, StartFailure
+from pipeline.failures import Failure, classify
 from pipeline.files import read_json, write_json
+from pipeline.loading import phase
 
 _POLL_SECONDS = 0.5
 _STOP_SECONDS = 20.0
@@ -29,9 +30,14 @@ _STOP_SECONDS = 20.0
 _SAME_START = 120.0
 _TAIL_LINES = 12
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+# milestones are looked for in the end of a log only: it may be long
+_READ_BYTES = 1 << 16
 Progress = Callable[[str], None]
-# guards started by this process, kept so that their exit status can be collected
+# guards started by this process, kept so that their exit status can be collected; what they ended with
 _children: dict[int, subprocess.Popen[bytes]] = {}
+_codes: dict[int, int] = {}
+# how often the kernel had killed for memory when each server was started
+_kills: dict[int, int] = {}
 
 
 @dataclass(frozen=True)
@@ -72,10 +78,10 @@ class Server:
             raise InputError(f"{path} is not a server record ({error!r})", remedy="delete it") from None
 
     def memory_gib(self) -> float:
-        """Resident memory of the whole process group, GiB; 0 when it is gone."""
+        """Resident memory of the whole process group, GiB, pages its processes share counted once; 0 when it is gone."""
         with contextlib.suppress(psutil.Error):
             guard = psutil.Process(self.pid)
-            return sum(_rss(process) for process in [guard, *guard.children(recursive=True)]) / 2**30
+            return sum(_resident(process) for process in [guard, *guard.children(recursive=True)]) / 2**30
         return 0.0
 
 
@@ -95,6 +101,7 @@ def start(launch: Launch, log: Path, *, owner: int | None) -> Server:
             start_new_session=True,
         )
     _children[process.pid] = process
+    _kills[process.pid] = oom_kills()
     return Server(
         launch.engine,
         launch.url,
@@ -112,50 +119,85 @@ def start(launch: Launch, log: Path, *, owner: int | None) -> Server:
 def wait_ready(server: Server, timeout: float, progress: Progress) -> float:
     """Wait until the health path answers 200; returns the seconds since the start.
 
-    On an exit (whatever the code) or a time-out the group is ended and EngineError carries cause, remedy and log tail.
+    ``progress`` is told what the server is doing, from its log. On an exit (whatever the code) or a time-out the group is
+    ended and StartFailure carries cause, remedy and log tail.
     """
     begun = time.monotonic()
     shown = ""
     while time.monotonic() - begun < timeout:
         if not server.alive:
+            stop(server)
             raise failure(server, "ended before it was ready")
         with contextlib.suppress(httpx.HTTPError):
             if httpx.get(server.url + server.ready_path, timeout=5).status_code == httpx.codes.OK:
                 return time.monotonic() - begun
-        line = _last_line(server.log)
-        if line != shown:
-            progress(shown := line)
+        doing = phase(_end_of(server.log))
+        if doing != shown:
+            shown = doing
+            progress(f"{server.engine}: {doing} ({time.monotonic() - begun:.0f} s)")
         time.sleep(_POLL_SECONDS)
     stop(server)
-    raise failure(server, f"was not ready after {timeout:.0f} s")
+    raise failure(server, f"was not ready after {timeout:.0f} s", ended=False)
 
 
 def stop(server: Server) -> None:
-    """End the process group: SIGTERM to the guard, which ends the rest; SIGKILL to the group if that takes too long."""
-    if not server.alive:
-        return
-    os.kill(server.pid, signal.SIGTERM)
-    deadline = time.monotonic() + _STOP_SECONDS
-    while server.alive and time.monotonic() < deadline:
-        time.sleep(0.1)
+    """End the process group: SIGTERM to the guard, which ends the rest; SIGKILL to whoever is left after that."""
     if server.alive:
-        with contextlib.suppress(ProcessLookupError):
+        os.kill(server.pid, signal.SIGTERM)
+        deadline = time.monotonic() + _STOP_SECONDS
+        while server.alive and time.monotonic() < deadline:
+            time.sleep(0.1)
+    # a guard that was itself killed leaves its group behind
+    if server.alive or _group(server):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(server.pid, signal.SIGKILL)
+        deadline = time.monotonic() + _STOP_SECONDS
+        while (server.alive or _group(server)) and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
-def failure(server: Server, what: str) -> EngineError:
-    """The error for a server that did not start or stay: recognised cause, argv, last log lines, remedy."""
-    text = server.log.read_text(encoding="utf-8", errors="replace") if server.log.exists() else ""
-    known = classify(text)
-    tail = "\n".join(text.strip().splitlines()[-_TAIL_LINES:])
-    cause = f": {known.cause}" if known else ""
+def failure(server: Server, what: str, *, ended: bool = True) -> StartFailure:
+    """The error for a server that did not start or stay: recognised cause, argv, last log lines, remedy.
+
+    ``ended`` False: it was still running and we ended it, so its exit status says nothing.
+    """
+    text = _COLOUR.sub("", server.log.read_text(encoding="utf-8", errors="replace")) if server.log.exists() else ""
+    known = (_by_exit(server) if ended else None) or classify(text)
+    tail = "\n".join(f"  {line[:300]}" for line in text.strip().splitlines()[-_TAIL_LINES:])
+    code = _codes.get(server.pid) if ended else None
     evidence = [f"command: {' '.join(server.argv)}", f"log: {server.log}"]
-    evidence += [f"seen: {known.line}"] if known else [f"last lines:\n{tail}"]
-    return EngineError(
-        f"{server.engine} {what}{cause}",
+    evidence += [f"exit code: {code}"] if code is not None else []
+    evidence += [f"seen: {known.line}"] if known and known.line else []
+    evidence += [f"last lines:\n{tail}"] if tail else ["the log is empty"]
+    return StartFailure(
+        f"{server.engine} {what}{f': {known.cause}' if known else ''}",
         evidence="\n".join(evidence),
         remedy=known.remedy if known else "read the log named above",
+        kind=known.name if known else "",
+        cause=known.cause if known else "",
+        numbers=known.numbers if known else (),
     )
+
+
+def oom_kills() -> int:
+    """How many processes the kernel has killed for lack of memory since boot; 0 where it does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
+def _by_exit(server: Server) -> Failure | None:
+    """What the exit status alone tells: killed for memory, or from outside; None when the log has to say why."""
+    code = _codes.get(server.pid)
+    if code not in (-signal.SIGKILL, 128 + signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM):
+        return None
+    if code == 128 + signal.SIGKILL and oom_kills() > _kills.get(server.pid, 0):
+        return Failure("out-of-memory", "the kernel killed it for lack of memory", "a smaller model, context or KV cache", "")
+    number = abs(code) % 128
+    cause = f"a process outside this pipeline killed it ({signal.Signals(number).name})"
+    return Failure("killed", cause, "find out who did (dmesg, the container's memory limit), then start it again", "")
 
 
 def save(server: Server, folder: Path) -> Path:
@@ -177,7 +219,10 @@ def running(folder: Path) -> list[Server]:
     return found
 
 
-def _rss(process: psutil.Process) -> int:
+def _resident(process: psutil.Process) -> int:
+    """Proportional set size in bytes where the system tells it (Linux), else the resident set."""
+    with contextlib.suppress(psutil.Error, AttributeError):
+        return int(process.memory_full_info().pss)
     with contextlib.suppress(psutil.Error):
         return int(process.memory_info().rss)
     return 0
@@ -185,12 +230,26 @@ def _rss(process: psutil.Process) -> int:
 
 def _reap(pid: int) -> None:
     """Collect the exit status when the guard is our own child, so that it does not stay a zombie."""
-    if pid in _children and _children[pid].poll() is not None:
+    if pid in _children and (code := _children[pid].poll()) is not None:
+        _codes[pid] = code
         del _children[pid]
 
 
-def _last_line(log: Path) -> str:
+def _group(server: Server) -> list[int]:
+    """Living processes of the server's group or session, the guard not counted; its number cannot be reused while there are any."""
+    found = []
+    for process in psutil.process_iter(["pid", "status", "create_time"]):
+        with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
+            info = process.info
+            if info["pid"] == server.pid or info["status"] == psutil.STATUS_ZOMBIE:
+                continue
+            mine = server.pid in (os.getpgid(process.pid), os.getsid(process.pid))
+            if mine and info["create_time"] > server.started - _SAME_START:
+                found.append(process.pid)
+    return found
+
+
+def _end_of(log: Path) -> str:
     with log.open("rb") as handle:
-        handle.seek(max(0, log.stat().st_size - 4096))
-        lines = _COLOUR.sub("", handle.read().decode("utf-8", errors="replace")).splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+        handle.seek(max(0, log.stat().st_size - _READ_BYTES))
+        return handle.read().decode("utf-8", errors="replace")

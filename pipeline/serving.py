@@ -12,20 +12,25 @@ from typing import Any
 import httpx
 
 from pipeline import engines, server
-from pipeline.engines.base import Launch
+from pipeline.engines.base import Engine, Launch, require_feasible
 from pipeline.engines.ollama import Ollama
-from pipeline.errors import EngineError, InputError, MissingDependency, PipelineError
+from pipeline.engines.parsers import require_known_flags
+from pipeline.errors import EngineError, EnvironmentFailure, InputError, MissingDependency, PipelineError, StartFailure
+from pipeline.failures import classify
 from pipeline.files import read_json, write_json
 from pipeline.hardware import Hardware
+from pipeline.manifest import Manifest
 from pipeline.model import Model
 from pipeline.modelfile import parse_modelfile, to_create_request
 from pipeline.plan import Plan, Purpose, Request
 from pipeline.ports import claim
+from pipeline.retries import MAX_RETRIES, Change, next_plan
 from pipeline.runs import RunFolder
 from pipeline.server import Progress, Server
 from pipeline.waiting import wait_for
 
 LOOPBACK = "127.0.0.1"
+_DEATH_SECONDS = 5.0
 # which artefact of a run each engine serves
 _SERVES_FOLDER = frozenset({"vllm", "sglang"})
 
@@ -95,47 +100,107 @@ def request_for(target: Target, options: Options, hardware: Hardware | None = No
 def serve(engine_name: str, target: Target, options: Options, progress: Progress) -> Endpoint:
     """Start an engine for a target and return once it has answered its first token.
 
-    Raises MissingDependency when the engine is not installed, EnvironmentFailure when the port is taken, EngineError
-    with cause and remedy when the server does not come up; nothing is left running then.
+    A failure that one changed setting may mend is tried again, at most three times, each time stated; every start is
+    recorded in the run's manifest. Raises MissingDependency when the engine is not installed, EnvironmentFailure when
+    the port is taken, EngineError with cause and remedy when the server does not come up; nothing is left running then.
     """
     engine = engines.get(engine_name)
     available = engine.available()
     if not available.usable:
         raise MissingDependency(f"{engine_name}: {available.reason}", remedy=available.remedy)
-    request = request_for(target, options)
-    plan = engine.plan(request)
+    _refuse_second(engine_name, target)
+    return start_planned(engine, request_for(target, options), target, options, progress)
+
+
+def start_planned(
+    engine: Engine, request: Request, target: Target, options: Options, progress: Progress, plan: Plan | None = None
+) -> Endpoint:
+    """Start with the plan made for ``request`` (or the one given) and go down the retry ladder; see :func:`serve`."""
+    plan = plan or engine.plan(request)
+    require_feasible(plan)
+    require_known_flags(engine, plan)
+    changes: list[Change] = []
+    attempts: list[dict[str, Any]] = []
+    while True:
+        try:
+            endpoint = _start_once(engine, plan, request, target, options, progress, attempts)
+            _remember(target, engine.name, attempts, endpoint.ready_seconds)
+            return endpoint
+        except StartFailure as failed:
+            try:
+                plan = next_plan(engine, request, plan, failed, changes, port_given=options.port != 0)
+            except EngineError:
+                _remember(target, engine.name, attempts, None)
+                raise
+            attempts[-1]["retry"] = {"reason": changes[-1].reason, "settings": dict(changes[-1].settings)}
+            progress(
+                f"{failed.message}; retry {len(changes)} of {MAX_RETRIES}: {changes[-1].reason} {changes[-1].words}".rstrip()
+            )
+
+
+def _start_once(engine: Engine, plan: Plan, request: Request, target: Target, options: Options, progress: Progress, attempts: list[dict[str, Any]]) -> Endpoint:  # fmt: skip
+    """One start, to the first token; what it was and how it ended is appended to ``attempts``; nothing is left on failure."""
     port = claim(options.host, options.port)
     launch = engine.launch(plan, request, host=options.host, port=port)
-    log = target.folder / "logs" / f"{engine_name}-{time.strftime('%Y%m%d-%H%M%S')}.log"
+    log = target.folder / "logs" / f"{engine.name}-{time.strftime('%Y%m%d-%H%M%S')}{f'-{len(attempts)}' if attempts else ''}.log"
     begun = time.monotonic()
-    progress(f"starting {engine_name} on {launch.url}, log {log}")
+    attempt: dict[str, Any] = {"argv": list(launch.argv), "env": dict(launch.env), "log": str(log)}
+    attempts.append(attempt)
+    progress(f"starting {engine.name} on {launch.url}, log {log}")
     process = server.start(launch, log, owner=options.owner)
     record = server.save(process, target.servers)
+    _notes(target, engine.name).unlink(missing_ok=True)
     try:
         server.wait_ready(process, options.timeout or launch.start_timeout, progress)
-        endpoint = Endpoint(engine_name, launch.url, launch.model, available.version, process, _described(plan, launch))
-        if engine_name == "ollama":
-            create_in_ollama(endpoint, target, progress)
+        version = engine.available().version
+        endpoint = Endpoint(engine.name, launch.url, launch.model, version, process, _described(plan, launch))
+        if engine.name == "ollama":
+            create_in_ollama(endpoint, target, progress, plan)
         first_token(endpoint)
-    except BaseException:
+    except BaseException as error:
         server.stop(process)
         record.unlink(missing_ok=True)
+        attempt |= {"seconds": round(time.monotonic() - begun, 1), "failed": str(getattr(error, "message", repr(error)))}
+        attempt |= {"kind": error.kind} if isinstance(error, StartFailure) else {}
         raise
-    return _with_ready(endpoint, begun, target)
+    endpoint = _with_ready(endpoint, begun, target)
+    attempt["seconds"] = endpoint.ready_seconds
+    return endpoint
+
+
+def _refuse_second(engine: str, target: Target) -> None:
+    """One server of an engine a run: a second one would take the first one's record, and nobody could stop the first."""
+    for process in server.running(target.servers):
+        if process.engine == engine:
+            raise EnvironmentFailure(
+                f"{engine} already serves {process.model} from {target.folder.name}",
+                evidence=f"{process.url}, process {process.pid}, log {process.log}",
+                remedy=f"use it, or stop it first: granite-pipeline stop --run {target.folder.name}",
+            )
+
+
+def _remember(target: Target, engine: str, attempts: list[dict[str, Any]], ready: float | None) -> None:
+    """Append this start to the run's manifest, where the target is a run."""
+    path = target.folder / "manifest.json"
+    if path.is_file():
+        Manifest(path).append("starts", {"engine": engine, "ready_seconds": ready, "attempts": attempts})
 
 
 def attach(engine_name: str, target: Target) -> Endpoint | None:
-    """The endpoint of a server started earlier for this target and still alive, or None."""
+    """The endpoint of a server started earlier for this target, alive and past its first token, or None."""
     for process in server.running(target.servers):
-        if process.engine == engine_name:
-            notes = target.servers / f"{engine_name}.endpoint"
-            extra = _read_notes(notes)
+        # the notes are written after the first token: without them it is still loading
+        if process.engine == engine_name and _notes(target, engine_name).is_file():
+            extra = _read_notes(_notes(target, engine_name))
             return Endpoint(engine_name, process.url, process.model, server=process, **extra)
     return None
 
 
-def create_in_ollama(endpoint: Endpoint, target: Target, progress: Progress) -> None:
-    """Make the model in a running Ollama from the target's GGUF and Modelfile."""
+def create_in_ollama(endpoint: Endpoint, target: Target, progress: Progress, plan: Plan | None = None) -> None:
+    """Make the model in a running Ollama from the target's GGUF and Modelfile.
+
+    The plan's parameters (num_ctx, num_gpu) are for this machine and replace the Modelfile's.
+    """
     if target.modelfile is None:
         raise EngineError(
             "serving a GGUF with Ollama needs its Modelfile", remedy="granite-pipeline modelfile says why there is none"
@@ -143,17 +208,20 @@ def create_in_ollama(endpoint: Endpoint, target: Target, progress: Progress) -> 
     modelfile = parse_modelfile(target.modelfile.read_text(encoding="utf-8"))
     request = to_create_request(modelfile, "", endpoint.model)
     parts = {name: value for name, value in request.items() if name not in ("model", "files", "stream")}
+    planned = {s.name: int(s.value) for s in (plan.parameters if plan else ()) if s.value is not None}
+    parts["parameters"] = {**parts.get("parameters", {}), **planned}
 
     async def create() -> None:
         async with httpx.AsyncClient(base_url=endpoint.url, timeout=600) as client:
             await Ollama().create(client, endpoint.model, target.model, parts)
 
-    progress(f"creating {endpoint.model} in Ollama")
+    said = ", ".join(f"{name} {value}" for name, value in planned.items())
+    progress(f"creating {endpoint.model} in Ollama{f' with {said}' if said else ''}")
     wait_for(create())
 
 
 def first_token(endpoint: Endpoint, timeout: float = 300) -> None:
-    """One-token chat; EngineError when the model behind a healthy server does not answer."""
+    """One-token chat; StartFailure when the model behind a healthy server does not answer, classified by its words and its log."""
     body = {
         "model": endpoint.model,
         "messages": [{"role": "user", "content": "Hello"}],
@@ -164,14 +232,28 @@ def first_token(endpoint: Endpoint, timeout: float = 300) -> None:
         answer = httpx.post(f"{endpoint.url}/v1/chat/completions", json=body, headers=endpoint.headers, timeout=timeout)
         answer.raise_for_status()
     except httpx.HTTPStatusError as error:
-        raise EngineError(
-            f"{endpoint.engine} is up but refuses a chat ({error.response.status_code})",
-            evidence=error.response.text[:2000],
+        said = error.response.text[:2000]
+        known = classify(said)
+        cause = f": {known.cause}" if known else ""
+        raise StartFailure(
+            f"{endpoint.engine} is up but refuses a chat ({error.response.status_code}){cause}",
+            evidence=said,
+            remedy=known.remedy if known else "",
+            kind=known.name if known else "",
+            cause=known.cause if known else "",
+            numbers=known.numbers if known else (),
         ) from None
     except httpx.HTTPError as error:
-        if endpoint.server is not None and not endpoint.server.alive:
-            raise server.failure(endpoint.server, "died while answering its first token") from None
-        raise EngineError(f"{endpoint.engine} is up but does not answer a chat: {error!r}") from None
+        process = endpoint.server
+        if process is None:
+            raise EngineError(f"{endpoint.engine} is up but does not answer a chat: {error!r}") from None
+        # a broken connection comes a moment before the guard has seen the end of its server
+        deadline = time.monotonic() + _DEATH_SECONDS
+        while process.alive and not isinstance(error, httpx.TimeoutException) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if process.alive:
+            raise server.failure(process, f"is up but does not answer a chat ({error!r})", ended=False) from None
+        raise server.failure(process, "died while answering its first token") from None
 
 
 def stop(folder: Path, engine: str) -> bool:
@@ -196,10 +278,14 @@ def _described(plan: Plan, launch: Launch) -> dict[str, Any]:
     return {**plan.to_json(), "argv": list(launch.argv)}
 
 
+def _notes(target: Target, engine: str) -> Path:
+    return target.servers / f"{engine}.endpoint"
+
+
 def _with_ready(endpoint: Endpoint, begun: float, target: Target) -> Endpoint:
     seconds = round(time.monotonic() - begun, 1)
     notes = {"version": endpoint.version, "plan": endpoint.plan, "ready_seconds": seconds}
-    write_json(target.servers / f"{endpoint.engine}.endpoint", notes)
+    write_json(_notes(target, endpoint.engine), notes)
     return replace(endpoint, ready_seconds=seconds)
 
 

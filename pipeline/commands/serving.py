@@ -1,10 +1,11 @@
-"""``serve``, ``stop``, ``status``: servers for a run."""
+"""``serve`` and ``status``: servers for a run."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import re
 import time
 from pathlib import Path
 from typing import Annotated
@@ -28,7 +29,6 @@ Output = Annotated[Path, typer.Option("--output", help="Folder that holds the ru
 def register(app: typer.Typer) -> None:
     """Add the verbs."""
     app.command("serve")(serve)
-    app.command("stop")(stop)
     app.command("status")(status)
 
 
@@ -53,7 +53,8 @@ def serve(
     """Serve a run (or any model) with flags planned for this machine, each with its reason.
 
     Runs in the foreground until Ctrl-C; with --detach it returns once the first token has come, and
-    granite-pipeline stop ends it.
+    granite-pipeline stop ends it. A start that fails for a reason one changed setting may mend (a KV cache that does not
+    fit, a failed compilation, memory) is tried again, at most three times, with the reason; your --set is never changed.
 
     Examples:
       granite-pipeline serve vllm
@@ -101,13 +102,6 @@ def show(endpoint: Endpoint, console: Console) -> None:
     console.print(f"ready after {endpoint.ready_seconds:.0f} s: {endpoint.url}/v1, model {endpoint.model}", soft_wrap=True)
 
 
-def stop(run: Run = DEFAULT_NAME, output: Output = DEFAULT_OUTPUT) -> None:
-    """Stop the servers that were started for a run."""
-    folder = RunFolder(run, output).path
-    stopped = [name for name in engines.NAMES if serving.stop(folder, name)]
-    Console(stderr=True).print(f"stopped: {', '.join(stopped)}" if stopped else f"no server of run {run} was running")
-
-
 def status(
     run: Run = DEFAULT_NAME,
     output: Output = DEFAULT_OUTPUT,
@@ -149,7 +143,15 @@ def _target(run: RunFolder, engine: Engine, model: Path | None, name: str | None
     if not model.exists():
         raise InputError(f"{model}: no such file or folder", remedy="give a model folder or a .gguf file")
     modelfile = model.parent / "Modelfile"
-    return Target(model, served, model.parent, modelfile if engine.name == "ollama" else None)
+    # a model inside a run belongs to it; for any other, a folder of its name beside the runs, where ps and stop look
+    inside = model.resolve().parent.parent == run.output.resolve()
+    folder = model.parent if inside else run.output / _folder_name(model)
+    return Target(model, served, folder, modelfile if engine.name == "ollama" else None)
+
+
+def _folder_name(model: Path) -> str:
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", model.resolve().stem if model.is_file() else model.resolve().name)
+    return name.lstrip("._-")[:64] or "model"
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -19,6 +19,13 @@ _LEAST_CONTEXT = 2048
 _KV_SHARE, _SMALL_KV = 0.25, 2.0
 # bytes of one KV element by llama.cpp's cache type
 _KV_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+# libgomp's own count when there are more threads than cores. Measured on 2 shared cores, tokens/s at 1, 8 and 32 requests:
+# sleeping at once 40, 59, 76; 1000 spins 81, 104, 91; 100,000 spins 106, 9, 13 (benchmarks/serve.py --sweep)
+SHORT_SPIN = Setting(
+    "GOMP_SPINCOUNT",
+    "1000",
+    "threads spin shortly at barriers, then sleep: sleeping at once halves the speed, long spins stall a machine that is shared",
+)
 _ALIASES = {
     "--ctx-size": "-c", "--c": "-c", "--np": "--parallel", "--t": "--threads", "--ngl": "--n-gpu-layers", "--fa": "--flash-attn",
     "--ctk": "--cache-type-k", "--ctv": "--cache-type-v", "--b": "--batch-size", "--ub": "--ubatch-size",
@@ -162,8 +169,7 @@ def _settings(request: Request, fit: GgufFit) -> list[Setting]:
     if cpu.numa_nodes > 1 and not fit.on_gpu:
         settings.append(Setting("--numa", "distribute", f"threads and memory spread over {cpu.numa_nodes} NUMA nodes"))
     if not fit.on_gpu:
-        why = "threads sleep at barriers instead of spinning: much faster when the cores are shared with other work, slower on an idle machine"
-        settings.append(Setting("OMP_WAIT_POLICY", "passive", why))
+        settings.append(SHORT_SPIN)
     return settings
 
 

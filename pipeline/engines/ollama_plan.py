@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.engines.flags import OLLAMA
-from pipeline.engines.llamacpp_plan import fit_gguf, gguf_that_fits, room
+from pipeline.engines.llamacpp_plan import SHORT_SPIN, fit_gguf, gguf_that_fits, room
 from pipeline.overrides import Overrides
 from pipeline.plan import Plan, Purpose, Request, Setting
 
@@ -47,8 +47,7 @@ def plan(request: Request) -> Plan:
         Setting("--num-gpu", str(planned_layers), why_layers),
     ]
     if on_cpu:
-        why = "threads sleep at barriers instead of spinning: much faster when the cores are shared with other work, slower on an idle machine"
-        settings.append(Setting("OMP_WAIT_POLICY", "passive", why))
+        settings.append(SHORT_SPIN)
     flags, env = user.lay_over(settings, OLLAMA)
     parameters = tuple(Setting(_PARAMETERS[s.name], s.value, s.reason, s.source) for s in flags)
     m = fit.memory

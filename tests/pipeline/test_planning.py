@@ -53,7 +53,7 @@ def test_the_table_shows_reasons_memory_and_the_command() -> None:
         "--parallel",
         "set by the user",
         "predicted memory",
-        "OMP_WAIT_POLICY=passive",
+        "GOMP_SPINCOUNT=1000",
     ):
         assert words in result.stdout
     assert "-c 16384 --parallel 2" in result.stdout

@@ -17,7 +17,7 @@ import pytest
 
 from pipeline import server
 from pipeline.engines.base import Launch
-from pipeline.errors import EngineError, EnvironmentFailure
+from pipeline.errors import EngineError, EnvironmentFailure, StartFailure
 from pipeline.ports import claim, holder
 
 # answers /health, and keeps a child of its own, as vLLM does
@@ -91,6 +91,27 @@ def test_the_group_ends_with_its_owner_even_when_that_is_killed(tmp_path: Path) 
     owner.wait()
     _wait(lambda: not process.alive or psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)
     assert _gone(family)
+
+
+def test_a_killed_guard_leaves_nobody_behind(tmp_path: Path) -> None:
+    process = server.start(_launch(tmp_path, SERVER), tmp_path / "log", owner=os.getpid())
+    server.wait_ready(process, 20, _quiet)
+    family = _family(process.pid)
+    os.kill(process.pid, signal.SIGKILL)
+    _wait(lambda: not process.alive)
+    server.stop(process)
+    assert _gone(family)
+    found = server.failure(process, "died while serving")
+    assert (found.kind, "exit code: -9" in found.evidence) == ("killed", True)
+
+
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGKILL, "killed"), (signal.SIGTERM, "killed"), (signal.SIGSEGV, "")])
+def test_a_signal_from_outside_is_told_from_a_crash(number: int, kind: str, tmp_path: Path) -> None:
+    process = server.start(_launch(tmp_path, f"import os; os.kill(os.getpid(), {int(number)})"), tmp_path / "log", owner=None)
+    with pytest.raises(StartFailure) as caught:
+        server.wait_ready(process, 20, _quiet)
+    assert caught.value.kind == kind
+    assert f"exit code: {128 + number}" in caught.value.evidence
 
 
 @pytest.mark.parametrize("code", [0, 3])

@@ -36,7 +36,7 @@ def test_a_cpu_sleeps_at_barriers_and_uses_the_cores_it_has() -> None:
         "2",
         "--jinja",
     ]
-    assert plan.environment == {"OMP_WAIT_POLICY": "passive"}
+    assert plan.environment == {"GOMP_SPINCOUNT": "1000"}
 
 
 def test_a_gpu_leaves_the_layers_to_llama_cpp() -> None:

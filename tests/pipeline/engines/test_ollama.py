@@ -30,7 +30,7 @@ def test_a_cpu_machine() -> None:
         "OLLAMA_MAX_LOADED_MODELS": "1",
         "OLLAMA_KEEP_ALIVE": "30m",
         "OLLAMA_CONTEXT_LENGTH": "8192",
-        "OMP_WAIT_POLICY": "passive",
+        "GOMP_SPINCOUNT": "1000",
     }
     assert {p.name: p.value for p in plan.parameters} == {"num_ctx": "8192", "num_gpu": "0"}
 

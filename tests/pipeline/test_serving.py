@@ -1,0 +1,103 @@
+"""Serving against small local HTTP servers: the first token, and what reaches Ollama."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import serving
+from pipeline.commands.serving import _target
+from pipeline.config import Settings
+from pipeline.engines.ollama_plan import plan as ollama_plan
+from pipeline.engines.vllm import Vllm
+from pipeline.errors import EngineError, StartFailure
+from pipeline.machines import hardware_from
+from pipeline.model import Model
+from pipeline.plan import Request
+from pipeline.runs import RunFolder
+from pipeline.serving import Endpoint, Target
+
+
+@dataclass
+class Fake:
+    """A server that answers every POST with one status and body, and keeps what it was sent."""
+
+    url: str
+    status: int = 200
+    body: dict[str, Any] = field(default_factory=lambda: {"status": "success"})
+    seen: dict[str, Any] = field(default_factory=dict)
+
+
+@pytest.fixture
+def fake() -> Iterator[Fake]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def do_POST(self) -> None:
+            found.seen[self.path] = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            data = json.dumps(found.body).encode()
+            self.send_response(found.status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: object) -> None:
+            return
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    found = Fake(f"http://127.0.0.1:{server.server_port}")
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield found
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_the_plans_parameters_reach_ollama_and_replace_the_modelfiles(fake: Fake, tmp_path: Path) -> None:
+    gguf, modelfile = tmp_path / "m.gguf", tmp_path / "Modelfile"
+    gguf.write_bytes(b"GGUF")
+    modelfile.write_text('FROM ./m.gguf\nPARAMETER num_ctx 131072\nPARAMETER temperature 0\nTEMPLATE """{{ .Prompt }}"""\n')
+    request = Request(Model.from_shape("granite-4.0-1b"), hardware_from("cpu-16c-64g"), "serve", "m", {"num_ctx": "3000"})
+    said: list[str] = []
+    endpoint = Endpoint("ollama", fake.url, "soc")
+    serving.create_in_ollama(endpoint, Target(gguf, "soc", tmp_path, modelfile), said.append, ollama_plan(request))
+    assert fake.seen["/api/create"]["parameters"] == {"num_ctx": 3000, "temperature": 0.0, "num_gpu": 0}
+    assert said == ["creating soc in Ollama with num_ctx 3000, num_gpu 0"]
+
+
+def test_a_refused_first_token_is_classified_by_its_words(fake: Fake) -> None:
+    fake.status, fake.body = 500, {"error": "model requires more system memory (9.1 GiB) than is available (4.0 GiB)"}
+    with pytest.raises(StartFailure, match=r"refuses a chat \(500\): out of memory") as caught:
+        serving.first_token(Endpoint("ollama", fake.url, "soc"))
+    assert caught.value.kind == "out-of-memory"
+    assert fake.seen["/v1/chat/completions"]["max_tokens"] == 1
+
+
+def test_a_plan_that_does_not_fit_starts_nothing(tmp_path: Path) -> None:
+    request = Request(Model.from_shape("granite-4.1-30b"), hardware_from("cpu-2c-24g"), "serve", "m")
+    with pytest.raises(EngineError, match="cannot serve this model on this machine"):
+        serving.start_planned(Vllm(), request, Target(tmp_path, "m", tmp_path), serving.Options(), lambda _: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "folder"),
+    [("runs/mine/m.gguf", "runs/mine"), ("elsewhere/m.gguf", "runs/m"), ("elsewhere/granite 4.0!", "runs/granite-4.0-")],
+)
+def test_where_a_models_logs_and_records_go(model: str, folder: str, tmp_path: Path) -> None:
+    path = tmp_path / model
+    path.parent.mkdir(parents=True)
+    path.mkdir() if "!" in model else path.touch()
+    found = _target(RunFolder("generic", tmp_path / "runs"), Vllm(), path, None, Settings(_env_file=None))
+    assert found.folder == tmp_path / folder
