@@ -36,6 +36,12 @@ def verdict(check_id: str, passed: bool, detail: str) -> Check:
     return Check(check_id, "passed" if passed else "failed", detail)
 
 
+def chat(engine: str, answer: str, reference: str) -> Check:
+    """The engine answers at all, where the model in this process does."""
+    silent = "; the trained model itself answers nothing here" if not reference.strip() else ""
+    return verdict(f"{engine}.chat", bool(answer.strip() or silent), f"answered {len(answer)} characters{silent}")
+
+
 def listed(engine: str, model: str, names: Sequence[str]) -> Check:
     """The model is among those the server lists."""
     known = model in names or f"{model}:latest" in names

@@ -26,7 +26,7 @@ from pipeline.structured import structured_output, tool_call
 from pipeline.waiting import wait_for
 
 BACKENDS = ("vllm", "llamacpp", "ollama")
-_STREAMED = 8
+_STREAMED = 4
 _EXAMPLES = 12
 _CONCURRENCY = 32
 # an embedded-base run on the built-in data is expected to learn the task; a user's own run decides for itself
@@ -71,7 +71,7 @@ async def _question(endpoint: Endpoint, material: Material, progress: Callable[[
     async with Prober(endpoint, material.max_tokens) as prober:
         found = [checks.listed(name, endpoint.model, await prober.models())]
         first, _ = await prober.chat(rows[0])
-        found.append(checks.verdict(f"{name}.chat", bool(first.text), f"answered {len(first.text)} characters"))
+        found.append(checks.chat(name, first.text, material.tuned[0].text))
         parity = await checks.parity(prober, rows, material.prompts)
         probed, facts = await _probe(prober, material)
         found += [parity, *probed]
@@ -101,7 +101,7 @@ async def _question(endpoint: Endpoint, material: Material, progress: Callable[[
         "fields": {k: v for k, v in scores.items() if k not in ("n", "exact", "finish_stop") and v is not None},
         "prompt_parity": None if parity.status == "skipped" else parity.status == "passed",
         "finish_stop": scores["finish_stop"],
-        "ttft_ms": {"p50": _percentile(streams, 0.5), "p95": _percentile(streams, 0.95)},
+        "ttft_ms": _first_tokens(streams),
         "tokens_per_second": round(speed, 1),
         **facts,
         "checks": [check.to_json() for check in found],
@@ -124,9 +124,12 @@ def _concurrency(endpoint: Endpoint) -> int:
     return max(1, min(_CONCURRENCY, int(planned)))
 
 
-def _percentile(streams: Sequence[Streamed], share: float) -> float:
-    times = sorted(s.first_token for s in streams)
-    return round(1000 * times[min(len(times) - 1, int(share * len(times)))], 1)
+def _first_tokens(streams: Sequence[Streamed]) -> dict[str, float] | None:
+    """Median and 95th percentile of the time to the first token, ms; None when no answer had a token."""
+    times = sorted(1000 * s.first_token for s in streams if s.chunks)
+    if not times:
+        return None
+    return {name: round(times[min(len(times) - 1, int(share * len(times)))], 1) for name, share in (("p50", 0.5), ("p95", 0.95))}
 
 
 def summary_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -34,3 +34,11 @@ def test_streaming_in_one_piece_is_not_streaming() -> None:
     assert checks.streamed("x", [Streamed(whole, 0.1, 0.2, 9)], [whole]).status == "passed"
     assert checks.streamed("x", [Streamed(whole, 0.1, 0.2, 1)], [whole]).status == "failed"
     assert checks.streamed("x", [], []).status == "failed"
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "status"),
+    [("text", "text", "passed"), ("", "text", "failed"), (" ", "", "passed"), ("text", "", "passed")],
+)
+def test_an_engine_must_answer_where_the_trained_model_does(answer: str, reference: str, status: str) -> None:
+    assert checks.chat("vllm", answer, reference).status == status
