@@ -55,9 +55,8 @@ def find(run: RunFolder, name: str, settings: Settings) -> Endpoint | None:
         return serving.attach(name, Target.of_run(run, name))
     if not settings.openai_compatible_base_url:
         raise InputError("openai: no endpoint given", remedy="set OPENAI_COMPATIBLE_BASE_URL and OPENAI_COMPATIBLE_MODEL")
-    url = settings.openai_compatible_base_url.rstrip("/").removesuffix("/v1")
-    key = settings.openai_compatible_api_key.get_secret_value()
-    return Endpoint(name, url, settings.openai_compatible_model, api_key=key)
+    there = settings.address(name)
+    return Endpoint(name, there.root, there.model, api_key=there.api_key.get_secret_value())
 
 
 def start(run: RunFolder, name: str, settings: Settings, options: Options) -> Started:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -14,6 +15,8 @@ from pipeline.errors import InputError
 
 Backend = Literal["ollama", "vllm", "openai", "llamacpp", "sglang"]
 ENV_FILE = Path(".env")
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+_USERINFO = re.compile(r"(\w+://)[^/@\s]+@")
 
 
 class Settings(BaseSettings):
@@ -24,25 +27,29 @@ class Settings(BaseSettings):
         env_file=ENV_FILE, env_file_encoding="utf-8", env_ignore_empty=True, extra="ignore", frozen=True
     )
 
-    llm_backend: Backend = Field("vllm", description="backend that applications use")
-    ollama_base_url: str = Field("http://127.0.0.1:11434", description="where Ollama answers")
-    ollama_model: str = Field("granite-soc:latest", description="model name in Ollama")
+    llm_backend: Backend = Field("vllm", description="the backend that applications use; also serve without an engine")
+    ollama_base_url: str = Field("http://127.0.0.1:11434", description="where Ollama is looked for")
+    ollama_model: str = Field("granite-soc:latest", description="model asked of Ollama, and the name serve ollama creates")
     ollama_orchestrator_model: str = Field("", description="orchestrator's model in Ollama; empty: the same")
-    vllm_base_url: str = Field("http://127.0.0.1:8003/v1", description="where vLLM answers")
-    vllm_model: str = Field("granite-soc-specialist", description="name vLLM serves the model under")
+    vllm_base_url: str = Field("http://127.0.0.1:8003/v1", description="where vLLM is looked for")
+    vllm_model: str = Field("granite-soc-specialist", description="model asked of vLLM, and the name serve vllm gives it")
     vllm_orchestrator_model: str = Field("", description="orchestrator's model in vLLM; empty: the same")
-    vllm_gpu_memory_util: float | None = Field(None, gt=0, le=1, description="share of GPU memory; empty: planned")
-    vllm_max_model_len: int | None = Field(None, gt=0, description="context in tokens; empty: planned")
-    vllm_tensor_parallel: int | None = Field(None, gt=0, description="GPUs for one model; empty: planned")
-    openai_compatible_base_url: str = Field("", description="any OpenAI-compatible endpoint")
-    openai_compatible_model: str = Field("", description="model name there")
+    vllm_gpu_memory_util: float | None = Field(None, gt=0, le=1, description="share of GPU memory vLLM takes; empty: planned")
+    vllm_max_model_len: int | None = Field(None, gt=0, description="vLLM's context in tokens; empty: planned")
+    vllm_tensor_parallel: int | None = Field(None, gt=0, description="GPUs vLLM splits a model over; empty: planned")
+    openai_compatible_base_url: str = Field("", description="any OpenAI-compatible endpoint: TGI, LM Studio, a hosted model")
+    openai_compatible_model: str = Field("", description="model asked of that endpoint")
     openai_compatible_orchestrator_model: str = Field("", description="orchestrator's model there; empty: the same")
-    openai_compatible_api_key: SecretStr = Field(SecretStr(""), description="its key")
-    sglang_model: str = Field("", description="name SGLang serves the model under")
-    sglang_max_model_len: int | None = Field(None, gt=0, description="context in tokens; empty: planned")
-    llamacpp_model: str = Field("granite-soc", description="name llama.cpp serves the model under")
-    llamacpp_ctx_size: int | None = Field(None, gt=0, description="context of all slots together; empty: planned")
-    llamacpp_parallel: int | None = Field(None, gt=0, description="requests served at once; empty: planned")
+    openai_compatible_api_key: SecretStr = Field(SecretStr(""), description="key sent to that endpoint, and to no other")
+    sglang_base_url: str = Field("http://127.0.0.1:8004/v1", description="where SGLang is looked for")
+    sglang_model: str = Field("", description="model asked of SGLang, and the name serve sglang gives it")
+    sglang_max_model_len: int | None = Field(None, gt=0, description="SGLang's context in tokens; empty: planned")
+    llamacpp_base_url: str = Field("http://127.0.0.1:8005/v1", description="where llama.cpp is looked for")
+    llamacpp_model: str = Field("granite-soc", description="model asked of llama.cpp, and the name serve llamacpp gives it")
+    llamacpp_ctx_size: int | None = Field(None, gt=0, description="llama.cpp's context, all slots together; empty: planned")
+    llamacpp_parallel: int | None = Field(None, gt=0, description="requests llama.cpp computes at once; empty: planned")
+    gateway_api_key: SecretStr = Field(SecretStr(""), description="key the gateway asks of its clients; empty: none")
+    agents_file: Path = Field(Path("agents.yaml"), description="which run each agent uses, and what the gateway may do")
     hf_token: SecretStr = Field(SecretStr(""), description="hub token for gated or private models")
 
     def overrides(self, engine: str) -> dict[str, str]:
@@ -57,6 +64,41 @@ class Settings(BaseSettings):
             "llamacpp": {"ctx-size": self.llamacpp_ctx_size, "parallel": self.llamacpp_parallel},
         }
         return {flag: str(value) for flag, value in named.get(engine, {}).items() if value is not None}
+
+    def address(self, backend: str = "") -> Address:
+        """Where a backend (default: the one in ``LLM_BACKEND``) answers, and the models asked of it."""
+        name = backend or self.llm_backend
+        prefix = "openai_compatible" if name == "openai" else name
+        key = self.openai_compatible_api_key if name == "openai" else SecretStr("")
+        model = str(getattr(self, f"{prefix}_model", ""))
+        orchestrator = str(getattr(self, f"{prefix}_orchestrator_model", "")) or model
+        return Address(name, str(getattr(self, f"{prefix}_base_url", "")), model, orchestrator, key)
+
+
+@dataclass(frozen=True)
+class Address:
+    """One backend as applications reach it: its URL as configured, its models, its key."""
+
+    backend: str
+    base_url: str
+    model: str
+    orchestrator_model: str
+    api_key: SecretStr = field(default_factory=lambda: SecretStr(""))
+
+    @property
+    def root(self) -> str:
+        """The server's URL without ``/v1``."""
+        return root_url(self.base_url)
+
+    @property
+    def v1(self) -> str:
+        """The URL that OpenAI clients are given."""
+        return f"{self.root}/v1"
+
+
+def root_url(url: str) -> str:
+    """A server's URL without a trailing slash or ``/v1``: variables are written both ways."""
+    return url.strip().rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 @dataclass(frozen=True)
@@ -86,13 +128,18 @@ def resolved(env_file: Path = ENV_FILE) -> list[Resolved]:
 
     settings, in_file = load(env_file), dotenv_values(env_file) if env_file.is_file() else {}
     rows = []
-    for field, info in Settings.model_fields.items():
-        value, name = getattr(settings, field), field.upper()
+    for key, info in Settings.model_fields.items():
+        value, name = getattr(settings, key), key.upper()
         shown = (
             ("********" if value.get_secret_value() else "")
             if isinstance(value, SecretStr)
-            else str("" if value is None else value)
+            else without_password(str("" if value is None else value))
         )
         source = "environment" if os.environ.get(name) else ".env" if in_file.get(name) else "default"
         rows.append(Resolved(name, shown, cast(Literal["default", ".env", "environment"], source), info.description or ""))
     return rows
+
+
+def without_password(text: str) -> str:
+    """A URL with the password or key in front of its host masked; any other text as it is."""
+    return _USERINFO.sub(r"\1********@", text)

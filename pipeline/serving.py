@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from pipeline import engines, server
+from pipeline import artefact, engines, server
 from pipeline.engines.base import Engine, Launch, require_feasible
 from pipeline.engines.ollama import Ollama
 from pipeline.engines.parsers import require_known_flags
@@ -191,7 +191,8 @@ def attach(engine_name: str, target: Target) -> Endpoint | None:
     for process in server.running(target.servers):
         # the notes are written after the first token: without them it is still loading
         if process.engine == engine_name and _notes(target, engine_name).is_file():
-            extra = _read_notes(_notes(target, engine_name))
+            notes = _read_notes(_notes(target, engine_name))
+            extra = {key: value for key, value in notes.items() if key != "artefact"}
             return Endpoint(engine_name, process.url, process.model, server=process, **extra)
     return None
 
@@ -284,7 +285,10 @@ def _notes(target: Target, engine: str) -> Path:
 
 def _with_ready(endpoint: Endpoint, begun: float, target: Target) -> Endpoint:
     seconds = round(time.monotonic() - begun, 1)
+    # what was loaded is remembered: the file may be exported again while this server runs
+    loaded = artefact.of_file(target.model)
     notes = {"version": endpoint.version, "plan": endpoint.plan, "ready_seconds": seconds}
+    notes["artefact"] = loaded.to_json() if loaded else None
     write_json(_notes(target, endpoint.engine), notes)
     return replace(endpoint, ready_seconds=seconds)
 

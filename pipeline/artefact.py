@@ -1,0 +1,77 @@
+"""Which fine-tune a file belongs to: run name and hash, read from the run's manifest."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import InputError
+from pipeline.files import sha256_json, tree_bytes
+from pipeline.manifest import Manifest
+from pipeline.runs import DEFAULT_OUTPUT
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A served file or folder of ours. ``fine_tune`` is equal for everything made from the same trained weights."""
+
+    run: str
+    fine_tune: str
+    file: str
+    sha256: str
+
+    def to_json(self) -> dict[str, str]:
+        """For the registry, the status API and server records."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Artefact:
+        """Read what :meth:`to_json` wrote; KeyError when it is something else."""
+        return cls(**{name: str(data[name]) for name in ("run", "fine_tune", "file", "sha256")})
+
+
+def of_file(path: Path) -> Artefact | None:
+    """The artefact at a path inside a run folder, or None when no manifest vouches for it in its present size."""
+    manifest = path.parent / "manifest.json"
+    if not manifest.is_file() or not path.exists():
+        return None
+    try:
+        read = Manifest(manifest)
+        return _sealed(read, path)
+    except (InputError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def of_served_path(said: str, output: Path = DEFAULT_OUTPUT) -> Artefact | None:
+    """The artefact a server says it loaded; a container's path is matched by its last two parts, ``<run>/<file>``."""
+    path = Path(said)
+    if len(path.parts) < 2:
+        return None
+    return of_file(path) or of_file(output / path.parts[-2] / path.parts[-1])
+
+
+def manifest_hash(manifest: Manifest) -> str:
+    """Hash of what the manifest says was trained: the adapter and the merged weights.
+
+    Not of the file's bytes: later stages and every server that is started add to the manifest without changing the fine-tune.
+    """
+    stages = {
+        "adapter": manifest.artefact_sha256("finetune", "adapter"),
+        "merged_fp16": manifest.artefact_sha256("merge", "merged_fp16"),
+    }
+    return sha256_json(stages)
+
+
+def _sealed(manifest: Manifest, path: Path) -> Artefact | None:
+    for stage in manifest.data["stages"].values():
+        seal = stage["artefacts"].get(path.name)
+        if seal is None:
+            continue
+        if tree_bytes(path) != seal["bytes"]:
+            return None
+        made_from = stage["inputs"].get("merged")
+        if path.suffix == ".gguf" and made_from != manifest.artefact_sha256("merge", "merged_fp16"):
+            return None
+        return Artefact(str(manifest.data["run"]), manifest_hash(manifest), path.name, str(seal["sha256"]))
+    return None

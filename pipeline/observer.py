@@ -1,0 +1,103 @@
+"""Health as it is observed: every configured backend is asked in the background, and what was last seen is kept."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipeline import registry
+from pipeline.artefact import Artefact
+from pipeline.config import BACKENDS, Address, Settings
+from pipeline.registry import ModelStatus
+from pipeline.runs import DEFAULT_OUTPUT
+
+# a dead server refuses the connection at once; a slow answer counts as one only the second time, for busy is not dead
+PERIOD, TIMEOUT = 1.0, 1.7
+_PATIENCE = 2
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is known of one backend: its models, whether its configured model answers, since when (wall clock), how fresh."""
+
+    address: Address
+    healthy: bool = False
+    models: tuple[ModelStatus, ...] = ()
+    detail: str = "not asked yet"
+    changed_at: float = 0.0
+    checked_at: float = 0.0
+    timeouts: int = 0
+
+    def artefact(self, model: str) -> Artefact | None:
+        """The fine-tune behind a model name here, as last seen - also while the backend is down."""
+        found = registry.same_model(self.models, model)
+        return found.artefact if found else None
+
+
+class Observer:
+    """Asks the backends every :data:`PERIOD` seconds while its task runs; readers get the latest observation."""
+
+    def __init__(self, addresses: Sequence[Address], output: Path = DEFAULT_OUTPUT, period: float = PERIOD) -> None:
+        self.seen = {address.backend: Seen(address) for address in addresses}
+        self.output = output
+        self.period = period
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @classmethod
+    def of(cls, settings: Settings, output: Path = DEFAULT_OUTPUT) -> Observer:
+        """Watch every backend that has a URL."""
+        addresses = [settings.address(name) for name in BACKENDS]
+        return cls([address for address in addresses if address.base_url], output)
+
+    async def __aenter__(self) -> Observer:
+        """Start asking; each backend has a task of its own, so that a hanging one does not delay the others."""
+        self._tasks = [asyncio.create_task(self._watch(name)) for name in self.seen]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    @property
+    def stale(self) -> bool:
+        """True when a backend has not been asked for so long that what is said of it is not an observation."""
+        oldest = min((seen.checked_at for seen in self.seen.values()), default=time.time())
+        return time.time() - oldest > 5 * (self.period + TIMEOUT)
+
+    async def ask(self, name: str) -> None:
+        """Ask one backend once and keep what it says."""
+        before = self.seen[name]
+        statuses = await registry.check(before.address, timeout=TIMEOUT, output=self.output)
+        self.seen[name] = _after(before, statuses)
+
+    async def _watch(self, name: str) -> None:
+        while True:
+            await self.ask(name)
+            await asyncio.sleep(self.period)
+
+
+def _after(before: Seen, statuses: list[ModelStatus]) -> Seen:
+    now = time.time()
+    wanted = registry.same_model(statuses, before.address.model)
+    if wanted is None:
+        # no model is configured: any that answers will do
+        wanted = next((status for status in statuses if status.available), statuses[0])
+    slow = wanted.kind == "timeout"
+    timeouts = before.timeouts + 1 if slow else 0
+    if slow and before.healthy and timeouts < _PATIENCE:
+        return replace(before, checked_at=now, timeouts=timeouts)
+    models = tuple(statuses) if any(s.available for s in statuses) else _remembered(before.models, wanted.detail)
+    changed = now if wanted.available != before.healthy or not before.changed_at else before.changed_at
+    return Seen(before.address, wanted.available, models, wanted.detail, changed, now, timeouts)
+
+
+def _remembered(models: tuple[ModelStatus, ...], detail: str) -> tuple[ModelStatus, ...]:
+    """The models of a backend that is down: not available, but their artefacts are known for when it returns."""
+    return tuple(replace(model, available=False, loaded=False, detail=detail) for model in models)

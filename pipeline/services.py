@@ -1,0 +1,68 @@
+"""The gateway and the status API as supervised processes, started and stopped as engines are."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline import server
+from pipeline.config import Settings
+from pipeline.engines.base import Launch as Launch
+from pipeline.errors import InputError
+from pipeline.gateway import gateway_folder
+from pipeline.ports import claim
+from pipeline.runs import DEFAULT_OUTPUT
+from pipeline.server import Progress, Server
+
+# LiteLLM's proxy takes 20 to 30 s to import on a small machine
+_READY_SECONDS = 180.0
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def gateway_launch(settings: Settings, host: str, port: int, output: Path, options: Sequence[str] = ()) -> Launch:
+    """The gateway's process; InputError when it would be open to others without a key."""
+    if host not in _LOOPBACK and not settings.gateway_api_key.get_secret_value():
+        raise InputError(
+            f"the gateway on {host} could be used by everyone who reaches this machine",
+            remedy="set GATEWAY_API_KEY, or leave out --host",
+        )
+    config = gateway_folder(output.resolve()) / "litellm.json"
+    words = ("--config", str(config), "--output", str(output.resolve()), *options)
+    return _launch("gateway", "pipeline.gateway_server", (host, port), words)
+
+
+def status_launch(host: str, port: int, output: Path) -> Launch:
+    """The status API's process."""
+    return _launch("status-api", "pipeline.status_server", (host, port), ("--output", str(output.resolve())))
+
+
+def start(launch: Launch, output: Path, owner: int | None, progress: Progress) -> Server:
+    """Start a service and wait until it answers; its record and log are kept below the output folder."""
+    folder = gateway_folder(output)
+    process = server.start(launch, folder / f"{launch.engine}.log", owner=owner)
+    record = server.save(process, folder / "servers")
+    try:
+        server.wait_ready(process, launch.start_timeout, progress)
+    except BaseException:
+        server.stop(process)
+        record.unlink(missing_ok=True)
+        raise
+    return process
+
+
+def stop(name: str, output: Path = DEFAULT_OUTPUT) -> bool:
+    """Stop a service that was left running; False when there is none."""
+    for process in server.running(gateway_folder(output) / "servers"):
+        if process.engine == name:
+            server.stop(process)
+            (gateway_folder(output) / "servers" / f"{name}.json").unlink(missing_ok=True)
+            return True
+    return False
+
+
+def _launch(name: str, module: str, address: tuple[str, int], words: Sequence[str]) -> Launch:
+    host, port = address[0], claim(*address)
+    reached = "127.0.0.1" if host == "0.0.0.0" else host
+    argv = (sys.executable, "-m", module, "--host", host, "--port", str(port), *words)
+    return Launch(name, argv, {}, f"http://{reached}:{port}", "/health", name, start_timeout=_READY_SECONDS)

@@ -1,0 +1,170 @@
+"""The status API: what the selected backend is, whether it answers, which fine-tune it serves; for applications, Prometheus and people."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from pipeline import __version__
+from pipeline.answers import visible
+from pipeline.config import Settings, without_password
+from pipeline.observer import Observer, Seen
+from pipeline.runs import DEFAULT_OUTPUT
+
+DEFAULT_PORT = 8080
+_TEMPLATES = Path(__file__).with_name("templates")
+
+
+def create_app(settings: Settings, output: Path = DEFAULT_OUTPUT) -> FastAPI:
+    """The application; its observer asks the backends from start to stop, requests only read what was last seen."""
+    observer = Observer.of(settings, output)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with observer:
+            yield
+
+    app = FastAPI(title="granite-pipeline status", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    add_routes(app, settings, observer)
+    return app
+
+
+def add_routes(app: FastAPI, settings: Settings, observer: Observer) -> None:
+    """The documented paths."""
+
+    @app.get("/api/v1/inference/status")
+    def status() -> dict[str, Any]:
+        return inference_status(settings, observer)
+
+    @app.get("/api/v1/inference/health")
+    @app.get("/health")
+    def health() -> Response:
+        code = 503 if observer.stale else 200
+        body = {"status": "stale" if observer.stale else "ok", "backends": {n: s.healthy for n, s in observer.seen.items()}}
+        return JSONResponse(body, code)
+
+    @app.get("/api/v1/inference/models")
+    @app.get("/models")
+    def models() -> dict[str, Any]:
+        return {name: backend_json(seen) for name, seen in observer.seen.items()}
+
+    @app.get("/api/v1/inference/metrics")
+    @app.get("/metrics")
+    def metrics() -> Response:
+        return PlainTextResponse(exposition(settings, observer), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/", include_in_schema=False)
+    def page() -> Response:
+        html, policy = status_page(settings, observer)
+        headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+        return HTMLResponse(html, headers={**headers, "Cache-Control": "no-store"})
+
+
+def inference_status(settings: Settings, observer: Observer) -> dict[str, Any]:
+    """The documented object: ``backend base_url model orchestrator_model healthy``."""
+    address = settings.address()
+    seen = observer.seen.get(address.backend)
+    return {
+        "backend": address.backend,
+        "base_url": without_password(address.base_url),
+        "model": address.model,
+        "orchestrator_model": address.orchestrator_model,
+        "healthy": bool(seen and seen.healthy and not observer.stale),
+    }
+
+
+def backend_json(seen: Seen) -> dict[str, Any]:
+    """One backend with its models, for ``/models``."""
+    return {
+        "base_url": without_password(seen.address.base_url),
+        "healthy": seen.healthy,
+        "detail": seen.detail,
+        "changed_at": _moment(seen.changed_at),
+        "checked_at": _moment(seen.checked_at),
+        "models": [asdict(model) for model in seen.models],
+    }
+
+
+def exposition(settings: Settings, observer: Observer) -> str:
+    """Prometheus text: health, latency and selected backend; labels are escaped as the format asks."""
+    lines = []
+    for name, kind, words in (
+        ("granite_backend_healthy", "gauge", "1 when the backend's configured model answers"),
+        ("granite_backend_selected", "gauge", "1 for the backend in LLM_BACKEND"),
+        ("granite_backend_check_age_seconds", "gauge", "seconds since the backend was last asked"),
+        ("granite_model_available", "gauge", "1 when the model is served; run and fine_tune are set for this project's own"),
+        ("granite_model_check_latency_seconds", "gauge", "seconds the last status request took"),
+    ):
+        lines += [f"# HELP {name} {words}", f"# TYPE {name} {kind}"]
+        lines += [f"{name}{_labels(labels)} {value:g}" for labels, value in _samples(name, settings, observer)]
+    return "\n".join(lines) + "\n"
+
+
+def status_page(settings: Settings, observer: Observer) -> tuple[str, str]:
+    """The page for people and its Content-Security-Policy: no script, nothing fetched, its own style only."""
+    css = (_TEMPLATES / "status.css").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    status = inference_status(settings, observer)
+    rows = {name: backend_json(seen) for name, seen in observer.seen.items()}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    html = _template().render(status=status, rows=rows, css=Markup(css), now=now, version=__version__, stale=observer.stale)
+    return html, policy
+
+
+def _samples(name: str, settings: Settings, observer: Observer) -> list[tuple[dict[str, str], float]]:
+    now = datetime.now(UTC).timestamp()
+    values: dict[str, Any] = {
+        "granite_backend_healthy": lambda s: float(s.healthy),
+        "granite_backend_selected": lambda s: float(s.address.backend == settings.llm_backend),
+        "granite_backend_check_age_seconds": lambda s: now - s.checked_at if s.checked_at else float("inf"),
+    }
+    if name in values:
+        return [({"backend": backend}, values[name](seen)) for backend, seen in observer.seen.items()]
+    found = []
+    for backend, seen in observer.seen.items():
+        for model in seen.models:
+            ours = model.artefact
+            labels = {"backend": backend, "model": model.name, "run": ours.run if ours else ""}
+            if name == "granite_model_available":
+                found.append(({**labels, "fine_tune": ours.fine_tune if ours else ""}, float(model.available)))
+            elif model.latency_ms is not None:
+                found.append((labels, model.latency_ms / 1000))
+    return found
+
+
+def _labels(labels: Mapping[str, str]) -> str:
+    escaped = (
+        (name, value.replace("\\", r"\\").replace('"', r"\"").replace("\r", r"\r").replace("\n", r"\n"))
+        for name, value in labels.items()
+    )
+    return "{" + ",".join(f'{name}="{value}"' for name, value in escaped) + "}"
+
+
+def _moment(timestamp: float) -> str | None:
+    return datetime.fromtimestamp(timestamp, UTC).isoformat(timespec="seconds") if timestamp else None
+
+
+@cache
+def _template() -> Any:
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
+    )
+    return environment.get_template("status.html.j2")

@@ -1,0 +1,180 @@
+"""Routing without processes: what the observer saw is given, which backends may answer is expected."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+from small_run import make_run
+
+from pipeline import services
+from pipeline.artefact import Artefact
+from pipeline.config import Settings, load
+from pipeline.errors import InputError
+from pipeline.gateway import Router, Strategy, litellm_config, write_config
+from pipeline.gateway_server import Keys, guarded
+from pipeline.observer import Observer, Seen
+from pipeline.registry import ModelStatus
+from pipeline.runs import RunFolder
+
+OURS = Artefact("mine", "f" * 64, "merged_fp16", "a" * 64)
+SAME = Artefact("mine", "f" * 64, "unsloth.Q8_0.gguf", "b" * 64)
+OTHER = Artefact("other", "0" * 64, "unsloth.Q8_0.gguf", "c" * 64)
+
+
+def _settings(tmp_path: Path, extra: str = "", agents: str = "") -> Settings:
+    (tmp_path / "agents.yaml").write_text(agents)
+    lines = [
+        "LLM_BACKEND=vllm", "VLLM_MODEL=soc", "LLAMACPP_MODEL=soc-gguf", "OLLAMA_MODEL=soc:latest", f"AGENTS_FILE={tmp_path}/agents.yaml",
+        "OPENAI_COMPATIBLE_BASE_URL=https://models.example/v1", "OPENAI_COMPATIBLE_MODEL=big", "OPENAI_COMPATIBLE_API_KEY=sk-planted",
+    ]  # fmt: skip
+    env = tmp_path / ".env"
+    env.write_text("\n".join([*lines, extra]))
+    return load(env)
+
+
+def _router(
+    settings: Settings,
+    seen: dict[str, tuple[bool, Artefact | None]],
+    strategy: Strategy = "local-first",
+    output: Path = Path("none"),
+) -> Router:
+    observer = Observer.of(settings, output)
+    for backend, (up, ours) in seen.items():
+        address = observer.seen[backend].address
+        observer.seen[backend] = Seen(address, up, (ModelStatus(address.model, up, artefact=ours),), "", 1, 1)
+    return Router(settings, observer, strategy)
+
+
+def _order(router: Router, name: str) -> list[str]:
+    route = router.route(name)
+    return [d.id for d in route.order] if route else []
+
+
+def test_the_same_fine_tune_elsewhere_is_the_fallback_and_another_is_not(tmp_path: Path) -> None:
+    seen = {"vllm": (True, OURS), "llamacpp": (True, SAME), "ollama": (True, OTHER), "openai": (True, None)}
+    router = _router(_settings(tmp_path), seen)
+    assert _order(router, "soc") == ["vllm/soc", "llamacpp/soc-gguf"]
+    assert _order(router, "soc-gguf") == ["vllm/soc", "llamacpp/soc-gguf"]
+    assert _order(router, "soc:latest") == ["ollama/soc:latest"]
+    assert _order(router, "big") == ["openai/big"]
+    assert _order(router, "nothing") == []
+
+
+def test_a_backend_that_is_down_is_passed_over_and_comes_back_first(tmp_path: Path) -> None:
+    settings = _settings(tmp_path)
+    down = _router(settings, {"vllm": (False, OURS), "llamacpp": (True, SAME)})
+    assert _order(down, "soc") == ["llamacpp/soc-gguf"]
+    assert down.headers("llamacpp/soc-gguf", "vllm/soc") == {
+        "x-granite-backend": "llamacpp",
+        "x-granite-model": "soc-gguf",
+        "x-granite-fallback": "yes",
+        "x-granite-run": "mine",
+        "x-granite-manifest": "f" * 64,
+        "x-granite-artefact": f"unsloth.Q8_0.gguf sha256:{'b' * 64}",
+    }
+    up = _router(settings, {"vllm": (True, OURS), "llamacpp": (True, SAME)})
+    assert _order(up, "soc")[0] == "vllm/soc"
+    assert up.headers("vllm/soc", "vllm/soc")["x-granite-fallback"] == "no"
+
+
+def test_when_everything_is_down_all_are_tried_in_order(tmp_path: Path) -> None:
+    router = _router(_settings(tmp_path), {"vllm": (False, OURS), "llamacpp": (False, SAME)})
+    assert _order(router, "soc") == ["vllm/soc", "llamacpp/soc-gguf"]
+
+
+def test_an_unknown_artefact_is_never_a_fallback(tmp_path: Path) -> None:
+    router = _router(_settings(tmp_path), {"vllm": (False, None), "llamacpp": (True, None)})
+    assert _order(router, "soc") == ["vllm/soc"]
+
+
+def test_another_model_is_a_fallback_only_when_allowed_by_name(tmp_path: Path) -> None:
+    settings = _settings(tmp_path, agents="allow_fallback: {soc: [openai/big]}")
+    router = _router(settings, {"vllm": (False, OURS), "openai": (True, None)})
+    assert _order(router, "soc") == ["openai/big"]
+    assert router.headers("openai/big", "vllm/soc")["x-granite-run"] == "unknown"
+    assert _order(router, "soc-gguf") == ["llamacpp/soc-gguf"]
+
+
+def test_an_exact_deployment_has_no_fallback(tmp_path: Path) -> None:
+    router = _router(_settings(tmp_path), {"vllm": (False, OURS), "llamacpp": (True, SAME)})
+    assert _order(router, "vllm/soc") == ["vllm/soc"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "first"), [("local-first", "vllm/soc"), ("cloud-first", "openai/big"), ("cheapest", "llamacpp/soc-gguf")]
+)
+def test_strategies(tmp_path: Path, strategy: Strategy, first: str) -> None:
+    settings = _settings(tmp_path, agents="prices: {vllm: 0.1, openai: 2}")
+    seen = {"vllm": (True, OURS), "llamacpp": (True, SAME), "openai": (True, OURS)}
+    assert _order(_router(settings, seen, strategy), "soc" if strategy != "cloud-first" else "big")[0] == first
+
+
+def test_an_agent_is_answered_by_its_runs_fine_tune_only(tmp_path: Path) -> None:
+    run = make_run(RunFolder("mine", tmp_path))
+    from pipeline import artefact
+
+    mine = artefact.of_file(run.gguf)
+    settings = _settings(tmp_path, agents="agents: {triage: {run: mine}, fast: {run: mine, backend: llamacpp}}")
+    router = _router(settings, {"vllm": (True, OTHER), "llamacpp": (True, mine)}, output=tmp_path)
+    assert _order(router, "triage") == ["llamacpp/soc-gguf"]
+    assert _order(router, "mine") == ["llamacpp/soc-gguf"]
+    assert _order(router, "fast") == ["llamacpp/soc-gguf"]
+    wrong = _router(settings, {"vllm": (True, OTHER), "llamacpp": (True, OTHER)}, output=tmp_path)
+    assert _order(wrong, "triage") == []
+    assert _order(wrong, "fast") == []
+
+
+def test_litellms_configuration_names_keys_and_never_holds_them(tmp_path: Path) -> None:
+    settings = _settings(tmp_path)
+    router = _router(settings, {})
+    path = tmp_path / "litellm.json"
+    write_config(path, router.deployments)
+    text = path.read_text()
+    assert "planted" not in text
+    by_name = {e["model_name"]: e["litellm_params"] for e in json.loads(text)["model_list"]}
+    assert by_name["openai/big"]["api_key"] == "os.environ/OPENAI_COMPATIBLE_API_KEY"
+    assert by_name["vllm/soc"]["api_base"] == "http://127.0.0.1:8003/v1"
+    assert by_name["vllm/soc"]["api_key"] == "none"
+    assert litellm_config(router.deployments)["general_settings"]["master_key"] == "os.environ/LITELLM_MASTER_KEY"
+
+
+def test_a_gateway_for_others_needs_a_key(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="could be used by everyone") as caught:
+        services.gateway_launch(_settings(tmp_path), "0.0.0.0", 0, tmp_path)
+    assert "GATEWAY_API_KEY" in caught.value.remedy
+    open_one = services.gateway_launch(_settings(tmp_path, "GATEWAY_API_KEY=sk-planted2"), "0.0.0.0", 0, tmp_path)
+    assert "planted" not in repr(open_one)
+    assert services.gateway_launch(_settings(tmp_path), "127.0.0.1", 0, tmp_path).argv[3:5] == ("--host", "127.0.0.1")
+
+
+def _ask(router: Router, keys: Keys, path: str, headers: list[tuple[bytes, bytes]]) -> tuple[int, dict[bytes, bytes], list[str]]:
+    """Status, the headers LiteLLM would see (none when it was not reached), and the body's keys."""
+    sent: list[dict[str, object]] = []
+    reached: dict[bytes, bytes] = {}
+
+    async def app(scope: dict[str, object], receive: object, send: object) -> None:
+        reached.update(dict(scope["headers"]))  # type: ignore[call-overload]
+        sent.append({"type": "http.response.start", "status": 200})
+
+    async def send(message: dict[str, object]) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "path": path, "headers": headers}
+    asyncio.run(guarded(app, router, keys)(scope, None, send))
+    return int(str(sent[0]["status"])), reached, [str(m.get("body", "")) for m in sent]
+
+
+def test_only_documented_paths_reach_litellm_and_only_with_the_key(tmp_path: Path) -> None:
+    router = _router(_settings(tmp_path), {})
+    keys = Keys("sk-client", "sk-inner")
+    right = [(b"authorization", b"Bearer sk-client"), (b"x-litellm-api-key", b"sk-x")]
+    assert _ask(router, keys, "/key/generate", right)[0] == 404
+    assert _ask(router, keys, "/v1/chat/completions", [])[0] == 401
+    assert _ask(router, keys, "/v1/chat/completions", [(b"authorization", b"Bearer sk-wrong")])[0] == 401
+    assert _ask(router, keys, "/v1/chat/completions", right)[:2] == (200, {b"authorization": b"Bearer sk-inner"})
+    assert _ask(router, Keys("", "sk-inner"), "/v1/chat/completions", [])[:2] == (200, {b"authorization": b"Bearer sk-inner"})
+    assert "vllm/soc" in _ask(router, keys, "/v1/models", right)[2][1]
+    assert "sk-" not in repr(keys)
