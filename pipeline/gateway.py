@@ -28,7 +28,7 @@ _KEY_VARIABLES = {"openai": "OPENAI_COMPATIBLE_API_KEY"}
 
 @dataclass(frozen=True)
 class Deployment:
-    """One model at one backend; ``id`` is ``backend/model``, ``price`` per million tokens."""
+    """One model at one backend; ``id`` is ``model@backend``, ``price`` per million tokens."""
 
     backend: str
     model: str
@@ -38,8 +38,8 @@ class Deployment:
 
     @property
     def id(self) -> str:
-        """The name LiteLLM knows it by, and that a client may ask for to have exactly this one."""
-        return f"{self.backend}/{self.model}"
+        """The name LiteLLM knows it by (a slash would name a provider), and that a client may ask for to have exactly this one."""
+        return f"{self.model}@{self.backend}"
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Router:
         self.deployments = deployments(settings, self.agents)
 
     def names(self) -> list[str]:
-        """Every name a client may ask for: models, ``backend/model``, agents and their runs."""
+        """Every name a client may ask for: models, ``model@backend``, agents and their runs."""
         models = [name for d in self.deployments for name in (d.model, d.id)]
         agents = [name for key, agent in self.agents.agents.items() for name in (key, agent.run)]
         return list(dict.fromkeys([*models, *agents, *(["orchestrator"] if self.deployments else [])]))

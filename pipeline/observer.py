@@ -16,7 +16,7 @@ from pipeline.registry import ModelStatus
 from pipeline.runs import DEFAULT_OUTPUT
 
 # a dead server refuses the connection at once; a slow answer counts as one only the second time, for busy is not dead
-PERIOD, TIMEOUT = 1.0, 1.7
+PERIOD, TIMEOUT = 1.0, 1.5
 _PATIENCE = 2
 
 
@@ -80,7 +80,8 @@ class Observer:
     async def _watch(self, name: str) -> None:
         while True:
             await self.ask(name)
-            await asyncio.sleep(self.period)
+            if not (self.seen[name].healthy and self.seen[name].timeouts):
+                await asyncio.sleep(self.period)
 
 
 def _after(before: Seen, statuses: list[ModelStatus]) -> Seen:

@@ -20,7 +20,9 @@ _READY_SECONDS = 180.0
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def gateway_launch(settings: Settings, host: str, port: int, output: Path, options: Sequence[str] = ()) -> Launch:
+def gateway_launch(
+    settings: Settings, host: str, port: int, output: Path, options: Sequence[str] = (), *, free: bool = True
+) -> Launch:
     """The gateway's process; InputError when it would be open to others without a key."""
     if host not in _LOOPBACK and not settings.gateway_api_key.get_secret_value():
         raise InputError(
@@ -29,12 +31,14 @@ def gateway_launch(settings: Settings, host: str, port: int, output: Path, optio
         )
     config = gateway_folder(output.resolve()) / "litellm.json"
     words = ("--config", str(config), "--output", str(output.resolve()), *options)
-    return _launch("gateway", "pipeline.gateway_server", (host, port), words)
+    return _launch("gateway", "pipeline.gateway_server", (host, claim(host, port) if free else port), words)
 
 
-def status_launch(host: str, port: int, output: Path) -> Launch:
+def status_launch(host: str, port: int, output: Path, *, free: bool = True) -> Launch:
     """The status API's process."""
-    return _launch("status-api", "pipeline.status_server", (host, port), ("--output", str(output.resolve())))
+    return _launch(
+        "status-api", "pipeline.status_server", (host, claim(host, port) if free else port), ("--output", str(output.resolve()))
+    )
 
 
 def start(launch: Launch, output: Path, owner: int | None, progress: Progress) -> Server:
@@ -62,7 +66,7 @@ def stop(name: str, output: Path = DEFAULT_OUTPUT) -> bool:
 
 
 def _launch(name: str, module: str, address: tuple[str, int], words: Sequence[str]) -> Launch:
-    host, port = address[0], claim(*address)
+    host, port = address
     reached = "127.0.0.1" if host == "0.0.0.0" else host
     argv = (sys.executable, "-m", module, "--host", host, "--port", str(port), *words)
     return Launch(name, argv, {}, f"http://{reached}:{port}", "/health", name, start_timeout=_READY_SECONDS)

@@ -10,22 +10,26 @@ from typing import Annotated, get_args
 import typer
 from rich.console import Console
 
-from pipeline import config, server, services
+from pipeline import config, engines, server, services, serving
 from pipeline.errors import InputError, MissingDependency
 from pipeline.gateway import DEFAULT_PORT, REQUEST_TIMEOUT, Strategy
-from pipeline.runs import DEFAULT_OUTPUT
+from pipeline.runs import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 
 Output = Annotated[Path, typer.Option("--output", help="Folder that holds the runs.")]
 Host = Annotated[str, typer.Option("--host", help="Address to bind; anything but 127.0.0.1 is reachable by others.")]
 Detach = Annotated[bool, typer.Option("--detach", help="Leave it running and return; --stop ends it.")]
 Stop = Annotated[bool, typer.Option("--stop", help="Stop the one that was left running.")]
 STATUS_PORT = 8080
+# what the committed files are planned for
+COMPOSE_MODEL, COMPOSE_CPU, COMPOSE_GPU = "granite-4.0-350m", "cpu-4c-16g", "l4"
 
 
 def register(app: typer.Typer) -> None:
     """Add the verbs."""
     app.command("gateway")(gateway)
     app.command("status-api")(status_api)
+    app.command("compose")(compose)
+    app.command("systemd")(systemd)
 
 
 def gateway(
@@ -77,6 +81,69 @@ def status_api(
         return
     _require("fastapi", "gateway")
     _serve(services.status_launch(host, port, output), output, detach=detach)
+
+
+def compose(
+    gpu: Annotated[bool, typer.Option("--gpu", help="The overlay for NVIDIA GPUs (docker-compose.gpu.yml).")] = False,
+    model_shape: Annotated[str, typer.Option("--model-shape", help="Plan for a published model's shape.")] = COMPOSE_MODEL,
+    machine: Annotated[str | None, typer.Option("--hardware", help="The machine it will run on, as in plan --hardware.")] = None,
+    run: Annotated[str | None, typer.Option("--run", "--name", help="Plan for what this run exported instead.")] = None,
+    output: Output = DEFAULT_OUTPUT,
+) -> None:
+    """Print docker-compose.yml, or with --gpu its overlay, with planned flags; the committed files are this verb's output.
+
+    Profiles: local-ollama (11434), local-vllm (8003), local-sglang (8004, GPU overlay only), local-llamacpp (8005); the status
+    API (8080) and the gateway (4000) come with each. Ports are published on 127.0.0.1. RUN chooses the run, and the
+    documented variables (VLLM_MAX_MODEL_LEN, LLAMACPP_PARALLEL, ...) override single flags.
+
+    Examples:
+      granite-pipeline compose > docker-compose.yml
+      granite-pipeline compose --gpu --hardware 2xa10g > docker-compose.gpu.yml
+      docker compose --profile local-llamacpp up
+    """
+    from pipeline.compose import compose as cpu_file
+    from pipeline.compose import gpu_overlay, to_yaml
+    from pipeline.machines import hardware_from
+    from pipeline.model import Model
+
+    where = hardware_from(machine or (COMPOSE_GPU if gpu else COMPOSE_CPU))
+    shape = Model.open(RunFolder(run, output).merged) if run else Model.from_shape(model_shape)
+    given = [
+        *(["--gpu"] if gpu else []),
+        *(["--run", run] if run else ["--model-shape", model_shape] if model_shape != COMPOSE_MODEL else []),
+    ]
+    given += ["--hardware", machine] if machine else []
+    made = gpu_overlay(shape, where) if gpu else cpu_file(shape, where)
+    command = " ".join(["granite-pipeline compose", *given])
+    typer.echo(to_yaml(made, command, f"{run or model_shape} on {where.name}"), nl=False)
+
+
+def systemd(
+    service: Annotated[
+        str, typer.Argument(help="vllm, llamacpp, sglang, ollama, gateway or status-api; default: LLM_BACKEND.")
+    ] = "",
+    run: Annotated[str, typer.Option("--run", "--name", help="Name of the run.")] = DEFAULT_NAME,
+    output: Output = DEFAULT_OUTPUT,
+) -> None:
+    """Print a systemd unit with the flags planned for this machine. Keys are read from .env, never written here.
+
+    Example: granite-pipeline systemd llamacpp > ~/.config/systemd/user/granite-llamacpp.service
+    """
+    from pipeline.systemd import unit
+
+    settings = config.load()
+    name = service or settings.llm_backend
+    out = output.resolve()
+    if name == "gateway":
+        launch = services.gateway_launch(settings, "127.0.0.1", DEFAULT_PORT, out, free=False)
+    elif name == "status-api":
+        launch = services.status_launch("127.0.0.1", STATUS_PORT, out, free=False)
+    else:
+        launch = serving.planned_launch(name, RunFolder(run, out), settings)
+    writable = [out, Path.home() / ".cache"]
+    typer.echo(
+        unit(launch, f"Granite {name}" + (f", run {run}" if name in engines.NAMES else ""), Path.cwd(), writable), nl=False
+    )
 
 
 def _serve(launch: services.Launch, output: Path, *, detach: bool) -> None:

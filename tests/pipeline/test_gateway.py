@@ -56,18 +56,18 @@ def _order(router: Router, name: str) -> list[str]:
 def test_the_same_fine_tune_elsewhere_is_the_fallback_and_another_is_not(tmp_path: Path) -> None:
     seen = {"vllm": (True, OURS), "llamacpp": (True, SAME), "ollama": (True, OTHER), "openai": (True, None)}
     router = _router(_settings(tmp_path), seen)
-    assert _order(router, "soc") == ["vllm/soc", "llamacpp/soc-gguf"]
-    assert _order(router, "soc-gguf") == ["vllm/soc", "llamacpp/soc-gguf"]
-    assert _order(router, "soc:latest") == ["ollama/soc:latest"]
-    assert _order(router, "big") == ["openai/big"]
+    assert _order(router, "soc") == ["soc@vllm", "soc-gguf@llamacpp"]
+    assert _order(router, "soc-gguf") == ["soc@vllm", "soc-gguf@llamacpp"]
+    assert _order(router, "soc:latest") == ["soc:latest@ollama"]
+    assert _order(router, "big") == ["big@openai"]
     assert _order(router, "nothing") == []
 
 
 def test_a_backend_that_is_down_is_passed_over_and_comes_back_first(tmp_path: Path) -> None:
     settings = _settings(tmp_path)
     down = _router(settings, {"vllm": (False, OURS), "llamacpp": (True, SAME)})
-    assert _order(down, "soc") == ["llamacpp/soc-gguf"]
-    assert down.headers("llamacpp/soc-gguf", "vllm/soc") == {
+    assert _order(down, "soc") == ["soc-gguf@llamacpp"]
+    assert down.headers("soc-gguf@llamacpp", "soc@vllm") == {
         "x-granite-backend": "llamacpp",
         "x-granite-model": "soc-gguf",
         "x-granite-fallback": "yes",
@@ -76,35 +76,35 @@ def test_a_backend_that_is_down_is_passed_over_and_comes_back_first(tmp_path: Pa
         "x-granite-artefact": f"unsloth.Q8_0.gguf sha256:{'b' * 64}",
     }
     up = _router(settings, {"vllm": (True, OURS), "llamacpp": (True, SAME)})
-    assert _order(up, "soc")[0] == "vllm/soc"
-    assert up.headers("vllm/soc", "vllm/soc")["x-granite-fallback"] == "no"
+    assert _order(up, "soc")[0] == "soc@vllm"
+    assert up.headers("soc@vllm", "soc@vllm")["x-granite-fallback"] == "no"
 
 
 def test_when_everything_is_down_all_are_tried_in_order(tmp_path: Path) -> None:
     router = _router(_settings(tmp_path), {"vllm": (False, OURS), "llamacpp": (False, SAME)})
-    assert _order(router, "soc") == ["vllm/soc", "llamacpp/soc-gguf"]
+    assert _order(router, "soc") == ["soc@vllm", "soc-gguf@llamacpp"]
 
 
 def test_an_unknown_artefact_is_never_a_fallback(tmp_path: Path) -> None:
     router = _router(_settings(tmp_path), {"vllm": (False, None), "llamacpp": (True, None)})
-    assert _order(router, "soc") == ["vllm/soc"]
+    assert _order(router, "soc") == ["soc@vllm"]
 
 
 def test_another_model_is_a_fallback_only_when_allowed_by_name(tmp_path: Path) -> None:
-    settings = _settings(tmp_path, agents="allow_fallback: {soc: [openai/big]}")
+    settings = _settings(tmp_path, agents="allow_fallback: {soc: [big@openai]}")
     router = _router(settings, {"vllm": (False, OURS), "openai": (True, None)})
-    assert _order(router, "soc") == ["openai/big"]
-    assert router.headers("openai/big", "vllm/soc")["x-granite-run"] == "unknown"
-    assert _order(router, "soc-gguf") == ["llamacpp/soc-gguf"]
+    assert _order(router, "soc") == ["big@openai"]
+    assert router.headers("big@openai", "soc@vllm")["x-granite-run"] == "unknown"
+    assert _order(router, "soc-gguf") == ["soc-gguf@llamacpp"]
 
 
 def test_an_exact_deployment_has_no_fallback(tmp_path: Path) -> None:
     router = _router(_settings(tmp_path), {"vllm": (False, OURS), "llamacpp": (True, SAME)})
-    assert _order(router, "vllm/soc") == ["vllm/soc"]
+    assert _order(router, "soc@vllm") == ["soc@vllm"]
 
 
 @pytest.mark.parametrize(
-    ("strategy", "first"), [("local-first", "vllm/soc"), ("cloud-first", "openai/big"), ("cheapest", "llamacpp/soc-gguf")]
+    ("strategy", "first"), [("local-first", "soc@vllm"), ("cloud-first", "big@openai"), ("cheapest", "soc-gguf@llamacpp")]
 )
 def test_strategies(tmp_path: Path, strategy: Strategy, first: str) -> None:
     settings = _settings(tmp_path, agents="prices: {vllm: 0.1, openai: 2}")
@@ -119,9 +119,9 @@ def test_an_agent_is_answered_by_its_runs_fine_tune_only(tmp_path: Path) -> None
     mine = artefact.of_file(run.gguf)
     settings = _settings(tmp_path, agents="agents: {triage: {run: mine}, fast: {run: mine, backend: llamacpp}}")
     router = _router(settings, {"vllm": (True, OTHER), "llamacpp": (True, mine)}, output=tmp_path)
-    assert _order(router, "triage") == ["llamacpp/soc-gguf"]
-    assert _order(router, "mine") == ["llamacpp/soc-gguf"]
-    assert _order(router, "fast") == ["llamacpp/soc-gguf"]
+    assert _order(router, "triage") == ["soc-gguf@llamacpp"]
+    assert _order(router, "mine") == ["soc-gguf@llamacpp"]
+    assert _order(router, "fast") == ["soc-gguf@llamacpp"]
     wrong = _router(settings, {"vllm": (True, OTHER), "llamacpp": (True, OTHER)}, output=tmp_path)
     assert _order(wrong, "triage") == []
     assert _order(wrong, "fast") == []
@@ -135,9 +135,9 @@ def test_litellms_configuration_names_keys_and_never_holds_them(tmp_path: Path) 
     text = path.read_text()
     assert "planted" not in text
     by_name = {e["model_name"]: e["litellm_params"] for e in json.loads(text)["model_list"]}
-    assert by_name["openai/big"]["api_key"] == "os.environ/OPENAI_COMPATIBLE_API_KEY"
-    assert by_name["vllm/soc"]["api_base"] == "http://127.0.0.1:8003/v1"
-    assert by_name["vllm/soc"]["api_key"] == "none"
+    assert by_name["big@openai"]["api_key"] == "os.environ/OPENAI_COMPATIBLE_API_KEY"
+    assert by_name["soc@vllm"]["api_base"] == "http://127.0.0.1:8003/v1"
+    assert by_name["soc@vllm"]["api_key"] == "none"
     assert litellm_config(router.deployments)["general_settings"]["master_key"] == "os.environ/LITELLM_MASTER_KEY"
 
 
@@ -176,5 +176,5 @@ def test_only_documented_paths_reach_litellm_and_only_with_the_key(tmp_path: Pat
     assert _ask(router, keys, "/v1/chat/completions", [(b"authorization", b"Bearer sk-wrong")])[0] == 401
     assert _ask(router, keys, "/v1/chat/completions", right)[:2] == (200, {b"authorization": b"Bearer sk-inner"})
     assert _ask(router, Keys("", "sk-inner"), "/v1/chat/completions", [])[:2] == (200, {b"authorization": b"Bearer sk-inner"})
-    assert "vllm/soc" in _ask(router, keys, "/v1/models", right)[2][1]
+    assert "soc@vllm" in _ask(router, keys, "/v1/models", right)[2][1]
     assert "sk-" not in repr(keys)

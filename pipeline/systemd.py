@@ -1,0 +1,58 @@
+"""systemd units for a server of a run, the gateway and the status API, with the flags planned for this machine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pipeline.engines.base import Launch
+
+_RESTART_SECONDS = 5
+
+
+def unit(launch: Launch, what: str, folder: Path, writable: Sequence[Path] = ()) -> str:
+    """One unit file: started again when it fails, no new privileges, writing only below ``writable``; keys come from ``.env``."""
+    lines = [
+        "[Unit]",
+        f"Description={_text(what)}",
+        "After=network.target",
+        "",
+        "[Service]",
+        f"WorkingDirectory={_text(str(folder))}",
+        f"EnvironmentFile=-{_text(str(folder / '.env'))}",
+        *(f"Environment={_quoted(f'{key}={value}')}" for key, value in sorted(_environment(launch.env).items())),
+        f"ExecStart={' '.join(_quoted(word) for word in launch.argv)}",
+        "Restart=on-failure",
+        f"RestartSec={_RESTART_SECONDS}",
+        f"TimeoutStartSec={launch.start_timeout:.0f}",
+        "KillMode=control-group",
+        "NoNewPrivileges=yes",
+        "PrivateTmp=yes",
+        "ProtectSystem=strict",
+        f"ReadWritePaths={' '.join(_quoted(str(path)) for path in writable)}" if writable else "ReadOnlyPaths=/",
+        "",
+        "[Install]",
+        "WantedBy=default.target",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _environment(given: Mapping[str, str]) -> dict[str, str]:
+    """What the process needs besides: our package, where it is not installed for this interpreter."""
+    return {
+        **given,
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONUNBUFFERED": "1",
+        "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
+    }
+
+
+def _quoted(word: str) -> str:
+    """A word as systemd reads it: specifiers and variables escaped, quoted where it must be."""
+    plain = _text(word).replace("$", "$$").replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{plain}"' if not plain or any(c in plain for c in " \t'\"\\;") else plain
+
+
+def _text(text: str) -> str:
+    return text.replace("%", "%%").replace("\n", " ")

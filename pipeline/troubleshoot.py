@@ -1,0 +1,151 @@
+"""Why an application does not get its answer: connection refused, model not found, an old backend still used, a server that died.
+
+Each function looks for one cause and returns what it found, in the words of ``doctor``'s findings; nothing is changed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import httpx
+
+from pipeline import registry, server
+from pipeline.config import ENV_FILE, Settings, without_password
+from pipeline.config_check import check
+from pipeline.failures import classify
+from pipeline.gateway import gateway_folder
+from pipeline.registry import ModelStatus
+from pipeline.runs import DEFAULT_OUTPUT, RunFolder
+from pipeline.waiting import wait_for
+
+_ASK_SECONDS = 3.0
+_LONGEST_LOG = 1 << 20
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """One finding: ``status`` ok, warn or fail, what was seen, what to do."""
+
+    check: str
+    status: Literal["ok", "warn", "fail"]
+    evidence: str
+    remedy: str = ""
+
+
+def look(settings: Settings, run: RunFolder, env_file: Path = ENV_FILE) -> list[Trouble]:
+    """Every check of this file, worst first."""
+    found = [
+        *settings_in_force(settings, env_file),
+        backend_answers(settings, run),
+        *old_backend(settings, run.output),
+        *last_failures(run),
+        *exited_containers(),
+    ]
+    return sorted(found, key=lambda trouble: ("fail", "warn", "ok").index(trouble.status))
+
+
+def settings_in_force(settings: Settings, env_file: Path = ENV_FILE) -> list[Trouble]:
+    """Contradictions, misspelt variables, and values that the environment hides."""
+    return [Trouble("settings", "fail" if n.level == "error" else "warn", n.text) for n in check(settings, env_file)]
+
+
+def backend_answers(settings: Settings, run: RunFolder) -> Trouble:
+    """Connection refused, a wrong key, a model that is not served - for the backend in LLM_BACKEND."""
+    address = settings.address()
+    statuses = wait_for(registry.check(address, timeout=_ASK_SECONDS, output=run.output))
+    wanted = registry.same_model(statuses, address.model) or statuses[0]
+    name = f"{address.backend} answers"
+    if wanted.available:
+        return Trouble(name, "ok", f"{wanted.name} at {without_password(address.base_url)}")
+    return Trouble(name, "fail", wanted.detail, _remedy(settings, run, wanted))
+
+
+def old_backend(settings: Settings, output: Path = DEFAULT_OUTPUT) -> list[Trouble]:
+    """A status API or gateway that was started before LLM_BACKEND changed keeps the settings of its start."""
+    found = []
+    for process in server.running(gateway_folder(output) / "servers"):
+        if process.engine != "status-api":
+            continue
+        try:
+            used = str(httpx.get(f"{process.url}/api/v1/inference/status", timeout=_ASK_SECONDS).json()["backend"])
+        except (httpx.HTTPError, ValueError, KeyError):
+            continue
+        if used != settings.llm_backend:
+            words = f"LLM_BACKEND={settings.llm_backend}, but the status API at {process.url} was started with {used}"
+            found.append(Trouble("LLM_BACKEND", "fail", words, "settings are read at start: restart it, and your applications"))
+    return found
+
+
+def last_failures(run: RunFolder) -> list[Trouble]:
+    """Known causes (CUDA out of memory, a taken port, ...) in the newest log of each engine that is not running now."""
+    alive = {process.engine for process in server.running(run.path / "servers")} if run.path.is_dir() else set()
+    newest: dict[str, Path] = {}
+    for log in sorted(run.logs.glob("*.log")):
+        newest[log.name.split("-")[0]] = log
+    found = []
+    for engine, log in newest.items():
+        known = None if engine in alive else classify(_tail(log))
+        if known:
+            found.append(Trouble(f"last start of {engine}", "warn", f"{known.cause} ({log}: {known.line[:160]})", known.remedy))
+    return found
+
+
+def exited_containers() -> list[Trouble]:
+    """Containers of the compose file that exited, with the known cause or the last line of their log."""
+    docker = shutil.which("docker")
+    if docker is None:
+        return []
+    words = ["ps", "-a", "--filter", "status=exited", "--filter", "label=com.docker.compose.project", "--format", "{{json .}}"]
+    listed = _docker([docker, *words])
+    found = []
+    for line in (listed or "").splitlines():
+        try:
+            entry = json.loads(line)
+            name, status = str(entry["Names"]), str(entry["Status"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        log = _docker([docker, "logs", "--tail", "200", name]) or ""
+        known = classify(log)
+        last = (log.strip().splitlines() or ["its log is empty"])[-1]
+        remedy = known.remedy if known else f"docker logs {name}"
+        found.append(Trouble(f"container {name}", "warn", f"{status}: {known.cause if known else last[:200]}", remedy))
+    return found
+
+
+def _remedy(settings: Settings, run: RunFolder, status: ModelStatus) -> str:
+    """The next step for an unavailable model; a server of the run at another address is the likeliest mistake."""
+    address = settings.address()
+    prefix = "OPENAI_COMPATIBLE" if address.backend == "openai" else address.backend.upper()
+    if status.kind == "refused":
+        here = [p for p in server.running(run.path / "servers") if p.engine == address.backend] if run.path.is_dir() else []
+        if here:
+            return f"{address.backend} of run {run.name} runs at {here[0].url}: set {prefix}_BASE_URL={here[0].url}/v1"
+        return (
+            f"granite-pipeline serve {address.backend} --run {run.name}" if address.backend != "openai" else "start that server"
+        )
+    if status.kind == "model" and address.backend == "ollama":
+        return f"granite-pipeline serve ollama --run {run.name} creates it; or set OLLAMA_MODEL to one of these"
+    if status.kind == "model":
+        return f"set {prefix}_MODEL to a name that is served, or serve the run as --served-model-name {address.model}"
+    if status.kind == "key":
+        return "correct OPENAI_COMPATIBLE_API_KEY"
+    return f"correct {prefix}_BASE_URL, or look into that server's log"
+
+
+def _docker(command: list[str]) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False, errors="replace")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return None if done.returncode else done.stdout + done.stderr
+
+
+def _tail(log: Path) -> str:
+    with log.open("rb") as handle:
+        handle.seek(max(0, log.stat().st_size - _LONGEST_LOG))
+        return handle.read().decode("utf-8", errors="replace")
