@@ -14,6 +14,7 @@ TRAIN_OPTIONS = $(call opt,BASE,--base) $(call opt,DATA,--data) $(call opt,EVAL_
 
 .DEFAULT_GOAL := help
 .PHONY: help setup doctor run test check lab train export modelfile parity verify report status ps logs stop bench clean \
+        config gateway status-api compose \
         train-serve-ollama train-serve-vllm train-serve-llamacpp
 
 help: ## list the targets
@@ -35,7 +36,7 @@ run: $(STAMP) ## fine-tune, export, serve and verify; open the report it names a
 	$(PIPELINE) run $(RUN) $(TRAIN_OPTIONS) $(call opt,BACKENDS,--backends)
 
 test: $(STAMP) ## all tests, with one small end-to-end run on the real vLLM and llama.cpp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not long"
 
 check: $(STAMP) ## format, lint, types and the fast tests
 	$(BIN)/ruff format --check .
@@ -87,6 +88,19 @@ stop: $(STAMP) ## stop the servers of the run (ARGS=--all: of every run)
 
 bench: $(STAMP) ## planned flags against defaults and guides on this machine (ARGS='--engine vllm --quick --sweep')
 	$(BIN)/python -m benchmarks.serve --run '$(NAME)' --output '$(OUTPUT)' $(ARGS)
+
+config: $(STAMP) ## every setting, where it comes from, and what contradicts
+	$(PIPELINE) config
+
+gateway: $(STAMP) ## one address for all backends, with fallback, on port 4000 until Ctrl-C
+	$(PIPELINE) gateway --output '$(OUTPUT)'
+
+status-api: $(STAMP) ## health of the backends on port 8080 (page, JSON, /metrics) until Ctrl-C
+	$(PIPELINE) status-api --output '$(OUTPUT)'
+
+compose: $(STAMP) ## make docker-compose.yml and docker-compose.gpu.yml again from the plans
+	$(PIPELINE) compose > docker-compose.yml
+	$(PIPELINE) compose --gpu > docker-compose.gpu.yml
 
 clean: ## remove the environment and caches; runs in training/output are kept
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

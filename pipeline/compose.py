@@ -66,7 +66,7 @@ def compose(model: Model, hardware: Hardware) -> dict[str, Any]:
         "command": ["sh", "-c", "echo add -f docker-compose.gpu.yml: SGLang needs a GPU; exit 1"],
     }
     services["status-api"] = _ours("status-api", 8080, ["python", "-m", "pipeline.status_server"], [])
-    words = ["python", "-m", "pipeline.gateway_server", "--config", "/tmp/litellm.json"]
+    words = ["python", "-m", "pipeline.gateway_server", "--config", "/tmp/litellm.yaml"]
     services["gateway"] = _ours("gateway", 4000, words, ["GATEWAY_API_KEY=${GATEWAY_API_KEY:?set a key in .env}"])
     return {"name": "granite", "services": services, "volumes": {"ollama": {}}}
 

@@ -16,7 +16,7 @@ from pipeline.runs import DEFAULT_OUTPUT
 from pipeline.server import Progress, Server
 
 # LiteLLM's proxy takes 20 to 30 s to import on a small machine
-_READY_SECONDS = 180.0
+_READY_SECONDS = 300.0
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -29,7 +29,7 @@ def gateway_launch(
             f"the gateway on {host} could be used by everyone who reaches this machine",
             remedy="set GATEWAY_API_KEY, or leave out --host",
         )
-    config = gateway_folder(output.resolve()) / "litellm.json"
+    config = gateway_folder(output.resolve()) / "litellm.yaml"
     words = ("--config", str(config), "--output", str(output.resolve()), *options)
     return _launch("gateway", "pipeline.gateway_server", (host, claim(host, port) if free else port), words)
 

