@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.hardware import Hardware
 from pipeline.model import Model
+
+if TYPE_CHECKING:
+    from pipeline.adapters import Adapter
 
 Purpose = Literal["verify", "serve", "throughput", "latency"]
 
@@ -21,6 +24,7 @@ class Request:
     purpose: Purpose = "serve"
     served_name: str = ""
     overrides: Mapping[str, str] = field(default_factory=dict)
+    adapters: tuple[Adapter, ...] = ()
 
 
 @dataclass(frozen=True)

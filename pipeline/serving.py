@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from pipeline import artefact, engines, server
+from pipeline.adapters import Adapter
 from pipeline.config import Settings
 from pipeline.engines.base import Engine, Launch, require_feasible
 from pipeline.engines.ollama import Ollama
@@ -70,6 +71,7 @@ class Options:
     owner: int | None = None
     timeout: float | None = None
     overrides: Mapping[str, str] = field(default_factory=dict)
+    adapters: tuple[Adapter, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def request_for(target: Target, options: Options, hardware: Hardware | None = No
     """The planning request for a target on this machine (or on the one given)."""
     model = Model.open(target.model)
     machine = hardware or Hardware.detect(target.folder)
-    return Request(model, machine, options.purpose, target.name, options.overrides)
+    return Request(model, machine, options.purpose, target.name, options.overrides, options.adapters)
 
 
 def planned_launch(engine_name: str, run: RunFolder, settings: Settings) -> Launch:

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import config, engines, server, serving
+from pipeline.adapters import Adapter, base_folder, parse
 from pipeline.engines.base import Engine
 from pipeline.errors import InputError
 from pipeline.plan import Purpose
@@ -48,6 +50,10 @@ def serve(
     setting: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a planned flag. Repeatable.")
     ] = None,
+    adapters: Annotated[
+        str | None,
+        typer.Option("--adapters", metavar="NAME=RUN,...", help="vLLM only: serve these LoRA adapters on their base model."),
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Leave the server running and return.")] = False,
 ) -> None:
     """Serve a run (or any model) with flags planned for this machine, each with its reason.
@@ -60,16 +66,19 @@ def serve(
       granite-pipeline serve vllm
       granite-pipeline serve llamacpp --run mine --port 0 --detach
       granite-pipeline serve vllm --model path/to/merged_fp16 --set max-model-len=4096
+      granite-pipeline serve vllm --adapters triage=generic,summary=other
     """
     settings = config.load()
     chosen = engines.get(engine or settings.llm_backend)
-    target = _target(RunFolder(run, output), chosen, model, name, settings)
+    folder = RunFolder(run, output)
+    loras = _adapters(chosen, adapters, output)
+    target = _on_base(folder, loras, model, name) if loras else _target(folder, chosen, model, name, settings)
     overrides = {**settings.overrides(chosen.name), **dict(_pair(text) for text in setting or [])}
     if purpose not in ("verify", "serve", "throughput", "latency"):
         raise InputError(f"no purpose {purpose!r}", remedy="use verify, serve, throughput or latency")
     wanted: Purpose = purpose  # type: ignore[assignment]
     options = Options(
-        wanted, host, chosen.default_port if port is None else port, None if detach else os.getpid(), None, overrides
+        wanted, host, chosen.default_port if port is None else port, None if detach else os.getpid(), None, overrides, loras
     )
     run_server(chosen.name, target, options, detach=detach)
 
@@ -152,6 +161,20 @@ def _target(run: RunFolder, engine: Engine, model: Path | None, name: str | None
 def _folder_name(model: Path) -> str:
     name = re.sub(r"[^A-Za-z0-9._-]", "-", model.resolve().stem if model.is_file() else model.resolve().name)
     return name.lstrip("._-")[:64] or "model"
+
+
+def _adapters(engine: Engine, text: str | None, output: Path) -> tuple[Adapter, ...]:
+    if text is None:
+        return ()
+    if engine.name != "vllm":
+        raise InputError(f"{engine.name} does not serve adapters here", remedy="use vllm, or serve the merged model")
+    return tuple(parse(text, output))
+
+
+def _on_base(run: RunFolder, loras: Sequence[Adapter], model: Path | None, name: str | None) -> Target:
+    """The base model under its own name; logs and records stay in the run's folder."""
+    base = base_folder(loras, model)
+    return Target(base, name or base.name, run.path)
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from pipeline import adapters
 from pipeline.conversation import Conversation
 from pipeline.engines import vllm_cpu, vllm_gpu
 from pipeline.engines.base import Availability, Body, Launch, OpenAiRequests, Prompt, ask, openai_body, require_feasible
@@ -38,7 +39,8 @@ class Vllm(OpenAiRequests):
 
     def plan(self, request: Request) -> Plan:
         """Flags for this model, machine and purpose."""
-        return vllm_gpu.plan(request) if request.hardware.gpus else vllm_cpu.plan(request)
+        plan = vllm_gpu.plan(request) if request.hardware.gpus else vllm_cpu.plan(request)
+        return adapters.with_adapters(plan, request)
 
     def launch(self, plan: Plan, request: Request, *, host: str, port: int) -> Launch:
         """``python -m vllm.entrypoints.openai.api_server`` with the plan's flags; EngineError when the plan is not feasible."""
@@ -48,6 +50,7 @@ class Vllm(OpenAiRequests):
             "-m",
             "vllm.entrypoints.openai.api_server",
             *plan.arguments,
+            *adapters.module_words(request),
             "--host",
             host,
             "--port",
