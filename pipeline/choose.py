@@ -28,7 +28,7 @@ class Choice:
     backend: Backend
     command: str
     reasons: tuple[str, ...]
-    others: dict[str, str]
+    others: dict[Backend, str]
 
     def to_json(self) -> dict[str, Any]:
         """For ``choose --json``."""

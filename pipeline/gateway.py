@@ -99,7 +99,8 @@ class Router:
     def healthy(self, deployment: Deployment) -> bool:
         """True when the last observation lists the model as available."""
         seen = self.observer.seen.get(deployment.backend)
-        return bool(seen) and any(m.available and m.name in (deployment.model, f"{deployment.model}:latest") for m in seen.models)
+        names = (deployment.model, f"{deployment.model}:latest")
+        return seen is not None and any(model.available and model.name in names for model in seen.models)
 
     def headers(self, deployment_id: str, first: str) -> dict[str, str]:
         """What every answer says about who gave it: backend, model, run, manifest hash, artefact, and whether it is a fallback."""

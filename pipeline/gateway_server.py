@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import hmac
 import os
 import secrets
@@ -91,9 +92,31 @@ async def _serve(host: str, port: int, router: Router, keys: Keys) -> None:
     from litellm.proxy.proxy_server import app
 
     litellm.callbacks.append(routing_hook(router))
-    served = uvicorn.Config(guarded(app, router, keys), host=host, port=port, log_level="warning", access_log=False)
+    ready = asyncio.Event()
+    guarded_app = guarded(app, router, keys, ready)
+    settings = uvicorn.Config(guarded_app, host=host, port=port, log_level="warning", access_log=False)
+    served = uvicorn.Server(settings)
     async with router.observer:
-        await uvicorn.Server(served).serve()
+        warming = asyncio.create_task(_warm(served, guarded_app, keys, ready))
+        await served.serve()
+        warming.cancel()
+
+
+async def _warm(served: Any, app: Any, keys: Keys, ready: asyncio.Event) -> None:
+    """Make LiteLLM import what its first request would, for seconds and with nothing else answered, before we say ready."""
+    import httpx
+    import litellm
+
+    while not served.started:
+        await asyncio.sleep(0.05)
+    body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+    with contextlib.suppress(Exception):
+        # port 9 refuses: the provider's code is loaded, nobody is asked
+        await litellm.acompletion(model="openai/none", api_base="http://127.0.0.1:9", api_key="none", max_retries=0, **body)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+        headers = {"Authorization": f"Bearer {keys.asked}"}
+        await client.post("/v1/chat/completions", json={**body, "model": "no such model"}, headers=headers)
+    ready.set()
 
 
 def routing_hook(router: Router) -> Any:
@@ -130,7 +153,7 @@ def routing_hook(router: Router) -> Any:
     return Routing()
 
 
-def guarded(app: Any, router: Router, keys: Keys) -> Any:
+def guarded(app: Any, router: Router, keys: Keys, ready: asyncio.Event) -> Any:
     """LiteLLM's application behind a list of paths and the clients' key; health and model list are answered from what was observed."""
 
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
@@ -139,7 +162,12 @@ def guarded(app: Any, router: Router, keys: Keys) -> Any:
         if scope["type"] == "http":
             path = scope["path"].rstrip("/") or "/"
             if path == "/health":
-                await _json(send, 200, {"status": "ok", "backends": {n: s.healthy for n, s in router.observer.seen.items()}})
+                up = ready.is_set()
+                await _json(
+                    send,
+                    200 if up else 503,
+                    {"status": "ok" if up else "starting", "backends": {n: s.healthy for n, s in router.observer.seen.items()}},
+                )
                 return
             if path not in PATHS:
                 await _json(send, 404, _error(f"the gateway has no {path}", "not_found"))

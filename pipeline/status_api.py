@@ -44,32 +44,30 @@ def create_app(settings: Settings, output: Path = DEFAULT_OUTPUT) -> FastAPI:
 def add_routes(app: FastAPI, settings: Settings, observer: Observer) -> None:
     """The documented paths."""
 
-    @app.get("/api/v1/inference/status")
     def status() -> dict[str, Any]:
         return inference_status(settings, observer)
 
-    @app.get("/api/v1/inference/health")
-    @app.get("/health")
     def health() -> Response:
         code = 503 if observer.stale else 200
         body = {"status": "stale" if observer.stale else "ok", "backends": {n: s.healthy for n, s in observer.seen.items()}}
         return JSONResponse(body, code)
 
-    @app.get("/api/v1/inference/models")
-    @app.get("/models")
     def models() -> dict[str, Any]:
         return {name: backend_json(seen) for name, seen in observer.seen.items()}
 
-    @app.get("/api/v1/inference/metrics")
-    @app.get("/metrics")
     def metrics() -> Response:
         return PlainTextResponse(exposition(settings, observer), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/", include_in_schema=False)
     def page() -> Response:
         html, policy = status_page(settings, observer)
         headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
         return HTMLResponse(html, headers={**headers, "Cache-Control": "no-store"})
+
+    app.add_api_route("/api/v1/inference/status", status)
+    for path, endpoint in (("/health", health), ("/models", models), ("/metrics", metrics)):
+        app.add_api_route(path, endpoint, response_model=None)
+        app.add_api_route(f"/api/v1/inference{path}", endpoint, response_model=None, include_in_schema=False)
+    app.add_api_route("/", page, response_model=None, include_in_schema=False)
 
 
 def inference_status(settings: Settings, observer: Observer) -> dict[str, Any]:

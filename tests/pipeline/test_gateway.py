@@ -163,7 +163,7 @@ def _ask(router: Router, keys: Keys, path: str, headers: list[tuple[bytes, bytes
         sent.append(message)
 
     scope = {"type": "http", "path": path, "headers": headers}
-    asyncio.run(guarded(app, router, keys)(scope, None, send))
+    asyncio.run(guarded(app, router, keys, asyncio.Event())(scope, None, send))
     return int(str(sent[0]["status"])), reached, [str(m.get("body", "")) for m in sent]
 
 

@@ -1,0 +1,38 @@
+"""Every make target: listed by help, and what it would run is a verb that exists."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import typer
+
+from pipeline.cli import app
+
+ROOT = Path(__file__).parents[1]
+VERBS = set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+TARGETS = sorted(
+    set(re.search(r"^\.PHONY: ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text(), re.M)[1].replace("\\\n", " ").split())
+)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_target_runs_verbs_that_exist(target: str) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    shown = subprocess.run(["make", "-n", target], capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+    assert shown.returncode == 0, shown.stderr
+    used = set(re.findall(r"granite-pipeline ([a-z-]+)", shown.stdout))
+    assert used <= VERBS
+    if target in VERBS:
+        assert target in used
+
+
+def test_help_lists_every_target() -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    shown = subprocess.run(["make", "help"], capture_output=True, text=True, timeout=60, check=True, cwd=ROOT).stdout
+    assert {line.split()[0] for line in shown.splitlines()[1:]} == set(TARGETS)
