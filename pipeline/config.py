@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -135,9 +135,16 @@ def resolved(env_file: Path = ENV_FILE) -> list[Resolved]:
             if isinstance(value, SecretStr)
             else without_password(str("" if value is None else value))
         )
-        source = "environment" if os.environ.get(name) else ".env" if in_file.get(name) else "default"
-        rows.append(Resolved(name, shown, cast(Literal["default", ".env", "environment"], source), info.description or ""))
+        source = _source(os.environ.get(name), in_file.get(name))
+        rows.append(Resolved(name, shown, source, info.description or ""))
     return rows
+
+
+def _source(environment: str | None, in_file: str | None) -> Literal["default", ".env", "environment"]:
+    """Where a value comes from; the command line loads the file into the environment, so equal values are the file's."""
+    if environment and environment != in_file:
+        return "environment"
+    return ".env" if in_file else "default"
 
 
 def without_password(text: str) -> str:
