@@ -91,6 +91,11 @@ class Address:
         return root_url(self.base_url)
 
     @property
+    def key(self) -> str:
+        """The key for OpenAI clients, which refuse to start without one; "none" where the backend asks for none."""
+        return self.api_key.get_secret_value() or "none"
+
+    @property
     def v1(self) -> str:
         """The URL that OpenAI clients are given."""
         return f"{self.root}/v1"

@@ -28,6 +28,5 @@ def chat_model(config: Settings, agent_name: str | None = None) -> ChatModel:
     except ImportError as error:
         raise MissingDependency(f"BeeAI cannot be imported ({error})", remedy="pip install 'granite-pipeline[beeai]'") from None
     # a key is always given: without one, BeeAI would send OPENAI_API_KEY to this server
-    key = address.api_key.get_secret_value() or "none"
-    model: ChatModel = OpenAIChatModel(address.model, api_key=key, base_url=address.v1)
+    model: ChatModel = OpenAIChatModel(address.model, api_key=address.key, base_url=address.v1)
     return model
