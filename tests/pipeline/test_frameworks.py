@@ -83,6 +83,7 @@ def test_the_readmes_code_runs_unchanged_over_every_backend(
         assert len(_run(code)) > 10, backend
 
 
+@pytest.mark.slow
 def test_an_agent_chooses_backend_and_model(tmp_path: Path) -> None:
     pytest.importorskip("beeai_framework", reason="the beeai extra is not installed")
     (tmp_path / "agents.yaml").write_text("agents: {triage: {run: mine, backend: llamacpp, model: soc}}")

@@ -18,6 +18,8 @@ from stub_server import Stub, serving
 
 pytest.importorskip("fastapi", reason="the gateway extra is not installed")
 
+from fastapi.testclient import TestClient
+
 from pipeline import observer as observing
 from pipeline import server, services
 from pipeline.artefact import Artefact
@@ -53,21 +55,25 @@ def _hostile(tmp_path: Path) -> tuple[Settings, Observer]:
     return settings, watching
 
 
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Stub]]:
+    """The status API as its own process, watching a stub in vLLM's place."""
+    output = tmp_path_factory.mktemp("out")
+    with serving(MODELS) as stub, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_BASE_URL", f"{stub.url}/v1")
+        patch.setenv("VLLM_MODEL", "m")
+        started = services.start(services.status_launch("127.0.0.1", 0, output), output, os.getpid(), lambda _: None)
+        yield started.url, stub
+        server.stop(started)
+
+
 @pytest.fixture
-def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[httpx.Client, Stub, int]]:
-    """The status API as its own process, watching a stub at vLLM's place; the stub's port is handed out to restart it."""
-    with serving(MODELS) as stub:
-        port = int(stub.url.rsplit(":", 1)[1])
-        monkeypatch.setenv("VLLM_BASE_URL", f"{stub.url}/v1")
-        monkeypatch.setenv("VLLM_MODEL", "m")
-        monkeypatch.setenv("OPENAI_COMPATIBLE_API_KEY", "sk-planted")
-        process = services.start(services.status_launch("127.0.0.1", 0, tmp_path), tmp_path, os.getpid(), lambda _: None)
-        try:
-            with httpx.Client(base_url=process.url, timeout=5) as client:
-                _until(client, True)
-                yield client, stub, port
-        finally:
-            server.stop(process)
+def api(process: tuple[str, Stub]) -> Iterator[tuple[httpx.Client, Stub]]:
+    url, stub = process
+    stub.routes, stub.delay = dict(MODELS), 0.0
+    with httpx.Client(base_url=url, timeout=5) as client:
+        _until(client, True, 20)
+        yield client, stub
 
 
 def _until(client: httpx.Client, healthy: bool, seconds: float = 5.0) -> float:
@@ -79,8 +85,13 @@ def _until(client: httpx.Client, healthy: bool, seconds: float = 5.0) -> float:
     raise AssertionError(f"not {healthy=} within {seconds} s")
 
 
-def test_every_documented_path_answers(api: tuple[httpx.Client, Stub, int]) -> None:
-    client, stub, _ = api
+def test_every_documented_path_answers(tmp_path: Path) -> None:
+    with serving(MODELS) as stub, TestClient(create_app(_settings(tmp_path, stub.url))) as client:
+        _until(client, True)
+        _check_paths(client, stub)
+
+
+def _check_paths(client: TestClient, stub: Stub) -> None:
     assert client.get("/api/v1/inference/status").json() == {
         "backend": "vllm",
         "base_url": f"{stub.url}/v1",
@@ -100,8 +111,9 @@ def test_every_documented_path_answers(api: tuple[httpx.Client, Stub, int]) -> N
     assert client.get("/docs").status_code == 404
 
 
-def test_health_is_observed_within_five_seconds_both_ways(api: tuple[httpx.Client, Stub, int]) -> None:
-    client, stub, _ = api
+@pytest.mark.slow
+def test_health_is_observed_within_five_seconds_both_ways(api: tuple[httpx.Client, Stub]) -> None:
+    client, stub = api
     stub.routes["/health"] = (503, {}, {})
     assert _until(client, False) < 5
     stub.routes["/health"] = b""
@@ -174,8 +186,8 @@ def _in_chromium(url: str, profile: Path) -> str:
 
 
 @pytest.mark.slow
-def test_the_page_in_a_browser(api: tuple[httpx.Client, Stub, int], tmp_path: Path) -> None:
-    client, stub, _ = api
+def test_the_page_in_a_browser(api: tuple[httpx.Client, Stub], tmp_path: Path) -> None:
+    client, stub = api
     hostile: dict[str, Any] = {"data": [{"id": "m"}, {"id": HOSTILE}]}
     stub.routes["/v1/models"] = hostile
     deadline = time.monotonic() + 5

@@ -82,6 +82,7 @@ def test_the_backend_was_changed_in_the_file_but_the_environment_still_holds_the
     assert found.evidence.startswith("LLM_BACKEND: the environment wins over")
 
 
+@pytest.mark.slow
 def test_the_backend_was_changed_but_the_status_api_still_uses_the_old_one(tmp_path: Path) -> None:
     pytest.importorskip("fastapi", reason="the gateway extra is not installed")
     launch = services.status_launch("127.0.0.1", 0, tmp_path)
