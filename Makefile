@@ -36,7 +36,7 @@ run: $(STAMP) ## fine-tune, export, serve and verify; open the report it names a
 	$(PIPELINE) run $(RUN) $(TRAIN_OPTIONS) $(call opt,BACKENDS,--backends)
 
 test: $(STAMP) ## all tests, with one small end-to-end run on the real vLLM and llama.cpp
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest
 
 check: $(STAMP) ## format, lint, types and the fast tests
 	$(BIN)/ruff format --check .

@@ -13,7 +13,6 @@ import httpx
 
 from pipeline import artefact, engines, server
 from pipeline.adapters import Adapter
-from pipeline.config import Settings
 from pipeline.engines.base import Engine, Launch, require_feasible
 from pipeline.engines.ollama import Ollama
 from pipeline.engines.parsers import require_known_flags
@@ -98,14 +97,6 @@ def request_for(target: Target, options: Options, hardware: Hardware | None = No
     model = Model.open(target.model)
     machine = hardware or Hardware.detect(target.folder)
     return Request(model, machine, options.purpose, target.name, options.overrides, options.adapters)
-
-
-def planned_launch(engine_name: str, run: RunFolder, settings: Settings) -> Launch:
-    """The process that ``serve`` would start for a run on the engine's documented port; nothing is started or checked for."""
-    engine = engines.get(engine_name)
-    target = Target.of_run(run, engine_name, settings.address(engine_name).model or None)
-    request = request_for(target, Options("serve", overrides=settings.overrides(engine_name)))
-    return engine.launch(engine.plan(request), request, host=LOOPBACK, port=engine.default_port)
 
 
 def serve(engine_name: str, target: Target, options: Options, progress: Progress) -> Endpoint:

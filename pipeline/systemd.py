@@ -6,9 +6,21 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pipeline import engines
+from pipeline.config import Settings
 from pipeline.engines.base import Launch
+from pipeline.runs import RunFolder
+from pipeline.serving import LOOPBACK, Options, Target, request_for
 
 _RESTART_SECONDS = 5
+
+
+def planned_launch(engine_name: str, run: RunFolder, settings: Settings) -> Launch:
+    """The process that ``serve`` would start for a run on the engine's documented port; nothing is started or checked for."""
+    engine = engines.get(engine_name)
+    target = Target.of_run(run, engine_name, settings.address(engine_name).model or None)
+    request = request_for(target, Options("serve", overrides=settings.overrides(engine_name)))
+    return engine.launch(engine.plan(request), request, host=LOOPBACK, port=engine.default_port)
 
 
 def unit(launch: Launch, what: str, folder: Path, writable: Sequence[Path] = ()) -> str:

@@ -62,7 +62,9 @@ def backend_answers(settings: Settings, run: RunFolder) -> Trouble:
     name = f"{address.backend} answers"
     if wanted.available:
         return Trouble(name, "ok", f"{wanted.name} at {without_password(address.base_url)}")
-    return Trouble(name, "fail", wanted.detail, _remedy(settings, run, wanted))
+    # a server that is not started is no fault before anyone needs it
+    status: Literal["warn", "fail"] = "warn" if wanted.kind == "refused" else "fail"
+    return Trouble(name, status, wanted.detail, _remedy(settings, run, wanted))
 
 
 def old_backend(settings: Settings, output: Path = DEFAULT_OUTPUT) -> list[Trouble]:

@@ -10,7 +10,7 @@ from typing import Annotated, get_args
 import typer
 from rich.console import Console
 
-from pipeline import config, engines, server, services, serving
+from pipeline import config, engines, server, services
 from pipeline.errors import InputError, MissingDependency
 from pipeline.gateway import DEFAULT_PORT, REQUEST_TIMEOUT, Strategy
 from pipeline.runs import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
@@ -129,7 +129,7 @@ def systemd(
 
     Example: granite-pipeline systemd llamacpp > ~/.config/systemd/user/granite-llamacpp.service
     """
-    from pipeline.systemd import unit
+    from pipeline.systemd import planned_launch, unit
 
     settings = config.load()
     name = service or settings.llm_backend
@@ -139,7 +139,7 @@ def systemd(
     elif name == "status-api":
         launch = services.status_launch("127.0.0.1", STATUS_PORT, out, free=False)
     else:
-        launch = serving.planned_launch(name, RunFolder(run, out), settings)
+        launch = planned_launch(name, RunFolder(run, out), settings)
     writable = [out, Path.home() / ".cache"]
     typer.echo(
         unit(launch, f"Granite {name}" + (f", run {run}" if name in engines.NAMES else ""), Path.cwd(), writable), nl=False

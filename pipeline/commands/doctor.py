@@ -27,7 +27,10 @@ def doctor(
     base: Annotated[str | None, typer.Option("--base", help="Also ask the hub whether this model may be read.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check torch, engines, driver, disk, RAM, ports, hub access and a run's files; say how to mend what is wrong.
+    """Check torch, engines, driver, disk, RAM, ports, hub access, a run's files and what applications meet; say how to mend it.
+
+    The last part: contradicting settings, the selected backend refusing connections or lacking the model, a status API that
+    still uses an old LLM_BACKEND, known causes in the last server log, containers that exited.
 
     Nothing is changed. Exit code: 0 when nothing failed (warnings allowed), 1 when something did.
 
@@ -35,9 +38,12 @@ def doctor(
       granite-pipeline doctor
       granite-pipeline doctor --run mine --base ibm-granite/granite-4.0-350m --json
     """
-    from pipeline.doctor import Facts, examine
+    from pipeline.doctor import Facts, Finding, examine
+    from pipeline.troubleshoot import look
 
-    found = examine(Facts.gather(RunFolder(run, output), base))
+    facts = Facts.gather(RunFolder(run, output), base)
+    troubles = look(facts.settings, facts.run)
+    found = examine(facts) + [Finding(t.check, t.status, t.evidence, t.remedy) for t in troubles]
     healthy = all(finding.status != "fail" for finding in found)
     if as_json:
         typer.echo(json.dumps({"healthy": healthy, "findings": [finding.to_json() for finding in found]}, indent=2))

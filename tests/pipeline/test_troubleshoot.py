@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import sys
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import pytest
 from stub_server import serving
+from typer.testing import CliRunner
 
 from pipeline import server, services
+from pipeline.cli import app
 from pipeline.config import Settings, load
 from pipeline.engines.base import Launch
 from pipeline.ports import claim
@@ -33,7 +36,7 @@ def _settings(tmp_path: Path, **values: str) -> Settings:
 def test_connection_refused_names_the_command_that_starts_the_server(tmp_path: Path, run: RunFolder) -> None:
     port = claim("127.0.0.1", 0)
     found = backend_answers(_settings(tmp_path, VLLM_BASE_URL=f"http://127.0.0.1:{port}/v1"), run)
-    assert (found.check, found.status) == ("vllm answers", "fail")
+    assert (found.check, found.status) == ("vllm answers", "warn")
     assert "connection refused" in found.evidence
     assert found.remedy == "granite-pipeline serve vllm --run test"
 
@@ -129,8 +132,17 @@ def test_without_a_container_engine_nothing_is_said(tmp_path: Path, monkeypatch:
     assert exited_containers() == []
 
 
+def test_doctor_tells_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with serving({"/v1/models": {"data": [{"id": "served"}]}, "/health": b""}) as stub:
+        monkeypatch.setenv("VLLM_BASE_URL", stub.url)
+        done = CliRunner().invoke(app, ["doctor", "--json", "--output", str(tmp_path)])
+    [found] = [f for f in json.loads(done.stdout)["findings"] if f["check"] == "vllm answers"]
+    assert (done.exit_code, found["status"]) == (1, "fail")
+
+
 def test_everything_at_once_is_worst_first(tmp_path: Path, run: RunFolder) -> None:
     env = tmp_path / ".env"
-    env.write_text(f"VLLM_BASEURL=x\nVLLM_BASE_URL=http://127.0.0.1:{claim('127.0.0.1', 0)}\n")
-    found = look(load(env), run, env)
-    assert [(t.check, t.status) for t in found] == [("vllm answers", "fail"), ("settings", "warn")]
+    env.write_text("VLLM_BASEURL=x\nVLLM_BASE_URL=ftp://127.0.0.1\n")
+    found = [t for t in look(load(env), run, env) if not t.check.startswith("container")]
+    assert [(t.check, t.status) for t in found] == [("settings", "fail"), ("vllm answers", "fail"), ("settings", "warn")]
