@@ -33,7 +33,7 @@ def _scenario(*words: str, timeout: float) -> dict[str, object]:
 def test_two_llamacpp_servers_stand_in_for_each_other(tmp_path: Path) -> None:
     run = make_servable_run(RunFolder("generic", tmp_path))
     words = ["--output", str(run.output), "--primary", "llamacpp", "--ports", "free", "--requests", "48", "--max-tokens", "8"]
-    found = _scenario(*words, timeout=280)
+    found = _scenario(*words, timeout=600)
     assert found["requests"] == 48
     assert found["answered"] == {"answered": 36}
     assert len(found["by_artefact"]) == 1  # type: ignore[arg-type]
