@@ -5,7 +5,10 @@
     ├── InputError                       2      a file, row, flag or variable the user gave is wrong
     │   ├── DataError                           a dataset or one of its rows
     │   └── ModelError                          a model folder, id, GGUF or chat template
+    ├── Interrupted                    130      the user stopped it; what was done is kept
     └── EnvironmentFailure               3      the machine or an engine is not able to
+        ├── RunLocked                           another process works on the run
+        ├── OutOfMemory                         a stage does not fit this machine's memory
         ├── MissingDependency                   a package or program is not installed
         ├── DiskFull                            not enough space for the next artefact
         └── EngineError                         an inference server did not start, answer or stay up
@@ -61,6 +64,20 @@ class ModelError(InputError):
 
 class EnvironmentFailure(PipelineError):
     """The machine, a package or an engine cannot do what was asked."""
+
+
+class Interrupted(PipelineError):
+    """The user asked to stop; the message says what was kept and how to go on."""
+
+    exit_code = 130
+
+
+class RunLocked(EnvironmentFailure):
+    """Another process holds the run; the evidence names it."""
+
+
+class OutOfMemory(EnvironmentFailure):
+    """A stage needs more memory than the machine has free; the message has the numbers, the remedy the setting."""
 
 
 class MissingDependency(EnvironmentFailure):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,11 @@ from typing import Any
 from pipeline.errors import DiskFull, InputError
 
 _CHUNK = 1 << 20
+# what staged() and write_atomic() leave beside a final name when they are killed
+_SCRATCH = re.compile(r"\.[^/]+\.[a-z0-9_]{8}")
+_PREVIOUS = "previous"
+# a disk with less than this is as good as full: libraries that hide ENOSPC are told apart by it
+_FULL_BYTES = 1 << 18
 
 
 def sha256_file(path: Path) -> str:
@@ -26,11 +33,11 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def sha256_tree(path: Path) -> str:
+def sha256_tree(path: Path, file_hash: Callable[[Path], str] = sha256_file) -> str:
     """Hex SHA-256 of a file, or of a folder: the digest of its sorted (relative path, file digest) lines."""
     if path.is_file():
-        return sha256_file(path)
-    lines = [f"{p.relative_to(path).as_posix()} {sha256_file(p)}" for p in sorted(path.rglob("*")) if p.is_file()]
+        return file_hash(path)
+    lines = [f"{p.relative_to(path).as_posix()} {file_hash(p)}" for p in sorted(path.rglob("*")) if p.is_file()]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -61,6 +68,7 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)
         os.replace(name, path)
+        _sync_folder(path.parent)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
@@ -87,24 +95,99 @@ def read_json(path: Path) -> Any:
 def staged(final: Path) -> Iterator[Path]:
     """Yield a scratch path beside ``final``; on success it replaces ``final`` by rename, on failure it is removed.
 
-    A folder that is replaced is first renamed aside, so a reader never sees a half-filled one.
+    Everything in it is flushed to disk before the rename. A folder that is replaced is first renamed aside, so a reader never
+    sees a half-filled one; :func:`sweep` puts it back when the process was killed between the two renames.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     target = scratch / final.name
     try:
         yield target
+        sync_tree(target)
         if final.is_dir():
-            final.rename(scratch / "previous")
+            final.rename(scratch / _PREVIOUS)
         target.rename(final)
+        _sync_folder(final.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def sync_tree(path: Path) -> None:
+    """Flush a file, or a folder and everything below it, to disk: after a power cut a renamed file must not be empty."""
+    for found in [path, *(path.rglob("*") if path.is_dir() else [])]:
+        if not found.is_symlink():
+            _sync_folder(found)
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Scratch files and folders that killed writers left directly in a folder."""
+    return [p for p in sorted(folder.iterdir()) if _SCRATCH.fullmatch(p.name)] if folder.is_dir() else []
+
+
+def sweep(folder: Path) -> int:
+    """Remove killed writers' scratch from a folder that no one else writes to; returns the bytes freed.
+
+    A folder that was being replaced is put back under its name when its successor never took it.
+    """
+    freed = 0
+    for scratch in leftovers(folder):
+        final = folder / scratch.name[1:].rpartition(".")[0]
+        if (scratch / _PREVIOUS).exists() and not final.exists():
+            (scratch / _PREVIOUS).rename(final)
+        freed += tree_bytes(scratch)
+        remove(scratch)
+    return freed
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (never what it points to) or a folder; what is not there is no error."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_errors_named(folder: Path) -> Iterator[None]:
+    """A disk that fills up in spite of the check before is a DiskFull, whichever library met it."""
+    try:
+        yield
+    except DiskFull:
+        raise
+    except Exception as error:
+        if not is_disk_full(error, folder):
+            raise
+        raise DiskFull(
+            f"the disk under {folder} is full",
+            evidence=f"{str(error)[-500:]}\n{_free(folder) / 2**20:.1f} MiB are free now",
+            remedy="free some space and run again: it continues where it was; finished results are untouched",
+        ) from error
+
+
+def is_disk_full(error: Exception, folder: Path) -> bool:
+    """Whether an error means that the disk is full: by its number, by its words, or because nothing is free."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+        return True
+    # torch's file writer says neither; its half-written file is still there
+    return isinstance(error, OSError | RuntimeError) and _free(folder) < _FULL_BYTES
+
+
+def _free(folder: Path) -> int:
+    existing = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    return shutil.disk_usage(existing).free
+
+
 def require_free_space(folder: Path, needed: int, purpose: str) -> None:
     """Raise DiskFull when fewer than ``needed`` bytes are free where ``folder`` is or will be."""
-    existing = next(p for p in [folder, *folder.parents] if p.exists())
-    free = shutil.disk_usage(existing).free
+    free = _free(folder)
     if free < needed:
         raise DiskFull(
             f"{purpose} needs {needed / 2**30:.2f} GiB in {folder}, only {free / 2**30:.2f} GiB are free",

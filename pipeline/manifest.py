@@ -7,7 +7,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import read_json, sha256_json, sha256_tree, tree_bytes, write_json
+from pipeline.errors import InputError
+from pipeline.files import read_json, sha256_json, tree_bytes, write_json
+from pipeline.hashes import HashCache
+from pipeline.secrets import masked
 
 SCHEMA = 1
 _KEPT = 20
@@ -20,7 +23,7 @@ class Manifest:
         self.path = path
         self.data: dict[str, Any] = {"schema": SCHEMA, "run": path.parent.name, "stages": {}}
         if path.exists():
-            self.data = read_json(path)
+            self.data = _checked(read_json(path), path)
 
     def stage(self, name: str) -> dict[str, Any]:
         """What a stage recorded, or an empty dict."""
@@ -41,7 +44,7 @@ class Manifest:
         self.data["stages"][name] = {
             "key": sha256_json(inputs),
             "inputs": dict(inputs),
-            "artefacts": {p.relative_to(self.path.parent).as_posix(): _seal(p) for p in artefacts if p.exists()},
+            "artefacts": {p.relative_to(self.path.parent).as_posix(): self._seal(p) for p in artefacts if p.exists()},
             "result": dict(result),
             "seconds": round(seconds, 1),
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -68,13 +71,28 @@ class Manifest:
         self.save()
 
     def save(self) -> None:
-        """Write the manifest atomically."""
-        write_json(self.path, self.data)
+        """Write the manifest atomically, without secrets."""
+        write_json(self.path, masked(self.data))
 
     def _unchanged(self, relative: str, seen: Mapping[str, Any]) -> bool:
         path = self.path.parent / relative
-        return path.exists() and tree_bytes(path) == seen["bytes"] and sha256_tree(path) == seen["sha256"]
+        return path.exists() and tree_bytes(path) == seen["bytes"] and self.sha256(path) == seen["sha256"]
+
+    def sha256(self, path: Path) -> str:
+        """Hash of a file or folder, read again only when the file system says that it changed."""
+        return HashCache(self.path.parent).tree(path)
+
+    def _seal(self, path: Path) -> dict[str, Any]:
+        return {"sha256": self.sha256(path), "bytes": tree_bytes(path)}
 
 
-def _seal(path: Path) -> dict[str, Any]:
-    return {"sha256": sha256_tree(path), "bytes": tree_bytes(path)}
+def _checked(data: Any, path: Path) -> dict[str, Any]:
+    """The manifest when it has the form that every stage relies on; InputError otherwise."""
+    stages = data.get("stages") if isinstance(data, dict) else None
+    whole = isinstance(stages, dict) and all(
+        isinstance(stage, dict) and {"key", "artefacts", "result", "seconds", "finished_at"} <= set(stage)
+        for stage in stages.values()
+    )
+    if not whole or data.get("schema") != SCHEMA:
+        raise InputError(f"{path} is not a run's manifest", remedy="move it away; the stages then run again")
+    return dict(data)

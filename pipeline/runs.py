@@ -32,6 +32,17 @@ class RunFolder:
         """The folder itself."""
         return self.output / self.name
 
+    def require_inside(self) -> None:
+        """Raise InputError when the run folder, or what is in it under a name of ours, is a link to somewhere else."""
+        parts = (self.adapter, self.merged, self.gguf, self.modelfile, self.manifest, self.report, self.logs)
+        more = (self.checkpoints, self.heldout, self.notebooks, self.path / "reference", self.path / "servers")
+        for path in (self.path, *parts, *more):
+            if path.is_symlink():
+                raise InputError(
+                    f"{path} is a symbolic link (to {path.readlink()})",
+                    remedy="a run is written only below the output folder: move it there, or link the whole --output folder",
+                )
+
     @property
     def adapter(self) -> Path:
         """LoRA adapter (or, after full fine-tuning, the whole model) as training saved it."""

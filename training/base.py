@@ -12,7 +12,8 @@ from typing import Any
 
 from pipeline.chat import EMBEDDED_TEMPLATE
 from pipeline.errors import EnvironmentFailure, MissingDependency, ModelError
-from pipeline.files import require_free_space, sha256_tree, staged, write_json
+from pipeline.files import require_free_space, staged, write_json
+from pipeline.hashes import HashCache
 
 EMBEDDED = "embedded"
 # Bump when the recipe below changes, so that a cached folder made by the old one is not used.
@@ -50,18 +51,19 @@ def resolve(base: str, cache: Path, revision: str | None = None) -> BaseModel:
 
     Raises ModelError for a wrong id or an incomplete folder, EnvironmentFailure when the hub cannot be reached.
     """
+    hashes = HashCache(cache)
     if base == EMBEDDED:
         folder = _embedded(cache / f"embedded-{_RECIPE}")
-        return BaseModel(EMBEDDED, folder, None, sha256_tree(folder), _NOTE)
+        return BaseModel(EMBEDDED, folder, None, hashes.tree(folder), _NOTE)
     if Path(base).is_dir():
-        return BaseModel(base, _checked(Path(base)), None, sha256_tree(Path(base)))
+        return BaseModel(base, _checked(Path(base)), None, hashes.tree(Path(base)))
     if base.startswith((".", "/", "~")) or base.count("/") != 1:
         raise ModelError(
             f"base model {base!r} is neither a folder nor a hub id",
             remedy="give 'embedded', a folder with config.json and *.safetensors, or an id such as ibm-granite/granite-4.0-350m",
         )
     folder, commit = _download(base, revision)
-    return BaseModel(base, _checked(folder), commit, sha256_tree(folder))
+    return BaseModel(base, _checked(folder), commit, hashes.tree(folder))
 
 
 def _checked(folder: Path) -> Path:

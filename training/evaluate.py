@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline import interrupt
 from pipeline.chat import ChatTemplate
-from pipeline.files import sha256_file, sha256_tree, write_atomic
+from pipeline.files import sha256_file, sha256_json, write_atomic
 from pipeline.manifest import Manifest
 from pipeline.runs import RunFolder
 from pipeline.score import SPARE_TOKENS, Answer, HeldOut, read_held_out, score
 from training.base import resolve
-from training.stages import StageResult, run_stage
+from training.fit import evaluate_need, require_memory
+from training.partial import Partial
+from training.stages import Force, StageResult, run_stage
 
 log = logging.getLogger(__name__)
 _RECIPE = 1
@@ -22,35 +25,42 @@ _RECIPE = 1
 _BATCH_TOKENS = 16384
 
 
-def evaluate(run: RunFolder, *, force: bool = False) -> dict[str, StageResult]:
+def evaluate(run: RunFolder, *, force: Force = False) -> dict[str, StageResult]:
     """Answer the held-out prompts with the base and with ``merged_fp16``; each half is skipped when unchanged."""
-    tuned = Manifest(run.manifest).stage("finetune")
+    manifest = Manifest(run.manifest)
+    tuned = manifest.stage("finetune")
     base = resolve(tuned["inputs"]["parameters"]["base"], run.output / ".base", tuned["inputs"]["base"]["revision"])
     rows = read_held_out(run.heldout)
     shared = {"recipe": _RECIPE, "heldout": sha256_file(run.heldout)}
-    models = {"base": (base.folder, base.sha256), "tuned": (run.merged, sha256_tree(run.merged))}
+    models = {"base": (base.folder, base.sha256), "tuned": (run.merged, manifest.sha256(run.merged))}
     results = {}
     for which, (folder, sha256) in models.items():
         target = run.reference(which)
 
-        def work(folder: Path = folder, target: Path = target) -> dict[str, Any]:
-            answers = answer_all(folder, rows)
+        inputs = {**shared, "model": sha256}
+
+        def work(folder: Path = folder, target: Path = target, key: str = sha256_json(inputs)) -> dict[str, Any]:
+            partial = Partial(target.with_suffix(".part"), key)
+            answers = answer_all(folder, rows, partial=partial)
             lines = [json.dumps({"text": a.text, "finish_reason": a.finish_reason}, ensure_ascii=False) for a in answers]
             write_atomic(target, "".join(f"{line}\n" for line in lines))
+            partial.remove()
             return score(rows, answers)
 
-        results[which] = run_stage(run, f"evaluate_{which}", {**shared, "model": sha256}, [target], work, force=force)
+        results[which] = run_stage(run, f"evaluate_{which}", inputs, [target], work, force=force)
     return results
 
 
-def answer_all(folder: Path, rows: Sequence[HeldOut], progress: bool = True) -> list[Answer]:
-    """Greedy float32 answers of a model folder, in the rows' order."""
+def answer_all(folder: Path, rows: Sequence[HeldOut], progress: bool = True, partial: Partial | None = None) -> list[Answer]:
+    """Greedy float32 answers of a model folder, in the rows' order; those in ``partial`` are taken, new ones added to it."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from training.progress import track
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    lower = "use a smaller base, free memory, or answer on another machine"
+    require_memory("answering the held-out prompts", evaluate_need(folder, device == "cuda"), lower)
     # float32 on a CPU: the reference should not add rounding of its own; a GPU holds what was trained
     dtype = torch.float32 if device == "cpu" else torch.float16
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype).to(device).eval()
@@ -60,16 +70,24 @@ def answer_all(folder: Path, rows: Sequence[HeldOut], progress: bool = True) -> 
     budget = SPARE_TOKENS + max(len(tokenizer(row.expected, add_special_tokens=False)["input_ids"]) for row in rows)
     # longest first: a batch pads little, and running out of memory shows at once
     order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
-    answers: dict[int, Answer] = {}
+    answers: dict[int, Answer] = dict(partial.done) if partial else {}
+    if answers:
+        log.info("%s: %d of %d answers are there from before", folder.name, len(answers), len(rows))
     longest = max(len(tokenizer(prompts[order[0]], add_special_tokens=False)["input_ids"]), 1)
     size = max(1, _BATCH_TOKENS // (longest + budget))
     for start in track(range(0, len(order), size), f"answers of {folder.name}", shown=progress):
         chosen = order[start : start + size]
+        if all(i in answers for i in chosen):
+            continue
+        interrupt.leave_if_asked(f"{len(answers)} of {len(rows)} answers of {folder.name} are kept")
         batch = tokenizer([prompts[i] for i in chosen], return_tensors="pt", padding=True, add_special_tokens=False)
         with torch.inference_mode():
             out = model.generate(**batch.to(device), max_new_tokens=budget, do_sample=False)
-        for i, ids in zip(chosen, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-            answers[i] = _answer(ids, tokenizer)
+        new = out[:, batch["input_ids"].shape[1] :].tolist()
+        made = {i: _answer(ids, tokenizer) for i, ids in zip(chosen, new, strict=True)}
+        answers |= made
+        if partial:
+            partial.add(made)
     return [answers[i] for i in range(len(rows))]
 
 

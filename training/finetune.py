@@ -14,16 +14,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pipeline import interrupt, lock
 from pipeline.errors import DataError, EnvironmentFailure, PipelineError
-from pipeline.files import require_free_space, staged, tree_bytes, write_atomic, write_json
+from pipeline.files import read_json, require_free_space, staged, write_atomic, write_json
 from pipeline.runs import RunFolder
-from training import backends, soc
+from training import backends, checkpoints, soc
 from training.base import BaseModel, resolve
 from training.data import Row, load, overlap, split
+from training.fit import finetune_need, longest_row, require_memory
 from training.parameters import FinetuneParameters
 from training.prepare import IGNORED, Example, Prepared, Preparer
 from training.progress import progress_callback
-from training.stages import StageResult, run_stage
+from training.stages import Force, StageResult, run_stage
 
 log = logging.getLogger(__name__)
 STAGE = "finetune"
@@ -66,7 +68,7 @@ def read_split(params: FinetuneParameters) -> Split:
     return Split(rows[: params.max_rows], held_out, hashes)
 
 
-def finetune(run: RunFolder, params: FinetuneParameters, *, force: bool = False) -> StageResult:
+def finetune(run: RunFolder, params: FinetuneParameters, *, force: Force = False) -> StageResult:
     """Train as ``params`` say and leave ``adapter/`` and ``heldout.jsonl`` in the run folder; skip when already done."""
     data = read_split(params)
     base = resolve(params.base, run.output / ".base", params.revision)
@@ -77,14 +79,16 @@ def finetune(run: RunFolder, params: FinetuneParameters, *, force: bool = False)
         prepared = preparer.prepare(data.train, params.max_length)
         held_out = preparer.prepare(data.held_out, params.max_length)
         log.info("finetune: %d rows, %d tokens (%d trained), %d rows too long and left out", len(prepared.examples), prepared.tokens, prepared.trained_tokens, len(prepared.too_long))  # fmt: skip
-        require_free_space(run.path, 2 * tree_bytes(base.folder), "fine-tuning (adapter and checkpoints)")
+        need = finetune_need(base.folder, params, longest_row(prepared.examples))
+        require_memory("fine-tuning", need, "lower --batch-size (and raise --gradient-accumulation) or --max-length")
         result = _train(run, params, base, prepared, held_out, inputs)
         result["system"] = _shared_system(data.train)
         write_atomic(run.heldout, "".join(_jsonl(preparer.clean(row)) for row in data.held_out))
         return result
 
-    done = run_stage(run, STAGE, inputs, [run.adapter, run.heldout], work, force=force)
-    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    with lock.held(run, "train"):
+        done = run_stage(run, STAGE, inputs, [run.adapter, run.heldout], work, force=force)
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
     return done
 
 
@@ -107,16 +111,21 @@ def _train(run: RunFolder, params: FinetuneParameters, base: BaseModel, rows: Pr
     log.info("trainer: %s (%s), dtype %s", backend, reason, dtype)
     set_seed(params.seed)
     model = backends.trainable(base.folder, params, backend, dtype)
+    require_free_space(run.path, _disk_need(model), "fine-tuning (adapter and checkpoints)")
     trainer = _trainer(model, run.checkpoints, params, dtype, rows.examples, held_out.examples[:_EVAL_ROWS])
     before = trainer.evaluate()["eval_loss"]
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=_last_checkpoint(run.checkpoints, inputs))
+    last = checkpoints.latest(run.checkpoints, inputs)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
     seconds = time.monotonic() - started
+    if trainer.state.global_step < trainer.state.max_steps:
+        interrupt.leave_if_asked(f"the checkpoint of step {trainer.state.global_step} of {trainer.state.max_steps} is kept")
     after = trainer.evaluate()["eval_loss"]
     history = _history(trainer.state.log_history, before)
     _check_learning(history, model, params)
     with staged(run.adapter) as target:
         model.save_pretrained(str(target))
+        _settle_adapter(target)
         write_json(target / "finetune.json", params.to_json())
     steps = trainer.state.global_step
     seen = steps * params.batch_size * params.gradient_accumulation * rows.tokens / len(rows.examples)
@@ -136,6 +145,20 @@ def _train(run: RunFolder, params: FinetuneParameters, base: BaseModel, rows: Pr
         "eval_loss": {"before": before, "after": after},
         "history": history,
     }  # fmt: skip
+
+
+def _settle_adapter(folder: Path) -> None:
+    """Sort what PEFT writes in the order of a Python set, which differs from process to process."""
+    path = folder / "adapter_config.json"
+    if path.is_file():
+        config = read_json(path)
+        write_json(path, {k: sorted(v) if isinstance(v, list) and k.endswith("modules") else v for k, v in config.items()})
+
+
+def _disk_need(model: Any) -> int:
+    """Bytes of the adapter and of three checkpoints (two kept, one being written): weights and Adam's two moments each."""
+    trained: int = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return 3 * 3 * trained + trained + 2**24
 
 
 def _trainer(model: Any, folder: Path, params: FinetuneParameters, dtype: Any, rows: Sequence[Example], held_out: Sequence[Example]) -> Any:  # fmt: skip
@@ -164,6 +187,7 @@ def _trainer(model: Any, folder: Path, params: FinetuneParameters, dtype: Any, r
         save_steps=params.save_steps,
         save_total_limit=2,
         prediction_loss_only=True,
+        disable_tqdm=not log.isEnabledFor(logging.INFO),
         seed=params.seed,
         report_to="none",
         remove_unused_columns=False,
@@ -176,7 +200,7 @@ def _trainer(model: Any, folder: Path, params: FinetuneParameters, dtype: Any, r
         train_dataset=list(rows),
         eval_dataset=list(held_out),
         data_collator=_collator(pad if pad is not None else 0),
-        callbacks=[progress_callback(log)],
+        callbacks=[progress_callback(log), checkpoints.sealing_callback()],
     )
 
 
@@ -204,22 +228,6 @@ def _collator(pad_id: int) -> Callable[[Sequence[Example]], dict[str, Any]]:
         }
 
     return collate
-
-
-def _last_checkpoint(folder: Path, inputs: dict[str, Any]) -> str | None:
-    """The newest checkpoint, if the ones on disk were made by exactly this fine-tune; others are cleared away."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    note = folder / "inputs.json"
-    same = note.exists() and json.loads(note.read_text()) == json.loads(json.dumps(inputs))
-    if not same:
-        shutil.rmtree(folder, ignore_errors=True)
-        write_json(note, inputs)
-        return None
-    found: str | None = get_last_checkpoint(str(folder))
-    if found:
-        log.info("resuming from %s", Path(found).name)
-    return found
 
 
 def _history(log_history: list[dict[str, Any]], before: float) -> list[dict[str, Any]]:

@@ -9,16 +9,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipeline.chat import ChatTemplate
-from pipeline.errors import EnvironmentFailure, MissingDependency, PipelineError
-from pipeline.files import read_json, require_free_space, sha256_tree, staged, tree_bytes, write_json
+from pipeline.errors import DiskFull, EnvironmentFailure, MissingDependency, PipelineError
+from pipeline.files import is_disk_full, read_json, require_free_space, staged, tree_bytes, write_json
 from pipeline.gguf_header import read_gguf_header
+from pipeline.manifest import Manifest
 from pipeline.runs import RunFolder
 from pipeline.stops import gguf_problems, special_ids, turn_end
-from training.stages import StageResult, run_stage
+from training.stages import Force, StageResult, run_stage
 
 log = logging.getLogger(__name__)
 STAGE = "gguf"
@@ -30,11 +30,11 @@ _Q8_SHARE = 0.56
 _PROBE_SECONDS = 300
 
 
-def export_gguf(run: RunFolder, *, force: bool = False) -> StageResult:
+def export_gguf(run: RunFolder, *, force: Force = False) -> StageResult:
     """Write the run's Q8_0 GGUF from ``merged_fp16/``; skipped when the merged folder is unchanged."""
     if not run.merged.is_dir():
         raise PipelineError(f"run {run.name} has no merged_fp16 yet", remedy=f"granite-pipeline export --name {run.name}")
-    inputs = {"recipe": _RECIPE, "merged": sha256_tree(run.merged), "type": "q8_0"}
+    inputs = {"recipe": _RECIPE, "merged": Manifest(run.manifest).sha256(run.merged), "type": "q8_0"}
 
     def work() -> dict[str, Any]:
         return convert(run.merged, run.gguf, name=run.name)
@@ -48,8 +48,9 @@ def convert(merged: Path, gguf: Path, *, name: str) -> dict[str, Any]:
     Raises MissingDependency without the converter, EnvironmentFailure with the converter's or loader's last lines.
     """
     require_free_space(gguf, int(tree_bytes(merged) * _Q8_SHARE) + 2**24, "the Q8_0 GGUF")
-    with TemporaryDirectory(prefix="gguf-") as scratch, staged(gguf) as target:
-        source = _converter_view(merged, Path(scratch) / "model")
+    with staged(gguf) as target:
+        # beside the target, so that what a killed process leaves is found and removed
+        source = _converter_view(merged, target.parent / "model")
         _run_converter(source, target, name)
         _check_stops(merged, target)
         probe = load_and_generate(target)
@@ -72,7 +73,9 @@ def load_and_generate(gguf: Path) -> dict[str, Any]:
         raise MissingDependency("xllamacpp is not installed, so the GGUF cannot be proven to load", remedy="make setup")
     command = [sys.executable, "-m", "training.gguf_probe", str(gguf)]
     environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}  # a failed assertion would start a debugger
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_SECONDS, env=environment, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=_PROBE_SECONDS, env=environment, check=False, start_new_session=True
+    )
     if done.returncode != 0:
         raise EnvironmentFailure(
             f"llama.cpp cannot load or generate from {gguf.name} (exit code {done.returncode})",
@@ -129,8 +132,16 @@ def _run_converter(source: Path, target: Path, name: str) -> None:
         name,
     ]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    # a session of its own: Ctrl-C is for us to answer, and the conversion is the step that it lets finish
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, start_new_session=True)
     if done.returncode != 0 or not target.is_file():
+        failed = OSError(_tail(done.stderr))
+        if is_disk_full(failed, target.parent):
+            raise DiskFull(
+                f"the disk under {target.parent.parent} is full",
+                evidence=_tail(done.stderr, 3),
+                remedy="free some space and run again; the previous GGUF was kept",
+            )
         raise EnvironmentFailure(
             f"llama.cpp's converter failed (exit code {done.returncode})",
             evidence=_tail(done.stderr),

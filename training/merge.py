@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ModelError, PipelineError
-from pipeline.files import read_json, require_free_space, sha256_tree, staged, write_json
+from pipeline.files import read_json, require_free_space, staged, write_json
 from pipeline.manifest import Manifest
 from pipeline.runs import RunFolder
 from training.base import resolve
-from training.stages import StageResult, run_stage
+from training.fit import merge_need, require_memory
+from training.stages import Force, StageResult, run_stage
 from training.tokenizer_files import save_tokenizer
 
 log = logging.getLogger(__name__)
@@ -33,9 +34,10 @@ class Adapter:
     scale: float
 
 
-def merge(run: RunFolder, *, force: bool = False) -> StageResult:
+def merge(run: RunFolder, *, force: Force = False) -> StageResult:
     """Write ``merged_fp16/`` from the run's base and adapter; skipped when both are unchanged."""
-    tuned = Manifest(run.manifest).stage("finetune")
+    manifest = Manifest(run.manifest)
+    tuned = manifest.stage("finetune")
     if not tuned or not run.adapter.is_dir():
         raise PipelineError(f"run {run.name} has no adapter yet", remedy=f"granite-pipeline train --name {run.name}")
     parameters = tuned["inputs"]["parameters"]
@@ -45,7 +47,7 @@ def merge(run: RunFolder, *, force: bool = False) -> StageResult:
     inputs = {
         "recipe": _RECIPE,
         "base": base.sha256,
-        "adapter": sha256_tree(run.adapter),
+        "adapter": manifest.sha256(run.adapter),
         "method": parameters["method"],
     }
     full = parameters["method"] == "full"
@@ -70,6 +72,7 @@ def merge_folder(base: Path, adapter: Path, merged: Path, *, full: bool = False)
         raise ModelError(f"the adapter changes {strange[0]}, which the base does not have ({len(strange)} such weights)")
     total = 2 * sum(_elements(shape) for shape in shapes.values())
     require_free_space(merged, int(total * 1.02) + 2**24, "the merged FP16 model")
+    require_memory("merge", merge_need(weights, _SHARD_BYTES), "free some memory: a merge holds one shard at a time already")
     with staged(merged) as target:
         target.mkdir()
         report = _write_shards(_merged(weights, lora), _plan_shards(shapes), target)
@@ -196,6 +199,7 @@ def _write_config(base: Path, target: Path) -> None:
     config = read_json(base / "config.json")
     config.pop("torch_dtype", None)
     config.pop("quantization_config", None)
+    config.pop("auto_map", None)  # points to code; none is ever copied
     write_json(target / "config.json", {**config, "dtype": "float16", "use_cache": True})
     generation = base / "generation_config.json"
     if generation.is_file():

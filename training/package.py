@@ -13,20 +13,27 @@ from pipeline.files import sha256_file, sha256_tree
 from pipeline.manifest import Manifest
 from pipeline.modelfile import write_modelfile
 from pipeline.runs import RunFolder
-from training.stages import StageResult, run_stage
+from training.stages import Force, StageResult, run_stage
 
 log = logging.getLogger(__name__)
 STAGE = "modelfile"
 _RECIPE = 1
 
 
-def package(run: RunFolder, *, force: bool = False) -> StageResult:
+def package(run: RunFolder, *, force: Force = False) -> StageResult:
     """Write ``Modelfile`` beside the GGUF; skipped when neither artefact nor system message changed."""
     skeletons = sha256_tree(Path(pipeline.__file__).parent / "ollama_templates")
-    tuned = Manifest(run.manifest).stage("finetune")
+    manifest = Manifest(run.manifest)
+    tuned = manifest.stage("finetune")
     system = tuned.get("result", {}).get("system")
     template = sha256_file(run.merged / "chat_template.jinja")
-    inputs = {"recipe": _RECIPE, "gguf": sha256_tree(run.gguf), "template": template, "skeletons": skeletons, "system": system}
+    inputs = {
+        "recipe": _RECIPE,
+        "gguf": manifest.sha256(run.gguf),
+        "template": template,
+        "skeletons": skeletons,
+        "system": system,
+    }
 
     def work() -> dict[str, Any]:
         try:

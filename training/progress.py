@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
+from pipeline import interrupt
+
 T = TypeVar("T")
 _EVERY_SECONDS = 10.0
 
@@ -30,7 +32,9 @@ def progress_callback(log: logging.Logger) -> Any:
             self.loss = (logs or {}).get("loss", self.loss)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            """Log one line, now and then."""
+            """Log one line, now and then; when the user has asked to stop, save a checkpoint and end."""
+            if interrupt.asked() and state.global_step < state.max_steps:
+                control.should_save = control.should_training_stop = True
             now = time.monotonic()
             if now - self.said < _EVERY_SECONDS and state.global_step < state.max_steps:
                 return
@@ -46,4 +50,4 @@ def track(items: Iterable[T], label: str, *, shown: bool = True) -> Iterator[T]:
     """Yield the items while a bar shows how many are done and how long the rest will take."""
     from tqdm.auto import tqdm
 
-    yield from tqdm(items, desc=label, disable=not shown, leave=True)
+    yield from tqdm(items, desc=label, disable=not (shown and logging.getLogger().isEnabledFor(logging.INFO)), leave=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -10,11 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import DiskFull
+from pipeline import interrupt, lock, runlog
+from pipeline.errors import InputError
+from pipeline.files import disk_errors_named
 from pipeline.manifest import Manifest
 from pipeline.runs import RunFolder
 
 log = logging.getLogger(__name__)
+NAMES = ("finetune", "merge", "gguf", "modelfile", "evaluate_base", "evaluate_tuned", "verify")
+_GROUPS = {"train": NAMES[:1], "export": NAMES[1:6], "evaluate": NAMES[4:6], "all": NAMES}
+Force = bool | str
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,17 @@ class StageResult:
     seconds: float
 
 
+def forced(force: Force, name: str) -> bool:
+    """Whether ``force`` - True, False, or stage names with commas between - means this stage; InputError for others."""
+    if isinstance(force, bool):
+        return force
+    wanted = [word.strip() for word in force.split(",") if word.strip()]
+    for word in wanted:
+        if word not in NAMES and word not in _GROUPS:
+            raise InputError(f"no stage {word!r} to force", remedy=f"known: {', '.join((*NAMES, *_GROUPS))}")
+    return any(name == word or name in _GROUPS.get(word, ()) for word in wanted)
+
+
 def run_stage(
     run: RunFolder,
     name: str,
@@ -34,31 +49,26 @@ def run_stage(
     artefacts: list[Path],
     work: Callable[[], dict[str, Any]],
     *,
-    force: bool = False,
+    force: Force = False,
 ) -> StageResult:
-    """Do ``work`` unless the manifest says it was done with the same inputs and its artefacts are unchanged."""
-    manifest = Manifest(run.manifest)
-    if not force and manifest.is_current(name, inputs):
-        stage = manifest.stage(name)
-        log.info("%s: nothing changed since %s, skipped", name, stage["finished_at"])
-        return StageResult(name, True, stage["result"], stage["seconds"])
-    started = time.monotonic()
-    result = _with_disk_errors_named(work, run.path)
-    seconds = time.monotonic() - started
-    # read again: the work may have taken hours, and other stages append to the same file
-    manifest = Manifest(run.manifest)
-    manifest.record(name, inputs, artefacts, result, seconds)
-    log.info("%s: done in %.0f s", name, seconds)
+    """Do ``work`` unless the manifest says it was done with the same inputs and its artefacts are unchanged.
+
+    The run is locked, and its log written to ``logs/``, while the stage works. Raises RunLocked, DiskFull and Interrupted.
+    """
+    again = forced(force, name)
+    with lock.held(run, name), disk_errors_named(run.path):
+        manifest = Manifest(run.manifest)
+        if not again and manifest.is_current(name, inputs):
+            stage = manifest.stage(name)
+            log.info("%s: nothing changed since %s, skipped", name, stage["finished_at"])
+            return StageResult(name, True, stage["result"], stage["seconds"])
+        with runlog.written(run, name), interrupt.graceful(log):
+            started = time.monotonic()
+            result = work()
+            seconds = time.monotonic() - started
+            # read again: the work may have taken hours, and other stages append to the same file
+            manifest = Manifest(run.manifest)
+            manifest.record(name, inputs, artefacts, result, seconds)
+            log.info("%s: done in %.0f s", name, seconds)
+            interrupt.leave_if_asked(f"{name} is finished and kept")
     return StageResult(name, False, result, seconds)
-
-
-def _with_disk_errors_named(work: Callable[[], dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """A disk that fills up in spite of the check before is a DiskFull, whichever library met it."""
-    try:
-        return work()
-    except Exception as error:
-        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "No space left on device" not in str(error):
-            raise
-        raise DiskFull(
-            f"the disk under {folder} is full", evidence=str(error)[-500:], remedy="free some space and run again"
-        ) from error

@@ -1,0 +1,201 @@
+"""One run at a time per name: a lock with its owner, taken over when the owner is gone.
+
+    with lock.held(run, "export"):
+        ...
+
+``lock.json`` in the run folder names the owners: process, start time, host and boot. It is only read or changed under a
+brief flock of ``.lock``, so two processes cannot both find it stale and take it. A process that a holder started (a
+notebook's kernel) joins the lock through the environment instead of waiting for its own parent. Not covered: file systems
+without flock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+
+from pipeline.errors import RunLocked
+from pipeline.files import sweep, write_atomic
+from pipeline.runs import RunFolder
+
+log = logging.getLogger(__name__)
+VARIABLE = "GRANITE_PIPELINE_LOCK"
+_RECORD, _GUARD = "lock.json", ".lock"
+# start times are read against the wall clock, which may be set; a pid that is used again starts much later
+_SAME_START = 5.0
+# a kernel whose parent was killed notices within a second or two and ends
+_ORPHAN_SECONDS = 15.0
+_SWEPT = ("", "report", "reference", "adapter")
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process so that it cannot be mistaken for a later one with its number."""
+
+    pid: int
+    started: float
+    host: str
+    boot: str
+
+    @classmethod
+    def me(cls) -> Process:
+        """This process."""
+        return cls(os.getpid(), psutil.Process().create_time(), socket.gethostname(), _boot())
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs; one on another machine, which cannot be asked, counts as alive."""
+        if self.host != socket.gethostname():
+            return True
+        if self.boot != _boot():
+            return False
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(self.pid)
+            return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - self.started) < _SAME_START
+        return False
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a run: what it does, since when, under which token; the first owner took it, the others joined."""
+
+    verb: str
+    since: str
+    token: str
+    owners: tuple[Process, ...]
+
+    @property
+    def alive(self) -> bool:
+        """Whether any owner still runs."""
+        return any(owner.alive for owner in self.owners)
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether the one who took the lock is gone and only processes that it started are left."""
+        return self.alive and not self.owners[0].alive
+
+    def describe(self) -> str:
+        """For people: verb, process, machine, age."""
+        owner = next((o for o in self.owners if o.alive), self.owners[0])
+        age = (datetime.now(UTC) - datetime.fromisoformat(self.since)).total_seconds()
+        return f"{self.verb}, process {owner.pid} on {owner.host}, since {self.since} ({_age(age)})"
+
+
+def holder(run: RunFolder) -> Holder | None:
+    """Who is recorded as holding the run, dead or alive; None when no one is or the record cannot be read."""
+    try:
+        data = json.loads((run.path / _RECORD).read_text(encoding="utf-8"))
+        owners = tuple(Process(**owner) for owner in data["owners"])
+        found = Holder(str(data["verb"]), str(data["since"]), str(data["token"]), owners)
+        datetime.fromisoformat(found.since)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if owners else None
+
+
+@contextmanager
+def held(run: RunFolder, verb: str) -> Iterator[None]:
+    """Hold the run while inside; RunLocked names the owner when another process has it.
+
+    Whoever takes the lock afresh removes what killed writers left half done. Entering again, in this process or in one that
+    it started, joins.
+    """
+    run.require_inside()
+    token = _enter(run, verb)
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = token
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = before
+        _leave(run)
+
+
+def _enter(run: RunFolder, verb: str) -> str:
+    run.path.mkdir(parents=True, exist_ok=True)
+    me, deadline = Process.me(), time.monotonic() + _ORPHAN_SECONDS
+    while True:
+        with _guarded(run):
+            there = holder(run)
+            if there is not None and there.alive and there.token == os.environ.get(VARIABLE):
+                _write(run, replace(there, owners=(*there.owners, me)))
+                return there.token
+            if there is None or not there.alive:
+                return _take(run, verb, me, there)
+        if not there.orphaned or time.monotonic() > deadline:
+            raise _locked(run, there)
+        time.sleep(0.2)
+
+
+def _take(run: RunFolder, verb: str, me: Process, dead: Holder | None) -> str:
+    if dead is not None:
+        log.warning("run %s: taken over from %s, which is gone", run.name, dead.describe())
+    taken = Holder(verb, datetime.now(UTC).isoformat(timespec="seconds"), uuid.uuid4().hex, (me,))
+    _write(run, taken)
+    freed = sum(sweep(run.path / part) for part in _SWEPT)
+    if freed:
+        log.info("run %s: %.1f MiB that an interrupted run left half done were removed", run.name, freed / 2**20)
+    return taken.token
+
+
+def _leave(run: RunFolder) -> None:
+    with _guarded(run):
+        there = holder(run)
+        if there is None:
+            return
+        mine = [i for i, owner in enumerate(there.owners) if (owner.pid, owner.host) == (os.getpid(), socket.gethostname())]
+        # the latest entry: a nested hold ends before the one around it
+        owners = [owner for i, owner in enumerate(there.owners) if i != max(mine, default=-1)]
+        if owners:
+            _write(run, replace(there, owners=tuple(owners)))
+        else:
+            (run.path / _RECORD).unlink(missing_ok=True)
+
+
+def _write(run: RunFolder, holder: Holder) -> None:
+    write_atomic(run.path / _RECORD, json.dumps(asdict(holder), indent=2))
+
+
+@contextmanager
+def _guarded(run: RunFolder) -> Iterator[None]:
+    """The few milliseconds in which one process looks at the record and changes it; the kernel ends it with the process."""
+    with (run.path / _GUARD).open("a") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        yield
+
+
+def _locked(run: RunFolder, there: Holder) -> RunLocked:
+    elsewhere = there.owners[0].host != socket.gethostname()
+    remedy = "wait for it, stop it, or use another --name"
+    if elsewhere:
+        remedy += f"; if that machine is gone for good, remove {run.path / _RECORD}"
+    return RunLocked(f"run {run.name} is in use", evidence=f"held by: {there.describe()}", remedy=remedy)
+
+
+def _boot() -> str:
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
+
+
+def _age(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,64 @@
+"""Secrets: which values of the environment are secret, and text with them masked.
+
+Masked are the values of variables whose names say so, and what looks like a token wherever it came from. Everything that
+leaves the process goes through here: logs, error messages, manifest, report, executed notebooks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+MASK = "********"
+_NAMES = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)
+# shorter values are words and numbers ("none", "1234") that would black out ordinary text
+_SHORTEST = 8
+_LOOKS = re.compile(
+    r"hf_[A-Za-z0-9]{16,}"  # Hugging Face
+    r"|sk-[A-Za-z0-9_-]{16,}"  # OpenAI and those that copy its form
+    r"|(?:(?<=Bearer )|(?<=bearer ))[A-Za-z0-9._~+/=-]{8,}"
+    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # user:password in a URL
+)
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a variable's name says that its value is secret."""
+    return bool(_NAMES.search(name))
+
+
+def values() -> list[str]:
+    """The secret values of the environment, longest first."""
+    found = {value.strip() for name, value in os.environ.items() if is_secret_name(name)}
+    return sorted((value for value in found if len(value) >= _SHORTEST), key=len, reverse=True)
+
+
+def mask(text: str) -> str:
+    """The text with every secret in it replaced."""
+    for value in values():
+        text = text.replace(value, MASK)
+    return _LOOKS.sub(MASK, text)
+
+
+def masked(value: Any) -> Any:
+    """A copy of JSON-like data with every text in it masked, keys too."""
+    if isinstance(value, str):
+        return mask(value)
+    if isinstance(value, Mapping):
+        return {mask(str(key)): masked(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [masked(item) for item in value]
+    return value
+
+
+class MaskingFilter(logging.Filter):
+    """Masks a log record's text, and that of the exception it carries, before any handler writes it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Always lets the record through."""
+        record.msg, record.args = mask(record.getMessage()), None
+        if record.exc_info and not record.exc_text:
+            record.exc_text = mask(logging.Formatter().formatException(record.exc_info))
+        return True

@@ -1,0 +1,92 @@
+"""Checkpoints that can be trusted: each is sealed with the hashes of its files, and only a whole one is resumed from."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import InputError
+from pipeline.files import read_json, sha256_file, sync_tree, write_json
+
+log = logging.getLogger(__name__)
+SEAL = "sealed.json"
+DAMAGED = "damaged-"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_INPUTS = "inputs.json"
+
+
+def seal(checkpoint: Path) -> None:
+    """Flush a checkpoint to disk, then write the size and SHA-256 of each of its files beside them."""
+    sync_tree(checkpoint)
+    files = {p.relative_to(checkpoint).as_posix(): p for p in sorted(checkpoint.rglob("*")) if p.is_file() and p.name != SEAL}
+    write_json(checkpoint / SEAL, {name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for name, p in files.items()})
+
+
+def problem(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None when every file is as it was sealed."""
+    path = checkpoint / SEAL
+    if not path.is_file():
+        return "it was not finished"
+    try:
+        sealed = read_json(path)
+        for name, seen in sealed.items():
+            file = checkpoint / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != seen["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes instead of {seen['bytes']}"
+            if sha256_file(file) != seen["sha256"]:
+                return f"{name} has changed"
+    except (InputError, AttributeError, KeyError, TypeError):
+        return f"{SEAL} cannot be read"
+    return None
+
+
+def found(folder: Path) -> list[Path]:
+    """Checkpoints of a folder, newest step first."""
+    numbered = [(int(match[1]), p) for p in folder.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(p.name))]
+    return [p for _, p in sorted(numbered, reverse=True)]
+
+
+def latest(folder: Path, inputs: dict[str, Any]) -> Path | None:
+    """The newest whole checkpoint of exactly this fine-tune; those of another are cleared away, damaged ones set aside."""
+    note = folder / _INPUTS
+    if not _same(note, inputs):
+        shutil.rmtree(folder, ignore_errors=True)
+        write_json(note, inputs)
+        return None
+    for checkpoint in found(folder):
+        why = problem(checkpoint)
+        if why is None:
+            log.info("resuming from %s", checkpoint.name)
+            return checkpoint
+        aside = folder / f"{DAMAGED}{checkpoint.name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)
+        log.warning("%s is not used (%s) and set aside as %s; trying the one before", checkpoint.name, why, aside.name)
+    return None
+
+
+def sealing_callback() -> Any:
+    """A Trainer callback that seals each checkpoint once the Trainer has written it."""
+    from transformers import TrainerCallback
+
+    class Sealing(TrainerCallback):  # type: ignore[misc,unused-ignore]
+        """Seals checkpoints."""
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            """Seal the checkpoint of this step."""
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    return Sealing()
+
+
+def _same(note: Path, inputs: dict[str, Any]) -> bool:
+    try:
+        return bool(read_json(note) == json.loads(json.dumps(inputs)))
+    except InputError:
+        return False
