@@ -6,6 +6,7 @@ import logging
 import signal
 import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import typer
 from dotenv import load_dotenv
@@ -13,10 +14,12 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from pipeline import __version__
-from pipeline.commands import deploying, doctor, line, operating, planning, processes, prompts, reporting, serving, verifying
+from pipeline.commands import deploying, doctor, line, operating, planning, processes, prompts, reporting, runs, serving, verifying
 from pipeline.commands.agent_option import add_agent_option
 from pipeline.config import ENV_FILE
 from pipeline.errors import PipelineError
+from pipeline.files import disk_errors_named
+from pipeline.secrets import MaskingFilter, mask
 
 _PLUGINS = "granite_pipeline.commands"
 
@@ -42,13 +45,19 @@ def _main(
     logging.basicConfig(
         level=logging.WARNING if quiet else logging.INFO,
         format="%(message)s",
-        handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_level=False, log_time_format="%H:%M:%S")],
+        handlers=[_handler()],
     )
     for noisy in ("httpx", "papermill", "torchao", "transformers", "asyncio", "torch.utils._pytree"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
-for _group in (line, planning, doctor, prompts, serving, processes, operating, deploying, verifying, reporting):
+def _handler() -> logging.Handler:
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False, log_time_format="%H:%M:%S")
+    handler.addFilter(MaskingFilter())
+    return handler
+
+
+for _group in (line, planning, doctor, prompts, serving, processes, operating, deploying, verifying, reporting, runs):
     _group.register(app)
 for _entry in entry_points(group=_PLUGINS):
     _entry.load()(app)
@@ -61,11 +70,20 @@ def main() -> None:
     load_dotenv(ENV_FILE)
     # a terminated run must stop what it started, as an interrupted one does
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.argv[1:] = _bare_force(sys.argv[1:])
     try:
-        app()
+        with disk_errors_named(Path.cwd()):
+            app()
     except PipelineError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"error: {mask(str(error))}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        Console(stderr=True).print("stopped", style="yellow")
+        said = "stopped; finished stages and sealed checkpoints are kept, the same command goes on from there"
+        Console(stderr=True).print(said, style="yellow")
         sys.exit(130)
+
+
+def _bare_force(words: list[str]) -> list[str]:
+    """``--force`` without a stage means all of them; click has no options with an optional value."""
+    following = [*words[1:], "-"]
+    return ["--force=all" if w == "--force" and n.startswith("-") else w for w, n in zip(words, following, strict=True)]

@@ -40,13 +40,13 @@ def graceful(log: logging.Logger) -> Iterator[None]:
 
     Nested uses are one; in a thread, where signals do not arrive, nothing changes.
     """
-    global _asked, _depth  # noqa: PLW0603 - a process has one Ctrl-C
+    global _asked, _depth
     if threading.current_thread() is not threading.main_thread() or _depth:
         yield
         return
 
     def first(number: int, frame: FrameType | None) -> None:
-        global _asked  # noqa: PLW0603
+        global _asked
         if _asked:
             signal.default_int_handler(number, frame)
         _asked = True

@@ -33,7 +33,7 @@ from pipeline.runs import RunFolder
 
 log = logging.getLogger(__name__)
 VARIABLE = "GRANITE_PIPELINE_LOCK"
-_RECORD, _GUARD = "lock.json", ".lock"
+FILES = _RECORD, _GUARD = "lock.json", ".lock"
 # start times are read against the wall clock, which may be set; a pid that is used again starts much later
 _SAME_START = 5.0
 # a kernel whose parent was killed notices within a second or two and ends

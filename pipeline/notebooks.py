@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import logging
+import signal
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from pipeline import errors
+import psutil
+
+from pipeline import errors, interrupt, lock, runlog
 from pipeline.errors import EnvironmentFailure, InputError, MissingDependency, PipelineError
+from pipeline.files import write_atomic
 from pipeline.runs import RunFolder
+from pipeline.secrets import mask
 
 log = logging.getLogger(__name__)
 FOLDER = Path(__file__).parents[1] / "notebooks"
@@ -67,27 +76,78 @@ def run_notebooks(run: RunFolder, stages: Sequence[str], parameters: Mapping[str
         ) from None
     declared = {stage: parameters_of(FOLDER / f"{stage}.ipynb") for stage in stages}
     _refuse_unknown(parameters, declared)
-    run.notebooks.mkdir(parents=True, exist_ok=True)
     done = []
-    for stage in stages:
-        copy, begun = run.notebooks / f"{stage}.ipynb", time.monotonic()
-        log.info("notebook %s -> %s", stage, copy)
-        wanted = {name: value for name, value in parameters.items() if name in declared[stage]}
-        try:
-            papermill.execute_notebook(
-                str(FOLDER / f"{stage}.ipynb"),
-                str(copy),
-                parameters=wanted,
-                kernel_name="python3",
-                cwd=str(FOLDER),
-                progress_bar=False,
-                stderr_file=sys.stderr,
-                stdout_file=sys.stderr,
-            )
-        except papermill.PapermillExecutionError as error:
-            raise _as_ours(error, copy) from None
-        done.append(Executed(stage, copy, time.monotonic() - begun))
+    with lock.held(run, "run"), runlog.written(run, "run"), _interrupts_kernel():
+        run.notebooks.mkdir(parents=True, exist_ok=True)
+        for stage in stages:
+            copy, begun = run.notebooks / f"{stage}.ipynb", time.monotonic()
+            log.info("notebook %s -> %s", stage, copy)
+            wanted = {name: value for name, value in parameters.items() if name in declared[stage]}
+            try:
+                _execute(FOLDER / f"{stage}.ipynb", copy, wanted)
+            except papermill.PapermillExecutionError as error:
+                raise _as_ours(error, copy) from None
+            finally:
+                _mask_copy(copy)
+            done.append(Executed(stage, copy, time.monotonic() - begun))
+            interrupt.leave_if_asked(f"notebook {stage} is finished, what it made is kept")
     return done
+
+
+def _execute(notebook: Path, copy: Path, parameters: Mapping[str, Any]) -> None:
+    """Execute one notebook; what its cells print goes to stderr, or with ``--quiet`` only into the copy."""
+    import papermill
+
+    shown = sys.stderr if log.isEnabledFor(logging.INFO) and not _quiet() else None
+    papermill.execute_notebook(
+        str(notebook),
+        str(copy),
+        parameters=dict(parameters),
+        kernel_name="python3",
+        cwd=str(FOLDER),
+        progress_bar=False,
+        stderr_file=shown,
+        stdout_file=shown,
+    )
+
+
+def _quiet() -> bool:
+    """Whether the terminal was asked to be quiet: its handler is, the run's own log never is."""
+    return all(
+        handler.level >= logging.WARNING for handler in logging.getLogger().handlers if type(handler) is not logging.FileHandler
+    )
+
+
+def _mask_copy(copy: Path) -> None:
+    """Take secrets out of an executed copy: a cell may have printed one."""
+    if copy.is_file():
+        text = copy.read_text(encoding="utf-8")
+        if (clean := mask(text)) != text:
+            write_atomic(copy, clean)
+
+
+@contextmanager
+def _interrupts_kernel() -> Iterator[None]:
+    """Pass the first Ctrl-C on to the kernel, which lives in a session of its own; the second leaves at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with interrupt.graceful(log):
+        inner = signal.getsignal(signal.SIGINT)
+
+        def both(number: int, frame: FrameType | None) -> None:
+            if callable(inner):
+                inner(number, frame)
+            for child in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if any("ipykernel" in word for word in child.cmdline()):
+                        child.send_signal(signal.SIGINT)
+
+        signal.signal(signal.SIGINT, both)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, inner)
 
 
 def _refuse_unknown(parameters: Mapping[str, Any], declared: Mapping[str, Mapping[str, str]]) -> None:
@@ -104,6 +164,8 @@ def _refuse_unknown(parameters: Mapping[str, Any], declared: Mapping[str, Mappin
 def _as_ours(error: Any, copy: Path) -> PipelineError:
     """The cell's own error when it is one of ours, else an EnvironmentFailure; both show the failing cell."""
     tree = {name: kind for name, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, PipelineError)}
+    if error.ename == "KeyboardInterrupt":
+        return errors.Interrupted("stopped; finished stages and sealed checkpoints are kept", remedy="run it again to go on")
     kind = tree.get(error.ename, EnvironmentFailure)
     source = "\n".join(f"    {line}" for line in str(error.source).strip().splitlines()[:12])
     text = str(error.evalue).strip()

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import InputError
+from pipeline.secrets import mask
 
 Status = Literal["passed", "failed", "skipped", "warning"]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -245,7 +246,7 @@ def clean(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, str):
-        return _SURROGATE.sub("\ufffd", value)
+        return mask(_SURROGATE.sub("\ufffd", value))
     if isinstance(value, Mapping):
         return {clean(str(k)): "(hidden)" if _SECRET.search(str(k)) and v else clean(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
-from pipeline import backends, checks, serving
+from pipeline import backends, checks, interrupt, lock, runlog, serving
 from pipeline.artefacts import run_checks
 from pipeline.checks import Check
 from pipeline.config import Settings, resolved
@@ -23,8 +24,10 @@ from pipeline.runs import RunFolder
 from pipeline.score import score
 from pipeline.serving import Endpoint, Options
 from pipeline.structured import structured_output, tool_call
+from pipeline.verify_kept import Kept, key_of
 from pipeline.waiting import wait_for
 
+log = logging.getLogger(__name__)
 BACKENDS = ("vllm", "llamacpp", "ollama")
 _STREAMED = 4
 _EXAMPLES = 12
@@ -40,7 +43,19 @@ def verify(run: RunFolder, names: Sequence[str], settings: Settings, progress: C
     running what was running. A backend that cannot be had here is skipped with its reason, never passed.
     """
     material = read_material(run, limit)
-    outcomes = {name: _backend(run, name, settings, material, progress, keep=keep) for name in names}
+    with lock.held(run, "verify"), runlog.written(run, "verify"), interrupt.graceful(log):
+        return _verify(run, names, settings, material, progress, keep=keep, limit=limit)
+
+
+def _verify(run: RunFolder, names: Sequence[str], settings: Settings, material: Material, progress: Callable[[str], None], *, keep: bool, limit: int | None) -> dict[str, Any]:  # fmt: skip
+    kept, outcomes = Kept(run, key_of(run, settings, limit)), {}
+    for name in names:
+        before = kept.read(name)
+        outcomes[name] = outcome = before or _backend(run, name, settings, material, progress, keep=keep)
+        if before is None:
+            kept.write(name, outcome)
+            interrupt.leave_if_asked(f"what {', '.join(outcomes)} answered is kept where it passed")
+    kept.clear()
     report = _assemble(run, material, outcomes)
     manifest = Manifest(run.manifest)
     manifest.data["served"] = {

@@ -37,9 +37,7 @@ class Adapter:
 def merge(run: RunFolder, *, force: Force = False) -> StageResult:
     """Write ``merged_fp16/`` from the run's base and adapter; skipped when both are unchanged."""
     manifest = Manifest(run.manifest)
-    tuned = manifest.stage("finetune")
-    if not tuned or not run.adapter.is_dir():
-        raise PipelineError(f"run {run.name} has no adapter yet", remedy=f"granite-pipeline train --name {run.name}")
+    tuned = require_trained(run)
     parameters = tuned["inputs"]["parameters"]
     base = resolve(parameters["base"], run.output / ".base", tuned["inputs"]["base"]["revision"])
     if base.sha256 != tuned["inputs"]["base"]["sha256"]:
@@ -56,6 +54,14 @@ def merge(run: RunFolder, *, force: Force = False) -> StageResult:
         return merge_folder(base.folder, run.adapter, run.merged, full=full)
 
     return run_stage(run, STAGE, inputs, [run.merged], work, force=force)
+
+
+def require_trained(run: RunFolder) -> dict[str, Any]:
+    """What fine-tuning recorded; PipelineError when the run has no adapter yet."""
+    tuned = Manifest(run.manifest).stage("finetune")
+    if not tuned or not run.adapter.is_dir():
+        raise PipelineError(f"run {run.name} has no adapter yet", remedy=f"granite-pipeline train --name {run.name}")
+    return tuned
 
 
 def merge_folder(base: Path, adapter: Path, merged: Path, *, full: bool = False) -> dict[str, Any]:

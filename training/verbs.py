@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from pipeline import lock
 from pipeline.runs import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 from training.parameters import FinetuneParameters
 
@@ -17,7 +18,12 @@ _DEFAULT = FinetuneParameters()
 Name = Annotated[str, typer.Option("--name", "--run", help="Name of the run, one folder below --output.")]
 Output = Annotated[Path, typer.Option("--output", help="Folder that holds the runs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Force = Annotated[bool, typer.Option("--force", help="Do it again even when nothing changed.")]
+Force = Annotated[
+    str,
+    typer.Option(
+        "--force", metavar="[STAGE]", help="Do it again even when nothing changed: all, or finetune, merge, gguf, evaluate, ..."
+    ),
+]
 
 
 def train(
@@ -48,7 +54,7 @@ def train(
     max_rows: Annotated[int | None, typer.Option("--max-rows", help="Train on the first N rows only.")] = None,
     save_steps: Annotated[int, typer.Option("--save-steps", help="Steps between checkpoints.")] = _DEFAULT.save_steps,
     seed: Annotated[int, typer.Option("--seed", help="Seed of everything random.")] = _DEFAULT.seed,
-    force: Force = False,
+    force: Force = "",
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune a base model on a dataset and leave adapter/ in the run folder.
@@ -65,18 +71,22 @@ def train(
     _show([finetune(RunFolder(name, output), FinetuneParameters(**given), force=force)], as_json)
 
 
-def export(name: Name = DEFAULT_NAME, output: Output = DEFAULT_OUTPUT, force: Force = False, as_json: AsJson = False) -> None:
+def export(name: Name = DEFAULT_NAME, output: Output = DEFAULT_OUTPUT, force: Force = "", as_json: AsJson = False) -> None:
     """Merge the adapter to FP16, convert to Q8_0 GGUF, write the Modelfile, and record reference answers.
 
     The GGUF is loaded and generated from before it takes its final name. Stages whose inputs have not changed are skipped.
 
     Example: granite-pipeline export --name mine
     """
-    from training import evaluate, gguf, merge, package
+    from training import evaluate, gguf, merge, package, stages
 
     run = RunFolder(name, output)
-    done = [merge.merge(run, force=force), gguf.export_gguf(run, force=force), package.package(run, force=force)]
-    _show([*done, *evaluate.evaluate(run, force=force).values()], as_json)
+    stages.forced(force, "merge")  # a name that is no stage is refused before anything is done
+    merge.require_trained(run)
+    with lock.held(run, "export"):
+        done = [merge.merge(run, force=force), gguf.export_gguf(run, force=force), package.package(run, force=force)]
+        done += evaluate.evaluate(run, force=force).values()
+    _show(done, as_json)
 
 
 def _show(stages: list[Any], as_json: bool) -> None:

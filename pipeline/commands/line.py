@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import engines, serving
+from pipeline import engines, finished, serving
 from pipeline.errors import InputError, VerificationFailed
 from pipeline.files import read_json
 from pipeline.notebook import OWNER_VARIABLE
@@ -50,26 +50,54 @@ def run(
             help="Any other notebook parameter, e.g. -p EPOCHS=2. Repeatable.",
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Do every stage again, even when nothing changed.")] = False,
+    force: Annotated[
+        str,
+        typer.Option(
+            "--force",
+            metavar="[STAGE]",
+            help="Do it again even when nothing changed: all, or finetune, merge, gguf, modelfile, evaluate, verify.",
+        ),
+    ] = "",
 ) -> None:
     """Fine-tune, export, serve and verify, by executing the notebooks in order with papermill.
 
-    Executed copies are kept in the run folder, the report in its report/. A stage whose inputs have not changed is skipped.
-    Exit code: 0 verified, 1 a check failed, 2 bad input, 3 the machine or an engine failed.
+    Executed copies are kept in the run folder, the report in its report/. A stage whose inputs have not changed is skipped,
+    and a whole run that was verified with the same inputs does nothing. Ctrl-C once finishes the step and saves; twice leaves.
+    Exit code: 0 verified, 1 a check failed, 2 bad input, 3 the machine or an engine failed, 130 stopped.
 
     Examples:
       granite-pipeline run
       granite-pipeline run --name mine --base ibm-granite/granite-4.0-350m --data alerts.jsonl -p EPOCHS=2
       granite-pipeline run --stages 04_verify --backends llamacpp
+      granite-pipeline run --force gguf
     """
     folder = RunFolder(name, output.resolve())
     given: dict[str, Any] = {"NAME": name, "OUTPUT": str(folder.output)}
     given |= {key: _path(value) for key, value in (("BASE", base), ("DATA", data), ("EVAL_DATA", eval_data)) if value}
     given |= {"BACKENDS": backends.split(",")} if backends else {}
-    given |= {"FORCE": True} if force else {}
+    given |= {"FORCE": True if force == "all" else force} if force else {}
     given |= dict(_assignment(text) for text in parameter or [])
     chosen = _stages(stages)
-    begun = time.monotonic()
+    console, begun = Console(stderr=True), time.monotonic()
+    wanted = finished.inputs(folder, chosen, given)
+    if not given.get("FORCE") and (since := finished.is_current(folder, wanted)):
+        log.info("run %s: nothing changed since it was verified at %s; --force does it again", name, since)
+        _conclude(folder, console)
+        return
+    executed, stopped = _execute(folder, chosen, given)
+    table = Table("notebook", "seconds", "executed copy", title=f"run {name}: {time.monotonic() - begun:.0f} s")
+    for entry in executed:
+        table.add_row(entry.name, f"{entry.seconds:.0f}", str(entry.copy))
+    console.print(table)
+    if stopped:
+        console.print(f"servers stopped: {', '.join(stopped)}")
+    if "04_verify" in chosen:
+        _conclude(folder, console)
+        finished.record(folder, wanted, time.monotonic() - begun)
+
+
+def _execute(folder: RunFolder, chosen: list[str], given: dict[str, Any]) -> tuple[list[Executed], list[str]]:
+    """Run the notebooks and stop what they started, whatever happens; a failed verification is left to the report."""
     # servers started by a notebook end with this process, however it ends
     os.environ[OWNER_VARIABLE] = str(os.getpid())
     executed: list[Executed] = []
@@ -79,15 +107,7 @@ def run(
         log.warning("verification failed")  # the report tells all of it, below
     finally:
         stopped = [engine for engine in engines.NAMES if serving.stop(folder.path, engine)]
-    console = Console(stderr=True)
-    table = Table("notebook", "seconds", "executed copy", title=f"run {name}: {time.monotonic() - begun:.0f} s")
-    for entry in executed:
-        table.add_row(entry.name, f"{entry.seconds:.0f}", str(entry.copy))
-    console.print(table)
-    if stopped:
-        console.print(f"servers stopped: {', '.join(stopped)}")
-    if "04_verify" in chosen:
-        _conclude(folder, console)
+    return executed, stopped
 
 
 def _conclude(folder: RunFolder, console: Console) -> None:

@@ -1,0 +1,159 @@
+"""The runs below an output folder: what each one is, how big, in which state, and what of it may be removed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline import lock, server
+from pipeline.errors import InputError, PipelineError
+from pipeline.files import leftovers, remove, tree_bytes
+from pipeline.manifest import Manifest
+from pipeline.runs import RunFolder
+
+# newest first: the last of these that is there is how far a run got
+_STATES = (("evaluate_tuned", "exported"), ("gguf", "converted"), ("merge", "merged"), ("finetune", "trained"))
+FINISHED = frozenset({"verified", "failed verification", "exported"})
+_PARTS = ("adapter", "merged_fp16", "unsloth.Q8_0.gguf", "checkpoints", "report", "logs", "notebooks")
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """One run: ``state`` is how far it got, ``holder`` who works on it now, ``sizes`` the bytes of its parts."""
+
+    name: str
+    path: Path
+    state: str
+    holder: str | None
+    changed_at: str
+    sizes: dict[str, int]
+    servers: tuple[str, ...]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every artefact is there."""
+        return self.state in FINISHED
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``runs --json``."""
+        return {**vars(self), "path": str(self.path), "servers": list(self.servers), "finished": self.finished}
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Something that may be removed, how big it is and why."""
+
+    run: str
+    path: Path
+    bytes: int
+    reason: str
+
+
+def list_runs(output: Path) -> list[RunInfo]:
+    """Every run below a folder, by name; an unreadable manifest makes its run's state "damaged"."""
+    return [_info(run) for run in _runs(output)]
+
+
+def removals(output: Path, names: Sequence[str] = (), *, unfinished: bool = False, whole: bool = False) -> list[Removal]:
+    """What pruning would remove: by default only what no run needs - killed writers' scratch, damaged checkpoints, finished
+    runs' checkpoints and partial answers.
+
+    ``unfinished`` adds runs that never got all artefacts; ``whole`` the named runs, finished or not. A run that another
+    process holds, or whose servers are up, is left alone. InputError names a run that is not there.
+    """
+    if whole and not names:
+        raise InputError("whole runs are only removed by name", remedy="granite-pipeline prune NAME --whole")
+    runs = {run.name: run for run in _runs(output)}
+    for name in names:
+        if name not in runs:
+            raise InputError(f"no run {name!r} in {output}", remedy=f"known: {', '.join(runs) or 'none'}")
+    found: list[Removal] = []
+    for name in names or runs:
+        info = _info(runs[name])
+        if info.holder is None and not info.servers:
+            found += _of_run(runs[name], info, unfinished=unfinished, whole=whole)
+    return found
+
+
+def prune(run: RunFolder, wanted: Sequence[Removal]) -> int:
+    """Remove what was listed for a run, holding its lock; returns the bytes freed."""
+    parts = [item for item in wanted if item.path != run.path]
+    with lock.held(run, "prune"):
+        for item in parts:
+            remove(item.path)
+        if len(parts) < len(wanted):
+            for path in run.path.iterdir():
+                if path.name not in lock.FILES:
+                    remove(path)
+    if len(parts) < len(wanted):
+        for name in lock.FILES:
+            (run.path / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            run.path.rmdir()
+    return sum(item.bytes for item in wanted)
+
+
+def _runs(output: Path) -> list[RunFolder]:
+    """Folders with a usable name; links are not followed, for they may lead anywhere."""
+    found = []
+    for path in sorted(output.iterdir()) if output.is_dir() else []:
+        if path.is_dir() and not path.is_symlink():
+            with contextlib.suppress(InputError):
+                found.append(RunFolder(path.name, output))
+    return found
+
+
+def _info(run: RunFolder) -> RunInfo:
+    there = lock.holder(run)
+    try:
+        names = tuple(s.engine for s in server.running(run.path / "servers"))
+    except PipelineError:
+        names = ()
+    sizes = {part: tree_bytes(run.path / part) for part in _PARTS if (run.path / part).exists()}
+    sizes["all"] = tree_bytes(run.path)
+    changed = datetime.fromtimestamp(run.path.stat().st_mtime, UTC).isoformat(timespec="seconds")
+    holder = there.describe() if there and there.alive else None
+    return RunInfo(run.name, run.path, _state(run), holder, changed, sizes, names)
+
+
+def _state(run: RunFolder) -> str:
+    try:
+        manifest = Manifest(run.manifest)
+    except InputError:
+        return "damaged"
+    stages = manifest.data["stages"]
+    verdict = _passed(run)
+    if "evaluate_tuned" in stages and verdict is not None:
+        return "verified" if verdict else "failed verification"
+    for stage, state in _STATES:
+        if stage in stages:
+            return state
+    steps = [p.name for p in run.checkpoints.glob("checkpoint-*")] if run.checkpoints.is_dir() else []
+    newest = max((int(name.rpartition("-")[2]) for name in steps if name.rpartition("-")[2].isdigit()), default=None)
+    return "empty" if newest is None else f"training, checkpoint of step {newest}"
+
+
+def _passed(run: RunFolder) -> bool | None:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return bool(json.loads((run.report / "report.json").read_text(encoding="utf-8"))["passed"])
+    return None
+
+
+def _of_run(run: RunFolder, info: RunInfo, *, unfinished: bool, whole: bool) -> list[Removal]:
+    if whole or (unfinished and not info.finished):
+        why = "asked for by name" if whole else f"never finished ({info.state})"
+        return [Removal(run.name, run.path, info.sizes["all"], why)]
+    found = [(p, "left by a killed process") for part in ("", "report", "reference") for p in leftovers(run.path / part)]
+    if run.checkpoints.is_dir():
+        if info.state.startswith(("training", "empty", "damaged")):
+            found += [(p, "damaged checkpoint") for p in sorted(run.checkpoints.glob("damaged-*"))]
+        else:
+            found.append((run.checkpoints, "training is finished"))
+    if info.finished:
+        found += [(p, "partial answers of a finished evaluation") for p in sorted((run.path / "reference").glob("*.part"))]
+    return [Removal(run.name, path, tree_bytes(path), why) for path, why in found]
