@@ -6,23 +6,16 @@ Not covered: tools given as Python functions (pass their JSON schema) and batche
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, LoopControlExtension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from pipeline import template_sandbox
 from pipeline.errors import ModelError
-from pipeline.files import read_json
+from pipeline.files import read_object, read_utf8
 from pipeline.gguf_header import read_gguf_header
 from pipeline.neutralise import control_tokens, neutralise
 from pipeline.tokenizer import Tokenizer
@@ -39,44 +32,6 @@ _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"
 _CUT = "\u2063CUT-HERE\u2063 "
 
 
-class _Generation(Extension):
-    """``{% generation %}``: marks what the assistant wrote; it prints its body."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja's own interface
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_print"), [], [], body).set_lineno(line)
-
-    def _print(self, caller: Any) -> str:
-        return str(caller())
-
-
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-@lru_cache(maxsize=32)
-def _compile(source: str) -> jinja2.Template:
-    """Compile with the settings of transformers' utils/chat_template_utils.py: same trimming, filters and sandbox."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControlExtension]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise ModelError(f"the chat template does not parse, line {error.lineno}: {error.message}") from None
-
-
 @dataclass(frozen=True)
 class ChatTemplate:
     """A jinja chat template and the special-token strings it may use (``bos_token``, ``eos_token``, ...)."""
@@ -87,21 +42,22 @@ class ChatTemplate:
     @classmethod
     def from_folder(cls, folder: Path) -> ChatTemplate:
         """Read a model folder's chat_template.jinja, else its tokenizer_config.json; ModelError when there is none."""
-        config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+        config = read_object(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
         older = folder / "special_tokens_map.json"
-        named = {**(read_json(older) if older.is_file() else {}), **config}
-        variables = {name: _content(named[name]) for name in _NAMED_TOKENS if named.get(name)}
+        named = {**(read_object(older) if older.is_file() else {}), **config}
         if (folder / "chat_template.jinja").is_file():
-            return cls((folder / "chat_template.jinja").read_text(encoding="utf-8"), variables)
+            return cls(read_utf8(folder / "chat_template.jinja"), _named_tokens(named, folder))
         source = config.get("chat_template")
         if isinstance(source, list):  # several named templates
-            source = {entry["name"]: entry["template"] for entry in source}.get("default")
+            source = {e.get("name"): e.get("template") for e in source if isinstance(e, dict)}.get("default")
+        if source and not isinstance(source, str):
+            raise ModelError(f"{folder}/tokenizer_config.json: chat_template must be text, this is {type(source).__name__}")
         if not source:
             raise ModelError(
                 f"{folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)",
                 remedy="save it with the tokenizer: tokenizer.save_pretrained(folder)",
             )
-        return cls(source, variables)
+        return cls(source, _named_tokens(named, folder))
 
     @classmethod
     def from_file(cls, path: Path, variables: Mapping[str, str] | None = None) -> ChatTemplate:
@@ -147,17 +103,21 @@ class ChatTemplate:
         chat = _with_cut(messages) if continue_final_message else list(messages)
         clock = now or datetime.now()
         context = {**self.variables, "strftime_now": clock.strftime, **kwargs}
-        try:
-            text = _compile(self.source).render(
-                messages=chat, tools=tools, documents=documents, add_generation_prompt=add_generation_prompt, **context
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
-            raise ModelError(f"the chat template refuses these messages: {error}") from None
+        given = {"messages": chat, "tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
+        text = template_sandbox.render(self.source, {**given, **context})
         return _cut(text) if continue_final_message else text
 
 
-def _content(token: Any) -> str:
-    return str(token["content"]) if isinstance(token, Mapping) else str(token)
+def _named_tokens(named: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    found = {}
+    for name in _NAMED_TOKENS:
+        token = named.get(name)
+        text = token.get("content") if isinstance(token, Mapping) else token
+        if text and not isinstance(text, str):
+            raise ModelError(f"{folder}/tokenizer_config.json: {name} must be text, this is {type(text).__name__}")
+        if text:
+            found[name] = text
+    return found
 
 
 def _with_cut(messages: Sequence[Message]) -> list[Message]:

@@ -16,7 +16,7 @@ from rich.logging import RichHandler
 from pipeline import __version__
 from pipeline.commands import deploying, doctor, line, operating, planning, processes, prompts, reporting, runs, serving, verifying
 from pipeline.commands.agent_option import add_agent_option
-from pipeline.config import ENV_FILE
+from pipeline.config import ENV_FILE, check_env_file
 from pipeline.errors import PipelineError
 from pipeline.files import disk_errors_named
 from pipeline.secrets import MaskingFilter, mask
@@ -66,12 +66,13 @@ add_agent_option(app)
 
 def main() -> None:
     """Entry point of the console script: errors of ours become their message and exit code, nothing else is hidden."""
-    # for what is read from the environment itself: HF_TOKEN, VLLM_PYTHON and the servers' own variables
-    load_dotenv(ENV_FILE)
     # a terminated run must stop what it started, as an interrupted one does
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.argv[1:] = _bare_force(sys.argv[1:])
     try:
+        check_env_file()
+        # for what is read from the environment itself: HF_TOKEN, VLLM_PYTHON and the servers' own variables
+        load_dotenv(ENV_FILE, encoding="utf-8-sig")
         with disk_errors_named(Path.cwd()):
             app()
     except PipelineError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -12,6 +13,8 @@ from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from pipeline.errors import InputError
+from pipeline.files import read_utf8
+from pipeline.secrets import mask
 
 Backend = Literal["ollama", "vllm", "openai", "llamacpp", "sglang"]
 ENV_FILE = Path(".env")
@@ -24,7 +27,7 @@ class Settings(BaseSettings):
 
     # an empty variable, as in a copied .env.example or a compose file, means "not set"
     model_config = SettingsConfigDict(
-        env_file=ENV_FILE, env_file_encoding="utf-8", env_ignore_empty=True, extra="ignore", frozen=True
+        env_file=ENV_FILE, env_file_encoding="utf-8-sig", env_ignore_empty=True, extra="ignore", frozen=True
     )
 
     llm_backend: Backend = Field("vllm", description="the backend that applications use; also serve without an engine")
@@ -116,12 +119,30 @@ class Resolved:
     description: str
 
 
+def check_env_file(path: Path = ENV_FILE) -> None:
+    """Raise InputError with the line when an env file cannot be read as one; a missing file is fine."""
+    from dotenv.parser import parse_stream
+
+    if not path.is_file():
+        return
+    text = read_utf8(path)
+    if "\0" in text:
+        raise InputError(f"{path}:{text[: text.index(chr(0))].count(chr(10)) + 1}: contains a NUL character")
+    for binding in parse_stream(StringIO(text.removeprefix("\ufeff"))):
+        if binding.error:
+            raise InputError(
+                f"{path}:{binding.original.line}: not NAME=VALUE",
+                remedy="one assignment a line; put a value with spaces, # or quotes in quotes and close them",
+            )
+
+
 def load(env_file: Path = ENV_FILE) -> Settings:
     """Read the settings; raises InputError naming each variable that does not fit."""
+    check_env_file(env_file)
     try:
         return Settings(_env_file=env_file)
     except ValidationError as error:
-        lines = [f"{str(e['loc'][0]).upper()}={e['input']!r}: {e['msg']}" for e in error.errors()]
+        lines = [f"{str(e['loc'][0]).upper()}={mask(str(e['input']))[:200]!r}: {e['msg']}" for e in error.errors()]
         raise InputError(
             "a setting has an unusable value", evidence="\n".join(lines), remedy=f"correct it in {env_file} or the environment"
         ) from None
@@ -131,7 +152,7 @@ def resolved(env_file: Path = ENV_FILE) -> list[Resolved]:
     """Every setting with its value and source, in documented order."""
     from dotenv import dotenv_values
 
-    settings, in_file = load(env_file), dotenv_values(env_file) if env_file.is_file() else {}
+    settings, in_file = load(env_file), dotenv_values(env_file, encoding="utf-8-sig") if env_file.is_file() else {}
     rows = []
     for key, info in Settings.model_fields.items():
         value, name = getattr(settings, key), key.upper()

@@ -74,6 +74,25 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         raise
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """As :func:`read_json`, for a file that must hold a JSON object."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: must be a JSON object, this is {type(value).__name__}")
+    return value
+
+
+def read_utf8(path: Path) -> str:
+    """Text of a UTF-8 file; InputError names the byte that is not UTF-8, or says why the file cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}:{line}: not UTF-8 text (byte {error.start})", remedy="save it as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON, atomically."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
@@ -85,6 +104,10 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise InputError(f"{path}: nested too deeply") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         line = getattr(error, "lineno", None)
         where = f"{path}:{line}" if line else str(path)

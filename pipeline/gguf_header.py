@@ -18,6 +18,8 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _KEPT_ARRAY = 4096
 _LONGEST_STRING = 1 << 24
+_LARGEST_HEADER = 1 << 28  # a vocabulary of 256k entries takes about 10 MB
+_DEEPEST_ARRAY = 8
 # ggml type id -> (name, elements per block, bytes per block) of the types that files hold; source: ggml-common.h
 _TYPES = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24),
@@ -67,17 +69,27 @@ def read_gguf_header(path: Path) -> GgufHeader:
             version, count, pairs = struct.unpack("<IQQ", _exactly(handle, 20))
             if version not in (2, 3):
                 raise ValueError(f"version {version} is not 2 or 3")
+            # a pair takes at least 13 bytes, a tensor 24: an absurd count is told before anything is read
+            if 13 * pairs + 24 * count > size:
+                raise ValueError(f"{pairs} metadata pairs and {count} tensors do not fit a file of {size} bytes")
             metadata = dict(_pair(handle) for _ in range(pairs))
             tensors, end = _tensor_list(handle, count)
-            alignment = int(metadata.get("general.alignment", 32))
-        except (EOFError, ValueError, KeyError, struct.error) as error:
+            alignment = _alignment(metadata)
+        except (EOFError, ValueError, OverflowError, OSError, struct.error) as error:
             raise _broken(path, str(error) or "the header is cut short") from None
         data = -(-handle.tell() // alignment) * alignment
     if "general.architecture" not in metadata:
         raise _broken(path, "general.architecture is missing")
-    if data + end > size:
+    if tensors and data + end > size:
         raise _broken(path, f"the tensors need {data + end} bytes, the file has {size}")
     return GgufHeader(version, metadata, tensors)
+
+
+def _alignment(metadata: dict[str, Any]) -> int:
+    value = metadata.get("general.alignment", 32)
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise ValueError(f"general.alignment is {value!r}")
+    return value
 
 
 def _tensor_list(handle: BinaryIO, count: int) -> tuple[tuple[GgufTensor, ...], int]:
@@ -103,31 +115,41 @@ def _pair(handle: BinaryIO) -> tuple[str, Any]:
     return key, _value(handle, struct.unpack("<I", _exactly(handle, 4))[0])
 
 
-def _value(handle: BinaryIO, kind: int) -> Any:
+def _value(handle: BinaryIO, kind: int, depth: int = 0) -> Any:
     if kind == _STRING:
         return _string(handle)
     if kind == _ARRAY:
+        if depth > _DEEPEST_ARRAY:
+            raise ValueError(f"arrays nested more than {_DEEPEST_ARRAY} deep")
         item, length = struct.unpack("<IQ", _exactly(handle, 12))
-        return _array(handle, item, length)
-    code = _SCALARS[kind]
+        return _array(handle, item, length, depth + 1)
+    code = _code(kind)
     return struct.unpack(f"<{code}", _exactly(handle, struct.calcsize(code)))[0]
 
 
-def _array(handle: BinaryIO, item: int, length: int) -> Any:
+def _array(handle: BinaryIO, item: int, length: int, depth: int) -> Any:
     if length <= _KEPT_ARRAY:
-        return [_value(handle, item) for _ in range(length)]
+        return [_value(handle, item, depth) for _ in range(length)]
     if item == _STRING:
         for _ in range(length):
             handle.seek(struct.unpack("<Q", _exactly(handle, 8))[0], 1)
     else:
-        handle.seek(length * struct.calcsize(_SCALARS[item]), 1)
+        handle.seek(length * struct.calcsize(_code(item)), 1)
     return int(length)
+
+
+def _code(kind: int) -> str:
+    if kind not in _SCALARS:
+        raise ValueError(f"the unknown value type {kind}")
+    return _SCALARS[kind]
 
 
 def _string(handle: BinaryIO) -> str:
     length = struct.unpack("<Q", _exactly(handle, 8))[0]
     if length > _LONGEST_STRING:
         raise ValueError(f"a string of {length} bytes")
+    if handle.tell() > _LARGEST_HEADER:
+        raise ValueError(f"a header of more than {_LARGEST_HEADER >> 20} MiB")
     return _exactly(handle, length).decode("utf-8", errors="replace")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
+from pipeline.files import read_utf8
 from pipeline.injection import Yardstick
 from pipeline.neutralise import neutralise_message
 from pipeline.runs import RunFolder
@@ -51,4 +52,4 @@ def _clean(row: HeldOut, controls: frozenset[str]) -> HeldOut:
 def _read_answers(path: Path) -> list[Answer]:
     if not path.is_file():
         raise InputError(f"{path}: no reference answers", remedy="granite-pipeline export makes them after the merge")
-    return [Answer(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [Answer(**json.loads(line)) for line in read_utf8(path).split("\n") if line]  # splitlines() would also split at U+2028

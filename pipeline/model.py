@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import InputError, ModelError
-from pipeline.files import read_json
+from pipeline.files import read_object, read_utf8
 from pipeline.gguf_header import read_gguf_header
 from pipeline.safetensors_header import TensorInfo, read_folder
 from pipeline.shape import Shape, shape_from_config, shape_from_gguf
@@ -75,7 +75,7 @@ class Model:
         """Read config.json and the safetensors headers of a folder; raises ModelError for a missing or broken one."""
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} has no config.json", remedy="give a model folder, or a .gguf file")
-        config = read_json(path / "config.json")
+        config = read_object(path / "config.json")
         tensors = read_folder(path)
         if not tensors:
             raise ModelError(f"{path} has no *.safetensors", remedy="save the model with save_pretrained(...)")
@@ -91,7 +91,7 @@ class Model:
             parameters=shape.parameters if quantization else sum(t.elements for t in tensors),
             quantization=quantization,
             path=path,
-            class_name=(config.get("architectures") or [""])[0],
+            class_name=_class_name(config),
             has_chat_template=bool(template),
             tool_format=tool_format(template),
         )
@@ -153,8 +153,15 @@ _CLASSES = {
 }
 
 
+def _class_name(config: dict[str, Any]) -> str:
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else ""
+
+
 def _checkpoint_quantization(config: dict[str, Any]) -> str | None:
     found = config.get("quantization_config") or {}
+    if not isinstance(found, dict):
+        raise ModelError(f"config.json: quantization_config must be an object, this is {type(found).__name__}")
     method = found.get("quant_method") or found.get("quantization_method")
     return str(method) if method else None
 
@@ -170,7 +177,7 @@ def _stored_dtype(tensors: list[TensorInfo]) -> str:
 def _template(folder: Path) -> str:
     """Source of the folder's chat template (of all of them, where it has several), "" without one."""
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return read_utf8(folder / "chat_template.jinja")
     config = folder / "tokenizer_config.json"
-    found = read_json(config).get("chat_template") if config.is_file() else None
+    found = read_object(config).get("chat_template") if config.is_file() else None
     return found if isinstance(found, str) else json.dumps(found) if found else ""

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.chat import ChatTemplate
 from pipeline.errors import InputError, ModelError
-from pipeline.files import read_json, write_atomic
+from pipeline.files import read_json, read_utf8, write_atomic
 from pipeline.gguf_header import read_gguf_header
 from pipeline.modelfile_grammar import Modelfile, parse_modelfile, quoted, writable
 from pipeline.ollama_template import derive, prove
@@ -23,6 +23,7 @@ __all__ = [
     "for_gguf",
     "for_run",
     "parse_modelfile",
+    "read_modelfile",
     "to_create_request",
     "write_modelfile",
 ]
@@ -233,3 +234,13 @@ def _typed(name: str, values: Sequence[str]) -> Any:
         return _BOOLS[values[-1].lower()] if kind is bool else kind(values[-1])
     except (KeyError, ValueError, IndexError):
         raise InputError(f"PARAMETER {name} must be {kind.__name__}, not {', '.join(values)!r}") from None
+
+
+def read_modelfile(path: Path) -> Modelfile:
+    """Parse a Modelfile; InputError names the file and the line that Ollama would refuse."""
+    try:
+        return parse_modelfile(read_utf8(path))
+    except InputError as error:
+        if str(path) in error.message:
+            raise
+        raise InputError(f"{path}: {error.message}", evidence=error.evidence, remedy=error.remedy) from None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ModelError
-from pipeline.files import read_json
+from pipeline.files import read_object
 
 _MARKUP = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 _REPLACEMENT = "�"
@@ -27,10 +27,18 @@ def control_tokens(folder: Path) -> frozenset[str]:
         raise ModelError(
             f"{folder} has no tokenizer.json", remedy="save the tokenizer there with tokenizer.save_pretrained(folder)"
         )
-    added = read_json(path).get("added_tokens") or []
-    return frozenset(
-        t["content"] for t in added if t["content"].strip() and (t.get("special") or _MARKUP.fullmatch(t["content"]))
-    )
+    try:
+        added = added_tokens(read_object(path))
+        return frozenset(
+            t["content"] for t in added if t["content"].strip() and (t.get("special") or _MARKUP.fullmatch(t["content"]))
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}: an entry of added_tokens is malformed ({error!r})") from None
+
+
+def added_tokens(tokenizer: Mapping[str, Any]) -> list[Any]:
+    """The added tokens of a tokenizer.json's object."""
+    return list(tokenizer.get("added_tokens") or [])
 
 
 def neutralise(text: str, tokens: Collection[str]) -> str:

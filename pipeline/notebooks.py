@@ -53,12 +53,19 @@ def parameters_of(notebook: Path) -> dict[str, str]:
     if not cells:
         raise InputError(f"{notebook} has no cell tagged 'parameters'", remedy="tag its first code cell")
     found: dict[str, str] = {}
-    for node in ast.parse(cells[0].source).body:
+    try:
+        body = ast.parse(cells[0].source).body
+    except (SyntaxError, ValueError, RecursionError) as error:
+        line = getattr(error, "lineno", None) or 1
+        raise InputError(f"{notebook}, parameters cell, line {line}: not Python ({error})") from None
+    for node in body:
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
             # A, B = 1, 2 is two parameters
             names = target.elts if isinstance(target, ast.Tuple) else [target]
             values = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
+            if len(names) != len(values):
+                raise InputError(f"{notebook}, parameters cell, line {node.lineno}: {len(names)} names for {len(values)} values")
             found |= {n.id: ast.unparse(v) for n, v in zip(names, values, strict=True) if isinstance(n, ast.Name)}
     return found
 

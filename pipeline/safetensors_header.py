@@ -13,9 +13,17 @@ from math import prod
 from pathlib import Path
 
 from pipeline.errors import ModelError
+from pipeline.files import read_object
 
 # The reference implementation refuses longer headers too; it keeps a hostile file from filling the memory.
 _MAX_HEADER = 100_000_000
+# bits per element of the dtypes that the format names
+_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
 
 
 @dataclass(frozen=True)
@@ -43,12 +51,12 @@ def read_header(path: Path) -> list[TensorInfo]:
             raise _broken(path, f"the header length {length} does not fit a file of {size} bytes")
         try:
             header = json.loads(handle.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _broken(path, f"the header is not JSON ({error})") from None
     try:
         tensors = [_tensor(name, entry) for name, entry in header.items() if name != "__metadata__"]
-        end = max((int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"), default=0)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        end = _end([entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise _broken(path, f"a header entry is malformed ({error!r})") from None
     if 8 + length + end > size:
         raise _broken(path, f"the tensors need {8 + length + end} bytes, the file has {size}")
@@ -59,7 +67,15 @@ def read_folder(folder: Path) -> list[TensorInfo]:
     """Tensors of every shard of a model folder; raises ModelError when a shard the index names is missing."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shard_of = read_object(index).get("weight_map")
+        if not isinstance(shard_of, dict) or not all(isinstance(name, str) for name in shard_of.values()):
+            raise ModelError(
+                f"{index}: weight_map is missing or no table of file names", remedy="copy or download the model again"
+            )
+        names = sorted(set(shard_of.values()))
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise ModelError(f"{index}: weight_map names {outside[0]!r}, which is not a file of this folder")
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise ModelError(
@@ -74,9 +90,26 @@ def read_folder(folder: Path) -> list[TensorInfo]:
 
 def _tensor(name: str, entry: dict[str, list[int]]) -> TensorInfo:
     begin, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
+        raise ValueError(f"{name}: shape {shape} or offsets {begin}, {end} are not whole numbers from 0 up")
     if begin > end:
         raise ValueError(f"{name}: data ends before it begins")
-    return TensorInfo(name, str(entry["dtype"]), tuple(int(n) for n in entry["shape"]), end - begin)
+    dtype = str(entry["dtype"])
+    bits = _BITS.get(dtype)
+    if bits is not None and prod(shape) * bits != 8 * (end - begin):
+        raise ValueError(f"{name}: {dtype} of shape {shape} does not take {end - begin} bytes")
+    return TensorInfo(name, dtype, shape, end - begin)
+
+
+def _end(spans: list[list[int]]) -> int:
+    """Where the data ends; ValueError when two tensors share bytes."""
+    end = 0
+    for begin, stop in sorted(spans):
+        if begin < end and stop > begin:
+            raise ValueError(f"two tensors share the bytes from {begin}")
+        end = max(end, stop)
+    return end
 
 
 def _broken(path: Path, why: str) -> ModelError:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
+from pipeline.files import read_utf8
 
 # ``exact`` means these are all right, in an answer that parses; the recommended action may differ without harm
 KEY_FIELDS = ("severity", "technique", "verdict")
@@ -43,7 +44,9 @@ def read_held_out(path: Path) -> list[HeldOut]:
     if not path.is_file():
         raise InputError(f"{path}: no held-out rows", remedy="run the training stage first: granite-pipeline train")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_utf8(path).split("\n"), 1):  # splitlines() would also split at U+2028
+        if not line:
+            continue
         try:
             entry = json.loads(line)
             *messages, last = entry["messages"]

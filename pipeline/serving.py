@@ -22,7 +22,7 @@ from pipeline.files import read_json, write_json
 from pipeline.hardware import Hardware
 from pipeline.manifest import Manifest
 from pipeline.model import Model
-from pipeline.modelfile import parse_modelfile, to_create_request
+from pipeline.modelfile import read_modelfile, to_create_request
 from pipeline.plan import Plan, Purpose, Request
 from pipeline.ports import claim
 from pipeline.retries import MAX_RETRIES, Change, next_plan
@@ -208,7 +208,7 @@ def create_in_ollama(endpoint: Endpoint, target: Target, progress: Progress, pla
         raise EngineError(
             "serving a GGUF with Ollama needs its Modelfile", remedy="granite-pipeline modelfile says why there is none"
         )
-    modelfile = parse_modelfile(target.modelfile.read_text(encoding="utf-8"))
+    modelfile = read_modelfile(target.modelfile)
     request = to_create_request(modelfile, "", endpoint.model)
     parts = {name: value for name, value in request.items() if name not in ("model", "files", "stream")}
     planned = {s.name: int(s.value) for s in (plan.parameters if plan else ()) if s.value is not None}

@@ -5,6 +5,7 @@ Formulas are checked against ``granite/models.md`` (public configs) and against 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 from pipeline.errors import ModelError
 from pipeline.gguf_header import GgufHeader
 
+_LARGEST_COUNT = 1 << 31
+_MOST_LAYERS = 4096
 _GGUF_ARCHITECTURE = {
     "granite": "granite",
     "granitemoe": "granitemoe",
@@ -118,10 +121,14 @@ def shape_from_config(config: dict[str, Any], source: Path) -> Shape:
     """Shape from a transformers config; hybrid is decided by ``layer_types``, never by the presence of ``mamba_*`` keys."""
     try:
         heads, hidden, layers = config["num_attention_heads"], config["hidden_size"], config["num_hidden_layers"]
+        _require_counts({"num_attention_heads": heads, "hidden_size": hidden, "num_hidden_layers": layers})
+        _require_counts({key: config[key] for key in ("vocab_size", "max_position_embeddings")})
         kinds = config.get("layer_types") or ["attention"] * layers
         mamba_layers = sum(kind in ("mamba", "linear_attention") for kind in kinds)
         experts = _experts_from_config(config)
         kind = str(config.get("model_type", ""))
+        if len(kinds) != layers:
+            raise ValueError(f"layer_types has {len(kinds)} entries for {layers} layers")
         return Shape(
             architecture=_GGUF_ARCHITECTURE.get(kind, kind),
             attention_layers=layers - mamba_layers,
@@ -136,8 +143,18 @@ def shape_from_config(config: dict[str, Any], source: Path) -> Shape:
             experts=experts,
             tied=bool(config.get("tie_word_embeddings", True)),
         )
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise ModelError(f"{source}/config.json does not describe a decoder model: {error!r}") from None
+
+
+def _require_counts(values: Mapping[str, Any]) -> None:
+    """Refuse what cannot be a width or a number of layers before a list of that length is made."""
+    for name, value in values.items():
+        if type(value) is not int or not 0 < value <= _LARGEST_COUNT:
+            raise ValueError(f"{name} is {value!r}")
+    layers = next((value for name, value in values.items() if name.endswith(("layers", "block_count"))), 1)
+    if layers > _MOST_LAYERS:
+        raise ValueError(f"{layers} layers")
 
 
 def _experts_from_config(config: dict[str, Any]) -> Experts | None:
@@ -165,6 +182,7 @@ def shape_from_gguf(header: GgufHeader, source: Path) -> Shape:
             header.get("attention.head_count"),
             header.get("embedding_length"),
         )
+        _require_counts({"block_count": layers, "embedding_length": hidden, "context_length": header.get("context_length")})
         kv = header.get("attention.head_count_kv", heads)
         per_layer = kv if isinstance(kv, list) else [kv] * layers
         query = max(heads) if isinstance(heads, list) else heads
@@ -187,7 +205,7 @@ def shape_from_gguf(header: GgufHeader, source: Path) -> Shape:
             experts=Experts(experts, header.get("expert_used_count"), width, shared) if experts else None,
             tied=all(t.name != "output.weight" for t in header.tensors),
         )
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise ModelError(f"{source} does not describe a decoder model: {error!r}") from None
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from pipeline.chat import ChatTemplate
 from pipeline.errors import ModelError
-from pipeline.files import read_json, write_json
+from pipeline.files import read_object, write_json
+from pipeline.neutralise import added_tokens
 
 _ANSWER = "qAnswerq"
 # Tokens that models carry for padding or never use in chats, best first
@@ -106,8 +107,11 @@ def folder_problems(folder: Path, end: Token, vocabulary: Mapping[str, int]) -> 
 
 def special_ids(folder: Path) -> dict[str, int]:
     """IDs of the added special tokens of a folder's tokenizer.json."""
-    added = read_json(folder / "tokenizer.json").get("added_tokens") or []
-    return {str(token["content"]): int(token["id"]) for token in added if token.get("special")}
+    path = folder / "tokenizer.json"
+    try:
+        return {str(t["content"]): int(t["id"]) for t in added_tokens(read_object(path)) if t.get("special")}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path}: an entry of added_tokens is malformed ({error!r})") from None
 
 
 def gguf_problems(metadata: Mapping[str, Any], end: Token) -> list[str]:
@@ -141,7 +145,7 @@ def _paths(folder: Path) -> list[Path]:
 
 
 def _stop_files(folder: Path) -> StopFiles:
-    return StopFiles(*(read_json(path) if path.is_file() else {} for path in _paths(folder)))
+    return StopFiles(*(read_object(path) if path.is_file() else {} for path in _paths(folder)))
 
 
 def _parts(files: StopFiles) -> tuple[Mapping[str, Any], ...]:

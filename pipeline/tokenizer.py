@@ -4,28 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import ModelError
+
+
+def load(folder: Path) -> Any:
+    """The folder's ``tokenizers.Tokenizer``, without truncation and padding; ModelError when it has none or a broken one."""
+    import tokenizers
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ModelError(
+            f"{folder} has no tokenizer.json", remedy="save the tokenizer there with tokenizer.save_pretrained(folder)"
+        )
+    try:
+        found = tokenizers.Tokenizer.from_file(str(path))
+    except BaseException as error:  # the library raises bare Exception, and its panics are not even that
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise ModelError(f"{path} is not a tokenizer file: {error}") from None
+    found.no_truncation()
+    found.no_padding()
+    return found
 
 
 class Tokenizer:
     """Token IDs of rendered prompts, as ``apply_chat_template(tokenize=True)`` gives them, with nothing added."""
 
     def __init__(self, folder: Path) -> None:
-        import tokenizers
-
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise ModelError(
-                f"{folder} has no tokenizer.json",
-                remedy="save the tokenizer there with tokenizer.save_pretrained(folder)",
-            )
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise ModelError(f"{path} is not a tokenizer file: {error}") from None
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer = load(folder)
 
     def encode(self, text: str) -> list[int]:
         """Token IDs of a text; control tokens written in it count as such."""
@@ -42,4 +50,5 @@ class Tokenizer:
 
     def token_of(self, token_id: int) -> str | None:
         """Token string of an ID, None when it is outside the vocabulary."""
-        return self._tokenizer.id_to_token(token_id)
+        found: str | None = self._tokenizer.id_to_token(token_id)
+        return found

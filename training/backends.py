@@ -96,6 +96,7 @@ def _unsloth(folder: Path, params: FinetuneParameters, dtype: Any) -> Any:
         dtype=dtype,
         load_in_4bit=params.method == "qlora",
         full_finetuning=params.method == "full",
+        trust_remote_code=False,
     )
     if params.method == "full":
         return model
@@ -123,7 +124,12 @@ def _hf(folder: Path, params: FinetuneParameters, dtype: Any) -> Any:
     # float16 weights with a gradient scaler need a float32 master copy; full fine-tuning wants one in any case
     weights = torch.float32 if params.method == "full" or dtype == torch.float16 else dtype
     model = AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=weights, quantization_config=quantization, device_map={"": 0} if _on_gpu() else None
+        str(folder),
+        dtype=weights,
+        quantization_config=quantization,
+        device_map={"": 0} if _on_gpu() else None,
+        trust_remote_code=False,
+        use_safetensors=True,
     )
     if params.method == "full":
         return model

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.chat import EMBEDDED_TEMPLATE
 from pipeline.errors import EnvironmentFailure, MissingDependency, ModelError
-from pipeline.files import require_free_space, staged, write_json
+from pipeline.files import read_object, require_free_space, staged, write_json
 from pipeline.hashes import HashCache
 
 EMBEDDED = "embedded"
@@ -73,12 +73,28 @@ def _checked(folder: Path) -> Path:
         missing.append(
             "*.safetensors" + (f" (found {pickles[0]}: pickled weights can run code and are refused)" if pickles else "")
         )
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).is_file() and "auto_map" in read_object(folder / name):
+            raise ModelError(
+                f"base model folder {folder} asks for code of its own (auto_map in {name}), which is never run",
+                remedy="Granite needs none: use the model as published, or remove auto_map if the architecture is a known one",
+            )
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not _stays_inside(path, folder):
+            raise ModelError(f"{path} is a symbolic link to a place outside the model folder ({path.readlink()})")
     if missing:
         raise ModelError(
             f"base model folder {folder} lacks {', '.join(missing)}",
             remedy="save the model with model.save_pretrained(folder) and tokenizer.save_pretrained(folder)",
         )
     return folder
+
+
+def _stays_inside(path: Path, folder: Path) -> bool:
+    """Whether a link ends inside its model folder, or - as in the hub's cache - among the blobs beside the snapshots."""
+    target = path.resolve()
+    blobs = folder.resolve().parent.parent / "blobs"
+    return target.is_relative_to(folder.resolve()) or (folder.parent.name == "snapshots" and target.is_relative_to(blobs))
 
 
 def _download(model_id: str, revision: str | None) -> tuple[Path, str]:

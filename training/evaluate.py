@@ -63,8 +63,12 @@ def answer_all(folder: Path, rows: Sequence[HeldOut], progress: bool = True, par
     require_memory("answering the held-out prompts", evaluate_need(folder, device == "cuda"), lower)
     # float32 on a CPU: the reference should not add rounding of its own; a GPU holds what was trained
     dtype = torch.float32 if device == "cpu" else torch.float16
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), padding_side="left")
+    model = (
+        AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, trust_remote_code=False, use_safetensors=True)
+        .to(device)
+        .eval()
+    )
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), padding_side="left", trust_remote_code=False)
     template = ChatTemplate.from_folder(folder)
     prompts = [template.render(row.messages, tools=row.tools, add_generation_prompt=True) for row in rows]
     budget = SPARE_TOKENS + max(len(tokenizer(row.expected, add_special_tokens=False)["input_ids"]) for row in rows)

@@ -10,6 +10,7 @@ from pipeline.chat import ChatTemplate, assistant_spans
 from pipeline.errors import DataError
 from pipeline.neutralise import control_tokens, neutralise_message
 from pipeline.stops import special_ids, turn_end
+from pipeline.tokenizer import load
 from training.data import Row
 
 IGNORED = -100
@@ -47,10 +48,8 @@ class Preparer:
     """Renders, tokenises and masks rows for one model folder (tokenizer.json, chat template, eos token)."""
 
     def __init__(self, folder: Path) -> None:
-        from tokenizers import Tokenizer
-
         self.template = ChatTemplate.from_folder(folder)
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer = load(folder)
         self.controls = control_tokens(folder)
         self.eos_id = turn_end(self.template, special_ids(folder)).id
 
