@@ -28,7 +28,7 @@ from pathlib import Path
 import psutil
 
 from pipeline.errors import RunLocked
-from pipeline.files import sweep, write_atomic
+from pipeline.files import disk_errors_named, sweep, write_atomic
 from pipeline.runs import RunFolder
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,8 @@ def held(run: RunFolder, verb: str) -> Iterator[None]:
     it started, joins.
     """
     run.require_inside()
-    token = _enter(run, verb)
+    with disk_errors_named(run.path):
+        token = _enter(run, verb)
     before = os.environ.get(VARIABLE)
     os.environ[VARIABLE] = token
     try:
@@ -163,7 +164,8 @@ def _leave(run: RunFolder) -> None:
         # the latest entry: a nested hold ends before the one around it
         owners = [owner for i, owner in enumerate(there.owners) if i != max(mine, default=-1)]
         if owners:
-            _write(run, replace(there, owners=tuple(owners)))
+            with contextlib.suppress(OSError):  # a full disk; the entry of an ended process counts for nothing
+                _write(run, replace(there, owners=tuple(owners)))
         else:
             (run.path / _RECORD).unlink(missing_ok=True)
 

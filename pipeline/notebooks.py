@@ -121,7 +121,9 @@ def _execute(notebook: Path, copy: Path, parameters: Mapping[str, Any]) -> None:
 def _quiet() -> bool:
     """Whether the terminal was asked to be quiet: its handler is, the run's own log never is."""
     return all(
-        handler.level >= logging.WARNING for handler in logging.getLogger().handlers if type(handler) is not logging.FileHandler
+        handler.level >= logging.WARNING
+        for handler in logging.getLogger().handlers
+        if not isinstance(handler, logging.FileHandler)
     )
 
 

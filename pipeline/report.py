@@ -13,7 +13,7 @@ from rich.text import Text
 
 from pipeline import charts, page
 from pipeline.answers import visible
-from pipeline.files import write_atomic, write_json
+from pipeline.files import disk_errors_named, require_free_space, write_atomic, write_json
 from pipeline.phrases import NONE, percent
 from pipeline.result import Backend, Check, Result, clean, parse
 
@@ -37,9 +37,12 @@ def write_report(result: Mapping[str, Any], folder: Path) -> ReportPaths:
     data = clean(result)
     html, junit = render_html(data), junit_xml(data)  # both checked before the first file changes
     paths = paths_in(folder)
-    write_json(paths.json, data)
-    write_atomic(paths.html, html)
-    write_atomic(paths.junit, junit)
+    # three files that belong together: all of them fit, or none is touched
+    require_free_space(folder, 2 * len(html.encode()) + (1 << 20), "the report")
+    with disk_errors_named(folder):
+        write_json(paths.json, data)
+        write_atomic(paths.html, html)
+        write_atomic(paths.junit, junit)
     return paths
 
 

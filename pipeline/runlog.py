@@ -15,6 +15,13 @@ from pipeline.secrets import MaskingFilter
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
+class _Quiet(logging.FileHandler):
+    """A log that a full disk cuts short must not hide the error that says so."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
+        """Say nothing."""
+
+
 @contextmanager
 def written(run: RunFolder, verb: str) -> Iterator[Path]:
     """Write everything logged inside (from INFO up, ``--quiet`` or not) to ``logs/<verb>-<date>-<time>.log``.
@@ -23,7 +30,7 @@ def written(run: RunFolder, verb: str) -> Iterator[Path]:
     """
     run.logs.mkdir(parents=True, exist_ok=True)
     path = run.logs / f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}.log"
-    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler = _Quiet(path, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter(_FORMAT))
     handler.addFilter(MaskingFilter())
     handler.setLevel(logging.INFO)

@@ -63,6 +63,7 @@ def run_stage(
             log.info("%s: nothing changed since %s, skipped", name, stage["finished_at"])
             return StageResult(name, True, stage["result"], stage["seconds"])
         with runlog.written(run, name), interrupt.graceful(log):
+            log.info("%s: started", name)
             started = time.monotonic()
             result = work()
             seconds = time.monotonic() - started
