@@ -23,7 +23,7 @@ class Partial:
             for line in lines[1:]:
                 entry = _read(line)  # the last line may be cut
                 if set(entry) == {"row", "text", "finish_reason"}:
-                    self.done[int(entry.pop("row"))] = Answer(**entry)
+                    self.done[int(entry["row"])] = Answer(entry["text"], entry["finish_reason"])
         path.parent.mkdir(parents=True, exist_ok=True)
         # written anew, so that what is appended never joins a cut line
         kept = [{"key": key}, *({"row": row, **asdict(answer)} for row, answer in self.done.items())]

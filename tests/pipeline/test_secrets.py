@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from pipeline.secrets import MaskingFilter, is_secret_name, mask, masked
+
+_KEY = "planted-value-0815"
+
+
+@pytest.mark.parametrize(
+    "name", ["HF_TOKEN", "OPENAI_COMPATIBLE_API_KEY", "VLLM_API_KEY", "DB_PASSWORD", "SECRET", "aws_secret_key"]
+)
+def test_names_that_say_so_are_secret(name: str) -> None:
+    assert is_secret_name(name)
+
+
+@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "VLLM_MAX_MODEL_LEN", "KEYBOARD", "MAX_TOKENS", "PATH"])
+def test_others_are_not(name: str) -> None:
+    assert not is_secret_name(name)
+
+
+def test_values_of_secret_variables_are_masked_wherever_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_COMPATIBLE_API_KEY", _KEY)
+    assert mask(f"401 for key={_KEY}, {_KEY}") == "401 for key=********, ********"
+    assert masked({"a": [f"x{_KEY}"], _KEY: 1, "n": 2}) == {"a": ["x********"], "********": 1, "n": 2}
+
+
+def test_short_values_and_other_variables_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("API_KEY", "none")
+    monkeypatch.setenv("LLM_BACKEND", "long-enough-value")
+    assert mask("none of long-enough-value") == "none of long-enough-value"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("hf_" + "a1B2" * 6, "********"),
+        ("sk-proj-" + "a1B2" * 6, "********"),
+        ("Authorization: Bearer abcdefgh.ijkl", "Authorization: Bearer ********"),
+        ("https://me:pass@host/x", "https://********@host/x"),
+        ("hf_hub and sk-1 and https://host:80/x", "hf_hub and sk-1 and https://host:80/x"),
+    ],
+)
+def test_what_looks_like_a_token_is_masked(text: str, shown: str) -> None:
+    assert mask(text) == shown
+
+
+def test_log_records_lose_their_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", _KEY)
+    try:
+        raise ValueError(_KEY)
+    except ValueError as error:
+        record = logging.LogRecord("x", logging.INFO, "", 0, "token %s", (_KEY,), (ValueError, error, None))
+    assert MaskingFilter().filter(record)
+    assert _KEY not in logging.Formatter().format(record)
+    assert record.getMessage() == "token ********"

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from training import checkpoints
+
+_INPUTS = {"seed": 1, "rows": [1, 2]}
+
+
+def _made(folder: Path, *steps: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "inputs.json").write_text(json.dumps(_INPUTS))
+    for step in steps:
+        checkpoint = folder / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        (checkpoint / "optimizer.pt").write_bytes(b"moments" * step)
+        (checkpoint / "trainer_state.json").write_text("{}")
+        checkpoints.seal(checkpoint)
+
+
+def test_the_newest_whole_checkpoint_is_used(tmp_path: Path) -> None:
+    _made(tmp_path, 9, 10, 100)
+    assert checkpoints.latest(tmp_path, _INPUTS) == tmp_path / "checkpoint-100"
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda c: (c / "sealed.json").unlink(), "it was not finished"),
+        (lambda c: (c / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+        (lambda c: (c / "optimizer.pt").write_bytes(b"cut"), "optimizer.pt has 3 bytes instead of 700"),
+        (lambda c: (c / "optimizer.pt").write_bytes(b"MOMENTS" * 100), "optimizer.pt has changed"),
+        (lambda c: (c / "sealed.json").write_text("{"), "sealed.json cannot be read"),
+        (lambda c: (c / "sealed.json").write_text("[1]"), "sealed.json cannot be read"),
+    ],
+)
+def test_a_damaged_one_is_set_aside_and_the_one_before_used(
+    damage, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _made(tmp_path, 50, 100)
+    damage(tmp_path / "checkpoint-100")
+    with caplog.at_level(logging.INFO):
+        assert checkpoints.latest(tmp_path, _INPUTS) == tmp_path / "checkpoint-50"
+    assert caplog.messages == [
+        f"checkpoint-100 is not used ({said}) and set aside as damaged-checkpoint-100; trying the one before",
+        "resuming from checkpoint-50",
+    ]
+    assert (tmp_path / "damaged-checkpoint-100").is_dir()
+
+
+def test_when_all_are_damaged_training_starts_over(tmp_path: Path) -> None:
+    _made(tmp_path, 50)
+    (tmp_path / "checkpoint-50" / "sealed.json").unlink()
+    assert checkpoints.latest(tmp_path, _INPUTS) is None
+
+
+def test_checkpoints_of_another_training_are_cleared_away(tmp_path: Path) -> None:
+    _made(tmp_path, 50)
+    assert checkpoints.latest(tmp_path, {"seed": 2}) is None
+    assert [p.name for p in tmp_path.iterdir()] == ["inputs.json"]
