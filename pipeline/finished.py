@@ -8,13 +8,13 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from pipeline import config
+from pipeline import config, lock
 from pipeline.files import sha256_json, sha256_tree
 from pipeline.hashes import HashCache
 from pipeline.manifest import Manifest
 from pipeline.runs import RunFolder
 
-STAGE = "run"
+_SECTION = "finished"
 _CODE = Path(__file__).parents[1]
 _LOCAL = ("BASE", "DATA", "EVAL_DATA")
 
@@ -43,10 +43,10 @@ def inputs(run: RunFolder, stages: Sequence[str], parameters: Mapping[str, Any])
 def is_current(run: RunFolder, wanted: Mapping[str, Any] | None) -> str | None:
     """When the run was finished and verified with exactly these inputs, None when something is to do."""
     manifest = Manifest(run.manifest)
-    stage = manifest.stage(STAGE)
-    if wanted is None or not stage or not manifest.is_current(STAGE, wanted):
+    before = manifest.data.get(_SECTION)
+    if wanted is None or not isinstance(before, dict) or not manifest.holds(before, wanted):
         return None
-    return str(stage["finished_at"])
+    return str(before["finished_at"])
 
 
 def record(run: RunFolder, wanted: Mapping[str, Any] | None, seconds: float) -> None:
@@ -55,7 +55,10 @@ def record(run: RunFolder, wanted: Mapping[str, Any] | None, seconds: float) -> 
         return
     artefacts = [run.adapter, run.merged, run.gguf, run.modelfile, run.heldout, run.report / "report.json"]
     artefacts += [run.reference("base"), run.reference("tuned")]
-    Manifest(run.manifest).record(STAGE, wanted, artefacts, {"passed": True}, seconds)
+    with lock.held(run, "run"):
+        manifest = Manifest(run.manifest)
+        manifest.data[_SECTION] = manifest.entry(wanted, artefacts, {"passed": True}, seconds)
+        manifest.save()
 
 
 def _code() -> str:

@@ -32,16 +32,26 @@ class Manifest:
 
     def is_current(self, name: str, inputs: Mapping[str, Any]) -> bool:
         """True when the stage ran with exactly these inputs and its artefacts are on disk unchanged."""
-        stage = self.stage(name)
-        if not stage or stage["key"] != sha256_json(inputs):
+        return self.holds(self.stage(name), inputs)
+
+    def holds(self, entry: Mapping[str, Any], inputs: Mapping[str, Any]) -> bool:
+        """True when an entry was made with exactly these inputs and its artefacts are on disk unchanged."""
+        if not entry or entry["key"] != sha256_json(inputs):
             return False
-        return all(self._unchanged(relative, seen) for relative, seen in stage["artefacts"].items())
+        return all(self._unchanged(relative, seen) for relative, seen in entry["artefacts"].items())
 
     def record(
         self, name: str, inputs: Mapping[str, Any], artefacts: list[Path], result: Mapping[str, Any], seconds: float
     ) -> None:
         """Store a finished stage: its inputs, the hash of each artefact and its results; written atomically."""
-        self.data["stages"][name] = {
+        self.data["stages"][name] = self.entry(inputs, artefacts, result, seconds)
+        self.save()
+
+    def entry(
+        self, inputs: Mapping[str, Any], artefacts: list[Path], result: Mapping[str, Any], seconds: float
+    ) -> dict[str, Any]:
+        """What is stored of something that was done: its inputs and their key, the hash of each artefact, its results."""
+        return {
             "key": sha256_json(inputs),
             "inputs": dict(inputs),
             "artefacts": {p.relative_to(self.path.parent).as_posix(): self._seal(p) for p in artefacts if p.exists()},
@@ -49,7 +59,6 @@ class Manifest:
             "seconds": round(seconds, 1),
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        self.save()
 
     def artefact_sha256(self, stage: str, relative: str) -> str:
         """Recorded hash of an artefact; KeyError when the stage has not made it."""

@@ -163,7 +163,7 @@ def _disk_need(model: Any) -> int:
 
 def _trainer(model: Any, folder: Path, params: FinetuneParameters, dtype: Any, rows: Sequence[Example], held_out: Sequence[Example]) -> Any:  # fmt: skip
     import torch
-    from transformers import Trainer, TrainingArguments
+    from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
     steps_per_epoch = math.ceil(len(rows) / (params.batch_size * params.gradient_accumulation))
     total = params.max_steps or math.ceil(steps_per_epoch * params.epochs)
@@ -194,7 +194,7 @@ def _trainer(model: Any, folder: Path, params: FinetuneParameters, dtype: Any, r
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     pad = model.config.pad_token_id
-    return Trainer(
+    trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=list(rows),
@@ -202,6 +202,9 @@ def _trainer(model: Any, folder: Path, params: FinetuneParameters, dtype: Any, r
         data_collator=_collator(pad if pad is not None else 0),
         callbacks=[progress_callback(log), checkpoints.sealing_callback()],
     )
+    for noisy in (PrinterCallback, ProgressCallback):  # they write to stdout, where --json is
+        trainer.remove_callback(noisy)
+    return trainer
 
 
 def _versions() -> dict[str, str]:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,35 @@ from training import soc
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 HELD_OUT = 24
+PLANTED = "planted-secret-0815"
 BUDGET = ["-p", "MAX_ROWS=160", "-p", "BATCH_SIZE=4", "-p", "MAX_STEPS=40", "-p", "LEARNING_RATE=0.002"]
 
 
 def _cli(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pipeline", *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False, env={**os.environ, **environment})
+
+
+class _CommandLines:
+    """Collects every command line that the process list shows while it is entered."""
+
+    def __enter__(self) -> _CommandLines:
+        self.lines: set[str] = set()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._end.wait(0.3):
+            self.lines |= {" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])}
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+
+_command_lines: set[str] = set()
 
 
 def _left_over(output: Path) -> list[str]:
@@ -51,7 +75,10 @@ def words(output: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def first(words: list[str]) -> subprocess.CompletedProcess[str]:
-    return _cli(*words)
+    with _CommandLines() as seen:
+        done = _cli(*words, **dict.fromkeys(("HF_TOKEN", "OPENAI_COMPATIBLE_API_KEY", "SOME_PASSWORD"), PLANTED))
+    _command_lines.update(seen.lines)
+    return done
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +141,22 @@ def test_a_second_run_skips_training_and_export(report: dict[str, Any], words: l
     for stage in ("finetune", "merge", "gguf", "modelfile", "evaluate_base", "evaluate_tuned"):
         assert f"{stage}: nothing changed" in again.stderr
     assert Manifest(output / "e2e" / "manifest.json").data["stages"] == before
+
+
+def test_a_finished_run_does_nothing(report: dict[str, Any], words: list[str], output: Path) -> None:
+    before = (output / "e2e" / "report" / "report.json").stat().st_mtime_ns
+    again = _cli(*words, "--backends", "llamacpp")
+    assert again.returncode == 0, again.stderr[-4000:]
+    assert "nothing changed since it was verified at" in " ".join(again.stderr.split())
+    assert (output / "e2e" / "report" / "report.json").stat().st_mtime_ns == before
+
+
+def test_a_planted_secret_is_found_nowhere(report: dict[str, Any], first: subprocess.CompletedProcess[str], output: Path) -> None:
+    assert PLANTED not in first.stdout + first.stderr
+    assert not [line for line in _command_lines if PLANTED in line]
+    assert any("ipykernel" in line for line in _command_lines)  # the watch saw the run
+    files = [path for path in output.rglob("*") if path.is_file()]
+    assert not [path for path in files if PLANTED.encode() in path.read_bytes()]
 
 
 def test_executed_notebooks_run_again_under_nbval(report: dict[str, Any], output: Path) -> None:

@@ -35,8 +35,15 @@ def line(request: dict[str, Any]) -> None:
 
 def child(request: dict[str, Any]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    from pipeline.errors import PipelineError
+
     try:
         line(request)
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
     except Exception:
         traceback.print_exc()
         return 1
@@ -59,6 +66,7 @@ def main() -> None:
         pid = os.fork()
         if pid == 0:
             os.setsid()
+            os.dup2(2, 1)  # stdout is ours to answer on
             status = child(json.loads(text))
             sys.stderr.flush()
             os._exit(status)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from faults.harness import FINAL, STAGES, Line, Watcher, artefacts, require_tidy
 
 from pipeline.manifest import Manifest
 from pipeline.runs import RunFolder
+from training import checkpoints
 
 STEPS, SAVE = 24, 3
 SHORT = ["finetune", "finetune", "merge", "gguf", "evaluate_base", "evaluate_tuned"]
@@ -90,7 +93,34 @@ def test_a_killed_line_ends_with_the_artefacts_of_an_undisturbed_one(
     assert _round(line, {**request_, "output": str(tmp_path)}, reference, seed=1, plan=SHORT) >= 4
 
 
+@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(FIRST_SEED, FIRST_SEED + ROUNDS))
 def test_many_kills(seed: int, line: Line, request_: dict[str, Any], reference: dict[str, Any], tmp_path: Path) -> None:
     assert _round(line, {**request_, "output": str(tmp_path)}, reference, seed, LONG) >= 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_keeps_what_is_done(
+    presses: int, line: Line, request_: dict[str, Any], reference: dict[str, Any], tmp_path: Path
+) -> None:
+    request, run = {**request_, "output": str(tmp_path)}, RunFolder("t", tmp_path)
+    pid = line.start(request)
+    assert line.seen(pid, "finetune")
+    deadline = time.monotonic() + 120
+    while not (run.checkpoints / f"checkpoint-{SAVE}" / "sealed.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for _ in range(presses):
+        os.kill(pid, signal.SIGINT)
+        time.sleep(0.001)
+    assert line.wait() == 130
+    if presses == 1:
+        said = line.log.read_text()
+        step = int(re.findall(rf"stopped as asked; the checkpoint of step (\d+) of {STEPS} is kept", said)[-1])
+        assert checkpoints.problem(run.checkpoints / f"checkpoint-{step}") is None
+    line.start({**request, "gguf": False})
+    assert line.wait() == 0
+    expected = {name: digest for name, digest in reference["artefacts"].items() if name not in ("unsloth.Q8_0.gguf", "Modelfile")}
+    assert artefacts(run) == expected
