@@ -90,12 +90,13 @@ def run_notebooks(run: RunFolder, stages: Sequence[str], parameters: Mapping[str
             copy, begun = run.notebooks / f"{stage}.ipynb", time.monotonic()
             log.info("notebook %s -> %s", stage, copy)
             wanted = {name: value for name, value in parameters.items() if name in declared[stage]}
+            running = run.notebooks / f".{stage}.running.ipynb"
             try:
-                _execute(FOLDER / f"{stage}.ipynb", copy, wanted)
+                _execute(FOLDER / f"{stage}.ipynb", running, wanted)
             except papermill.PapermillExecutionError as error:
                 raise _as_ours(error, copy) from None
             finally:
-                _mask_copy(copy)
+                _publish(running, copy)
             done.append(Executed(stage, copy, time.monotonic() - begun))
             interrupt.leave_if_asked(f"notebook {stage} is finished, what it made is kept")
     return done
@@ -127,12 +128,11 @@ def _quiet() -> bool:
     )
 
 
-def _mask_copy(copy: Path) -> None:
-    """Take secrets out of an executed copy: a cell may have printed one."""
-    if copy.is_file():
-        text = copy.read_text(encoding="utf-8")
-        if (clean := mask(text)) != text:
-            write_atomic(copy, clean)
+def _publish(running: Path, copy: Path) -> None:
+    """Put the executed copy under its name, whole and without secrets: a cell may have printed one."""
+    if running.is_file():
+        write_atomic(copy, mask(running.read_text(encoding="utf-8")))
+        running.unlink()
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def found(folder: Path) -> list[Path]:
     return [p for _, p in sorted(numbered, reverse=True)]
 
 
-def latest(folder: Path, inputs: dict[str, Any]) -> Path | None:
+def latest(folder: Path, inputs: dict[str, Any]) -> str | None:
     """The newest whole checkpoint of exactly this fine-tune; those of another are cleared away, damaged ones set aside."""
     note = folder / _INPUTS
     if not _same(note, inputs):
@@ -63,7 +63,7 @@ def latest(folder: Path, inputs: dict[str, Any]) -> Path | None:
         why = problem(checkpoint)
         if why is None:
             log.info("resuming from %s", checkpoint.name)
-            return checkpoint
+            return str(checkpoint)
         aside = folder / f"{DAMAGED}{checkpoint.name}"
         shutil.rmtree(aside, ignore_errors=True)
         checkpoint.rename(aside)

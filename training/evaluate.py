@@ -74,9 +74,7 @@ def answer_all(folder: Path, rows: Sequence[HeldOut], progress: bool = True, par
     budget = SPARE_TOKENS + max(len(tokenizer(row.expected, add_special_tokens=False)["input_ids"]) for row in rows)
     # longest first: a batch pads little, and running out of memory shows at once
     order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
-    answers: dict[int, Answer] = dict(partial.done) if partial else {}
-    if answers:
-        log.info("%s: %d of %d answers are there from before", folder.name, len(answers), len(rows))
+    answers = _from_before(partial, folder, len(rows))
     longest = max(len(tokenizer(prompts[order[0]], add_special_tokens=False)["input_ids"]), 1)
     size = max(1, _BATCH_TOKENS // (longest + budget))
     for start in track(range(0, len(order), size), f"answers of {folder.name}", shown=progress):
@@ -93,6 +91,13 @@ def answer_all(folder: Path, rows: Sequence[HeldOut], progress: bool = True, par
         if partial:
             partial.add(made)
     return [answers[i] for i in range(len(rows))]
+
+
+def _from_before(partial: Partial | None, folder: Path, rows: int) -> dict[int, Answer]:
+    answers = dict(partial.done) if partial else {}
+    if answers:
+        log.info("%s: %d of %d answers are there from before", folder.name, len(answers), rows)
+    return answers
 
 
 def _answer(ids: list[int], tokenizer: Any) -> Answer:

@@ -115,8 +115,7 @@ def _train(run: RunFolder, params: FinetuneParameters, base: BaseModel, rows: Pr
     trainer = _trainer(model, run.checkpoints, params, dtype, rows.examples, held_out.examples[:_EVAL_ROWS])
     before = trainer.evaluate()["eval_loss"]
     started = time.monotonic()
-    last = checkpoints.latest(run.checkpoints, inputs)
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    trainer.train(resume_from_checkpoint=checkpoints.latest(run.checkpoints, inputs))
     seconds = time.monotonic() - started
     if trainer.state.global_step < trainer.state.max_steps:
         interrupt.leave_if_asked(f"the checkpoint of step {trainer.state.global_step} of {trainer.state.max_steps} is kept")
@@ -163,7 +162,7 @@ def _disk_need(model: Any) -> int:
 
 def _trainer(model: Any, folder: Path, params: FinetuneParameters, dtype: Any, rows: Sequence[Example], held_out: Sequence[Example]) -> Any:  # fmt: skip
     import torch
-    from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
     steps_per_epoch = math.ceil(len(rows) / (params.batch_size * params.gradient_accumulation))
     total = params.max_steps or math.ceil(steps_per_epoch * params.epochs)
@@ -202,7 +201,14 @@ def _trainer(model: Any, folder: Path, params: FinetuneParameters, dtype: Any, r
         data_collator=_collator(pad if pad is not None else 0),
         callbacks=[progress_callback(log), checkpoints.sealing_callback()],
     )
-    for noisy in (PrinterCallback, ProgressCallback):  # they write to stdout, where --json is
+    return _silent(trainer)
+
+
+def _silent(trainer: Any) -> Any:
+    """The trainer without the callbacks that write to stdout, where --json is; ours log to stderr."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
     return trainer
 

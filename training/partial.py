@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pipeline.files import write_atomic
 from pipeline.score import Answer
 
 
@@ -24,10 +25,9 @@ class Partial:
                 entry = _read(line)  # the last line may be cut
                 if set(entry) == {"row", "text", "finish_reason"}:
                     self.done[int(entry["row"])] = Answer(entry["text"], entry["finish_reason"])
-        path.parent.mkdir(parents=True, exist_ok=True)
         # written anew, so that what is appended never joins a cut line
         kept = [{"key": key}, *({"row": row, **asdict(answer)} for row, answer in self.done.items())]
-        path.write_text("".join(_line(entry) for entry in kept), encoding="utf-8")
+        write_atomic(path, "".join(_line(entry) for entry in kept))
 
     def add(self, answers: Mapping[int, Answer]) -> None:
         """Append answers and flush them to disk."""

@@ -24,7 +24,7 @@ def _made(folder: Path, *steps: int) -> None:
 
 def test_the_newest_whole_checkpoint_is_used(tmp_path: Path) -> None:
     _made(tmp_path, 9, 10, 100)
-    assert checkpoints.latest(tmp_path, _INPUTS) == tmp_path / "checkpoint-100"
+    assert checkpoints.latest(tmp_path, _INPUTS) == str(tmp_path / "checkpoint-100")
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_a_damaged_one_is_set_aside_and_the_one_before_used(
     _made(tmp_path, 50, 100)
     damage(tmp_path / "checkpoint-100")
     with caplog.at_level(logging.INFO):
-        assert checkpoints.latest(tmp_path, _INPUTS) == tmp_path / "checkpoint-50"
+        assert checkpoints.latest(tmp_path, _INPUTS) == str(tmp_path / "checkpoint-50")
     assert caplog.messages == [
         f"checkpoint-100 is not used ({said}) and set aside as damaged-checkpoint-100; trying the one before",
         "resuming from checkpoint-50",
