@@ -13,7 +13,7 @@ opt = $(if $($(1)),$(2) '$($(1))')
 TRAIN_OPTIONS = $(call opt,BASE,--base) $(call opt,DATA,--data) $(call opt,EVAL_DATA,--eval-data) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor run test check lab train export modelfile parity verify report status ps logs stop bench clean \
+.PHONY: help setup doctor run test check lab train export modelfile parity verify report runs prune long status ps logs stop bench clean \
         config gateway status-api compose \
         train-serve-ollama train-serve-vllm train-serve-llamacpp
 
@@ -73,6 +73,15 @@ verify: $(STAMP) ## question every backend of a run and write its report
 
 report: $(STAMP) ## draw the report again from report.json
 	$(PIPELINE) report --run '$(NAME)' --output '$(OUTPUT)'
+
+runs: $(STAMP) ## list the runs: how far each got, how big, who works on it
+	$(PIPELINE) runs --output '$(OUTPUT)'
+
+prune: $(STAMP) ## show what no run needs any more, and remove it after a yes
+	$(PIPELINE) prune --output '$(OUTPUT)' $(ARGS)
+
+long: $(STAMP) ## the tests that take many minutes: at least 60 kills over all stages
+	$(BIN)/python -m pytest -m long -s
 
 status: $(STAMP) ## which servers of the run are up
 	$(PIPELINE) status $(RUN)

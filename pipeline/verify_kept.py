@@ -8,6 +8,7 @@ import logging
 from dataclasses import asdict
 from importlib.metadata import distributions
 from pathlib import Path
+
 from pipeline.checks import Check
 from pipeline.config import Settings
 from pipeline.files import sha256_json, write_json

@@ -37,11 +37,14 @@ _RESUMED = re.compile(r"resuming from checkpoint-(\d+)")
 
 @dataclass
 class Kill:
-    """One kill: in which stage, how long after its start, and the newest checkpoint that was there."""
+    """One kill: in which stage, how long after its start, the newest checkpoint that was there, whole or not, and the step
+    that the next training went on from (0: from the start, or there was none)."""
 
     stage: str
     after: float
     newest: int
+    logged: int  # characters of the log by then
+    resumed: int = 0
 
 
 class Line:
@@ -96,6 +99,11 @@ class Line:
             if found and STAGES.index(found[1]) >= STAGES.index(stage):
                 return found[1] == stage
         raise TimeoutError(f"{stage} was not reached; see {self.log}")
+
+    def said(self) -> str:
+        """Everything the children have logged."""
+        time.sleep(0.05)  # the reader is a thread
+        return self.log.read_text()
 
     def close(self) -> None:
         assert self.process.stdin and self.process.stdout and self.process.stderr
@@ -176,15 +184,14 @@ def round_of_kills(line: Line, request: dict[str, Any], seed: int, plan: list[st
         os.killpg(pid, signal.SIGKILL) if not _gone(pid) else None
         status = line.wait()
         if status == -signal.SIGKILL:
-            kills.append(Kill(stage, round(after, 3), newest_checkpoint(run)))
+            kills.append(Kill(stage, round(after, 3), newest_checkpoint(run), len(line.said())))
     line.start(request)
     assert line.wait() == 0, f"the last run failed; see {line.log}"
+    said, ends = line.said(), [*(kill.logged for kill in kills[1:]), None]
+    for kill, end in zip(kills, ends, strict=False):
+        found = _RESUMED.search(said[kill.logged : end])
+        kill.resumed = int(found[1]) if found else 0
     return kills
-
-
-def resumed_from(log: Path) -> list[int]:
-    """The steps that trainings went on from, in order."""
-    return [int(step) for step in _RESUMED.findall(log.read_text())]
 
 
 def require_tidy(run: RunFolder) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import tiny
-from faults.harness import FINAL, STAGES, Line, Watcher, artefacts, require_tidy, resumed_from, round_of_kills
+from faults.harness import FINAL, STAGES, Line, Watcher, artefacts, require_tidy, round_of_kills
 
 from pipeline.manifest import Manifest
 from pipeline.runs import RunFolder
@@ -70,18 +70,17 @@ def reference(line: Line, request_: dict[str, Any], tmp_path_factory: pytest.Tem
 
 def _round(line: Line, request: dict[str, Any], reference: dict[str, Any], seed: int, plan: list[str]) -> int:
     run = RunFolder("t", Path(request["output"]))
-    before = len(resumed_from(line.log))
     begun = time.monotonic()
     with Watcher(run, reference["artefacts"]) as watcher:
         kills = round_of_kills(line, request, seed, plan, reference["seconds"])
-    print(f"seed {seed}, {time.monotonic() - begun:.0f} s: {[(k.stage, k.after, k.newest) for k in kills]}")
+    print(f"seed {seed}, {time.monotonic() - begun:.0f} s: {[(k.stage, k.after, k.newest, k.resumed) for k in kills]}")
     assert watcher.wrong == []
     assert artefacts(run) == reference["artefacts"]
     require_tidy(run)
-    # what a kill costs: the run after it went on from at most one interval before the newest checkpoint
-    resumed = resumed_from(line.log)[before:]
-    for kill, step in zip([k for k in kills if k.newest > SAVE], resumed[-len(kills) :], strict=False):
-        assert step >= kill.newest - SAVE or step in resumed, (kill, resumed)
+    # what a kill costs: training goes on at most one interval before the newest checkpoint, which may be a torn one
+    for kill in kills:
+        if kill.stage == "finetune":
+            assert kill.resumed >= kill.newest - SAVE, kill
     return len(kills)
 
 
