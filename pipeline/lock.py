@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -110,22 +111,41 @@ def holder(run: RunFolder) -> Holder | None:
 def held(run: RunFolder, verb: str) -> Iterator[None]:
     """Hold the run while inside; RunLocked names the owner when another process has it.
 
-    Whoever takes the lock afresh removes what killed writers left half done. Entering again, in this process or in one that
-    it started, joins.
+    Whoever takes the lock afresh removes what killed writers left half done. Entering again in this process only counts; a
+    process that it started joins as another owner.
     """
     run.require_inside()
-    with disk_errors_named(run.path):
-        token = _enter(run, verb)
-    before = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = token
+    key = (os.getpid(), str(run.path.absolute()))
+    with _threads:
+        if key not in _depth:
+            with disk_errors_named(run.path):
+                _before[key] = _announce(_enter(run, verb))
+        _depth[key] = _depth.get(key, 0) + 1
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[VARIABLE]
-        else:
-            os.environ[VARIABLE] = before
-        _leave(run)
+        with _threads:
+            _depth[key] -= 1
+            if not _depth[key]:
+                del _depth[key]
+                _announce(_before.pop(key))
+                _leave(run)
+
+
+# how often this process has entered each run, and what the variable was before; a forked child counts for itself
+_depth: dict[tuple[int, str], int] = {}
+_before: dict[tuple[int, str], str | None] = {}
+_threads = threading.Lock()
+
+
+def _announce(token: str | None) -> str | None:
+    """Set or unset the variable that processes started from here join by; returns what it was."""
+    before = os.environ.get(VARIABLE)
+    if token is None:
+        os.environ.pop(VARIABLE, None)
+    else:
+        os.environ[VARIABLE] = token
+    return before
 
 
 def _enter(run: RunFolder, verb: str) -> str:
@@ -137,8 +157,8 @@ def _enter(run: RunFolder, verb: str) -> str:
             if there is not None and there.alive and there.token == os.environ.get(VARIABLE):
                 _write(run, replace(there, owners=(*there.owners, me)))
                 return there.token
-            if there is None or not there.alive:
-                return _take(run, verb, me, there)
+            if there is None or not there.alive or _only_me(there):
+                return _take(run, verb, me, None if there and there.alive else there)
         if not there.orphaned or time.monotonic() > deadline:
             raise _locked(run, there)
         time.sleep(0.2)
@@ -155,19 +175,24 @@ def _take(run: RunFolder, verb: str, me: Process, dead: Holder | None) -> str:
     return taken.token
 
 
+def _only_me(there: Holder) -> bool:
+    """Whether a record names no living process but this one, which holds nothing: it could not be removed back then."""
+    return all(_is_me(owner) for owner in there.owners if owner.alive)
+
+
+def _is_me(owner: Process) -> bool:
+    return (owner.pid, owner.host) == (os.getpid(), socket.gethostname())
+
+
 def _leave(run: RunFolder) -> None:
     with _guarded(run):
         there = holder(run)
-        if there is None:
-            return
-        mine = [i for i, owner in enumerate(there.owners) if (owner.pid, owner.host) == (os.getpid(), socket.gethostname())]
-        # the latest entry: a nested hold ends before the one around it
-        owners = [owner for i, owner in enumerate(there.owners) if i != max(mine, default=-1)]
-        if owners:
-            with contextlib.suppress(OSError):  # a full disk; the entry of an ended process counts for nothing
-                _write(run, replace(there, owners=tuple(owners)))
-        else:
+        owners = [owner for owner in there.owners if owner.alive and not _is_me(owner)] if there else []
+        if there is None or not owners:
             (run.path / _RECORD).unlink(missing_ok=True)
+        elif len(owners) < len(there.owners):
+            with contextlib.suppress(OSError):  # a full disk; the entry counts for nothing once this process has ended
+                _write(run, replace(there, owners=tuple(owners)))
 
 
 def _write(run: RunFolder, holder: Holder) -> None:

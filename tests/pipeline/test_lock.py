@@ -96,7 +96,7 @@ def test_entering_again_joins_and_leaves_in_order(run: RunFolder) -> None:
         with lock.held(run, "train"):
             there = lock.holder(run)
             assert there is not None
-            assert (there.verb, len(there.owners)) == ("run", 2)
+            assert (there.verb, len(there.owners)) == ("run", 1)
         assert lock.holder(run) is not None
     assert lock.holder(run) is None
     assert lock.VARIABLE not in os.environ
@@ -147,6 +147,15 @@ def test_a_link_that_leads_out_of_the_output_folder_is_refused(part: str, run: R
     with pytest.raises(InputError, match="is a symbolic link"), lock.held(run, "train"):
         pass
     assert list(outside.iterdir()) == []
+
+
+def test_a_record_of_ours_that_could_not_be_removed_does_not_lock_us_out(run: RunFolder) -> None:
+    _record(run, lock.Process.me(), lock.Process.me())
+    with lock.held(run, "train"):
+        there = lock.holder(run)
+        assert there is not None
+        assert len(there.owners) == 1
+    assert lock.holder(run) is None
 
 
 def test_threads_of_one_process_share_the_lock(run: RunFolder) -> None:
