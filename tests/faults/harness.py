@@ -86,18 +86,18 @@ class Line:
         """Exit status of the child."""
         return int(self._answer())
 
-    def seen(self, pid: int, stage: str, seconds: float = 120) -> bool:
-        """Wait until a child starts a stage; False when it ends, or is past it, before."""
+    def seen(self, pid: int, stage: str, seconds: float = 120) -> str | None:
+        """Wait until a child starts a stage, or one after it when that is done; which one, None when it ends before."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             try:
                 found = _STARTED.search(self.lines.get(timeout=0.05))
             except queue.Empty:
                 if _gone(pid):
-                    return False
+                    return None
                 continue
             if found and STAGES.index(found[1]) >= STAGES.index(stage):
-                return found[1] == stage
+                return found[1]
         raise TimeoutError(f"{stage} was not reached; see {self.log}")
 
     def said(self) -> str:
@@ -176,15 +176,16 @@ def round_of_kills(line: Line, request: dict[str, Any], seed: int, plan: list[st
     chance, run, kills = random.Random(seed), RunFolder("t", Path(request["output"])), []
     for stage in plan:
         pid = line.start(request)
-        if not line.seen(pid, stage):
-            line.wait()  # an earlier kill came so late that the stage was done
-            continue
-        after = chance.uniform(0, seconds[stage])
+        started = line.seen(pid, stage)
+        if started is None:
+            line.wait()  # everything is done
+            break
+        after = chance.uniform(0, seconds[started])
         time.sleep(after)
         os.killpg(pid, signal.SIGKILL) if not _gone(pid) else None
         status = line.wait()
         if status == -signal.SIGKILL:
-            kills.append(Kill(stage, round(after, 3), newest_checkpoint(run), len(line.said())))
+            kills.append(Kill(started, round(after, 3), newest_checkpoint(run), len(line.said())))
     line.start(request)
     assert line.wait() == 0, f"the last run failed; see {line.log}"
     said, ends = line.said(), [*(kill.logged for kill in kills[1:]), None]

@@ -106,7 +106,7 @@ def test_ctrl_c_keeps_what_is_done(
 ) -> None:
     request, run = {**request_, "output": str(tmp_path)}, RunFolder("t", tmp_path)
     pid = line.start(request)
-    assert line.seen(pid, "finetune")
+    assert line.seen(pid, "finetune") == "finetune"
     deadline = time.monotonic() + 120
     while not (run.checkpoints / f"checkpoint-{SAVE}" / "sealed.json").exists():
         assert time.monotonic() < deadline
