@@ -14,7 +14,19 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from pipeline import __version__
-from pipeline.commands import deploying, doctor, line, operating, planning, processes, prompts, reporting, runs, serving, verifying
+from pipeline.commands import (
+    deploying,
+    doctor,
+    line,
+    operating,
+    planning,
+    processes,
+    prompts,
+    reporting,
+    runs,
+    serving,
+    verifying,
+)
 from pipeline.commands.agent_option import add_agent_option
 from pipeline.config import ENV_FILE, check_env_file
 from pipeline.errors import PipelineError
