@@ -7,7 +7,7 @@ Long arrays (the vocabulary, its scores and merges) are skipped; their length is
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,12 +31,13 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor: its ggml type name ("Q8_0"), shape (ggml order, fastest axis first) and bytes."""
+    """One tensor: its ggml type name ("Q8_0"), shape (ggml order, fastest axis first), bytes and place in the file."""
 
     name: str
     type: str
     shape: tuple[int, ...]
     nbytes: int
+    offset: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,12 @@ class GgufHeader:
         return self.metadata.get(f"{self.architecture}.{key}", default)
 
 
-def read_gguf_header(path: Path) -> GgufHeader:
-    """Read a header; raises ModelError when the file is no GGUF, is cut short, or lacks its architecture."""
+def read_gguf_header(path: Path, *, whole_arrays: bool = False) -> GgufHeader:
+    """Read a header; raises ModelError when the file is no GGUF, is cut short, or lacks its architecture.
+
+    ``whole_arrays`` keeps long arrays (the vocabulary and its merges) too.
+    """
+    longest = 1 << 40 if whole_arrays else _KEPT_ARRAY
     size = path.stat().st_size
     with path.open("rb") as handle:
         if handle.read(4) != b"GGUF":
@@ -67,7 +72,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
             version, count, pairs = struct.unpack("<IQQ", _exactly(handle, 20))
             if version not in (2, 3):
                 raise ValueError(f"version {version} is not 2 or 3")
-            metadata = dict(_pair(handle) for _ in range(pairs))
+            metadata = dict(_pair(handle, longest) for _ in range(pairs))
             tensors, end = _tensor_list(handle, count)
             alignment = int(metadata.get("general.alignment", 32))
         except (EOFError, ValueError, KeyError, struct.error) as error:
@@ -77,7 +82,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
         raise _broken(path, "general.architecture is missing")
     if data + end > size:
         raise _broken(path, f"the tensors need {data + end} bytes, the file has {size}")
-    return GgufHeader(version, metadata, tensors)
+    return GgufHeader(version, metadata, tuple(replace(tensor, offset=data + tensor.offset) for tensor in tensors))
 
 
 def _tensor_list(handle: BinaryIO, count: int) -> tuple[tuple[GgufTensor, ...], int]:
@@ -93,29 +98,29 @@ def _tensor_list(handle: BinaryIO, count: int) -> tuple[tuple[GgufTensor, ...], 
             raise ValueError(f"tensor {name!r} has the unknown type {kind}")
         label, block, block_bytes = _TYPES[kind]
         nbytes = prod(shape) // block * block_bytes
-        tensors.append(GgufTensor(name, label, shape, nbytes))
+        tensors.append(GgufTensor(name, label, shape, nbytes, offset))
         end = max(end, offset + nbytes)
     return tuple(tensors), end
 
 
-def _pair(handle: BinaryIO) -> tuple[str, Any]:
+def _pair(handle: BinaryIO, longest: int) -> tuple[str, Any]:
     key = _string(handle)
-    return key, _value(handle, struct.unpack("<I", _exactly(handle, 4))[0])
+    return key, _value(handle, struct.unpack("<I", _exactly(handle, 4))[0], longest)
 
 
-def _value(handle: BinaryIO, kind: int) -> Any:
+def _value(handle: BinaryIO, kind: int, longest: int) -> Any:
     if kind == _STRING:
         return _string(handle)
     if kind == _ARRAY:
         item, length = struct.unpack("<IQ", _exactly(handle, 12))
-        return _array(handle, item, length)
+        return _array(handle, item, length, longest)
     code = _SCALARS[kind]
     return struct.unpack(f"<{code}", _exactly(handle, struct.calcsize(code)))[0]
 
 
-def _array(handle: BinaryIO, item: int, length: int) -> Any:
-    if length <= _KEPT_ARRAY:
-        return [_value(handle, item) for _ in range(length)]
+def _array(handle: BinaryIO, item: int, length: int, longest: int) -> Any:
+    if length <= longest:
+        return [_value(handle, item, longest) for _ in range(length)]
     if item == _STRING:
         for _ in range(length):
             handle.seek(struct.unpack("<Q", _exactly(handle, 8))[0], 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,7 +39,7 @@ class Manifest:
         self, name: str, inputs: Mapping[str, Any], artefacts: list[Path], result: Mapping[str, Any], seconds: float
     ) -> None:
         """Store a finished stage: its inputs, the hash of each artefact and its results; written atomically."""
-        self.data["stages"][name] = {
+        record = {
             "key": sha256_json(inputs),
             "inputs": dict(inputs),
             "artefacts": {p.relative_to(self.path.parent).as_posix(): _seal(p) for p in artefacts if p.exists()},
@@ -46,7 +47,14 @@ class Manifest:
             "seconds": round(seconds, 1),
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+        self.data["stages"][name] = {**record, "seal": _sealed(record)}
         self.save()
+
+    def seal(self, name: str) -> bool | None:
+        """Whether a stage's record is as it was written; None for a record made before records were sealed."""
+        record = {key: value for key, value in self.stage(name).items() if key != "seal"}
+        known = self.stage(name).get("seal")
+        return None if known is None else bool(known == _sealed(record))
 
     def artefact_sha256(self, stage: str, relative: str) -> str:
         """Recorded hash of an artefact; KeyError when the stage has not made it."""
@@ -74,6 +82,11 @@ class Manifest:
     def _unchanged(self, relative: str, seen: Mapping[str, Any]) -> bool:
         path = self.path.parent / relative
         return path.exists() and tree_bytes(path) == seen["bytes"] and sha256_tree(path) == seen["sha256"]
+
+
+def _sealed(record: Mapping[str, Any]) -> str:
+    # as it will be read back: tuples are lists then, and keys are text
+    return sha256_json(json.loads(json.dumps(record)))
 
 
 def _seal(path: Path) -> dict[str, Any]:

@@ -82,6 +82,11 @@ class RunFolder:
         """Held-out conversations, control tokens neutralised, one JSON object a line."""
         return self.path / "heldout.jsonl"
 
+    @property
+    def certificate(self) -> Path:
+        """certificate.json, its JUnit file, and the evidence it was judged on."""
+        return self.path / "certificate"
+
     def reference(self, which: str) -> Path:
         """In-process answers of ``base`` or ``tuned`` to the held-out prompts."""
         return self.path / "reference" / f"{which}.jsonl"

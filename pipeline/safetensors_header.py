@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
@@ -20,12 +20,13 @@ _MAX_HEADER = 100_000_000
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a checkpoint: dtype as the format writes it ("F16", "BF16", "F32", ...), shape and bytes on disk."""
+    """One tensor of a checkpoint: dtype as the format writes it ("F16", "BF16", "F32", ...), shape, bytes and place on disk."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    offset: int = field(default=0, compare=False)
 
     @property
     def elements(self) -> int:
@@ -46,7 +47,7 @@ def read_header(path: Path) -> list[TensorInfo]:
         except ValueError as error:
             raise _broken(path, f"the header is not JSON ({error})") from None
     try:
-        tensors = [_tensor(name, entry) for name, entry in header.items() if name != "__metadata__"]
+        tensors = [_tensor(name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"]
         end = max((int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"), default=0)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _broken(path, f"a header entry is malformed ({error!r})") from None
@@ -72,11 +73,11 @@ def read_folder(folder: Path) -> list[TensorInfo]:
     return [tensor for shard in shards for tensor in read_header(shard)]
 
 
-def _tensor(name: str, entry: dict[str, list[int]]) -> TensorInfo:
+def _tensor(name: str, entry: dict[str, list[int]], data: int) -> TensorInfo:
     begin, end = entry["data_offsets"]
     if begin > end:
         raise ValueError(f"{name}: data ends before it begins")
-    return TensorInfo(name, str(entry["dtype"]), tuple(int(n) for n in entry["shape"]), end - begin)
+    return TensorInfo(name, str(entry["dtype"]), tuple(int(n) for n in entry["shape"]), end - begin, data + begin)
 
 
 def _broken(path: Path, why: str) -> ModelError:
