@@ -3,25 +3,121 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pipeline import backends, serving
 from pipeline.certify import adapter, custody, gguf_file, merged, stopping, tuned
+from pipeline.certify.bounds import CAST, MEASURED, MERGE, Bound
 from pipeline.certify.cache import Cache
 from pipeline.certify.certificate import Certificate, make, save
-from pipeline.certify.finding import Finding, held, skipped
+from pipeline.certify.distributions import Reference
+from pipeline.certify.evidence import Plan, collect
+from pipeline.certify.finding import Finding, Status, held, skipped
+from pipeline.certify.served import judge
 from pipeline.certify.subject import Data, Subject, hashes
+from pipeline.config import Settings
 from pipeline.errors import DataError, InputError, PipelineError
+from pipeline.files import read_json, write_json
 from pipeline.manifest import Manifest
 from pipeline.runs import RunFolder
 from pipeline.score import read_held_out, read_reference
+from pipeline.serving import Options
 from pipeline.tensors import TensorFolder
+from pipeline.verify import Material, read_material
+from pipeline.waiting import wait_for
+from training import probes
 from training.base import resolve
 from training.data import load, overlap
 from training.finetune import read_split
 from training.parameters import FinetuneParameters
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which backends are questioned, on how many held-out prompts, at how many positions of each; ``keep`` leaves servers up."""
+
+    backends: tuple[str, ...]
+    prompts: int = probes.ROWS
+    positions: int = 4
+    keep: bool = True
+
+
+# beside `verify`, which asks every prompt already: enough to tell another model apart, in seconds
+QUICK = Scope(("vllm", "llamacpp", "ollama"), prompts=16, positions=1)
+
+
+def certify(run: RunFolder, settings: Settings, scope: Scope = QUICK) -> Certificate:
+    """Every link: from the files, with the models in process, and on each backend, which is attached to or started.
+
+    A server that was up stays up (with ``scope.keep``). A backend that cannot be had here is skipped with its reason.
+    """
+    subject = read_subject(run)
+    log.info("certify: files")
+    findings = offline_findings(subject)
+    if not run.merged.is_dir():
+        raise InputError(f"run {run.name} has no {run.merged.name}", remedy=f"granite-pipeline export --run {run.name}")
+    log.info("certify: the models in process")
+    probes.probe(run)
+    reference = Reference.from_json(read_json(run.probes))
+    findings += in_process(reference)
+    material = read_material(run)
+    chosen = sorted({probe.row for probe in reference.held_out})
+    plan = Plan(tuple(chosen[i] for i in probes.spread(len(chosen), scope.prompts)), scope.positions)
+    for name in scope.backends:
+        findings += _backend(name, subject, settings, (reference, material, plan), keep=scope.keep)
+    certificate = make(run, findings, described(subject), offline=False)
+    save(certificate, run.certificate)
+    return certificate
+
+
+def in_process(reference: Reference) -> list[Finding]:
+    """Base + adapter against the merged sum, and the sum against its float16 cast, as next-token distributions."""
+    found = []
+    for check_id, key, bound in (("merge.logits", "merge", MERGE), ("merge.cast_logits", "cast", CAST)):
+        seen = reference.figures.get(key)
+        if seen is None:
+            found.append(skipped(check_id, "full fine-tuning has no adapter to add"))
+            continue
+        ok = seen["kl"] <= bound.kl and seen["top1"] >= bound.top1 and seen["max_difference"] <= bound.gap
+        figure = f"KL {seen['kl']:.1e}, largest difference {seen['max_difference']:.1e}, top-1 {seen['top1']:.1%} at {seen['n']} positions"
+        found.append(held(check_id, ok, figure, _stated(bound), MEASURED, **seen))
+    drift = reference.figures["drift"]
+    figure = f"on control prompts outside the data: KL from the base {drift['kl']:.2f} nats, top-1 agreement {drift['top1']:.1%}"
+    return [
+        *found,
+        Finding("tuned.drift", "passed", figure, "stated, not bounded", "what this training does to other topics", drift),
+    ]
+
+
+def _stated(bound: Bound) -> str:
+    return f"KL {bound.kl:.0e}, difference {bound.gap:g}, top-1 {bound.top1:.0%}"
+
+
+def _backend(
+    name: str, subject: Subject, settings: Settings, asked: tuple[Reference, Material, Plan], *, keep: bool
+) -> list[Finding]:
+    run, (reference, material, plan) = subject.run, asked
+    attached = backends.find(run, name, settings) is not None
+    started = backends.start(run, name, settings, Options(purpose="verify", owner=os.getpid()))
+    if started.endpoint is None:
+        status: Status = "skipped" if started.status == "skipped" else "failed"
+        return [Finding(f"served.{name}", status, started.reason.partition("; to have it: ")[0])]
+    try:
+        log.info("certify: %s, %d prompts", name, len(plan.rows))
+        evidence = wait_for(collect(started.endpoint, run, material, reference, plan))
+    except PipelineError as error:
+        return [Finding(f"served.{name}", "failed", str(error))]
+    finally:
+        if not (keep and attached):
+            serving.stop(run.path, name)
+    write_json(run.certificate / f"evidence-{name}.json", asdict(evidence))
+    log.info("certify: %s answered in %.0f s", name, evidence.seconds)
+    return judge(evidence, subject, reference, material.base, material.tuned)
 
 
 def certify_offline(run: RunFolder) -> Certificate:

@@ -72,7 +72,7 @@ def merge_folder(base: Path, adapter: Path, merged: Path, *, full: bool = False)
     require_free_space(merged, int(total * 1.02) + 2**24, "the merged FP16 model")
     with staged(merged) as target:
         target.mkdir()
-        report = _write_shards(_merged(weights, lora), _plan_shards(shapes), target)
+        report = _write_shards(merged_weights(weights, lora), _plan_shards(shapes), target)
         _write_config(base, target)
         report["tokenizer"] = save_tokenizer(base, target)
         for path in target.iterdir():
@@ -123,7 +123,7 @@ def _elements(shape: tuple[int, ...]) -> int:
     return count
 
 
-def _merged(folder: Path, lora: Adapter) -> Iterator[tuple[str, Any]]:
+def merged_weights(folder: Path, lora: Adapter) -> Iterator[tuple[str, Any]]:
     """Every weight of the folder in float32, with its LoRA delta added."""
     import torch
     from safetensors import safe_open

@@ -2,6 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+MEASURED = "measured: benchmarks/certify_bounds.py"
+# answers that end by themselves
 FINISH_SHARE = 0.99
 FINISH_SLACK = 0.02
+# canary prompts answered as the tuned model answers in process
 CANARY_SHARE = 0.8
+# greedy answers that are the in-process ones word for word, by the engine's number type
+ANSWER_SHARE = {"float32": 0.95, "bfloat16": 0.85, "float16": 0.9, "Q8_0": 0.85}
+# relative difference of the served and the in-process drift on control prompts
+DRIFT = 0.1
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Largest mean divergence (nats) and log-probability gap, smallest top-1 agreement."""
+
+    kl: float
+    gap: float
+    top1: float
+
+
+_DISTANCES = {
+    "float32": Bound(1e-4, 0.01, 0.99),
+    "float16": Bound(2e-3, 0.05, 0.97),
+    "bfloat16": Bound(1e-2, 0.25, 0.95),
+    "Q8_0": Bound(1e-2, 0.25, 0.95),
+}
+# base with the adapter applied at run time against the merged sum, both float32; and the sum against its float16 cast
+MERGE = Bound(1e-5, 1e-2, 0.99)
+CAST = Bound(1e-4, 0.5, 0.98)
+
+
+def distance_bound(dtype: str) -> Bound:
+    """The bound for a number type; the widest for one that is not known."""
+    return _DISTANCES.get(dtype, _DISTANCES["bfloat16"])

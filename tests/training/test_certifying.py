@@ -1,0 +1,155 @@
+"""The certificate on a real small run: no false alarm, and every way to spoil it caught and named by the right link."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tamper
+import tiny
+
+from pipeline.certify.certificate import Certificate
+from pipeline.runs import RunFolder
+from training import evaluate, gguf, merge, package
+from training.certifying import certify_offline
+from training.finetune import finetune
+from training.parameters import FinetuneParameters
+
+pytestmark = pytest.mark.slow
+ANSWERS = ('{"severity":"low","verdict":"benign"}', '{"severity":"high","verdict":"malicious"}')
+
+
+def _rows(path: Path, numbers: range) -> Path:
+    rows = [{"prompt": f"alert number {i}", "completion": ANSWERS[i % 2]} for i in numbers]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run of a tiny Granite model, trained, merged, converted, packaged and evaluated for real."""
+    folder = tmp_path_factory.mktemp("certified")
+    base = tiny.make("3.x-dense", folder / "base")
+    run = RunFolder("tiny", folder / "output")
+    train, held_out = _rows(folder / "train.jsonl", range(40)), _rows(folder / "held_out.jsonl", range(100, 110))
+    params = FinetuneParameters(base=str(base), data=str(train), eval_data=str(held_out), trainer="hf", max_steps=6, learning_rate=1e-2)  # fmt: skip
+    finetune(run, params)
+    for stage in (merge.merge, gguf.export_gguf, package.package, evaluate.evaluate):
+        stage(run)
+    return run
+
+
+@pytest.fixture
+def run(made: RunFolder, tmp_path: Path) -> RunFolder:
+    """A copy of it, with its base and data, free to be spoilt."""
+    shutil.copytree(made.output.parent, tmp_path / "copy")
+    copied = RunFolder(made.name, tmp_path / "copy" / "output")
+    text = copied.manifest.read_text().replace(str(made.output.parent), str(tmp_path / "copy"))
+    copied.manifest.write_text(text)
+    tamper.reseal(copied)
+    return copied
+
+
+def _base(run: RunFolder) -> Path:
+    return run.output.parent / "base"
+
+
+def _broken(certificate: Certificate) -> list[str]:
+    return [finding.id for finding in certificate.broken]
+
+
+def test_an_untouched_run_is_certified(made: RunFolder) -> None:
+    certificate = certify_offline(made)
+    assert (_broken(certificate), certificate.unproven) == ([], ["served"])
+    assert {link.key for link in certificate.links} == {"adapter", "merge", "gguf", "tuned", "stops", "custody"}
+    written = json.loads((made.certificate / "certificate.json").read_text())
+    assert (written["id"], written["passed"], written["schema"]) == (certificate.id, True, 1)
+    # a second look uses what was kept for the same hashes, and comes to the same id
+    assert certify_offline(made).id == certificate.id
+
+
+def _gguf_of_the_base(run: RunFolder) -> None:
+    """A real conversion of the base, under the run's name."""
+    scratch = run.output.parent / "base_fp16"
+    shutil.copytree(run.merged, scratch)
+    shutil.copy(_base(run) / "model.safetensors", scratch / "model.safetensors")
+    gguf.convert(scratch, run.gguf, name=run.name)
+
+
+def _leak(run: RunFolder) -> None:
+    with (run.output.parent / "train.jsonl").open("a") as handle:
+        handle.write((run.output.parent / "held_out.jsonl").read_text().splitlines(keepends=True)[3])
+
+
+def _newline_in_modelfile(run: RunFolder) -> None:
+    tamper.newline_after_role(run.modelfile)
+
+
+TAMPERS: dict[str, tuple[Callable[[RunFolder], object], str, str]] = {
+    "adapter zeroed": (tamper.zero_adapter, "adapter.moved", "28 zero"),
+    "adapter of another run": (tamper.foreign_adapter, "merge.tensors", "another run's adapter"),
+    "merge of the base only": (lambda run: tamper.base_as_merged(run, _base(run)), "merge.tensors", "the adapter was not merged"),
+    "one merged tensor by 1 %": (tamper.perturb_one_tensor, "merge.tensors", tamper.PERTURBED),
+    "two layers swapped": (tamper.swap_layers, "merge.tensors", "in layers 1, 2"),
+    "GGUF of the base": (_gguf_of_the_base, "gguf.tensors", "28 tensors differ"),
+    "one Q8_0 block flipped": (tamper.flip_block, "gguf.tensors", "1 tensors differ, first blk.1.ffn_up.weight"),
+    "GGUF multiplier": (lambda run: tamper.patch_gguf(run, "granite.residual_scale", "<f", 0.3), "gguf.metadata", "residual_scale is 0.3"),
+    "GGUF eos": (lambda run: tamper.patch_gguf(run, "tokenizer.ggml.eos_token_id", "<I", 0), "gguf.metadata", "eos_token_id is 0"),
+    "config eos": (lambda run: tamper.change_json(run.merged / "generation_config.json", lambda c: c.update(eos_token_id=0)), "stops.files", "eos_token_id 0"),
+    "template newline": (lambda run: tamper.newline_after_role(run.merged / "chat_template.jinja"), "merge.tokenizer", "chat template differs"),
+    "Modelfile template newline": (_newline_in_modelfile, "stops.modelfile", "TEMPLATE is not the one derived"),
+    "Modelfile stop removed": (tamper.drop_stop, "stops.modelfile", "PARAMETER stop <|end_of_text|> is missing"),
+    "two tokenizer merges swapped": (tamper.swap_merges, "merge.tokenizer", "in its merges (2 of 48900)"),
+    "held-out row in training": (_leak, "adapter.held_out_unseen", "1 held-out prompts are training rows"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TAMPERS)
+def test_a_tamper_is_named_by_its_own_link_even_with_a_resealed_manifest(run: RunFolder, name: str) -> None:
+    spoil, link, words = TAMPERS[name]
+    spoil(run)
+    tamper.reseal(run)
+    certificate = certify_offline(run)
+    assert _broken(certificate)[0] == link
+    assert words in certificate.broken[0].figure
+    assert not [one for one in _broken(certificate) if one.startswith("custody.")]
+
+
+@pytest.mark.parametrize("name", [name for name in TAMPERS if name not in ("GGUF of the base", "held-out row in training")])
+def test_a_tamper_without_resealing_also_breaks_the_chain_of_custody(run: RunFolder, name: str) -> None:
+    TAMPERS[name][0](run)
+    assert "custody.artefacts" in _broken(certify_offline(run))
+
+
+def test_other_parts_that_also_notice(run: RunFolder) -> None:
+    tamper.swap_merges(run)
+    tamper.reseal(run)
+    assert _broken(certify_offline(run)) == ["merge.tokenizer", "gguf.vocabulary"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "check"),
+    [
+        (lambda d: d["stages"]["finetune"]["result"]["eval_loss"].update(after=0.0), "custody.records"),
+        (lambda d: d["stages"]["finetune"]["inputs"]["parameters"].update(rank=64), "custody.records"),
+        (lambda d: d["stages"]["merge"]["artefacts"]["merged_fp16"].update(sha256="0" * 64), "custody.artefacts"),
+        (lambda d: d["stages"]["evaluate_tuned"]["result"].update(exact=0.99), "custody.scores"),
+        (lambda d: d["stages"]["finetune"]["inputs"]["base"].update(sha256="0" * 64), "custody.base"),
+        (lambda d: d["stages"].pop("merge"), "custody.chain"),
+    ],
+)
+def test_an_edited_manifest_is_seen(run: RunFolder, edit: Callable[[dict[str, Any]], object], check: str) -> None:
+    tamper.change_json(run.manifest, edit)  # type: ignore[arg-type]
+    assert check in _broken(certify_offline(run))
+
+
+def test_a_base_that_is_not_here_leaves_its_links_unproven_not_passed(run: RunFolder) -> None:
+    shutil.rmtree(_base(run))
+    certificate = certify_offline(run)
+    assert "merge" in certificate.unproven
+    moved = next(f for link in certificate.links for f in link.findings if f.id == "adapter.moved")
+    assert (moved.status, "cannot be had here" in moved.figure) == ("skipped", True)
