@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from pipeline import __version__
-from pipeline.commands import deploying, doctor, line, operating, planning, processes, prompts, reporting, serving, verifying
+from pipeline.commands import deploying, doctor, line, operating, planning, processes, prompts, publishing, reporting, serving, verifying
 from pipeline.commands.agent_option import add_agent_option
 from pipeline.config import ENV_FILE
 from pipeline.errors import PipelineError
@@ -48,7 +48,7 @@ def _main(
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
-for _group in (line, planning, doctor, prompts, serving, processes, operating, deploying, verifying, reporting):
+for _group in (line, planning, doctor, prompts, serving, processes, operating, deploying, verifying, reporting, publishing):
     _group.register(app)
 for _entry in entry_points(group=_PLUGINS):
     _entry.load()(app)

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from pipeline import __version__, charts
 from pipeline.answers import Comparison, compare, show, visible
+from pipeline.certify.view import view
 from pipeline.phrases import NONE, duration, first_line, flatten, listing, moment, percent, plain, points, was, words
 from pipeline.result import Backend, Check, Example, Feature, Result
 
@@ -84,6 +85,7 @@ def render(result: Result) -> str:
             css=Markup(css),
             css_hash=base64.b64encode(hashlib.sha256(css.encode()).digest()).decode(),
             verdict=verdict(result),
+            certificate=view(result.certificate) if result.certificate else None,
             figures=figures(result),
             groups=groups(result),
             charts=_charts(result),
