@@ -161,7 +161,9 @@ def figures(result: Result) -> list[Figure]:
 
 def groups(result: Result) -> list[Group]:
     """Checks by backend, the line's own first; a group that failed comes before one that did not."""
-    found = [_group("Training and export", "", result.line_checks, "")] if result.line_checks else []
+    # the certificate's links have their own section, above
+    line = [check for check in result.line_checks if not (result.certificate and check.id.startswith("certificate."))]
+    found = [_group("Training and export", "", line, "")] if line else []
     for backend in result.backends:
         name = " ".join(filter(None, [charts.title(backend.name), backend.engine_version]))
         found.append(_group(name, backend.status, result.checks_of(backend), backend.reason or ""))

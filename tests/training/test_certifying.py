@@ -8,50 +8,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import certified
 import pytest
 import tamper
-import tiny
 
 from pipeline.certify.certificate import Certificate
 from pipeline.runs import RunFolder
-from training import evaluate, gguf, merge, package
+from training import gguf
 from training.certifying import certify_offline
-from training.finetune import finetune
-from training.parameters import FinetuneParameters
 
 pytestmark = pytest.mark.slow
-ANSWERS = ('{"severity":"low","verdict":"benign"}', '{"severity":"high","verdict":"malicious"}')
-
-
-def _rows(path: Path, numbers: range) -> Path:
-    rows = [{"prompt": f"alert number {i}", "completion": ANSWERS[i % 2]} for i in numbers]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A run of a tiny Granite model, trained, merged, converted, packaged and evaluated for real."""
-    folder = tmp_path_factory.mktemp("certified")
-    base = tiny.make("3.x-dense", folder / "base")
-    run = RunFolder("tiny", folder / "output")
-    train, held_out = _rows(folder / "train.jsonl", range(40)), _rows(folder / "held_out.jsonl", range(100, 110))
-    params = FinetuneParameters(base=str(base), data=str(train), eval_data=str(held_out), trainer="hf", max_steps=6, learning_rate=1e-2)  # fmt: skip
-    finetune(run, params)
-    for stage in (merge.merge, gguf.export_gguf, package.package, evaluate.evaluate):
-        stage(run)
-    return run
+    return certified.make(tmp_path_factory.mktemp("certified") / "run")
 
 
 @pytest.fixture
 def run(made: RunFolder, tmp_path: Path) -> RunFolder:
-    """A copy of it, with its base and data, free to be spoilt."""
-    shutil.copytree(made.output.parent, tmp_path / "copy")
-    copied = RunFolder(made.name, tmp_path / "copy" / "output")
-    text = copied.manifest.read_text().replace(str(made.output.parent), str(tmp_path / "copy"))
-    copied.manifest.write_text(text)
-    tamper.reseal(copied)
-    return copied
+    return certified.copy(made, tmp_path / "copy")
 
 
 def _base(run: RunFolder) -> Path:
