@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 
 from pipeline import config
+from pipeline.certify import signing
 from pipeline.certify.certificate import require_certified
-from pipeline.certify.reporting import add_to_report, table
+from pipeline.certify.reporting import publish, table
 from pipeline.runs import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 
 _BACKENDS = "vllm,llamacpp,ollama"
@@ -22,6 +23,12 @@ def certify(
     output: Annotated[Path, typer.Option("--output", help="Folder that holds the runs.")] = DEFAULT_OUTPUT,
     backends: Annotated[str, typer.Option("--backends", help="Comma-separated: vllm,llamacpp,ollama,openai.")] = _BACKENDS,
     prompts: Annotated[int, typer.Option("--prompts", min=1, help="Held-out prompts put to each backend.")] = 64,
+    own: Annotated[
+        list[str] | None,
+        typer.Option("--eval", metavar="FILE.yaml|MODULE:FUNCTION", help="Your own checks of each backend. Repeatable."),
+    ] = None,
+    tasks: Annotated[str, typer.Option("--tasks", help="lm-evaluation-harness tasks to run against each backend.")] = "",
+    sign: Annotated[Path | None, typer.Option("--sign", metavar="KEY.pem", help="Sign the certificate (EC key).")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Only what files prove: no server, no model in memory.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the certificate as JSON.")] = False,
 ) -> None:
@@ -29,12 +36,16 @@ def certify(
 
     The adapter moved; merged = base + adapter, weight by weight and as distributions; GGUF = merged; each backend = the
     in-process model; tuned is not the base; it stops; the hashes from dataset to launch hold. Writes certificate/ in the run
-    folder (certificate.json, junit.xml) and adds it to the report. Exit code 1 when a link is broken; the message names it.
+    folder (certificate.json, junit.xml), adds it to the report, and writes the model card README.md. Exit code 1 when a link
+    is broken; the message names it.
+
+    Your own checks: a YAML list of entries with a prompt (or messages) and a check, one of exact, contains, regex, json_schema; or
+    module:function, which gets ask(prompt or messages) and returns names with true, false or a share. See docs/examples.
 
     Examples:
       granite-pipeline certify
       granite-pipeline certify --offline --json
-      granite-pipeline certify --run mine --backends llamacpp
+      granite-pipeline certify --run mine --backends llamacpp --eval docs/examples/soc_checks.yaml
     """
     from training import certifying
 
@@ -42,9 +53,12 @@ def certify(
     if offline:
         certificate = certifying.certify_offline(folder)
     else:
-        scope = certifying.Scope(tuple(name.strip() for name in backends.split(",") if name.strip()), prompts)
+        names = tuple(name.strip() for name in backends.split(",") if name.strip())
+        scope = certifying.Scope(names, prompts, own=tuple(own or ()), tasks=tasks)
         certificate = certifying.certify(folder, config.load(), scope)
-    paths = add_to_report(folder, certificate)
+    if sign is not None:
+        signing.sign(folder, sign)
+    paths = publish(folder, certificate)
     if as_json:
         typer.echo(json.dumps(certificate.to_json(), ensure_ascii=False, indent=2))
     console = Console(stderr=True)

@@ -16,6 +16,9 @@ from pipeline.certify.certificate import Certificate, make, save
 from pipeline.certify.distributions import Reference
 from pipeline.certify.evidence import Plan, collect
 from pipeline.certify.finding import Finding, Status, held, skipped
+from pipeline.certify.harness import run_tasks
+from pipeline.certify.own import load as load_own
+from pipeline.certify.own import run_own
 from pipeline.certify.served import judge
 from pipeline.certify.subject import Data, Subject, hashes
 from pipeline.config import Settings
@@ -39,23 +42,31 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Scope:
-    """Which backends are questioned, on how many held-out prompts, at how many positions of each; ``keep`` leaves servers up."""
+    """Which backends are questioned, on how many held-out prompts, at how many positions of each; ``keep`` leaves servers up.
+
+    ``own`` are the user's own checks (YAML files, module:function), ``tasks`` those of lm-evaluation-harness.
+    """
 
     backends: tuple[str, ...]
     prompts: int = probes.ROWS
-    positions: int = 4
+    positions: int = 2
     keep: bool = True
+    own: tuple[str, ...] = ()
+    tasks: str = ""
 
 
-# beside `verify`, which asks every prompt already: enough to tell another model apart, in seconds
-QUICK = Scope(("vllm", "llamacpp", "ollama"), prompts=16, positions=1)
+def quick(names: Sequence[str], *, keep: bool) -> Scope:
+    """Beside ``verify``, which asks every prompt already: enough to tell another model apart, in seconds."""
+    return Scope(tuple(names), prompts=16, positions=1, keep=keep)
 
 
-def certify(run: RunFolder, settings: Settings, scope: Scope = QUICK) -> Certificate:
+def certify(run: RunFolder, settings: Settings, scope: Scope) -> Certificate:
     """Every link: from the files, with the models in process, and on each backend, which is attached to or started.
 
     A server that was up stays up (with ``scope.keep``). A backend that cannot be had here is skipped with its reason.
     """
+    for spec in scope.own:
+        load_own(spec)  # a mistake in it shows before any server starts
     subject = read_subject(run)
     log.info("certify: files")
     findings = offline_findings(subject)
@@ -69,7 +80,7 @@ def certify(run: RunFolder, settings: Settings, scope: Scope = QUICK) -> Certifi
     chosen = sorted({probe.row for probe in reference.held_out})
     plan = Plan(tuple(chosen[i] for i in probes.spread(len(chosen), scope.prompts)), scope.positions)
     for name in scope.backends:
-        findings += _backend(name, subject, settings, (reference, material, plan), keep=scope.keep)
+        findings += _backend(name, subject, settings, (reference, material, plan), scope)
     certificate = make(run, findings, described(subject), offline=False)
     save(certificate, run.certificate)
     return certificate
@@ -99,7 +110,7 @@ def _stated(bound: Bound) -> str:
 
 
 def _backend(
-    name: str, subject: Subject, settings: Settings, asked: tuple[Reference, Material, Plan], *, keep: bool
+    name: str, subject: Subject, settings: Settings, asked: tuple[Reference, Material, Plan], scope: Scope
 ) -> list[Finding]:
     run, (reference, material, plan) = subject.run, asked
     attached = backends.find(run, name, settings) is not None
@@ -110,14 +121,16 @@ def _backend(
     try:
         log.info("certify: %s, %d prompts", name, len(plan.rows))
         evidence = wait_for(collect(started.endpoint, run, material, reference, plan))
+        own = [run_own(spec, started.endpoint, run) for spec in scope.own]
+        own += [run_tasks(started.endpoint, run, scope.tasks)] if scope.tasks else []
     except PipelineError as error:
         return [Finding(f"served.{name}", "failed", str(error))]
     finally:
-        if not (keep and attached):
+        if not (scope.keep and attached):
             serving.stop(run.path, name)
     write_json(run.certificate / f"evidence-{name}.json", asdict(evidence))
     log.info("certify: %s answered in %.0f s", name, evidence.seconds)
-    return judge(evidence, subject, reference, material.base, material.tuned)
+    return [*judge(evidence, subject, reference, material.base, material.tuned), *own]
 
 
 def certify_offline(run: RunFolder) -> Certificate:

@@ -9,9 +9,9 @@ MEASURED = "measured: benchmarks/certify_bounds.py"
 FINISH_SHARE = 0.99
 FINISH_SLACK = 0.02
 # canary prompts answered as the tuned model answers in process
-CANARY_SHARE = 0.8
+CANARY_SHARE = 0.6
 # greedy answers that are the in-process ones word for word, by the engine's number type
-ANSWER_SHARE = {"float32": 0.95, "bfloat16": 0.85, "float16": 0.9, "Q8_0": 0.85}
+ANSWER_SHARE = {"float32": 0.9, "float16": 0.8, "bfloat16": 0.75, "Q8_0": 0.75}
 # relative difference of the served and the in-process drift on control prompts
 DRIFT = 0.1
 

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.answers import visible
+from pipeline.certify.card import write_card
 from pipeline.certify.certificate import Certificate
 from pipeline.certify.finding import Link
 from pipeline.files import read_json
@@ -26,6 +27,21 @@ def add_to_report(run: RunFolder, certificate: Certificate) -> ReportPaths | Non
     return write_report(with_certificate(read_json(path), certificate), run.report)
 
 
+def publish(run: RunFolder, certificate: Certificate) -> ReportPaths | None:
+    """Write the run's model card and put the certificate into its report."""
+    write_card(run)
+    return add_to_report(run, certificate)
+
+
+def rows(certificate: Certificate) -> list[dict[str, Any]]:
+    """One row a finding, for a table."""
+    return [
+        {"link": f"{link.number} {link.title}", "check": f.id, "status": f.status, "figure": f.figure, "bound": f.bound}
+        for link in certificate.links
+        for f in link.findings
+    ]
+
+
 def with_certificate(report: dict[str, Any], certificate: Certificate) -> dict[str, Any]:
     """The report with this certificate instead of an earlier one; it passes when both do."""
     others = [check for check in report["checks"] if not check["id"].startswith(PREFIX)]
@@ -41,15 +57,19 @@ def _check(link: Link) -> dict[str, str]:
 
 
 def table(certificate: Certificate) -> Table:
-    """One line a finding, for the terminal; untrusted text cannot style or control it."""
+    """One line a finding, for the terminal, with the bound where it did not hold; untrusted text cannot style or control it."""
     state = "certified" if certificate.passed else "not certified"
     title = Text(f"{state}: run {certificate.run}, certificate {certificate.id[:12]}")
     title.stylize("bold green" if certificate.passed else "bold red")
-    shown = Table("link", "check", "", "figure", "bound", title=title, title_justify="left")
+    shown = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    for column in ("", "", ""):
+        shown.add_column(column, overflow="fold")
     for link in certificate.links:
-        for number, finding in enumerate(link.findings):
-            name = f"{link.number} {link.title}" if number == 0 else ""
-            status = Text(finding.status, style=_STYLES[finding.status])
-            check = Text(finding.id.partition(".")[2])
-            shown.add_row(name, check, status, Text(visible(finding.figure)), Text(visible(finding.bound)))
+        shown.add_row(Text(f"{link.number}"), Text(link.title, style="bold"), Text(link.status, style=_STYLES[link.status]))
+        for finding in link.findings:
+            detail = (
+                f"{finding.figure} (bound: {finding.bound})" if finding.status == "failed" and finding.bound else finding.figure
+            )
+            name = Text(f"  {finding.id.partition('.')[2]}", style=_STYLES[finding.status])
+            shown.add_row("", name, Text(visible(detail)))
     return shown
