@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import certified
 import pytest
 import tamper
+import torch
 
+from pipeline import serving
+from pipeline.backends import start
 from pipeline.certify.certificate import Certificate
+from pipeline.config import Settings
 from pipeline.runs import RunFolder
+from pipeline.serving import Options
 from training import gguf
-from training.certifying import certify_offline
+from training.certifying import Scope, certify, certify_offline
 
 pytestmark = pytest.mark.slow
 
@@ -129,3 +135,72 @@ def test_a_base_that_is_not_here_leaves_its_links_unproven_not_passed(run: RunFo
     assert "merge" in certificate.unproven
     moved = next(f for link in certificate.links for f in link.findings if f.id == "adapter.moved")
     assert (moved.status, "cannot be had here" in moved.figure) == ("skipped", True)
+
+
+SETTINGS = Settings()
+LLAMACPP = Scope(("llamacpp",), prompts=12, positions=2, keep=False)
+
+
+def test_a_run_is_certified_on_a_real_llama_cpp(made: RunFolder) -> None:
+    certificate = certify(made, SETTINGS, LLAMACPP)
+    assert (_broken(certificate), certificate.unproven) == ([], [])
+    measured = {finding.id for link in certificate.links for finding in link.findings if finding.status == "passed"}
+    assert {
+        "merge.logits", "merge.cast_logits", "gguf.tokenizer", "gguf.logits", "served.llamacpp_file", "served.llamacpp_prompts",
+        "served.llamacpp_answers", "served.llamacpp_logprobs", "tuned.llamacpp", "tuned.llamacpp_controls", "stops.llamacpp",
+    } <= measured  # fmt: skip
+
+
+@contextmanager
+def _served_instead(run: RunFolder, swap: Callable[[Path], None]) -> Iterator[None]:
+    """A server of this run, under its name, that loaded another file; the run's own file is back in its place by then."""
+    kept = run.gguf.with_suffix(".kept")
+    run.gguf.rename(kept)
+    swap(run.gguf)
+    try:
+        started = start(run, "llamacpp", SETTINGS, Options(purpose="verify"))
+        assert started.endpoint, started.reason
+        kept.replace(run.gguf)
+        yield
+    finally:
+        serving.stop(run.path, "llamacpp")
+
+
+def _convert(run: RunFolder, change: Callable[[RunFolder], object]) -> Callable[[Path], None]:
+    """A real conversion of what a change makes of the merged folder."""
+
+    def swap(target: Path) -> None:
+        other = RunFolder("other", run.output)
+        shutil.copytree(run.merged, other.merged)
+        change(other)
+        gguf.convert(other.merged, target, name=run.name)
+
+    return swap
+
+
+def _other_weights(run: RunFolder) -> None:
+    """As another seed's training would have left them."""
+
+    def change(tensors: dict[str, Any]) -> None:
+        generator = torch.Generator().manual_seed(5)
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            noise = torch.randn(tensors[name].shape, generator=generator) * tensors[name].float().std() * 0.3
+            tensors[name] = (tensors[name].float() + noise).half()
+
+    tamper.weights(run.merged / "model.safetensors", change)
+
+
+SERVED: dict[str, tuple[Callable[[RunFolder], Callable[[RunFolder], object]], set[str]]] = {
+    "the base": (lambda run: lambda other: tamper.base_as_merged(other, _base(run)), {"gguf.logits", "served.llamacpp_logprobs", "tuned.llamacpp"}),
+    "another run": (lambda _: _other_weights, {"gguf.logits", "served.llamacpp_logprobs"}),
+    "a template with a newline": (lambda _: lambda other: tamper.newline_after_role(other.merged / "chat_template.jinja"), {"served.llamacpp_prompts"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_server_that_loaded_something_else_under_the_right_name_is_caught(run: RunFolder, name: str) -> None:
+    change, expected = SERVED[name]
+    with _served_instead(run, _convert(run, change(run))):
+        certificate = certify(run, SETTINGS, LLAMACPP)
+    assert expected <= set(_broken(certificate))
+    assert all(one.partition(".")[0] in ("gguf", "served", "tuned", "stops") for one in _broken(certificate))
