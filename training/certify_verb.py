@@ -29,6 +29,9 @@ def certify(
     ] = None,
     tasks: Annotated[str, typer.Option("--tasks", help="lm-evaluation-harness tasks to run against each backend.")] = "",
     sign: Annotated[Path | None, typer.Option("--sign", metavar="KEY.pem", help="Sign the certificate (EC key).")] = None,
+    public_key: Annotated[
+        Path | None, typer.Option("--public-key", metavar="KEY.pem", help="With --offline: check the signed certificate too.")
+    ] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Only what files prove: no server, no model in memory.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the certificate as JSON.")] = False,
 ) -> None:
@@ -51,14 +54,15 @@ def certify(
 
     folder = RunFolder(run, output)
     if offline:
-        certificate = certifying.certify_offline(folder)
+        certificate = certifying.certify_offline(folder, public_key)
     else:
         names = tuple(name.strip() for name in backends.split(",") if name.strip())
         scope = certifying.Scope(names, prompts, own=tuple(own or ()), tasks=tasks)
         certificate = certifying.certify(folder, config.load(), scope)
     if sign is not None:
         signing.sign(folder, sign)
-    paths = publish(folder, certificate)
+    # a check of a signed certificate changes nothing
+    paths = publish(folder, certificate) if public_key is None else None
     if as_json:
         typer.echo(json.dumps(certificate.to_json(), ensure_ascii=False, indent=2))
     console = Console(stderr=True)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline import backends, serving
-from pipeline.certify import adapter, custody, gguf_file, merged, stopping, tuned
+from pipeline.certify import adapter, custody, gguf_file, merged, signing, stopping, tuned
 from pipeline.certify.bounds import CAST, MEASURED, MERGE, Bound
 from pipeline.certify.cache import Cache
 from pipeline.certify.certificate import Certificate, make, save
@@ -25,11 +25,11 @@ from pipeline.config import Settings
 from pipeline.errors import DataError, InputError, PipelineError
 from pipeline.files import read_json, write_json
 from pipeline.manifest import Manifest
+from pipeline.material import Material, read_material
 from pipeline.runs import RunFolder
 from pipeline.score import read_held_out, read_reference
 from pipeline.serving import Options
 from pipeline.tensors import TensorFolder
-from pipeline.verify import Material, read_material
 from pipeline.waiting import wait_for
 from training import probes
 from training.base import resolve
@@ -133,11 +133,16 @@ def _backend(
     return [*judge(evidence, subject, reference, material.base, material.tuned), *own]
 
 
-def certify_offline(run: RunFolder) -> Certificate:
-    """Every link that files alone can prove, without a server and without loading a model."""
+def certify_offline(run: RunFolder, public_key: Path | None = None) -> Certificate:
+    """Every link that files alone can prove, without a server and without loading a model.
+
+    With a ``public_key`` the signed certificate is checked too, and left in its place.
+    """
     subject = read_subject(run)
-    certificate = make(run, offline_findings(subject), described(subject), offline=True)
-    save(certificate, run.certificate)
+    signed = [signing.check_signed(run, public_key)] if public_key else []
+    certificate = make(run, [*offline_findings(subject), *signed], described(subject), offline=True)
+    if not signed:
+        save(certificate, run.certificate)
     return certificate
 
 

@@ -16,12 +16,12 @@ from pipeline.certify.logprobs import next_tokens
 from pipeline.engines.base import ask
 from pipeline.errors import EngineError
 from pipeline.files import sha256_tree
+from pipeline.material import Material
 from pipeline.probe import Prober, ask_all
 from pipeline.runs import RunFolder
 from pipeline.score import Answer
 from pipeline.serving import Endpoint
 from pipeline.tokenizer import Tokenizer
-from pipeline.verify import Material
 
 _CONCURRENCY = 16
 

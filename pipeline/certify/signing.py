@@ -8,7 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
+from pipeline.certify.finding import Finding, held
 from pipeline.errors import InputError, MissingDependency
+from pipeline.files import read_json, sha256_tree
 from pipeline.runs import RunFolder
 
 SIGNATURE = "certificate.sig"
@@ -34,8 +36,21 @@ def verify(run: RunFolder, public_key: Path) -> str | None:
     try:
         verifying.Config().use_elliptic_key_verifier(public_key=public_key).verify(certificate, signature)
     except (OSError, ValueError, TypeError) as error:
-        return str(error) or type(error).__name__
+        return f"the signature does not fit the certificate ({str(error).splitlines()[0][:80] if str(error) else type(error).__name__})"
     return None
+
+
+def check_signed(run: RunFolder, public_key: Path) -> Finding:
+    """The signed certificate is the one on disk, and it is about the files as they are now."""
+    reason = verify(run, public_key)
+    if reason is None:
+        subject = read_json(_paths(run)[0])["subject"]["artefacts"]
+        changed = [
+            name for name, sha256 in subject.items() if not (run.path / name).exists() or sha256_tree(run.path / name) != sha256
+        ]
+        reason = f"changed since the certificate was signed: {', '.join(changed)}" if changed else None
+    figure = reason or "signed with this key, and every file is the one that was certified"
+    return held("custody.signature", reason is None, figure, "a valid signature over the same files", "model-signing, OpenSSF")
 
 
 def _paths(run: RunFolder) -> tuple[Path, Path]:
