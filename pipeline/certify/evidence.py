@@ -14,7 +14,7 @@ from pipeline import checks
 from pipeline.certify.distributions import Reference
 from pipeline.certify.logprobs import next_tokens
 from pipeline.engines.base import ask
-from pipeline.errors import EngineError
+from pipeline.errors import PipelineError
 from pipeline.files import sha256_tree
 from pipeline.material import Material
 from pipeline.probe import Prober, ask_all
@@ -74,19 +74,19 @@ async def collect(endpoint: Endpoint, run: RunFolder, material: Material, refere
     async with Prober(endpoint, material.max_tokens) as prober:
         answers, _ = await ask_all(prober, rows, _CONCURRENCY, lambda: None)
         parity = await checks.parity(prober, rows, [material.prompts[i] for i in plan.rows])
-    async with httpx.AsyncClient(base_url=endpoint.url, headers=endpoint.headers, timeout=300) as client:
+    with httpx.Client(base_url=endpoint.url, headers=endpoint.headers, timeout=300) as client:
         chosen = plan.probes([probe.row for probe in reference.held_out])
         chosen = [i for i in chosen if reference.held_out[i].row in plan.rows]
         controls = plan.probes([probe.row for probe in reference.controls])
         tops: dict[str, dict[int, dict[int, float]]] = {"probes": {}, "controls": {}}
         try:
             for name, numbers, probes in (("probes", chosen, reference.held_out), ("controls", controls, reference.controls)):
-                found = await next_tokens(client, endpoint.engine, endpoint.model, [probes[i].ids for i in numbers])
+                found = next_tokens(client, endpoint.engine, endpoint.model, [probes[i].ids for i in numbers])
                 tops[name] = dict(zip(numbers, found, strict=True))
-        except EngineError as error:
+        except PipelineError as error:
             problems["logprobs"] = error.message
-        file = await _file(client, endpoint)
-        tokenised = await _tokenised(client, endpoint.engine, run, [material.prompts[i][0] for i in plan.rows])
+        file = _file(client, endpoint)
+        tokenised = _tokenised(client, endpoint.engine, run, [material.prompts[i][0] for i in plan.rows])
     sha256 = sha256_tree(Path(file)) if file and Path(file).exists() else None
     return Evidence(
         endpoint.engine, endpoint.version, served_dtype(endpoint), plan.rows, tuple(answers), parity, tops["probes"], tops["controls"],
@@ -103,20 +103,20 @@ def served_dtype(endpoint: Endpoint) -> str:
     return "float16" if known == "auto" else known
 
 
-async def _file(client: httpx.AsyncClient, endpoint: Endpoint) -> str | None:
+def _file(client: httpx.Client, endpoint: Endpoint) -> str | None:
     """The model file or folder that the server itself says it loaded; None where it does not tell."""
     try:
         if endpoint.engine == "llamacpp":
-            found = (await client.get("/props")).json().get("model_path")
+            found = client.get("/props").json().get("model_path")
         else:
-            served = (await client.get("/v1/models")).json()["data"]
+            served = client.get("/v1/models").json()["data"]
             found = next((entry.get("root") for entry in served if entry["id"] == endpoint.model), None)
     except (httpx.HTTPError, ValueError, KeyError, AttributeError):
         return None
     return str(found) if found and str(found) != endpoint.model else None
 
 
-async def _tokenised(client: httpx.AsyncClient, engine: str, run: RunFolder, texts: Sequence[str]) -> tuple[int, int] | None:
+def _tokenised(client: httpx.Client, engine: str, run: RunFolder, texts: Sequence[str]) -> tuple[int, int] | None:
     """llama.cpp's own tokenizer on the conversation suite and the prompts: how many texts give the tokenizer's IDs, of how many."""
     if engine != "llamacpp":
         return None
@@ -125,7 +125,7 @@ async def _tokenised(client: httpx.AsyncClient, engine: str, run: RunFolder, tex
     same = 0
     for text in every:
         body: dict[str, Any] = {"content": text, "add_special": False, "parse_special": True}
-        same += [int(token) for token in (await ask(client, "/tokenize", body))["tokens"]] == tokenizer.encode(text)
+        same += [int(token) for token in ask(client, "/tokenize", body)["tokens"]] == tokenizer.encode(text)
     return same, len(every)
 
 

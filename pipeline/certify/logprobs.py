@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -17,29 +17,22 @@ _AT_A_TIME = 8
 _ID_TAG = "token_id:"
 
 
-async def next_tokens(
-    client: httpx.AsyncClient, engine: str, model: str, prompts: Sequence[Sequence[int]]
-) -> list[dict[int, float]]:
+def next_tokens(client: httpx.Client, engine: str, model: str, prompts: Sequence[Sequence[int]]) -> list[dict[int, float]]:
     """Log-probabilities of the ASKED most likely next tokens, by token ID, for each prompt.
 
     ``client`` has the server's base URL (without ``/v1``). Raises EngineError when the engine cannot take or give token IDs.
     """
-    gate = asyncio.Semaphore(_AT_A_TIME)
-    asked = _llamacpp if engine == "llamacpp" else _completions
     if engine == "ollama":
         raise EngineError("ollama takes no token IDs", remedy="its prompts and answers are compared as text")
-
-    async def one(ids: Sequence[int]) -> dict[int, float]:
-        async with gate:
-            return await asked(client, model, list(ids))
-
+    asked = _llamacpp if engine == "llamacpp" else _completions
     try:
-        return list(await asyncio.gather(*(one(ids) for ids in prompts)))
+        with ThreadPoolExecutor(_AT_A_TIME) as pool:
+            return list(pool.map(lambda ids: asked(client, model, list(ids)), prompts))
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise EngineError(f"{engine} gives no log-probabilities of token IDs ({error!r})") from None
 
 
-async def _completions(client: httpx.AsyncClient, model: str, ids: list[int]) -> dict[int, float]:
+def _completions(client: httpx.Client, model: str, ids: list[int]) -> dict[int, float]:
     """OpenAI's completions as vLLM extends them."""
     body = {
         "model": model,
@@ -49,13 +42,13 @@ async def _completions(client: httpx.AsyncClient, model: str, ids: list[int]) ->
         "logprobs": ASKED,
         "return_tokens_as_token_ids": True,
     }
-    answer = await ask(client, "/v1/completions", body)
+    answer = ask(client, "/v1/completions", body)
     tops: dict[str, float] = answer["choices"][0]["logprobs"]["top_logprobs"][0]
     return {int(token.removeprefix(_ID_TAG)): float(value) for token, value in tops.items()}
 
 
-async def _llamacpp(client: httpx.AsyncClient, model: str, ids: list[int]) -> dict[int, float]:
+def _llamacpp(client: httpx.Client, model: str, ids: list[int]) -> dict[int, float]:
     body = {"model": model, "prompt": ids, "n_predict": 1, "temperature": 0, "n_probs": ASKED, "post_sampling_probs": False}
-    answer: dict[str, Any] = await ask(client, "/completion", body)
+    answer: dict[str, Any] = ask(client, "/completion", body)
     tops = answer["completion_probabilities"][0]["top_logprobs"]
     return {int(entry["id"]): float(entry["logprob"]) for entry in tops}
