@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from pipeline.certify.bounds import FINISH_SHARE, FINISH_SLACK
 from pipeline.certify.finding import Finding, held, skipped
@@ -47,14 +46,26 @@ def _modelfile(run: RunFolder, template: ChatTemplate, end: Token) -> Finding:
     problems = [] if end.text in stops else [f"PARAMETER stop {end.text} is missing (it has {', '.join(stops) or 'none'})"]
     if not made.source.endswith(run.gguf.name):
         problems.append(f"FROM names {made.source}, not {run.gguf.name}")
-    if (made.template or "").strip() not in {derive(template, system).text.strip() for system in (None, made.system)}:
-        problems.append("TEMPLATE is not the one derived from the chat template")
+    try:
+        if (made.template or "").strip() not in {derive(template, system).text.strip() for system in (None, made.system)}:
+            problems.append("TEMPLATE is not the one derived from the chat template")
+    except ModelError as error:
+        problems.append(f"no TEMPLATE can be derived from the chat template: {error.message}")
     figure = "; ".join(problems) or f"stop {end.text}, TEMPLATE as derived, FROM {run.gguf.name}"
     return held("stops.modelfile", not problems, figure, "stop, TEMPLATE and FROM as exported", "derived again now")
 
 
 def check_turns(run: RunFolder, rows: Sequence[HeldOut]) -> Finding:
     """Rendered with their expected answers, held-out conversations have exactly one end token after each answer."""
+    try:
+        wrong, end = _wrong_turns(run, rows)
+    except ModelError as error:
+        return Finding("stops.turns", "failed", error.message, "1 a turn", "definition")
+    figure = "; ".join(wrong[:3]) or f"exactly one {end} after each of {len(rows)} answers"
+    return held("stops.turns", not wrong, figure, "1 a turn", "definition")
+
+
+def _wrong_turns(run: RunFolder, rows: Sequence[HeldOut]) -> tuple[list[str], str]:
     template, tokenizer = ChatTemplate.from_folder(run.merged), Tokenizer(run.merged)
     end = turn_end(template, special_ids(run.merged))
     wrong = []
@@ -65,8 +76,7 @@ def check_turns(run: RunFolder, rows: Sequence[HeldOut]) -> Finding:
         tail = whole.removeprefix(asked) if whole.startswith(asked) else whole[whole.rfind(row.expected) :]
         count = tokenizer.encode(tail).count(end.id)
         wrong += [f"row {number} has {count}"] if count != 1 else []
-    figure = "; ".join(wrong[:3]) or f"exactly one {end.text} after each of {len(rows)} answers"
-    return held("stops.turns", not wrong, figure, "1 a turn", "definition")
+    return wrong, end.text
 
 
 def share_stopped(answers: Sequence[Answer]) -> float:
@@ -90,8 +100,3 @@ def check_answers(who: str, share: float, count: int, reference: float | None = 
     if found.status == "failed" and cut_short:  # a training limited on purpose is told so, not failed
         return Finding(found.id, "warning", f"{found.figure} (the training was cut short)", found.bound, found.source)
     return found
-
-
-def control_text(answers: Sequence[Answer], vocabulary: Mapping[str, Any]) -> list[int]:
-    """Numbers of the answers that show a control token as text."""
-    return [i for i, answer in enumerate(answers, 1) if any(token in answer.text for token in vocabulary)]
