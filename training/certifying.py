@@ -172,7 +172,9 @@ def _data(run: RunFolder, params: FinetuneParameters) -> Data:
     except DataError as error:
         if "held-out prompts are also in the training rows" not in error.message:
             raise
-        return Data({}, tuple(error.evidence.split(", ")))
+        train = load(params.data)
+        hashes_now = {"train": train.sha256} | ({"eval": load(params.eval_data).sha256} if params.eval_data else {})
+        return Data(hashes_now, tuple(error.evidence.split(", ")), len(train.rows))
     held_out = load(str(run.heldout)).rows
     return Data(split.sha256, tuple(row.where for row in overlap(split.train, held_out)), len(split.train))
 
