@@ -1,4 +1,11 @@
-"""Every bound of the certificate that is not a definition, and how it was measured (benchmarks/certify_bounds.py)."""
+"""Every bound of the certificate that is not a definition, and how it was measured (benchmarks/certify_bounds.py).
+
+Seen on untampered runs, float32 reference on a 2-core AVX2 machine: the embedded base fine-tuned (30 layers, 256 positions in process)
+and tiny models of several seeds. Adapter at run time against the merged sum: KL 2e-9 (tiny 9e-8), largest difference 7e-5.
+Float16 cast: KL 2e-8 (tiny 3e-7), largest difference 0.025. Q8_0 in llama.cpp: KL 4e-6 (tiny 7e-6), log-probabilities 0.10
+apart (tiny 0.01), top-1 and greedy answers all equal. Bounds leave room for larger models and flatter distributions; a different
+model is further away by far (base against tuned: KL 1.8 on control prompts).
+"""
 
 from __future__ import annotations
 
@@ -29,11 +36,11 @@ _DISTANCES = {
     "float32": Bound(1e-4, 0.01, 0.99),
     "float16": Bound(2e-3, 0.05, 0.97),
     "bfloat16": Bound(1e-2, 0.25, 0.95),
-    "Q8_0": Bound(1e-2, 0.25, 0.95),
+    "Q8_0": Bound(2e-3, 0.25, 0.95),
 }
 # base with the adapter applied at run time against the merged sum, both float32; and the sum against its float16 cast
-MERGE = Bound(1e-5, 1e-2, 0.99)
-CAST = Bound(1e-4, 0.5, 0.98)
+MERGE = Bound(1e-6, 1e-2, 0.99)
+CAST = Bound(1e-5, 0.5, 0.98)
 
 
 def distance_bound(dtype: str) -> Bound:
