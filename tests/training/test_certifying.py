@@ -56,10 +56,10 @@ def test_an_untouched_run_is_certified(made: RunFolder) -> None:
 
 def _gguf_of_the_base(run: RunFolder) -> None:
     """A real conversion of the base, under the run's name."""
-    scratch = run.output.parent / "base_fp16"
-    shutil.copytree(run.merged, scratch)
-    shutil.copy(_base(run) / "model.safetensors", scratch / "model.safetensors")
-    gguf.convert(scratch, run.gguf, name=run.name)
+    other = RunFolder("other", run.output)
+    shutil.copytree(run.merged, other.merged)
+    tamper.base_as_merged(other, _base(run))
+    gguf.convert(other.merged, run.gguf, name=run.name)
 
 
 def _leak(run: RunFolder) -> None:
