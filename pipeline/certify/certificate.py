@@ -13,7 +13,7 @@ from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
 from pipeline import __version__
 from pipeline.answers import visible
 from pipeline.certify.finding import Finding, Link, by_link
-from pipeline.errors import VerificationFailed
+from pipeline.errors import InputError, VerificationFailed
 from pipeline.files import read_json, sha256_json, write_atomic, write_json
 from pipeline.result import clean
 from pipeline.runs import RunFolder
@@ -92,6 +92,19 @@ def summary(run: RunFolder) -> dict[str, Any] | None:
         return None
     held = read_json(path)
     return {key: held.get(key) for key in ("id", "passed", "offline", "unproven", "broken", "created_at")}
+
+
+def summaries(output: Path) -> dict[str, dict[str, Any]]:
+    """The certificates of every run below a folder, by run name; a file that cannot be read counts as none."""
+    found = {}
+    for path in sorted(output.glob("*/certificate/certificate.json")):
+        try:
+            seen = summary(RunFolder(path.parents[1].name, output))
+        except (InputError, AttributeError):
+            continue
+        if seen is not None:
+            found[path.parents[1].name] = seen
+    return found
 
 
 def junit_xml(certificate: Certificate) -> str:

@@ -61,6 +61,9 @@ def test_the_files_are_json_and_junit(run: RunFolder) -> None:
     seen = made.summary(run)
     assert seen is not None
     assert (seen["id"], seen["passed"], seen["broken"]) == (certificate.id, False, ["gguf.tensors"])
+    (run.output / "broken" / "certificate").mkdir(parents=True)
+    (run.output / "broken" / "certificate" / "certificate.json").write_text("{")
+    assert made.summaries(run.output) == {run.name: seen}
     # no number that JSON cannot hold
     json.loads((run.certificate / "certificate.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     junit = (run.certificate / "junit.xml").read_text()
