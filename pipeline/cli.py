@@ -13,7 +13,19 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from pipeline import __version__
-from pipeline.commands import deploying, doctor, line, operating, planning, processes, prompts, publishing, reporting, serving, verifying
+from pipeline.commands import (
+    deploying,
+    doctor,
+    line,
+    operating,
+    planning,
+    processes,
+    prompts,
+    publishing,
+    reporting,
+    serving,
+    verifying,
+)
 from pipeline.commands.agent_option import add_agent_option
 from pipeline.config import ENV_FILE
 from pipeline.errors import PipelineError
