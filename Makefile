@@ -13,7 +13,7 @@ opt = $(if $($(1)),$(2) '$($(1))')
 TRAIN_OPTIONS = $(call opt,BASE,--base) $(call opt,DATA,--data) $(call opt,EVAL_DATA,--eval-data) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor run test check lab train export modelfile parity verify report runs prune long status ps logs stop bench clean \
+.PHONY: help setup doctor run test check lab train export modelfile parity verify certify report runs prune long status ps logs stop bench clean \
         config gateway status-api compose \
         train-serve-ollama train-serve-vllm train-serve-llamacpp
 
@@ -70,6 +70,9 @@ parity: $(STAMP) ## compare the prompts of the run's files and engines with the 
 
 verify: $(STAMP) ## question every backend of a run and write its report
 	$(PIPELINE) verify $(RUN) $(call opt,BACKENDS,--backends) $(ARGS)
+
+certify: $(STAMP) ## prove each link from training to the served answer (ARGS='--offline' without a server)
+	$(PIPELINE) certify $(RUN) $(call opt,BACKENDS,--backends) $(ARGS)
 
 report: $(STAMP) ## draw the report again from report.json
 	$(PIPELINE) report --run '$(NAME)' --output '$(OUTPUT)'

@@ -54,7 +54,7 @@ def loss_curve(history: Sequence[Point]) -> str:
     held_out = [(p.step, p.eval_loss) for p in history if p.eval_loss is not None]
     if len(steps) < 2 and len(held_out) < 2:
         return ""
-    canvas = _Canvas("loss", "Loss by training step", 4.0)
+    canvas = Canvas("loss", "Loss by training step", 4.0)
     axes = canvas.axes
     if len(steps) >= 2:
         noisy = len(steps) > _SMOOTH_FROM
@@ -81,7 +81,7 @@ def before_after(before: Mapping[str, float], after: Mapping[str, float]) -> str
     names = [name for name in after if name in before]
     if not names:
         return ""
-    canvas = _Canvas("scores", "Held-out rows right, by field, before and after fine-tuning", 1.1 + 0.42 * len(names))
+    canvas = Canvas("scores", "Held-out rows right, by field, before and after fine-tuning", 1.1 + 0.42 * len(names))
     before_rows = [(_words(name), before[name] * 100, f"{_words(name)}, before: {before[name]:.1%}") for name in names]
     after_rows = [(_words(name), after[name] * 100, f"{_words(name)}, after: {after[name]:.1%}") for name in names]
     canvas.bars(before_rows, "before", "before fine-tuning", -0.19)
@@ -98,7 +98,7 @@ def latency(backends: Sequence[Backend]) -> str:
     measured = [(title(b.name), b.ttft_ms) for b in backends if b.ttft_ms is not None]
     if not measured:
         return ""
-    canvas = _Canvas("ttft", "Time to first token by backend", 1.3 + 0.62 * len(measured))
+    canvas = Canvas("ttft", "Time to first token by backend", 1.3 + 0.62 * len(measured))
     half = [(name, t.p50, f"{name}: median {t.p50:.0f} ms") for name, t in measured]
     tail = [(name, t.p95, f"{name}: 95th percentile {t.p95:.0f} ms") for name, t in measured]
     canvas.bars(half, "after", "median", -0.19)
@@ -114,7 +114,7 @@ def throughput(backends: Sequence[Backend]) -> str:
     measured = [(title(b.name), b.tokens_per_second) for b in backends if b.tokens_per_second is not None]
     if not measured:
         return ""
-    canvas = _Canvas("throughput", "Generated tokens per second by backend", 1.3 + 0.62 * len(measured))
+    canvas = Canvas("throughput", "Generated tokens per second by backend", 1.3 + 0.62 * len(measured))
     canvas.bars([(name, rate, f"{name}: {rate:.1f} tokens/s") for name, rate in measured], "after", "all requests together", 0.0)
     canvas.axes.set_xlabel("tokens per second, more is better")
     canvas.axes.set_xlim(0, max(rate for _, rate in measured) * 1.18 or 1)
@@ -134,7 +134,7 @@ def title(backend: str) -> str:
     return known.get(backend, visible(backend))
 
 
-class _Canvas:
+class Canvas:
     """One figure with the report's plain axes, no pyplot state, and the tooltip of each mark."""
 
     def __init__(self, prefix: str, label: str, height: float) -> None:
@@ -185,8 +185,12 @@ class _Canvas:
         """A dotted line whose marks each have a tooltip."""
         self.axes.plot(*zip(*points, strict=True), color=PALETTE["second"], linewidth=1.4, linestyle=(0, (4, 3)))
         for i, (x, y) in enumerate(points):
-            (mark,) = self.axes.plot(x, y, "o", color=PALETTE["second"], markersize=6, label=label if i == 0 else None)
-            self._tip(mark, tooltip.format(x=x, y=y))
+            self.mark(x, y, PALETTE["second"], tooltip.format(x=x, y=y), label if i == 0 else None)
+
+    def mark(self, x: float, y: float, colour: str, tooltip: str, label: str | None = None) -> None:
+        """One dot with its tooltip; ``label`` puts it into the key."""
+        (drawn,) = self.axes.plot(x, y, "o", color=colour, markersize=6, label=label)
+        self._tip(drawn, tooltip)
 
     def legend(self) -> None:
         """The key, above the axes and left-aligned."""

@@ -22,6 +22,7 @@ from pipeline.commands import (
     planning,
     processes,
     prompts,
+    publishing,
     reporting,
     runs,
     serving,
@@ -69,7 +70,7 @@ def _handler() -> logging.Handler:
     return handler
 
 
-for _group in (line, planning, doctor, prompts, serving, processes, operating, deploying, verifying, reporting, runs):
+for _group in (line, planning, doctor, prompts, serving, processes, operating, deploying, verifying, reporting, publishing, runs):
     _group.register(app)
 for _entry in entry_points(group=_PLUGINS):
     _entry.load()(app)

@@ -7,7 +7,7 @@ Long arrays (the vocabulary, its scores and merges) are skipped; their length is
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,12 +33,13 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor: its ggml type name ("Q8_0"), shape (ggml order, fastest axis first) and bytes."""
+    """One tensor: its ggml type name ("Q8_0"), shape (ggml order, fastest axis first), bytes and place in the file."""
 
     name: str
     type: str
     shape: tuple[int, ...]
     nbytes: int
+    offset: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,12 @@ class GgufHeader:
         return self.metadata.get(f"{self.architecture}.{key}", default)
 
 
-def read_gguf_header(path: Path) -> GgufHeader:
-    """Read a header; raises ModelError when the file is no GGUF, is cut short, or lacks its architecture."""
+def read_gguf_header(path: Path, *, whole_arrays: bool = False) -> GgufHeader:
+    """Read a header; raises ModelError when the file is no GGUF, is cut short, or lacks its architecture.
+
+    ``whole_arrays`` keeps long arrays (the vocabulary and its merges) too.
+    """
+    longest = 1 << 40 if whole_arrays else _KEPT_ARRAY
     size = path.stat().st_size
     with path.open("rb") as handle:
         if handle.read(4) != b"GGUF":
@@ -72,7 +77,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
             # a pair takes at least 13 bytes, a tensor 24: an absurd count is told before anything is read
             if 13 * pairs + 24 * count > size:
                 raise ValueError(f"{pairs} metadata pairs and {count} tensors do not fit a file of {size} bytes")
-            metadata = dict(_pair(handle) for _ in range(pairs))
+            metadata = dict(_pair(handle, longest) for _ in range(pairs))
             tensors, end = _tensor_list(handle, count)
             alignment = _alignment(metadata)
         except (EOFError, ValueError, OverflowError, OSError, struct.error) as error:
@@ -82,7 +87,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
         raise _broken(path, "general.architecture is missing")
     if tensors and data + end > size:
         raise _broken(path, f"the tensors need {data + end} bytes, the file has {size}")
-    return GgufHeader(version, metadata, tensors)
+    return GgufHeader(version, metadata, tuple(replace(tensor, offset=data + tensor.offset) for tensor in tensors))
 
 
 def _alignment(metadata: dict[str, Any]) -> int:
@@ -105,31 +110,31 @@ def _tensor_list(handle: BinaryIO, count: int) -> tuple[tuple[GgufTensor, ...], 
             raise ValueError(f"tensor {name!r} has the unknown type {kind}")
         label, block, block_bytes = _TYPES[kind]
         nbytes = prod(shape) // block * block_bytes
-        tensors.append(GgufTensor(name, label, shape, nbytes))
+        tensors.append(GgufTensor(name, label, shape, nbytes, offset))
         end = max(end, offset + nbytes)
     return tuple(tensors), end
 
 
-def _pair(handle: BinaryIO) -> tuple[str, Any]:
+def _pair(handle: BinaryIO, longest: int) -> tuple[str, Any]:
     key = _string(handle)
-    return key, _value(handle, struct.unpack("<I", _exactly(handle, 4))[0])
+    return key, _value(handle, struct.unpack("<I", _exactly(handle, 4))[0], longest)
 
 
-def _value(handle: BinaryIO, kind: int, depth: int = 0) -> Any:
+def _value(handle: BinaryIO, kind: int, longest: int, depth: int = 0) -> Any:
     if kind == _STRING:
         return _string(handle)
     if kind == _ARRAY:
         if depth > _DEEPEST_ARRAY:
             raise ValueError(f"arrays nested more than {_DEEPEST_ARRAY} deep")
         item, length = struct.unpack("<IQ", _exactly(handle, 12))
-        return _array(handle, item, length, depth + 1)
+        if length <= longest:
+            return [_value(handle, item, longest, depth + 1) for _ in range(length)]
+        return _skipped(handle, item, length)
     code = _code(kind)
     return struct.unpack(f"<{code}", _exactly(handle, struct.calcsize(code)))[0]
 
 
-def _array(handle: BinaryIO, item: int, length: int, depth: int) -> Any:
-    if length <= _KEPT_ARRAY:
-        return [_value(handle, item, depth) for _ in range(length)]
+def _skipped(handle: BinaryIO, item: int, length: int) -> int:
     if item == _STRING:
         for _ in range(length):
             handle.seek(struct.unpack("<Q", _exactly(handle, 8))[0], 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,7 +45,8 @@ class Manifest:
         self, name: str, inputs: Mapping[str, Any], artefacts: list[Path], result: Mapping[str, Any], seconds: float
     ) -> None:
         """Store a finished stage: its inputs, the hash of each artefact and its results; written atomically."""
-        self.data["stages"][name] = self.entry(inputs, artefacts, result, seconds)
+        record = self.entry(inputs, artefacts, result, seconds)
+        self.data["stages"][name] = {**record, "seal": _sealed(record)}
         self.save()
 
     def entry(
@@ -59,6 +61,12 @@ class Manifest:
             "seconds": round(seconds, 1),
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+
+    def seal(self, name: str) -> bool | None:
+        """Whether a stage's record is as it was written; None for a record made before records were sealed."""
+        record = {key: value for key, value in self.stage(name).items() if key != "seal"}
+        known = self.stage(name).get("seal")
+        return None if known is None else bool(known == _sealed(record))
 
     def artefact_sha256(self, stage: str, relative: str) -> str:
         """Recorded hash of an artefact; KeyError when the stage has not made it."""
@@ -105,3 +113,8 @@ def _checked(data: Any, path: Path) -> dict[str, Any]:
     if not whole or data.get("schema") != SCHEMA:
         raise InputError(f"{path} is not a run's manifest", remedy="move it away; the stages then run again")
     return dict(data)
+
+
+def _sealed(record: Mapping[str, Any]) -> str:
+    # as it will be read back: tuples are lists then, and keys are text
+    return sha256_json(json.loads(json.dumps(record)))

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.files import read_utf8
 from pipeline.injection import Yardstick
 from pipeline.neutralise import neutralise_message
 from pipeline.runs import RunFolder
-from pipeline.score import SPARE_TOKENS, Answer, HeldOut, read_held_out, score
+from pipeline.score import SPARE_TOKENS, Answer, HeldOut, read_held_out, read_reference, score
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ def read_material(run: RunFolder, limit: int | None = None) -> Material:
     """Held-out rows (the first ``limit``), prompts and reference answers; InputError when a stage is missing."""
     yardstick = Yardstick.of_folder(run.merged)
     rows = [_clean(row, yardstick.controls) for row in read_held_out(run.heldout)][:limit]
-    references = {which: _read_answers(run.reference(which))[:limit] for which in ("base", "tuned")}
+    references = {which: read_reference(run.reference(which))[:limit] for which in ("base", "tuned")}
     if any(len(answers) != len(rows) for answers in references.values()):
         raise InputError(
             "the reference answers do not match the held-out rows", remedy=f"granite-pipeline export --run {run.name}"
@@ -47,9 +44,3 @@ def read_material(run: RunFolder, limit: int | None = None) -> Material:
 
 def _clean(row: HeldOut, controls: frozenset[str]) -> HeldOut:
     return HeldOut(tuple(neutralise_message(message, controls) for message in row.messages), row.expected, row.tools)
-
-
-def _read_answers(path: Path) -> list[Answer]:
-    if not path.is_file():
-        raise InputError(f"{path}: no reference answers", remedy="granite-pipeline export makes them after the merge")
-    return [Answer(**json.loads(line)) for line in read_utf8(path).split("\n") if line]  # splitlines() would also split at U+2028

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from pipeline import __version__, charts
 from pipeline.answers import Comparison, compare, show, visible
+from pipeline.certify.view import view
 from pipeline.phrases import NONE, duration, first_line, flatten, listing, moment, percent, plain, points, was, words
 from pipeline.result import Backend, Check, Example, Feature, Result
 
@@ -84,6 +85,7 @@ def render(result: Result) -> str:
             css=Markup(css),
             css_hash=base64.b64encode(hashlib.sha256(css.encode()).digest()).decode(),
             verdict=verdict(result),
+            certificate=view(result.certificate) if result.certificate else None,
             figures=figures(result),
             groups=groups(result),
             charts=_charts(result),
@@ -159,7 +161,9 @@ def figures(result: Result) -> list[Figure]:
 
 def groups(result: Result) -> list[Group]:
     """Checks by backend, the line's own first; a group that failed comes before one that did not."""
-    found = [_group("Training and export", "", result.line_checks, "")] if result.line_checks else []
+    # the certificate's links have their own section, above
+    line = [check for check in result.line_checks if not (result.certificate and check.id.startswith("certificate."))]
+    found = [_group("Training and export", "", line, "")] if line else []
     for backend in result.backends:
         name = " ".join(filter(None, [charts.title(backend.name), backend.engine_version]))
         found.append(_group(name, backend.status, result.checks_of(backend), backend.reason or ""))

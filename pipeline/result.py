@@ -192,6 +192,7 @@ class Result(_Open):
     hardware: dict[str, Any] = {}
     settings: list[EffectiveSetting] = []
     not_tested: list[str] = []
+    certificate: dict[str, Any] | None = None
 
     def checks_of(self, backend: Backend) -> list[Check]:
         """Checks about one backend, ids without its prefix, each once: the run's list first, then the backend's own."""

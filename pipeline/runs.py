@@ -93,6 +93,16 @@ class RunFolder:
         """Held-out conversations, control tokens neutralised, one JSON object a line."""
         return self.path / "heldout.jsonl"
 
+    @property
+    def certificate(self) -> Path:
+        """certificate.json, its JUnit file, and the evidence it was judged on."""
+        return self.path / "certificate"
+
+    @property
+    def probes(self) -> Path:
+        """In-process next-token distributions at some positions, for the certificate."""
+        return self.path / "reference" / "probes.json"
+
     def reference(self, which: str) -> Path:
         """In-process answers of ``base`` or ``tuned`` to the held-out prompts."""
         return self.path / "reference" / f"{which}.jsonl"

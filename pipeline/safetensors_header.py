@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
@@ -28,12 +28,13 @@ _BITS = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a checkpoint: dtype as the format writes it ("F16", "BF16", "F32", ...), shape and bytes on disk."""
+    """One tensor of a checkpoint: dtype as the format writes it ("F16", "BF16", "F32", ...), shape, bytes and place on disk."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    offset: int = field(default=0, compare=False)
 
     @property
     def elements(self) -> int:
@@ -54,7 +55,7 @@ def read_header(path: Path) -> list[TensorInfo]:
         except (ValueError, RecursionError) as error:
             raise _broken(path, f"the header is not JSON ({error})") from None
     try:
-        tensors = [_tensor(name, entry) for name, entry in header.items() if name != "__metadata__"]
+        tensors = [_tensor(name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"]
         end = _end([entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise _broken(path, f"a header entry is malformed ({error!r})") from None
@@ -88,7 +89,7 @@ def read_folder(folder: Path) -> list[TensorInfo]:
     return [tensor for shard in shards for tensor in read_header(shard)]
 
 
-def _tensor(name: str, entry: dict[str, list[int]]) -> TensorInfo:
+def _tensor(name: str, entry: dict[str, list[int]], data: int) -> TensorInfo:
     begin, end = entry["data_offsets"]
     shape = tuple(entry["shape"])
     if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
@@ -99,7 +100,7 @@ def _tensor(name: str, entry: dict[str, list[int]]) -> TensorInfo:
     bits = _BITS.get(dtype)
     if bits is not None and prod(shape) * bits != 8 * (end - begin):
         raise ValueError(f"{name}: {dtype} of shape {shape} does not take {end - begin} bytes")
-    return TensorInfo(name, dtype, shape, end - begin)
+    return TensorInfo(name, dtype, shape, end - begin, data + begin)
 
 
 def _end(spans: list[list[int]]) -> int:

@@ -56,6 +56,13 @@ def read_held_out(path: Path) -> list[HeldOut]:
     return rows
 
 
+def read_reference(path: Path) -> list[Answer]:
+    """Answers recorded in process; InputError when there are none."""
+    if not path.is_file():
+        raise InputError(f"{path}: no reference answers", remedy="granite-pipeline export makes them after the merge")
+    return [Answer(**json.loads(line)) for line in read_utf8(path).split("\n") if line]  # splitlines() would also split at U+2028
+
+
 def parse(text: str) -> dict[str, Any] | None:
     """The JSON object an answer is, or None when it is anything else."""
     try:

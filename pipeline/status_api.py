@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from pipeline import __version__
 from pipeline.answers import visible
+from pipeline.certify.certificate import summaries
 from pipeline.config import Settings, without_password
 from pipeline.observer import Observer, Seen
 from pipeline.runs import DEFAULT_OUTPUT
@@ -38,6 +39,8 @@ def create_app(settings: Settings, output: Path = DEFAULT_OUTPUT) -> FastAPI:
 
     app = FastAPI(title="granite-pipeline status", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     add_routes(app, settings, observer)
+    # which runs are certified: id, result and time of each run's certificate
+    app.add_api_route("/api/v1/inference/certificates", lambda: summaries(output))
     return app
 
 

@@ -1,4 +1,4 @@
-"""The training verbs of the command line: ``data``, ``train``, ``export``."""
+"""The training verbs of the command line: ``data``, ``train``, ``export``, ``certify``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
-from training import verbs
+from training import certify_verb, verbs
 from training.data import Dataset, Summary, read, require_clean, summarise
 
 _BIG = 20 << 20
@@ -24,6 +24,7 @@ def register(app: typer.Typer) -> None:
     app.command("data")(data)
     app.command("train")(verbs.train)
     app.command("export")(verbs.export)
+    app.command("certify")(certify_verb.certify)
 
 
 def data(

@@ -81,7 +81,7 @@ def merge_folder(base: Path, adapter: Path, merged: Path, *, full: bool = False)
     require_memory("merge", merge_need(weights, _SHARD_BYTES), "free some memory: a merge holds one shard at a time already")
     with staged(merged) as target:
         target.mkdir()
-        report = _write_shards(_merged(weights, lora), _plan_shards(shapes), target)
+        report = _write_shards(merged_weights(weights, lora), _plan_shards(shapes), target)
         _write_config(base, target)
         report["tokenizer"] = save_tokenizer(base, target)
         for path in target.iterdir():
@@ -132,7 +132,7 @@ def _elements(shape: tuple[int, ...]) -> int:
     return count
 
 
-def _merged(folder: Path, lora: Adapter) -> Iterator[tuple[str, Any]]:
+def merged_weights(folder: Path, lora: Adapter) -> Iterator[tuple[str, Any]]:
     """Every weight of the folder in float32, with its LoRA delta added."""
     import torch
     from safetensors import safe_open

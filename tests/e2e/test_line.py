@@ -97,6 +97,13 @@ def test_the_run_passes_and_keeps_the_contract(report: dict[str, Any]) -> None:
     assert report["eval"]["tuned"]["json_valid"] > 0.5
 
 
+def test_the_run_is_certified_on_the_servers_it_started(report: dict[str, Any], output: Path) -> None:
+    certificate = json.loads((output / "e2e" / "certificate" / "certificate.json").read_text())
+    assert (certificate["broken"], certificate["unproven"]) == ([], [])
+    assert certificate["id"] == report["certificate"]["id"]
+    assert (output / "e2e" / "README.md").read_text().startswith("---\n")
+
+
 @pytest.mark.parametrize("name", ["vllm", "llamacpp"])
 def test_a_real_server_answers_as_the_trained_model_does(report: dict[str, Any], name: str) -> None:
     if name == "vllm" and not Vllm().available().usable:

@@ -1,0 +1,6 @@
+"""The certificate: each link from the dataset to the served answer, proven or named as the broken one.
+
+Seven links, each a file here: ``adapter`` (it moved), ``merged`` (merge = base + adapter), ``gguf_file`` (GGUF = merged),
+``served`` (served = exported), ``tuned`` (tuned is not the base), ``stopping`` (it stops), ``custody`` (hashes from dataset to
+engine). They work on files and on collected evidence, without torch; ``training.certifying`` adds what needs the model in process.
+"""

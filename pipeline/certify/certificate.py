@@ -1,0 +1,145 @@
+"""The certificate itself: links, verdict, an id made of its content; written as JSON and JUnit, read by report and status."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
+
+from pipeline import __version__
+from pipeline.answers import visible
+from pipeline.certify.finding import Finding, Link, by_link
+from pipeline.errors import InputError, VerificationFailed
+from pipeline.files import read_json, sha256_json, write_atomic, write_json
+from pipeline.result import clean
+from pipeline.runs import RunFolder
+
+SCHEMA = 1
+_ESSENTIAL = ("adapter", "merge", "gguf", "served", "tuned", "stops", "custody")
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was certified, how each link held, and when."""
+
+    run: str
+    links: tuple[Link, ...]
+    subject: Mapping[str, Any]
+    offline: bool
+    created_at: str
+
+    @property
+    def passed(self) -> bool:
+        """No finding failed."""
+        return not self.broken
+
+    @property
+    def broken(self) -> list[Finding]:
+        """Failed findings, in the chain's order: the first one names the broken link."""
+        return [finding for link in self.links for finding in link.findings if finding.status == "failed"]
+
+    @property
+    def unproven(self) -> list[str]:
+        """Titles of links that nothing was measured for."""
+        known = {link.key: link for link in self.links}
+        return [key for key in _ESSENTIAL if key not in known or known[key].status == "skipped"]
+
+    @property
+    def id(self) -> str:
+        """SHA-256 of the content (without the time), so that equal evidence gives an equal id."""
+        return sha256_json(
+            {"subject": dict(self.subject), "links": [link.to_json() for link in self.links], "offline": self.offline}
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """``certificate.json``."""
+        return {
+            "schema": SCHEMA,
+            "id": self.id,
+            "run": self.run,
+            "passed": self.passed,
+            "offline": self.offline,
+            "unproven": self.unproven,
+            "broken": [finding.id for finding in self.broken],
+            "created_at": self.created_at,
+            "made_by": f"granite-pipeline {__version__}",
+            "subject": dict(self.subject),
+            "links": [link.to_json() for link in self.links],
+        }
+
+
+def make(run: RunFolder, findings: Sequence[Finding], subject: Mapping[str, Any], *, offline: bool) -> Certificate:
+    """Assemble a certificate; text and numbers are made fit for JSON first, so that its id can be checked on the file."""
+    cleaned = [Finding(**clean(finding.to_json())) for finding in findings]
+    return Certificate(run.name, by_link(cleaned), clean(subject), offline, datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+def save(certificate: Certificate, folder: Path) -> Path:
+    """Write ``certificate.json`` and ``junit.xml``; returns the first."""
+    write_atomic(folder / "junit.xml", junit_xml(certificate))
+    write_json(folder / "certificate.json", certificate.to_json())
+    return folder / "certificate.json"
+
+
+def summary(run: RunFolder) -> dict[str, Any] | None:
+    """Id, result and time of a run's certificate, for a status page; None when there is none."""
+    path = run.certificate / "certificate.json"
+    if not path.is_file():
+        return None
+    held = read_json(path)
+    return {key: held.get(key) for key in ("id", "passed", "offline", "unproven", "broken", "created_at")}
+
+
+def summaries(output: Path) -> dict[str, dict[str, Any]]:
+    """The certificates of every run below a folder, by run name; a file that cannot be read counts as none."""
+    found = {}
+    for path in sorted(output.glob("*/certificate/certificate.json")):
+        try:
+            seen = summary(RunFolder(path.parents[1].name, output))
+        except (InputError, AttributeError):
+            continue
+        if seen is not None:
+            found[path.parents[1].name] = seen
+    return found
+
+
+def junit_xml(certificate: Certificate) -> str:
+    """One suite a link, one test case a finding."""
+    report = JUnitXml(visible(f"certificate of {certificate.run}"))
+    for link in certificate.links:
+        suite = TestSuite(visible(f"{link.number} {link.title}"))
+        for finding in link.findings:
+            suite.add_testcase(_case(certificate.run, finding))
+        report.add_testsuite(suite)
+    report.update_statistics()
+    text = report.tostring()
+    body = text.decode("utf-8") if isinstance(text, bytes) else str(text)
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{body}\n'
+
+
+def _case(run: str, finding: Finding) -> TestCase:
+    case = TestCase(visible(finding.id), classname=visible(f"{run}.certificate.{finding.link}"))
+    detail = visible(f"{finding.figure} (bound: {finding.bound})" if finding.bound else finding.figure)
+    if finding.status == "failed":
+        case.result = [Failure(detail)]
+    elif finding.status == "skipped":
+        case.result = [Skipped(detail)]
+    else:
+        case.system_out = detail if finding.status == "passed" else f"warning: {detail}"
+    return case
+
+
+def require_certified(certificate: Certificate) -> None:
+    """Raise VerificationFailed, naming the first broken link, when any finding failed."""
+    if certificate.broken:
+        first = certificate.broken[0]
+        title = next(link for link in certificate.links if link.key == first.link)
+        raise VerificationFailed(
+            f"not certified: link {title.number}, {title.title.lower()}, is broken",
+            evidence="\n".join(f"{finding.id}: {finding.figure}" for finding in certificate.broken),
+            remedy="export again from an untouched adapter (granite-pipeline export --force), or see the run's report",
+        )

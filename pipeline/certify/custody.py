@@ -1,0 +1,142 @@
+"""Link 7: dataset -> base -> adapter -> merged -> GGUF -> Modelfile -> launch, each joint held by a SHA-256 taken again now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.certify.finding import Finding, held, skipped
+from pipeline.certify.subject import Subject
+from pipeline.files import sha256_json
+from pipeline.score import Answer, read_held_out, read_reference, score
+
+_SHA = "SHA-256, taken again now"
+# (stage whose input it is, input, artefact that it must be)
+_JOINTS = (
+    ("merge", "adapter", "finetune", "adapter"),
+    ("gguf", "merged", "merge", "merged_fp16"),
+    ("modelfile", "gguf", "gguf", "unsloth.Q8_0.gguf"),
+    ("evaluate_tuned", "model", "merge", "merged_fp16"),
+    ("evaluate_tuned", "heldout", "finetune", "heldout.jsonl"),
+    ("evaluate_base", "heldout", "finetune", "heldout.jsonl"),
+)
+_NEEDED = ("finetune", "merge", "gguf")
+
+
+def check_custody(subject: Subject) -> list[Finding]:
+    """Artefacts, joints, base, dataset, the manifest's own records, recorded scores and launches."""
+    lacking = [name for name in _NEEDED if not subject.stage(name)]
+    if lacking:
+        return [
+            Finding("custody.chain", "failed", f"the manifest has no record of {', '.join(lacking)}", "every stage recorded", "")
+        ]
+    return [_artefacts(subject), _chain(subject), _base(subject), _dataset(subject), _records(subject), _scores(subject), _launch(subject)]  # fmt: skip
+
+
+def _artefacts(subject: Subject) -> Finding:
+    problems, count = [], 0
+    for name, stage in subject.manifest.data["stages"].items():
+        for path, seen in stage["artefacts"].items():
+            if path not in subject.sha256 and not (subject.run.path / path).exists():
+                problems.append(f"{path} is gone")
+            elif path in subject.sha256:
+                count += 1
+                if subject.sha256[path] != seen["sha256"]:
+                    problems.append(
+                        f"{path} is not what {name} made ({subject.sha256[path][:12]}, recorded {seen['sha256'][:12]})"
+                    )
+    figure = "; ".join(problems) or f"{count} artefacts unchanged"
+    return held("custody.artefacts", not problems, figure, "equal hashes", _SHA, sha256=dict(subject.sha256))
+
+
+def _chain(subject: Subject) -> Finding:
+    problems = []
+    for stage, key, maker, path in _JOINTS:
+        want = subject.stage(maker).get("artefacts", {}).get(path, {}).get("sha256")
+        have = subject.stage(stage).get("inputs", {}).get(key)
+        if subject.stage(stage) and have != want:
+            problems.append(f"{stage} was made from another {path} ({str(have)[:12]}) than {maker} left ({str(want)[:12]})")
+    base = subject.stage("finetune")["inputs"]["base"]["sha256"]
+    for stage, key in (("merge", "base"), ("evaluate_base", "model")):
+        if subject.stage(stage) and subject.stage(stage)["inputs"].get(key) != base:
+            problems.append(f"{stage} used another base than the training did")
+    figure = "; ".join(problems) or f"{len(_JOINTS) + 2} joints hold"
+    return held("custody.chain", not problems, figure, "each input is the stage before's output", _SHA)
+
+
+def _base(subject: Subject) -> Finding:
+    recorded = subject.stage("finetune")["inputs"]["base"]
+    if subject.base_sha256 is None:
+        return skipped("custody.base", subject.missing.get("base", "the base model is not here"))
+    same = subject.base_sha256 == recorded["sha256"]
+    figure = f"{recorded['id']} {subject.base_sha256[:12]}" + ("" if same else f", trained on {recorded['sha256'][:12]}")
+    return held("custody.base", same, figure, "equal hashes", _SHA)
+
+
+def _dataset(subject: Subject) -> Finding:
+    recorded = subject.stage("finetune")["inputs"]["data"]
+    if subject.data is None:
+        return skipped("custody.dataset", subject.missing.get("data", "the dataset is not here"))
+    changed = [name for name, sha256 in recorded.items() if subject.data.sha256.get(name) != sha256]
+    figure = ", ".join(f"{name} {sha256[:12]}" for name, sha256 in subject.data.sha256.items())
+    problem = f"; changed since the training: {', '.join(changed)}" if changed else ""
+    return held("custody.dataset", not changed, figure + problem, "equal hashes", _SHA)
+
+
+def _records(subject: Subject) -> Finding:
+    """The manifest says of itself that nobody edited it: every stage's key and seal."""
+    stages = subject.manifest.data["stages"]
+    wrong = [name for name, stage in stages.items() if stage["key"] != sha256_json(stage["inputs"])]
+    wrong += [name for name in stages if subject.manifest.seal(name) is False and name not in wrong]
+    unsealed = [name for name in stages if subject.manifest.seal(name) is None]
+    bound, source = "every record as written", "SHA-256 of each stage's record, stored with it"
+    if wrong:
+        return Finding("custody.records", "failed", f"edited after they were written: {', '.join(wrong)}", bound, source)
+    if unsealed:
+        figure = f"no seal on {', '.join(unsealed)}: written by an older version"
+        return Finding("custody.records", "warning", figure, bound, source)
+    return Finding("custody.records", "passed", f"{len(stages)} records as written", bound, source)
+
+
+def _scores(subject: Subject) -> Finding:
+    """The recorded held-out scores are those of the recorded answers."""
+    problems = []
+    for which in ("base", "tuned"):
+        recorded = subject.stage(f"evaluate_{which}").get("result")
+        if recorded and subject.run.reference(which).is_file():
+            rows, answers = read_held_out(subject.run.heldout), read_reference(subject.run.reference(which))
+            problems += [f"{which}: {text}" for text in _rescored(rows, answers, recorded)]
+    return held("custody.scores", not problems, "; ".join(problems) or "recorded scores follow from the answers", "equal", "scored again now")  # fmt: skip
+
+
+def _rescored(rows: list[Any], answers: list[Answer], recorded: dict[str, Any]) -> Iterator[str]:
+    if len(rows) != len(answers):
+        yield f"{len(answers)} answers to {len(rows)} held-out rows"
+        return
+    again = score(rows, answers)
+    yield from (
+        f"{name} {recorded.get(name)} recorded, {value} now" for name, value in again.items() if recorded.get(name) != value
+    )
+
+
+def _launch(subject: Subject) -> Finding:
+    """The last launches served this run's artefacts, with flags and version recorded."""
+    served = {name: entry for name, entry in subject.manifest.data.get("served", {}).items() if entry.get("argv")}
+    if not served:
+        return skipped("custody.launch", "no launch of this run is recorded yet")
+    names = {subject.run.merged.name, subject.run.gguf.name}
+    foreign = [name for name, entry in served.items() if not any(_of_run(word, subject, names) for word in entry["argv"])]
+    foreign = [name for name in foreign if name != "ollama"]  # its server is started without a model
+    nameless = [name for name, entry in served.items() if not entry.get("engine_version")]
+    problems = [f"{name} was started with a model that is not this run's" for name in foreign]
+    problems += [f"{name}: no engine version" for name in nameless]
+    figure = ", ".join(
+        f"{name} {entry.get('engine_version')} (flags {sha256_json(entry['argv'])[:12]})" for name, entry in served.items()
+    )
+    return held("custody.launch", not problems, "; ".join([figure, *problems]), "this run's files", "argv recorded at the start")
+
+
+def _of_run(word: str, subject: Subject, names: set[str]) -> bool:
+    path = Path(word)
+    return path.name in names and path.parent.name == subject.run.name

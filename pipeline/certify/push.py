@@ -1,0 +1,80 @@
+"""Publishing a certified run to a model hub: which files go where, and the upload itself."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.certify.card import write_card
+from pipeline.errors import EnvironmentFailure, InputError, MissingDependency
+from pipeline.files import read_json, sha256_tree, tree_bytes
+from pipeline.runs import RunFolder
+
+PARTS = ("merged", "gguf", "adapter")
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One file and its place in the repository."""
+
+    file: Path
+    path: str
+    bytes: int
+
+
+def plan(run: RunFolder, parts: tuple[str, ...] = PARTS) -> list[Upload]:
+    """The files of a run that a repository gets: weights at its root, adapter below ``adapter/``, card and certificate."""
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise InputError(f"no part {unknown[0]!r}", remedy=f"known: {', '.join(PARTS)}")
+    chosen: list[tuple[Path, str]] = [(write_card(run), "README.md"), (run.manifest, "manifest.json")]
+    chosen.append((run.certificate / "certificate.json", "certificate.json"))
+    if "merged" in parts:
+        chosen += [(path, path.name) for path in sorted(run.merged.iterdir()) if path.is_file()]
+    if "gguf" in parts:
+        chosen += [(run.gguf, run.gguf.name), (run.modelfile, run.modelfile.name)]
+    if "adapter" in parts:
+        # peft's own card there is a template to fill in, and names folders of this machine
+        chosen += [(p, f"adapter/{p.name}") for p in sorted(run.adapter.iterdir()) if p.is_file() and p.name != "README.md"]
+    return [Upload(path, name, tree_bytes(path)) for path, name in chosen if path.is_file()]
+
+
+def require_current_certificate(run: RunFolder) -> None:
+    """InputError unless the run has a certificate that passed and is about the files as they are now."""
+    path = run.certificate / "certificate.json"
+    remedy = f"granite-pipeline certify --run {run.name}, or push with --uncertified"
+    if not path.is_file():
+        raise InputError(f"run {run.name} has no certificate", remedy=remedy)
+    held = read_json(path)
+    if not held["passed"]:
+        raise InputError(f"run {run.name} is not certified: {', '.join(held['broken'])}", remedy=remedy)
+    for name, sha256 in held["subject"]["artefacts"].items():
+        if not (run.path / name).exists() or sha256_tree(run.path / name) != sha256:
+            raise InputError(f"{name} has changed since the certificate was made", remedy=remedy)
+
+
+def push(run: RunFolder, repository: str, uploads: list[Upload], *, private: bool = True) -> str:
+    """Create the repository if needed and upload everything in one commit; returns its address.
+
+    The token is HF_TOKEN's, or the one of an earlier login. Raises EnvironmentFailure with the hub's own words.
+    """
+    try:
+        from huggingface_hub import CommitOperationAdd, HfApi
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    except ImportError:
+        raise MissingDependency("huggingface_hub is not installed", remedy="pip install huggingface_hub") from None
+    import httpx
+
+    api = HfApi(token=os.environ.get("HF_TOKEN") or None)
+    try:
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        operations = [CommitOperationAdd(path_in_repo=one.path, path_or_fileobj=str(one.file)) for one in uploads]
+        api.create_commit(repository, operations, commit_message=f"granite-pipeline: run {run.name}")
+    except HFValidationError as error:
+        raise InputError(f"{repository!r} is no repository name: {error}", remedy="give owner/name") from None
+    except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
+        raise EnvironmentFailure(
+            f"the hub did not take {repository}", evidence=str(error)[:500], remedy="check the network, HF_TOKEN and its rights"
+        ) from None
+    return str(address)

@@ -1,0 +1,82 @@
+"""The certificate against a real vLLM: the run itself, and a vLLM that serves something else under the right name.
+
+Long: three starts of vLLM. Run with ``pytest -m long tests/e2e/test_certify_vllm.py``.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import certified
+import pytest
+import tamper
+import torch
+
+from pipeline import serving
+from pipeline.backends import start
+from pipeline.certify.certificate import Certificate
+from pipeline.config import Settings
+from pipeline.engines.vllm import Vllm
+from pipeline.runs import RunFolder
+from pipeline.serving import Options
+from training.certifying import Scope, certify
+
+pytestmark = [pytest.mark.long, pytest.mark.slow, pytest.mark.e2e]
+SCOPE = Scope(("vllm",), prompts=12, positions=2, keep=False)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    if not Vllm().available().usable:
+        pytest.skip("vLLM is not installed")
+    return certified.make(tmp_path_factory.mktemp("certified") / "run")
+
+
+def _broken(certificate: Certificate) -> set[str]:
+    return {finding.id for finding in certificate.broken}
+
+
+def test_an_untouched_run_is_certified_on_vllm(made: RunFolder) -> None:
+    certificate = certify(made, Settings(), SCOPE)
+    assert (_broken(certificate), certificate.unproven) == (set(), [])
+
+
+def _other_weights(run: RunFolder) -> None:
+    def change(tensors: dict[str, Any]) -> None:
+        generator = torch.Generator().manual_seed(5)
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            noise = torch.randn(tensors[name].shape, generator=generator) * tensors[name].float().std() * 0.3
+            tensors[name] = (tensors[name].float() + noise).half()
+
+    tamper.weights(run.merged / "model.safetensors", change)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda run: tamper.base_as_merged(run, run.output.parent / "base"), {"served.vllm_logprobs", "tuned.vllm"}),
+        (_other_weights, {"served.vllm_logprobs"}),
+    ],
+    ids=["the base", "another run"],
+)
+def test_vllm_serving_something_else_under_the_right_name_is_caught(
+    made: RunFolder, tmp_path: Path, spoil: Callable[[RunFolder], object], expected: set[str]
+) -> None:
+    run = certified.copy(made, tmp_path / "copy")
+    kept = tmp_path / "kept"
+    shutil.copytree(run.merged, kept)
+    spoil(run)
+    try:
+        started = start(run, "vllm", Settings(), Options(purpose="verify"))
+        assert started.endpoint, started.reason
+        # the run's files are its own again; only the running server differs
+        shutil.rmtree(run.merged)
+        shutil.copytree(kept, run.merged)
+        certificate = certify(run, Settings(), SCOPE)
+    finally:
+        serving.stop(run.path, "vllm")
+    assert expected <= _broken(certificate)
+    assert all(one.startswith(("served.vllm", "tuned.vllm", "stops.vllm")) for one in _broken(certificate))

@@ -1,0 +1,101 @@
+"""The model card and the list of files to publish."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from pipeline.certify import certificate as made
+from pipeline.certify.card import plain, write_card
+from pipeline.certify.finding import held
+from pipeline.certify.push import plan, require_current_certificate
+from pipeline.cli import app
+from pipeline.errors import InputError
+from pipeline.manifest import Manifest
+from pipeline.runs import RunFolder
+
+
+@pytest.fixture
+def exported(run: RunFolder) -> RunFolder:
+    """A run folder with every file there, small, and a manifest about them."""
+    for path in (run.adapter / "adapter_model.safetensors", run.adapter / "README.md", run.merged / "config.json", run.gguf, run.modelfile, run.heldout):  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.name)
+    parameters = {"method": "lora", "rank": 16, "base": "/home/someone/models/base", "data": "soc"}
+    inputs: dict[str, Any] = {
+        "parameters": parameters,
+        "base": {"id": "/home/someone/models/base", "revision": None, "sha256": "b" * 64},
+        "data": {"train": "d" * 64},
+    }
+    manifest = Manifest(run.manifest)
+    manifest.record("finetune", inputs, [run.adapter, run.heldout], {"rows": {"train": 40}}, 1.0)
+    manifest.record("merge", {}, [run.merged], {}, 1.0)
+    manifest.record("evaluate_tuned", {}, [], {"n": 12, "exact": 0.9, "json_valid": 1.0, "finish_stop": 1.0}, 1.0)
+    return run
+
+
+def _certify(run: RunFolder, ok: bool = True) -> None:
+    from pipeline.certify.subject import hashes
+
+    finding = held("merge.tensors", ok, "a | b <script>", "1", "IEEE 754")
+    made.save(made.make(run, [finding], {"artefacts": hashes(run)}, offline=False), run.certificate)
+
+
+def test_the_card_has_front_matter_for_the_hub_and_no_path_of_this_machine(exported: RunFolder) -> None:
+    _certify(exported)
+    text = write_card(exported).read_text()
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert front["model-index"][0]["results"][0]["metrics"] == [
+        {"type": "exact", "value": 0.9}, {"type": "json_valid", "value": 1.0}, {"type": "finish_stop", "value": 1.0},
+    ]  # fmt: skip
+    assert "base_model" not in front
+    assert "/home/someone" not in text
+    assert "base fine-tuned with lora on 40 rows" in text
+    assert r"| 2 merge.tensors | proven | a \| b \<script\> | 1 |" in text
+
+
+def test_without_a_certificate_the_card_says_so(exported: RunFolder) -> None:
+    assert "None yet" in write_card(exported).read_text()
+
+
+def test_text_in_a_card_is_text() -> None:
+    assert plain("*a*\n[x](y)\u202e") == r"\*a\* \[x\](y)‹U+202E›"
+
+
+def test_the_plan_lists_weights_card_certificate_and_adapter(exported: RunFolder) -> None:
+    _certify(exported)
+    assert [upload.path for upload in plan(exported)] == [
+        "README.md", "manifest.json", "certificate.json", "config.json", "unsloth.Q8_0.gguf", "Modelfile", "adapter/adapter_model.safetensors",
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="no part 'weights'"):
+        plan(exported, ("weights",))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "words"),
+    [
+        (lambda run: None, "has no certificate"),
+        (lambda run: _certify(run, ok=False), r"not certified: merge\.tensors"),
+        (lambda run: (_certify(run), run.gguf.write_text("other")), r"unsloth\.Q8_0\.gguf has changed"),
+    ],
+)
+def test_only_what_is_certified_is_pushed(exported: RunFolder, prepare: Any, words: str) -> None:
+    prepare(exported)
+    with pytest.raises(InputError, match=words):
+        require_current_certificate(exported)
+
+
+def test_a_dry_run_uploads_nothing(exported: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    _certify(exported)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *_, **__: pytest.fail("asked the hub"))
+    words = ["push", "me/granite", "--run", exported.name, "--output", str(exported.output), "--dry-run", "--json"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert '"dry_run": true' in done.output
+    assert "certificate.json" in done.output

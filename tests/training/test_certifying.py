@@ -1,0 +1,206 @@
+"""The certificate on a real small run: no false alarm, and every way to spoil it caught and named by the right link."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import certified
+import pytest
+import tamper
+import torch
+
+from pipeline import serving
+from pipeline.backends import start
+from pipeline.certify.certificate import Certificate
+from pipeline.config import Settings
+from pipeline.runs import RunFolder
+from pipeline.serving import Options
+from training import gguf
+from training.certifying import Scope, certify, certify_offline
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return certified.make(tmp_path_factory.mktemp("certified") / "run")
+
+
+@pytest.fixture
+def run(made: RunFolder, tmp_path: Path) -> RunFolder:
+    return certified.copy(made, tmp_path / "copy")
+
+
+def _base(run: RunFolder) -> Path:
+    return run.output.parent / "base"
+
+
+def _broken(certificate: Certificate) -> list[str]:
+    return [finding.id for finding in certificate.broken]
+
+
+def test_an_untouched_run_is_certified(made: RunFolder) -> None:
+    certificate = certify_offline(made)
+    assert (_broken(certificate), certificate.unproven) == ([], ["served"])
+    assert {link.key for link in certificate.links} == {"adapter", "merge", "gguf", "tuned", "stops", "custody"}
+    written = json.loads((made.certificate / "certificate.json").read_text())
+    assert (written["id"], written["passed"], written["schema"]) == (certificate.id, True, 1)
+    # a second look uses what was kept for the same hashes, and comes to the same id
+    assert certify_offline(made).id == certificate.id
+
+
+def _gguf_of_the_base(run: RunFolder) -> None:
+    """A real conversion of the base, under the run's name."""
+    other = RunFolder("other", run.output)
+    shutil.copytree(run.merged, other.merged)
+    tamper.base_as_merged(other, _base(run))
+    gguf.convert(other.merged, run.gguf, name=run.name)
+
+
+def _leak(run: RunFolder) -> None:
+    with (run.output.parent / "train.jsonl").open("a") as handle:
+        handle.write((run.output.parent / "held_out.jsonl").read_text().splitlines(keepends=True)[3])
+
+
+def _newline_in_modelfile(run: RunFolder) -> None:
+    tamper.newline_after_role(run.modelfile)
+
+
+TAMPERS: dict[str, tuple[Callable[[RunFolder], object], str, str]] = {
+    "adapter zeroed": (tamper.zero_adapter, "adapter.moved", "28 zero"),
+    "adapter of another run": (tamper.foreign_adapter, "merge.tensors", "another run's adapter"),
+    "merge of the base only": (lambda run: tamper.base_as_merged(run, _base(run)), "merge.tensors", "the adapter was not merged"),
+    "one merged tensor by 1 %": (tamper.perturb_one_tensor, "merge.tensors", tamper.PERTURBED),
+    "two layers swapped": (tamper.swap_layers, "merge.tensors", "in layers 1, 2"),
+    "GGUF of the base": (_gguf_of_the_base, "gguf.tensors", "28 tensors differ"),
+    "one Q8_0 block flipped": (tamper.flip_block, "gguf.tensors", "1 tensors differ, first blk.1.ffn_up.weight"),
+    "GGUF multiplier": (lambda run: tamper.patch_gguf(run, "granite.residual_scale", "<f", 0.3), "gguf.metadata", "residual_scale is 0.3"),
+    "GGUF eos": (lambda run: tamper.patch_gguf(run, "tokenizer.ggml.eos_token_id", "<I", 0), "gguf.metadata", "eos_token_id is 0"),
+    "config eos": (lambda run: tamper.change_json(run.merged / "generation_config.json", lambda c: c.update(eos_token_id=0)), "stops.files", "eos_token_id 0"),
+    "template newline": (lambda run: tamper.newline_after_role(run.merged / "chat_template.jinja"), "merge.tokenizer", "chat template differs"),
+    "Modelfile template newline": (_newline_in_modelfile, "stops.modelfile", "TEMPLATE is not the one derived"),
+    "Modelfile stop removed": (tamper.drop_stop, "stops.modelfile", "PARAMETER stop <|end_of_text|> is missing"),
+    "two tokenizer merges swapped": (tamper.swap_merges, "merge.tokenizer", "in its merges (2 of 48900)"),
+    "held-out row in training": (_leak, "adapter.held_out_unseen", "1 held-out prompts are training rows"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TAMPERS)
+def test_a_tamper_is_named_by_its_own_link_even_with_a_resealed_manifest(run: RunFolder, name: str) -> None:
+    spoil, link, words = TAMPERS[name]
+    spoil(run)
+    tamper.reseal(run)
+    certificate = certify_offline(run)
+    assert _broken(certificate)[0] == link
+    assert words in certificate.broken[0].figure
+    assert not [one for one in _broken(certificate) if one.startswith("custody.")]
+
+
+@pytest.mark.parametrize("name", [name for name in TAMPERS if name not in ("GGUF of the base", "held-out row in training")])
+def test_a_tamper_without_resealing_also_breaks_the_chain_of_custody(run: RunFolder, name: str) -> None:
+    TAMPERS[name][0](run)
+    assert "custody.artefacts" in _broken(certify_offline(run))
+
+
+def test_other_parts_that_also_notice(run: RunFolder) -> None:
+    tamper.swap_merges(run)
+    tamper.reseal(run)
+    assert _broken(certify_offline(run)) == ["merge.tokenizer", "gguf.vocabulary"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "check"),
+    [
+        (lambda d: d["stages"]["finetune"]["result"]["eval_loss"].update(after=0.0), "custody.records"),
+        (lambda d: d["stages"]["finetune"]["inputs"]["parameters"].update(rank=64), "custody.records"),
+        (lambda d: d["stages"]["merge"]["artefacts"]["merged_fp16"].update(sha256="0" * 64), "custody.artefacts"),
+        (lambda d: d["stages"]["evaluate_tuned"]["result"].update(exact=0.99), "custody.scores"),
+        (lambda d: d["stages"]["finetune"]["inputs"]["base"].update(sha256="0" * 64), "custody.base"),
+        (lambda d: d["stages"].pop("merge"), "custody.chain"),
+    ],
+)
+def test_an_edited_manifest_is_seen(run: RunFolder, edit: Callable[[dict[str, Any]], object], check: str) -> None:
+    tamper.change_json(run.manifest, edit)  # type: ignore[arg-type]
+    assert check in _broken(certify_offline(run))
+
+
+def test_a_base_that_is_not_here_leaves_its_links_unproven_not_passed(run: RunFolder) -> None:
+    shutil.rmtree(_base(run))
+    certificate = certify_offline(run)
+    assert "merge" in certificate.unproven
+    moved = next(f for link in certificate.links for f in link.findings if f.id == "adapter.moved")
+    assert (moved.status, "cannot be had here" in moved.figure) == ("skipped", True)
+
+
+SETTINGS = Settings()
+LLAMACPP = Scope(("llamacpp",), prompts=12, positions=2, keep=False)
+
+
+def test_a_run_is_certified_on_a_real_llama_cpp(made: RunFolder) -> None:
+    certificate = certify(made, SETTINGS, LLAMACPP)
+    assert (_broken(certificate), certificate.unproven) == ([], [])
+    measured = {finding.id for link in certificate.links for finding in link.findings if finding.status == "passed"}
+    assert {
+        "merge.logits", "merge.cast_logits", "gguf.tokenizer", "gguf.logits", "served.llamacpp_file", "served.llamacpp_prompts",
+        "served.llamacpp_answers", "served.llamacpp_logprobs", "tuned.llamacpp", "tuned.llamacpp_controls", "stops.llamacpp",
+    } <= measured  # fmt: skip
+
+
+@contextmanager
+def _served_instead(run: RunFolder, swap: Callable[[Path], None]) -> Iterator[None]:
+    """A server of this run, under its name, that loaded another file; the run's own file is back in its place by then."""
+    kept = run.gguf.with_suffix(".kept")
+    run.gguf.rename(kept)
+    swap(run.gguf)
+    try:
+        started = start(run, "llamacpp", SETTINGS, Options(purpose="verify"))
+        assert started.endpoint, started.reason
+        kept.replace(run.gguf)
+        yield
+    finally:
+        serving.stop(run.path, "llamacpp")
+
+
+def _convert(run: RunFolder, change: Callable[[RunFolder], object]) -> Callable[[Path], None]:
+    """A real conversion of what a change makes of the merged folder."""
+
+    def swap(target: Path) -> None:
+        other = RunFolder("other", run.output)
+        shutil.copytree(run.merged, other.merged)
+        change(other)
+        gguf.convert(other.merged, target, name=run.name)
+
+    return swap
+
+
+def _other_weights(run: RunFolder) -> None:
+    """As another seed's training would have left them."""
+
+    def change(tensors: dict[str, Any]) -> None:
+        generator = torch.Generator().manual_seed(5)
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            noise = torch.randn(tensors[name].shape, generator=generator) * tensors[name].float().std() * 0.3
+            tensors[name] = (tensors[name].float() + noise).half()
+
+    tamper.weights(run.merged / "model.safetensors", change)
+
+
+SERVED: dict[str, tuple[Callable[[RunFolder], Callable[[RunFolder], object]], set[str]]] = {
+    "the base": (lambda run: lambda other: tamper.base_as_merged(other, _base(run)), {"gguf.logits", "served.llamacpp_logprobs", "tuned.llamacpp"}),
+    "another run": (lambda _: _other_weights, {"gguf.logits", "served.llamacpp_logprobs"}),
+    "a template with a newline": (lambda _: lambda other: tamper.newline_after_role(other.merged / "chat_template.jinja"), {"served.llamacpp_prompts"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_server_that_loaded_something_else_under_the_right_name_is_caught(run: RunFolder, name: str) -> None:
+    change, expected = SERVED[name]
+    with _served_instead(run, _convert(run, change(run))):
+        certificate = certify(run, SETTINGS, LLAMACPP)
+    assert expected <= set(_broken(certificate))
+    assert all(one.partition(".")[0] in ("gguf", "served", "tuned", "stops") for one in _broken(certificate))

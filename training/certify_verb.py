@@ -1,0 +1,73 @@
+"""``granite-pipeline certify``: prove each link from training to the served answer, or name the broken one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pipeline import config
+from pipeline.certify import signing
+from pipeline.certify.certificate import require_certified
+from pipeline.certify.reporting import publish, table
+from pipeline.runs import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
+
+_BACKENDS = "vllm,llamacpp,ollama"
+
+
+def certify(
+    run: Annotated[str, typer.Option("--run", "--name", help="Name of the run.")] = DEFAULT_NAME,
+    output: Annotated[Path, typer.Option("--output", help="Folder that holds the runs.")] = DEFAULT_OUTPUT,
+    backends: Annotated[str, typer.Option("--backends", help="Comma-separated: vllm,llamacpp,ollama,openai.")] = _BACKENDS,
+    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Held-out prompts put to each backend.")] = 64,
+    own: Annotated[
+        list[str] | None,
+        typer.Option("--eval", metavar="FILE.yaml|MODULE:FUNCTION", help="Your own checks of each backend. Repeatable."),
+    ] = None,
+    tasks: Annotated[str, typer.Option("--tasks", help="lm-evaluation-harness tasks to run against each backend.")] = "",
+    sign: Annotated[Path | None, typer.Option("--sign", metavar="KEY.pem", help="Sign the certificate (EC key).")] = None,
+    public_key: Annotated[
+        Path | None, typer.Option("--public-key", metavar="KEY.pem", help="With --offline: check the signed certificate too.")
+    ] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Only what files prove: no server, no model in memory.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the certificate as JSON.")] = False,
+) -> None:
+    """Certify that what is served is what was trained: seven links, each with its figure and the bound it is held to.
+
+    The adapter moved; merged = base + adapter, weight by weight and as distributions; GGUF = merged; each backend = the
+    in-process model; tuned is not the base; it stops; the hashes from dataset to launch hold. Writes certificate/ in the run
+    folder (certificate.json, junit.xml), adds it to the report, and writes the model card README.md. Exit code 1 when a link
+    is broken; the message names it.
+
+    Your own checks: a YAML list of entries with a prompt (or messages) and a check, one of exact, contains, regex, json_schema; or
+    module:function, which gets ask(prompt or messages) and returns names with true, false or a share. See docs/examples.
+
+    Examples:
+      granite-pipeline certify
+      granite-pipeline certify --offline --json
+      granite-pipeline certify --run mine --backends llamacpp --eval docs/examples/soc_checks.yaml
+    """
+    from training import certifying
+
+    folder = RunFolder(run, output)
+    if offline:
+        certificate = certifying.certify_offline(folder, public_key)
+    else:
+        names = tuple(name.strip() for name in backends.split(",") if name.strip())
+        scope = certifying.Scope(names, prompts, own=tuple(own or ()), tasks=tasks)
+        certificate = certifying.certify(folder, config.load(), scope)
+    if sign is not None:
+        signing.sign(folder, sign)
+    # a check of a signed certificate changes nothing
+    paths = publish(folder, certificate) if public_key is None else None
+    if as_json:
+        typer.echo(json.dumps(certificate.to_json(), ensure_ascii=False, indent=2))
+    console = Console(stderr=True)
+    console.print(table(certificate))
+    console.print(f"certificate: {folder.certificate / 'certificate.json'}", soft_wrap=True)
+    if paths is not None:
+        console.print(f"report: {paths.html}", soft_wrap=True)
+    require_certified(certificate)

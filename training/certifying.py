@@ -1,0 +1,259 @@
+"""Certify a run: gather its base, data and evidence, judge every link, write certificate and report."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline import backends, serving
+from pipeline.certify import adapter, custody, gguf_file, merged, signing, stopping, tuned
+from pipeline.certify.bounds import CAST, MEASURED, MERGE, Bound
+from pipeline.certify.cache import Cache
+from pipeline.certify.certificate import Certificate, make, save
+from pipeline.certify.distributions import Reference
+from pipeline.certify.evidence import Plan, collect
+from pipeline.certify.finding import Finding, Status, held, skipped
+from pipeline.certify.harness import run_tasks
+from pipeline.certify.own import load as load_own
+from pipeline.certify.own import run_own
+from pipeline.certify.served import judge
+from pipeline.certify.subject import Data, Subject, hashes
+from pipeline.config import Settings
+from pipeline.errors import DataError, InputError, PipelineError
+from pipeline.files import read_json, write_json
+from pipeline.manifest import Manifest
+from pipeline.material import Material, read_material
+from pipeline.runs import RunFolder
+from pipeline.score import read_held_out, read_reference
+from pipeline.serving import Options
+from pipeline.tensors import TensorFolder
+from pipeline.waiting import wait_for
+from training import probes
+from training.base import resolve
+from training.data import load, overlap
+from training.finetune import read_split
+from training.parameters import FinetuneParameters
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which backends are questioned, on how many held-out prompts, at how many positions of each; ``keep`` leaves servers up.
+
+    ``own`` are the user's own checks (YAML files, module:function), ``tasks`` those of lm-evaluation-harness.
+    """
+
+    backends: tuple[str, ...]
+    prompts: int = probes.ROWS
+    positions: int = 2
+    keep: bool = True
+    own: tuple[str, ...] = ()
+    tasks: str = ""
+
+
+def quick(names: Sequence[str], *, keep: bool) -> Scope:
+    """Beside ``verify``, which asks every prompt already: enough to tell another model apart, in seconds."""
+    return Scope(tuple(names), prompts=16, positions=1, keep=keep)
+
+
+def certify(run: RunFolder, settings: Settings, scope: Scope) -> Certificate:
+    """Every link: from the files, with the models in process, and on each backend, which is attached to or started.
+
+    A server that was up stays up (with ``scope.keep``). A backend that cannot be had here is skipped with its reason.
+    """
+    for spec in scope.own:
+        load_own(spec)  # a mistake in it shows before any server starts
+    subject = read_subject(run)
+    log.info("certify: files")
+    findings = offline_findings(subject)
+    if not run.merged.is_dir():
+        raise InputError(f"run {run.name} has no {run.merged.name}", remedy=f"granite-pipeline export --run {run.name}")
+    log.info("certify: the models in process")
+    probes.probe(run)
+    reference = Reference.from_json(read_json(run.probes))
+    findings += in_process(reference)
+    material = read_material(run)
+    chosen = sorted({probe.row for probe in reference.held_out})
+    plan = Plan(tuple(chosen[i] for i in probes.spread(len(chosen), scope.prompts)), scope.positions)
+    for name in scope.backends:
+        findings += _backend(name, subject, settings, (reference, material, plan), scope)
+    certificate = make(run, findings, described(subject), offline=False)
+    save(certificate, run.certificate)
+    return certificate
+
+
+def in_process(reference: Reference) -> list[Finding]:
+    """Base + adapter against the merged sum, and the sum against its float16 cast, as next-token distributions."""
+    found = []
+    for check_id, key, bound in (("merge.logits", "merge", MERGE), ("merge.cast_logits", "cast", CAST)):
+        seen = reference.figures.get(key)
+        if seen is None:
+            found.append(skipped(check_id, "full fine-tuning has no adapter to add"))
+            continue
+        ok = seen["kl"] <= bound.kl and seen["top1"] >= bound.top1 and seen["max_difference"] <= bound.gap
+        figure = f"KL {seen['kl']:.1e}, largest difference {seen['max_difference']:.1e}, top-1 {seen['top1']:.1%} at {seen['n']} positions"
+        found.append(held(check_id, ok, figure, _stated(bound), MEASURED, **seen))
+    drift = reference.figures["drift"]
+    figure = f"on control prompts outside the data: KL from the base {drift['kl']:.2f} nats, top-1 agreement {drift['top1']:.1%}"
+    return [
+        *found,
+        Finding("tuned.drift", "passed", figure, "stated, not bounded", "what this training does to other topics", drift),
+    ]
+
+
+def _stated(bound: Bound) -> str:
+    return f"KL {bound.kl:.0e}, difference {bound.gap:g}, top-1 {bound.top1:.0%}"
+
+
+def _backend(
+    name: str, subject: Subject, settings: Settings, asked: tuple[Reference, Material, Plan], scope: Scope
+) -> list[Finding]:
+    run, (reference, material, plan) = subject.run, asked
+    attached = backends.find(run, name, settings) is not None
+    started = backends.start(run, name, settings, Options(purpose="verify", owner=os.getpid()))
+    if started.endpoint is None:
+        status: Status = "skipped" if started.status == "skipped" else "failed"
+        return [Finding(f"served.{name}", status, started.reason.partition("; to have it: ")[0])]
+    try:
+        log.info("certify: %s, %d prompts", name, len(plan.rows))
+        evidence = wait_for(collect(started.endpoint, run, material, reference, plan))
+        own = [run_own(spec, started.endpoint, run) for spec in scope.own]
+        own += [run_tasks(started.endpoint, run, scope.tasks)] if scope.tasks else []
+    except PipelineError as error:
+        return [Finding(f"served.{name}", "failed", str(error))]
+    finally:
+        if not (scope.keep and attached):
+            serving.stop(run.path, name)
+    write_json(run.certificate / f"evidence-{name}.json", asdict(evidence))
+    log.info("certify: %s answered in %.0f s", name, evidence.seconds)
+    return [*judge(evidence, subject, reference, material.base, material.tuned), *own]
+
+
+def certify_offline(run: RunFolder, public_key: Path | None = None) -> Certificate:
+    """Every link that files alone can prove, without a server and without loading a model.
+
+    With a ``public_key`` the signed certificate is checked too, and left in its place.
+    """
+    subject = read_subject(run)
+    signed = [signing.check_signed(run, public_key)] if public_key else []
+    certificate = make(run, [*offline_findings(subject), *signed], described(subject), offline=True)
+    if not signed:
+        save(certificate, run.certificate)
+    return certificate
+
+
+def read_subject(run: RunFolder) -> Subject:
+    """The run with hashes taken now, its base and its dataset; InputError when nothing was exported."""
+    manifest = Manifest(run.manifest)
+    if not manifest.stage("finetune"):
+        raise InputError(f"run {run.name} has no manifest of a training", remedy=f"granite-pipeline run --name {run.name}")
+    missing: dict[str, str] = {}
+    inputs = manifest.stage("finetune")["inputs"]
+    base = sha256 = data = None
+    try:
+        found = resolve(inputs["parameters"]["base"], run.output / ".base", inputs["base"]["revision"])
+        base, sha256 = found.folder, found.sha256
+    except (PipelineError, KeyError) as error:
+        missing["base"] = f"the base model cannot be had here: {str(error).splitlines()[0]}"
+    try:
+        data = _data(run, FinetuneParameters(**inputs["parameters"]))
+    except (InputError, OSError, TypeError) as error:
+        missing["data"] = f"the dataset cannot be read here: {str(error).splitlines()[0]}"
+    return Subject(run, manifest, base, sha256, data, missing, hashes(run))
+
+
+def _data(run: RunFolder, params: FinetuneParameters) -> Data:
+    try:
+        split = read_split(params)
+    except DataError as error:
+        if "held-out prompts are also in the training rows" not in error.message:
+            raise
+        train = load(params.data)
+        hashes_now = {"train": train.sha256} | ({"eval": load(params.eval_data).sha256} if params.eval_data else {})
+        return Data(hashes_now, tuple(error.evidence.split(", ")), len(train.rows))
+    held_out = load(str(run.heldout)).rows
+    return Data(split.sha256, tuple(row.where for row in overlap(split.train, held_out)), len(split.train))
+
+
+def described(subject: Subject) -> dict[str, object]:
+    """What the certificate says it is about."""
+    inputs = subject.stage("finetune")["inputs"]
+    return {"base": inputs["base"], "data": inputs["data"], "artefacts": dict(subject.sha256), "parameters": inputs["parameters"]}
+
+
+def offline_findings(subject: Subject) -> list[Finding]:
+    """Links 1, 2, 3, 5, 6 and 7 as far as files can tell."""
+    run = subject.run
+    cache = Cache(run.certificate / "cache.json")
+    found = [*_adapter(subject, cache), *_merge(subject, cache)]
+    if run.gguf.is_file() and run.merged.is_dir():
+        keys = {name: subject.sha256[name] for name in (run.merged.name, run.gguf.name)}
+        found += cache.get("gguf", keys, lambda: gguf_file.check_gguf(run.merged, run.gguf))
+    else:
+        found.append(Finding("gguf.tensors", "failed", f"run {run.name} has no {run.gguf.name} or no {run.merged.name}"))
+    return [*found, *_answers(subject), *custody.check_custody(subject)]
+
+
+def _adapter(subject: Subject, cache: Cache) -> list[Finding]:
+    run, base = subject.run, subject.base
+    found = adapter.learnt(subject.stage("finetune")["result"])
+    if subject.data is not None:
+        leaked = subject.data.leaked
+        figure = f"{len(leaked)} held-out prompts are training rows too ({', '.join(leaked[:3])})" if leaked else ""
+        figure = figure or f"no held-out prompt among {subject.data.train_rows} training rows"
+        found.append(held("adapter.held_out_unseen", not leaked, figure, "none", "a score on seen prompts proves nothing"))
+    else:
+        found.append(skipped("adapter.held_out_unseen", subject.missing["data"]))
+    if base is None:
+        return [skipped("adapter.moved", subject.missing["base"]), *found]
+    keys = {"adapter": subject.sha256.get("adapter"), "base": subject.base_sha256}
+    moved = cache.get("adapter", keys, lambda: [_moved(run.adapter, base, full=subject.full)])
+    return [*moved, *found]
+
+
+def _moved(folder: Path, base: Path, *, full: bool) -> Finding:
+    if full:
+        return adapter.moved_full(TensorFolder(folder), TensorFolder(base))
+    return adapter.moved(folder, TensorFolder(base))
+
+
+def _merge(subject: Subject, cache: Cache) -> list[Finding]:
+    run, base = subject.run, subject.base
+    if base is None:
+        return [skipped("merge.tensors", subject.missing["base"])]
+    keys = {name: subject.sha256.get(name) for name in ("adapter", run.merged.name)} | {"base": subject.base_sha256}
+
+    def work() -> Sequence[Finding]:
+        try:
+            lora = None if subject.full else adapter.read_lora(run.adapter)
+            tuned_weights = TensorFolder(run.adapter)
+            weights = merged.compare_weights(TensorFolder(base), lora, tuned_weights, TensorFolder(run.merged))
+        except (PipelineError, OSError, KeyError) as error:
+            weights = [Finding("merge.tensors", "failed", str(error).splitlines()[0])]
+        return [*weights, *merged.compare_files(base, run.merged)]
+
+    return cache.get("merge", keys, work)
+
+
+def _answers(subject: Subject) -> list[Finding]:
+    """What the recorded in-process answers prove: the scores, the canaries and the stops."""
+    run = subject.run
+    try:
+        rows = read_held_out(run.heldout)
+        base, after = (read_reference(run.reference(which)) for which in ("base", "tuned"))
+    except InputError as error:
+        return [skipped("tuned.scores", error.message), *stopping.check_files(subject)]
+    if not len(rows) == len(base) == len(after):
+        wrong = Finding("tuned.scores", "failed", f"{len(base)} and {len(after)} reference answers to {len(rows)} held-out rows")
+        return [wrong, *stopping.check_files(subject)]
+    return [
+        tuned.check_canaries(base, after),
+        *tuned.check_scores(rows, base, after),
+        *stopping.check_files(subject),
+        stopping.check_turns(run, rows),
+        stopping.check_answers("in_process", stopping.share_stopped(after), len(after), cut_short=subject.cut_short),
+    ]
