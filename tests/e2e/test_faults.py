@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import psutil
 import pytest
-from faults import Watched, cli, copy_of, embedded_gguf, nothing_left, processes_of, request_of, starts, target_of, until
+from serving_faults import Watched, cli, copy_of, embedded_gguf, nothing_left, processes_of, request_of, starts, target_of, until
 
 from pipeline import server, serving
 from pipeline.errors import EnvironmentFailure, StartFailure

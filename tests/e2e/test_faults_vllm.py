@@ -14,7 +14,7 @@ from unittest import mock
 import psutil
 import pytest
 import tiny
-from faults import nothing_left, request_of, starts, target_of, until
+from serving_faults import nothing_left, request_of, starts, target_of, until
 
 from pipeline import server, serving
 from pipeline.engines.vllm import Vllm

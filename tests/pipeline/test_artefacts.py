@@ -32,11 +32,8 @@ def run(tmp_path: Path, tokenizer_folder: Path, write_gguf) -> RunFolder:
         "end_token": "<|end_of_text|>",
         "end_token_id": ids["<|end_of_text|>"],
     }
-    manifest.data["stages"] = {
-        "merge": {"result": {"tokenizer": recorded}},
-        "finetune": {"result": {"system": "Answer in JSON."}},
-    }
-    manifest.save()
+    manifest.record("merge", {}, [], {"tokenizer": recorded}, 0)
+    manifest.record("finetune", {}, [], {"system": "Answer in JSON."}, 0)
     return folder
 
 

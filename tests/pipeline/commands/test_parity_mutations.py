@@ -64,8 +64,8 @@ def run(tmp_path: Path, tokenizer_folder: Path, write_gguf) -> Path:
     )
     manifest = Manifest(folder / "manifest.json")
     tokenizer = {"chat_template_sha256": template.sha256, "end_token": "<|end_of_text|>", "end_token_id": end}
-    manifest.data["stages"] = {"merge": {"result": {"tokenizer": tokenizer}}, "finetune": {"result": {"system": SYSTEM}}}
-    manifest.save()
+    manifest.record("merge", {}, [], {"tokenizer": tokenizer}, 0)
+    manifest.record("finetune", {}, [], {"system": SYSTEM}, 0)
     return folder
 
 
