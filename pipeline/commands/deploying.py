@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
 from rich.console import Console
 
-from pipeline import config, engines, server, services
+from pipeline import config, engines, services
+from pipeline.commands.serving import attend
 from pipeline.errors import InputError, MissingDependency
 from pipeline.gateway import DEFAULT_PORT, REQUEST_TIMEOUT, Strategy
 from pipeline.runs import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
@@ -152,16 +152,8 @@ def _serve(launch: services.Launch, output: Path, *, detach: bool) -> None:
         owner = None if detach else os.getpid()
         process = services.start(launch, output, owner, lambda text: spinner.update(text[:120]))
     console.print(f"{launch.engine}: {launch.url}, log {process.log}", soft_wrap=True, markup=False, highlight=False)
-    if detach:
-        return
-    try:
-        while process.alive:
-            time.sleep(0.5)
-        raise server.failure(process, "died while serving")
-    except KeyboardInterrupt:
-        console.print("stopping")
-    finally:
-        services.stop(launch.engine, output)
+    if not detach:
+        attend(process, lambda: services.stop(launch.engine, output))
 
 
 def _stop(name: str, output: Path) -> None:

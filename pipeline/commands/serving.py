@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -89,17 +89,20 @@ def run_server(engine: str, target: Target, options: Options, *, detach: bool) -
     with console.status(f"starting {engine}") as spinner:
         endpoint = serving.serve(engine, target, options, lambda text: spinner.update(text[:120]))
     show(endpoint, console)
-    process = endpoint.server
-    if detach or process is None:
-        return
+    if not detach and endpoint.server is not None:
+        attend(endpoint.server, lambda: serving.stop(target.folder, engine))
+
+
+def attend(process: server.Server, stop: Callable[[], object]) -> None:
+    """Stay beside a server until Ctrl-C, and stop it then; EngineError when it dies first."""
     try:
         while process.alive:
             time.sleep(0.5)
         raise server.failure(process, "died while serving")
     except KeyboardInterrupt:
-        console.print("stopping")
+        Console(stderr=True).print("stopping")
     finally:
-        serving.stop(target.folder, engine)
+        stop()
 
 
 def show(endpoint: Endpoint, console: Console) -> None:
