@@ -38,7 +38,8 @@ def doctor(
       granite-pipeline doctor
       granite-pipeline doctor --run mine --base ibm-granite/granite-4.0-350m --json
     """
-    from pipeline.doctor import Facts, Finding, examine
+    from pipeline.doctor import examine
+    from pipeline.doctor_facts import Facts, Finding
     from pipeline.troubleshoot import look
 
     facts = Facts.gather(RunFolder(run, output), base)

@@ -17,7 +17,8 @@ import pytest
 
 from pipeline import doctor, installed
 from pipeline.config import Settings
-from pipeline.doctor import Facts, Finding, examine
+from pipeline.doctor import examine
+from pipeline.doctor_facts import Facts, Finding
 from pipeline.engines.base import Availability
 from pipeline.installed import Installed
 from pipeline.machines import hardware_from
