@@ -89,9 +89,10 @@ def taken() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
-def test_a_port_in_use_says_who_holds_it(taken: int, tmp_path: Path) -> None:
+def test_a_port_in_use_says_who_holds_it(taken: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import tiny
 
+    monkeypatch.setitem(tiny._COMMON, "hidden_size", 128)  # heads of 32, for which vLLM has a kernel
     folder = tiny.make("3.x-dense", tmp_path / "model")
     done = _cli("serve", "vllm", "--model", str(folder), "--port", str(taken), "--output", str(tmp_path))
     assert done.returncode == 3, done.stderr[-2000:]
