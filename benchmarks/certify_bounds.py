@@ -35,7 +35,7 @@ def main() -> None:
     options.add_argument("--seeds", type=int, default=10)
     options.add_argument("--variant", default="3.x-dense")
     options.add_argument("--backends", default="llamacpp")
-    options.add_argument("--out", type=Path, default=Path("/tmp/certify-bounds"))
+    options.add_argument("--out", type=Path, default=Path("benchmarks/results/certify"))
     options.add_argument("--run")
     options.add_argument("--output", type=Path, default=Path("training/output"))
     args = options.parse_args()
