@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import InputError
 from pipeline.secrets import mask
+from pipeline.secrets import values as secret_values
 
 Status = Literal["passed", "failed", "skipped", "warning"]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -242,16 +243,17 @@ def parse(data: Mapping[str, Any]) -> Result:
     return result
 
 
-def clean(value: Any) -> Any:
+def clean(value: Any, known: Sequence[str] | None = None) -> Any:
     """A copy that JSON, HTML and XML can carry: NaN and infinity become null, lone surrogates U+FFFD, secrets are masked."""
+    known = secret_values() if known is None else known
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, str):
-        return mask(_SURROGATE.sub("\ufffd", value))
+        return mask(_SURROGATE.sub("\ufffd", value), known)
     if isinstance(value, Mapping):
-        return {clean(str(k)): "(hidden)" if _SECRET.search(str(k)) and v else clean(v) for k, v in value.items()}
+        return {clean(str(k), known): "(hidden)" if _SECRET.search(str(k)) and v else clean(v, known) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [clean(item) for item in value]
+        return [clean(item, known) for item in value]
     return value
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 MASK = "********"
@@ -35,21 +35,22 @@ def values() -> list[str]:
     return sorted((value for value in found if len(value) >= _SHORTEST), key=len, reverse=True)
 
 
-def mask(text: str) -> str:
-    """The text with every secret in it replaced."""
-    for value in values():
+def mask(text: str, known: Sequence[str] | None = None) -> str:
+    """The text with every secret in it replaced; ``known`` spares a caller with many texts :func:`values` for each."""
+    for value in values() if known is None else known:
         text = text.replace(value, MASK)
     return _LOOKS.sub(MASK, text)
 
 
-def masked(value: Any) -> Any:
+def masked(value: Any, known: Sequence[str] | None = None) -> Any:
     """A copy of JSON-like data with every text in it masked, keys too."""
+    known = values() if known is None else known
     if isinstance(value, str):
-        return mask(value)
+        return mask(value, known)
     if isinstance(value, Mapping):
-        return {mask(str(key)): masked(item) for key, item in value.items()}
+        return {mask(str(key), known): masked(item, known) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [masked(item) for item in value]
+        return [masked(item, known) for item in value]
     return value
 
 
