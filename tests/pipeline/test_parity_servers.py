@@ -41,7 +41,8 @@ def test_the_whole_suite_on_a_server_started_for_it(run):
 
 @pytest.mark.slow
 def test_a_server_that_does_not_start_is_an_error_with_its_words(run):
-    run.gguf.write_bytes(run.gguf.read_bytes()[:200_000])
+    # a whole file by its header, in which llama.cpp misses a tensor
+    run.gguf.write_bytes(run.gguf.read_bytes().replace(b"output_norm.weight", b"output_gone.weight"))
     with pytest.raises(EngineError) as caught, run_servers(run, ["llamacpp"], start=True):
         pass
     assert caught.value.message == "llamacpp did not start for the comparison"
