@@ -129,3 +129,15 @@ def change_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     data = json.loads(path.read_text(encoding="utf-8"))
     change(data)
     write_json(path, data)
+
+
+def other_weights(run: RunFolder) -> None:
+    """As another seed's training would have left them."""
+
+    def change(tensors: dict[str, Any]) -> None:
+        generator = torch.Generator().manual_seed(5)
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            noise = torch.randn(tensors[name].shape, generator=generator) * tensors[name].float().std() * 0.3
+            tensors[name] = (tensors[name].float() + noise).half()
+
+    weights(run.merged / "model.safetensors", change)

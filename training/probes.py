@@ -15,7 +15,7 @@ from typing import Any
 import pipeline.certify
 from pipeline.certify.distributions import ASKED, Probe, Reference
 from pipeline.chat import ChatTemplate
-from pipeline.files import read_json, sha256_file, sha256_tree, write_json
+from pipeline.files import read_json, sha256_file, write_json
 from pipeline.manifest import Manifest
 from pipeline.neutralise import control_tokens, neutralise_message
 from pipeline.runs import RunFolder
@@ -46,7 +46,8 @@ class Passage:
 
 def probe(run: RunFolder, *, force: bool = False) -> StageResult:
     """Leave ``reference/probes.json``; skipped when base, adapter, merged folder and held-out rows are unchanged."""
-    tuned = Manifest(run.manifest).stage("finetune")
+    manifest = Manifest(run.manifest)
+    tuned = manifest.stage("finetune")
     parameters = tuned["inputs"]["parameters"]
     base = resolve(parameters["base"], run.output / ".base", tuned["inputs"]["base"]["revision"])
     inputs = {
@@ -54,8 +55,8 @@ def probe(run: RunFolder, *, force: bool = False) -> StageResult:
         "heldout": sha256_file(run.heldout),
         "answers": sha256_file(run.reference("tuned")),
         "base": base.sha256,
-        "adapter": sha256_tree(run.adapter),
-        "merged": sha256_tree(run.merged),
+        "adapter": manifest.sha256(run.adapter),
+        "merged": manifest.sha256(run.merged),
     }
 
     def work() -> dict[str, Any]:

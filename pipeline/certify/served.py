@@ -37,8 +37,8 @@ def _file(evidence: Evidence, subject: Subject) -> Finding:
     if evidence.file_sha256 is None:
         return skipped(check_id, f"it loaded {evidence.file}, which cannot be read here")
     same = evidence.file_sha256 == want
-    figure = f"it loaded {'this run' if same else 'another'} {'export' if same else 'model'}: sha256 {evidence.file_sha256[:12]}"
-    figure = figure.replace("this run export", "this run's export")
+    loaded = "this run's export" if same else "another model"
+    figure = f"it loaded {loaded}: sha256 {evidence.file_sha256[:12]}"
     return held(check_id, same, figure, f"{str(want)[:12]}", "hash of the file the server names, taken now")
 
 

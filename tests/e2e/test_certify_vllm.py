@@ -8,12 +8,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import certified
 import pytest
 import tamper
-import torch
 
 from pipeline import serving
 from pipeline.backends import start
@@ -44,21 +42,11 @@ def test_an_untouched_run_is_certified_on_vllm(made: RunFolder) -> None:
     assert (_broken(certificate), certificate.unproven) == (set(), [])
 
 
-def _other_weights(run: RunFolder) -> None:
-    def change(tensors: dict[str, Any]) -> None:
-        generator = torch.Generator().manual_seed(5)
-        for name in [name for name in tensors if name.endswith("_proj.weight")]:
-            noise = torch.randn(tensors[name].shape, generator=generator) * tensors[name].float().std() * 0.3
-            tensors[name] = (tensors[name].float() + noise).half()
-
-    tamper.weights(run.merged / "model.safetensors", change)
-
-
 @pytest.mark.parametrize(
     ("spoil", "expected"),
     [
         (lambda run: tamper.base_as_merged(run, run.output.parent / "base"), {"served.vllm_logprobs", "tuned.vllm"}),
-        (_other_weights, {"served.vllm_logprobs"}),
+        (tamper.other_weights, {"served.vllm_logprobs"}),
     ],
     ids=["the base", "another run"],
 )

@@ -12,7 +12,6 @@ from typing import Any
 import certified
 import pytest
 import tamper
-import torch
 
 from pipeline import serving
 from pipeline.backends import start
@@ -178,22 +177,10 @@ def _convert(run: RunFolder, change: Callable[[RunFolder], object]) -> Callable[
     return swap
 
 
-def _other_weights(run: RunFolder) -> None:
-    """As another seed's training would have left them."""
-
-    def change(tensors: dict[str, Any]) -> None:
-        generator = torch.Generator().manual_seed(5)
-        for name in [name for name in tensors if name.endswith("_proj.weight")]:
-            noise = torch.randn(tensors[name].shape, generator=generator) * tensors[name].float().std() * 0.3
-            tensors[name] = (tensors[name].float() + noise).half()
-
-    tamper.weights(run.merged / "model.safetensors", change)
-
-
 SERVED: dict[str, tuple[Callable[[RunFolder], Callable[[RunFolder], object]], set[str]]] = {
     "the base": (lambda run: lambda other: tamper.base_as_merged(other, _base(run)), {"gguf.logits", "served.llamacpp_logprobs", "tuned.llamacpp"}),
     # two tiny models of random weights are too flat to be told apart by their distributions; their answers tell
-    "another run": (lambda _: _other_weights, {"tuned.llamacpp"}),
+    "another run": (lambda _: tamper.other_weights, {"tuned.llamacpp"}),
     "a template with a newline": (lambda _: lambda other: tamper.newline_after_role(other.merged / "chat_template.jinja"), {"served.llamacpp_prompts"}),
 }  # fmt: skip
 
