@@ -8,19 +8,17 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
-from pipeline import __version__, charts
+from pipeline import __version__, charts, html
 from pipeline.answers import Comparison, compare, show, visible
 from pipeline.certify.view import view
 from pipeline.phrases import NONE, duration, first_line, flatten, listing, moment, percent, plain, points, was, words
 from pipeline.result import Backend, Check, Example, Feature, Result
 
-_TEMPLATES = Path(__file__).with_name("templates")
 _OPEN_EXAMPLES = 3
 
 
@@ -75,7 +73,7 @@ class Sheet:
 
 def render(result: Result) -> str:
     """The whole page."""
-    css = (_TEMPLATES / "report.css").read_text(encoding="utf-8")
+    css = (html.TEMPLATES / "report.css").read_text(encoding="utf-8")
     return (
         _environment()
         .get_template("report.html.j2")
@@ -188,14 +186,7 @@ def sheets(examples: Sequence[Example]) -> list[Sheet]:
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        finalize=_finalize,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = html.environment()
     environment.filters.update(
         percent=percent,
         duration=duration,
@@ -207,11 +198,6 @@ def _environment() -> Environment:
         plain=plain,
     )
     return environment
-
-
-def _finalize(value: Any) -> Any:
-    """Applied to every expression of the template before escaping: no text from outside can hide or reorder what is shown."""
-    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _group(name: str, status: str, checks: Sequence[Check], reason: str) -> Group:

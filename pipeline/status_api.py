@@ -14,18 +14,15 @@ from typing import Any
 
 from fastapi import FastAPI, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline import __version__
-from pipeline.answers import visible
+from pipeline import __version__, html
 from pipeline.certify.certificate import summaries
 from pipeline.config import Settings, without_password
 from pipeline.observer import Observer, Seen
 from pipeline.runs import DEFAULT_OUTPUT
 
 DEFAULT_PORT = 8080
-_TEMPLATES = Path(__file__).with_name("templates")
 
 
 def create_app(settings: Settings, output: Path = DEFAULT_OUTPUT) -> FastAPI:
@@ -62,9 +59,9 @@ def add_routes(app: FastAPI, settings: Settings, observer: Observer) -> None:
         return PlainTextResponse(exposition(settings, observer), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     def page() -> Response:
-        html, policy = status_page(settings, observer)
+        page, policy = status_page(settings, observer)
         headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
-        return HTMLResponse(html, headers={**headers, "Cache-Control": "no-store"})
+        return HTMLResponse(page, headers={**headers, "Cache-Control": "no-store"})
 
     app.add_api_route("/api/v1/inference/status", status)
     for path, endpoint in (("/health", health), ("/models", models), ("/metrics", metrics)):
@@ -115,14 +112,14 @@ def exposition(settings: Settings, observer: Observer) -> str:
 
 def status_page(settings: Settings, observer: Observer) -> tuple[str, str]:
     """The page for people and its Content-Security-Policy: no script, nothing fetched, its own style only."""
-    css = (_TEMPLATES / "status.css").read_text(encoding="utf-8")
+    css = (html.TEMPLATES / "status.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     status = inference_status(settings, observer)
     rows = {name: backend_json(seen) for name, seen in observer.seen.items()}
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    html = _template().render(status=status, rows=rows, css=Markup(css), now=now, version=__version__, stale=observer.stale)
-    return html, policy
+    page = _template().render(status=status, rows=rows, css=Markup(css), now=now, version=__version__, stale=observer.stale)
+    return page, policy
 
 
 def _samples(name: str, settings: Settings, observer: Observer) -> list[tuple[dict[str, str], float]]:
@@ -160,12 +157,4 @@ def _moment(timestamp: float) -> str | None:
 
 @cache
 def _template() -> Any:
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
-    )
-    return environment.get_template("status.html.j2")
+    return html.environment().get_template("status.html.j2")
