@@ -1,6 +1,7 @@
 """Measure what the certificate's bounds are set by: distances of untampered runs over seeds, and of runs that are not the same.
 
     python benchmarks/certify_bounds.py --seeds 10 --out DIR                # tiny models, llama.cpp: false alarms
+    python benchmarks/certify_bounds.py --base embedded --steps 120 --seeds 3 --backends vllm,llamacpp   # a real chat model
     python benchmarks/certify_bounds.py --run generic --output training/output   # an existing run, from its evidence
 
 Prints one line a run and the largest figure of each kind; the distances between different seeds say how far apart the bounds
@@ -14,7 +15,6 @@ import itertools
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -25,15 +25,28 @@ from pipeline.certify.distributions import Reference, compare_tops
 from pipeline.config import Settings
 from pipeline.files import read_json
 from pipeline.runs import RunFolder
+from training import evaluate, gguf, merge, package, probes, soc
 from training.certifying import Scope, certify
+from training.finetune import finetune
+from training.parameters import FinetuneParameters
 
-KINDS = ("merge.logits", "merge.cast_logits", "gguf.logits", "served.vllm_logprobs")
+KINDS = (
+    "merge.logits",
+    "merge.cast_logits",
+    "gguf.logits",
+    "served.vllm_logprobs",
+    "served.llamacpp_answers",
+    "served.vllm_answers",
+)
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--seeds", type=int, default=10)
-    options.add_argument("--variant", default="3.x-dense")
+    options.add_argument("--variant", default="3.x-dense", help="architecture of the tiny models")
+    options.add_argument("--base", help="fine-tune this base on the SOC data instead of a tiny model of random weights")
+    options.add_argument("--steps", type=int, default=120, help="training steps with --base")
+    options.add_argument("--rows", type=int, default=52, help="held-out rows with --base")
     options.add_argument("--backends", default="llamacpp")
     options.add_argument("--out", type=Path, default=Path("benchmarks/results/certify"))
     options.add_argument("--run")
@@ -43,9 +56,29 @@ def main() -> None:
     if args.run:
         report([(args.run, certify(RunFolder(args.run, args.output), Settings(), scope))])
         return
-    runs = [certified.make(args.out / args.variant, seed=seed, variant=args.variant) for seed in range(1, args.seeds + 1)]
-    report([(run.name, certify(run, Settings(), scope)) for run in runs])
+    runs, certificates = [], []
+    for seed in range(1, args.seeds + 1):
+        runs.append(
+            _trained(args, seed) if args.base else certified.make(args.out / args.variant, seed=seed, variant=args.variant)
+        )
+        certificates.append((runs[-1].name, certify(runs[-1], Settings(), scope)))
+        report(certificates[-1:])
+    report(certificates)
     between(runs)
+
+
+def _trained(args: argparse.Namespace, seed: int) -> RunFolder:
+    """The whole export of a real fine-tune with one seed."""
+    run = RunFolder(f"seed{seed}", args.out)
+    args.out.mkdir(parents=True, exist_ok=True)
+    held_out = args.out / "held_out.jsonl"
+    held_out.write_text("".join(soc.EVAL.read_text(encoding="utf-8").splitlines(keepends=True)[: args.rows]), encoding="utf-8")
+    finetune(
+        run, FinetuneParameters(base=args.base, eval_data=str(held_out), max_steps=args.steps, learning_rate=2e-3, seed=seed)
+    )
+    for stage in (merge.merge, gguf.export_gguf, package.package, evaluate.evaluate):
+        stage(run)
+    return run
 
 
 def report(certificates: list[tuple[str, Certificate]]) -> None:
@@ -55,28 +88,30 @@ def report(certificates: list[tuple[str, Certificate]]) -> None:
         print(name, "certified" if certificate.passed else [f"{f.id}: {f.figure}" for f in certificate.broken])
         for finding in (f for link in certificate.links for f in link.findings if f.id in KINDS):
             print("  ", finding.id, finding.figure)
+            seen = largest.setdefault(finding.id, {})
             for key in ("kl", "gap", "max_difference"):
                 if key in finding.data:
-                    seen = largest.setdefault(finding.id, {})
                     seen[key] = max(seen.get(key, 0.0), float(finding.data[key]))
-            largest[finding.id]["top1_least"] = min(largest[finding.id].get("top1_least", 1.0), float(finding.data["top1"]))
+            # top-1 agreement of distributions, or the share of answers that are the same
+            share = finding.data["same"] / finding.data["n"] if "same" in finding.data else finding.data["top1"]
+            seen["least_share"] = min(seen.get("least_share", 1.0), float(share))
     alarms = sum(not certificate.passed for _, certificate in certificates)
     print(f"{len(certificates)} untampered runs, {alarms} false alarms; largest:")
     print(json.dumps(largest, indent=1))
 
 
 def between(runs: list[RunFolder]) -> None:
-    """Distance of one seed's model from another's, on the first one's positions that both were asked."""
-    references: dict[str, Any] = {run.name: Reference.from_json(read_json(run.probes)) for run in runs}
+    """Distance of one seed's model from another's, at the first one's positions: what the bounds must tell apart."""
     found = []
-    for a, b in itertools.combinations(references, 2):
-        theirs = {probe.ids: probe.top for probe in references[b].held_out}
-        shared = [(probe.top, theirs[probe.ids]) for probe in references[a].held_out if probe.ids in theirs]
-        if shared:
-            found.append((compare_tops([x for x, _ in shared], [y for _, y in shared])[0], a, b))
+    for a, b in itertools.permutations(runs, 2):
+        ours = Reference.from_json(read_json(a.probes)).held_out
+        distance = compare_tops([probe.top for probe in ours], [probe.top for probe in probes.seen_by(a, b.merged)])[0]
+        found.append(distance)
+        print(f"{b.name} instead of {a.name}: {distance}", flush=True)
     if found:
-        least = min(found, key=lambda one: one[0].gap)
-        print(f"nearest pair of {len(found)} different seeds: {least[1]}, {least[2]}: {least[0]}")
+        print(
+            f"nearest of {len(found)} pairs: KL {min(d.kl for d in found):.1e}, {min(d.gap for d in found):.3f} apart, top-1 {max(d.top1 for d in found):.1%}"
+        )
 
 
 if __name__ == "__main__":

@@ -57,8 +57,9 @@ def record(run: RunFolder, wanted: Mapping[str, Any] | None, seconds: float) -> 
     artefacts += [run.reference("base"), run.reference("tuned")]
     with lock.held(run, "run"):
         manifest = Manifest(run.manifest)
-        manifest.data[_SECTION] = manifest.entry(wanted, artefacts, {"passed": True}, seconds)
-        manifest.save()
+        entry = manifest.entry(wanted, artefacts, {"passed": True}, seconds)
+        with manifest.changing() as data:
+            data[_SECTION] = entry
 
 
 def _code() -> str:

@@ -152,7 +152,7 @@ def _enter(run: RunFolder, verb: str) -> str:
     run.path.mkdir(parents=True, exist_ok=True)
     me, deadline = Process.me(), time.monotonic() + _ORPHAN_SECONDS
     while True:
-        with _guarded(run):
+        with guarded(run.path):
             there = holder(run)
             if there is not None and there.alive and there.token == os.environ.get(VARIABLE):
                 _write(run, replace(there, owners=(*there.owners, me)))
@@ -185,7 +185,7 @@ def _is_me(owner: Process) -> bool:
 
 
 def _leave(run: RunFolder) -> None:
-    with _guarded(run):
+    with guarded(run.path):
         there = holder(run)
         owners = [owner for owner in there.owners if owner.alive and not _is_me(owner)] if there else []
         if there is None or not owners:
@@ -200,9 +200,9 @@ def _write(run: RunFolder, holder: Holder) -> None:
 
 
 @contextmanager
-def _guarded(run: RunFolder) -> Iterator[None]:
-    """The few milliseconds in which one process looks at the record and changes it; the kernel ends it with the process."""
-    with (run.path / _GUARD).open("a") as guard:
+def guarded(folder: Path) -> Iterator[None]:
+    """The few milliseconds in which one process looks at a record of a run and changes it; the kernel ends it with the process."""
+    with (folder / _GUARD).open("a") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         yield
 

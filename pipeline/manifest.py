@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pipeline import lock
 from pipeline.errors import InputError
 from pipeline.files import read_json, sha256_json, tree_bytes, write_json
 from pipeline.hashes import HashCache
@@ -46,8 +48,8 @@ class Manifest:
     ) -> None:
         """Store a finished stage: its inputs, the hash of each artefact and its results; written atomically."""
         record = self.entry(inputs, artefacts, result, seconds)
-        self.data["stages"][name] = {**record, "seal": _sealed(record)}
-        self.save()
+        with self.changing() as data:
+            data["stages"][name] = {**record, "seal": _sealed(record)}
 
     def entry(
         self, inputs: Mapping[str, Any], artefacts: list[Path], result: Mapping[str, Any], seconds: float
@@ -84,12 +86,21 @@ class Manifest:
     def append(self, key: str, entry: Mapping[str, Any]) -> None:
         """Add a dated entry to a list in the manifest, of which the last twenty are kept; written atomically."""
         at = datetime.now(UTC).isoformat(timespec="seconds")
-        self.data[key] = [*self.data.get(key, []), {"at": at, **entry}][-_KEPT:]
-        self.save()
+        with self.changing() as data:
+            data[key] = [*data.get(key, []), {"at": at, **entry}][-_KEPT:]
 
-    def save(self) -> None:
-        """Write the manifest atomically, without secrets."""
-        write_json(self.path, masked(self.data))
+    @contextmanager
+    def changing(self) -> Iterator[dict[str, Any]]:
+        """The manifest as it is on disk now, to be changed inside; then written atomically, without secrets.
+
+        No other process writes in between: a server may be started beside a training that holds the run.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with lock.guarded(self.path.parent):
+            if self.path.exists():
+                self.data = _checked(read_json(self.path), self.path)
+            yield self.data
+            write_json(self.path, masked(self.data))
 
     def _unchanged(self, relative: str, seen: Mapping[str, Any]) -> bool:
         path = self.path.parent / relative

@@ -57,12 +57,11 @@ def _verify(run: RunFolder, names: Sequence[str], settings: Settings, material: 
             interrupt.leave_if_asked(f"what {', '.join(outcomes)} answered is kept where it passed")
     kept.clear()
     report = _assemble(run, material, outcomes)
-    manifest = Manifest(run.manifest)
-    manifest.data["served"] = {
-        name: {key: outcome.entry.get(key) for key in ("engine_version", "argv", "env", "status")}
-        for name, outcome in outcomes.items()
-    }
-    manifest.save()
+    with Manifest(run.manifest).changing() as data:
+        data["served"] = {
+            name: {key: outcome.entry.get(key) for key in ("engine_version", "argv", "env", "status")}
+            for name, outcome in outcomes.items()
+        }
     return report
 
 

@@ -34,7 +34,7 @@ def reseal(run: RunFolder) -> None:
     for stage in stages.values():
         stage["key"] = sha256_json(stage["inputs"])
         stage["seal"] = _sealed({key: value for key, value in stage.items() if key != "seal"})
-    manifest.save()
+    write_json(run.manifest, manifest.data)
 
 
 def weights(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:

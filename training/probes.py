@@ -92,6 +92,12 @@ def reference(run: RunFolder, base: Path, *, full: bool = False) -> Reference:
     return Reference(_probes(chosen, tuned), _probes(controls, tuned_controls), tuple(p.top for p in _probes(controls, base_controls)), figures)  # fmt: skip
 
 
+def seen_by(run: RunFolder, folder: Path) -> tuple[Probe, ...]:
+    """The run's held-out positions as the model in another folder sees them: how far another training is from this one."""
+    chosen = _held_out(run)
+    return _probes(chosen, _Model(folder).log_probabilities(chosen))
+
+
 def _held_out(run: RunFolder) -> list[Passage]:
     """Evenly spread held-out rows, each followed by the tuned model's own answer."""
     rows, answers = read_held_out(run.heldout), read_reference(run.reference("tuned"))

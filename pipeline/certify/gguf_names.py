@@ -29,6 +29,7 @@ _PLAIN = {
     "mamba.out_proj.weight": "ssm_out.weight",
     "mamba.norm.weight": "ssm_norm.weight",
 }
+_WHOLE_BACK, _PLAIN_BACK = ({theirs: ours for ours, theirs in names.items()} for names in (_WHOLE, _PLAIN))
 # GGUF tensors that hold constants of the configuration, not trained weights
 DERIVED = frozenset({"rope_freqs.weight"})
 
@@ -53,6 +54,18 @@ def gguf_tensors(name: str, tensor: Any, config: Mapping[str, Any]) -> dict[str,
     if part not in _PLAIN:
         return None
     return {prefix + _PLAIN[part]: _layout(part, tensor, config)}
+
+
+def checkpoint_tensor(name: str, tensor: Any, config: Mapping[str, Any]) -> tuple[str, Any]:
+    """The way back for a dense model: the checkpoint's name and layout of one GGUF tensor; KeyError for a name not known."""
+    if name in _WHOLE_BACK:
+        return _WHOLE_BACK[name], tensor
+    _, layer, part = name.split(".", 2)
+    heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(part.partition(".")[0])
+    if heads:
+        count = int(config[heads])
+        tensor = tensor.reshape(count, tensor.shape[0] // count // 2, 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
+    return f"model.layers.{layer}.{_PLAIN_BACK[part]}", tensor
 
 
 def _layout(part: str, tensor: Any, config: Mapping[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""The same client code - OpenAI, LangChain, BeeAI, as README prints it - over each LLM_BACKEND, against a real llama.cpp server."""
+"""The same client code - OpenAI, LangChain, BeeAI, as README prints it - over each LLM_BACKEND, against real servers: llama.cpp and vLLM."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from small_run import smollm_gguf
 
 from pipeline import server, serving
 from pipeline.config import Settings, load
+from pipeline.engines.vllm import Vllm
 from pipeline.errors import InputError
 from pipeline.integrations.beeai import chat_model
 from pipeline.serving import Endpoint, Options, Target
+from training import base
 
 README = Path(__file__).parents[2] / "README.md"
 # all three pull in their own HTTP stacks; their deprecations are not ours
@@ -38,13 +40,19 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+@pytest.fixture(scope="module", params=["llamacpp", pytest.param("vllm", marks=pytest.mark.e2e)])
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    """A real chat model on a real server of each kind."""
     folder = tmp_path_factory.mktemp("run")
-    gguf = folder / "model.gguf"
-    shutil.copy(smollm_gguf(), gguf)
-    options = Options("latency", owner=os.getpid(), overrides={"ctx-size": "2048"})
-    endpoint = serving.serve("llamacpp", Target(gguf, "smollm", folder), options, lambda _: None)
+    if request.param == "vllm":
+        if not Vllm().available().usable:
+            pytest.skip("vLLM is not installed")
+        model, overrides = base.resolve("embedded", tmp_path_factory.mktemp("base")).folder, {"max-model-len": "2048"}
+    else:
+        model, overrides = folder / "model.gguf", {"ctx-size": "2048"}
+        shutil.copy(smollm_gguf(), model)
+    options = Options("verify", owner=os.getpid(), overrides=overrides)
+    endpoint = serving.serve(request.param, Target(model, "smollm", folder), options, lambda _: None)
     assert endpoint.server is not None
     yield endpoint
     server.stop(endpoint.server)
@@ -67,7 +75,7 @@ def _run(code: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("package", SNIPPETS)
 def test_the_readmes_code_runs_unchanged_over_every_backend(
-    package: str, llama: Endpoint, monkeypatch: pytest.MonkeyPatch
+    package: str, served: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed (extras dev and beeai)")
@@ -76,7 +84,7 @@ def test_the_readmes_code_runs_unchanged_over_every_backend(
     for backend, prefix in BACKENDS.items():
         monkeypatch.setenv("LLM_BACKEND", backend)
         # Ollama's URL is documented without /v1, the others with it
-        monkeypatch.setenv(f"{prefix}_BASE_URL", llama.url if backend == "ollama" else f"{llama.url}/v1")
+        monkeypatch.setenv(f"{prefix}_BASE_URL", served.url if backend == "ollama" else f"{served.url}/v1")
         monkeypatch.setenv(f"{prefix}_MODEL", "smollm")
         if backend == "openai":
             monkeypatch.setenv("OPENAI_COMPATIBLE_API_KEY", "sk-any")

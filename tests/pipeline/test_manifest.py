@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 from pipeline.manifest import Manifest
 from pipeline.runs import RunFolder
 
@@ -31,3 +33,24 @@ def test_a_changed_or_missing_artefact_is_not_current(run: RunFolder) -> None:
 
 def test_artefact_hash_is_recorded_by_relative_path(run: RunFolder) -> None:
     assert len(_recorded(run).artefact_sha256("finetune", "adapter")) == 64
+
+
+def test_a_start_noted_beside_a_running_stage_is_kept_with_the_stages_own_record(run: RunFolder) -> None:
+    training = _recorded(run)
+    Manifest(run.manifest).append("starts", {"engine": "llamacpp"})
+    training.record("merge", {}, [], {}, 1)
+    found = Manifest(run.manifest).data
+    assert set(found["stages"]) == {"finetune", "merge"}
+    assert [entry["engine"] for entry in found["starts"]] == ["llamacpp"]
+    assert training.data == found
+
+
+def test_writers_at_once_lose_nothing(run: RunFolder) -> None:
+    run.path.mkdir(parents=True)
+
+    def note(number: int) -> None:
+        Manifest(run.manifest).append("starts", {"number": number})
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(note, range(16)))
+    assert sorted(entry["number"] for entry in Manifest(run.manifest).data["starts"]) == list(range(16))

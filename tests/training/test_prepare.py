@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from pipeline.errors import DataError
-from training.base import write_embedded_tokenizer
 from training.data import Row
+from training.embedded import write_tokenizer
 from training.prepare import IGNORED, Preparer
 
 EOS, START, END = 2, 1, 3
@@ -13,7 +13,7 @@ EOS, START, END = 2, 1, 3
 @pytest.fixture(scope="module")
 def preparer(tmp_path_factory: pytest.TempPathFactory) -> Preparer:
     folder = tmp_path_factory.mktemp("tokenizer")
-    write_embedded_tokenizer(folder)
+    write_tokenizer(folder)
     return Preparer(folder)
 
 

