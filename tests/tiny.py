@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from training.base import write_embedded_tokenizer
+from training.embedded import write_tokenizer
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 49152, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -50,5 +50,5 @@ def _tokenizer() -> Path:
     """The tokenizer's files, read out of the package once in a test run."""
     folder = Path(tempfile.mkdtemp(prefix="tiny-tokenizer-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    write_embedded_tokenizer(folder)
+    write_tokenizer(folder)
     return folder
