@@ -95,10 +95,15 @@ async def collect(endpoint: Endpoint, run: RunFolder, material: Material, refere
 
 
 def served_dtype(endpoint: Endpoint) -> str:
-    """The number type an engine computes in: what it was told, Q8_0 for a GGUF; "unknown" for somebody else's server."""
+    """The number type an engine computes in: what it was told, Q8_0 for a GGUF; "unknown" for somebody else's server.
+
+    "quantised" where the engine makes the weights or the KV cache smaller than the exported ones.
+    """
     argv = list(endpoint.server.argv) if endpoint.server else []
     if endpoint.engine in ("llamacpp", "ollama"):
         return "Q8_0"
+    if {"--quantization", "--kv-cache-dtype"} & set(argv):
+        return "quantised"
     known = argv[argv.index("--dtype") + 1] if "--dtype" in argv else "unknown"
     return "float16" if known == "auto" else known
 
