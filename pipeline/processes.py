@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from pipeline import server
+from pipeline import server, services
 from pipeline.errors import InputError
 from pipeline.server import Server
 
@@ -19,7 +19,7 @@ State = Literal["loading", "ready", "silent"]
 
 @dataclass(frozen=True)
 class Listed:
-    """A living server of one run; ``silent``: it was ready once and does not answer its health path now."""
+    """A living server of one run, or a service (run ``-``); ``silent``: it was ready once and does not answer its health path now."""
 
     run: str
     server: Server
@@ -54,10 +54,11 @@ class Listed:
 
 
 def listing(output: Path) -> list[Listed]:
-    """Every living server recorded in a run folder below ``output``; records of dead ones are removed."""
+    """Every living server of a run below ``output``, the gateway and the status API; records of dead ones are removed."""
     found = []
     for folder in sorted(output.glob("*/servers")):
-        found += [Listed(folder.parent.name, process, _state(process, folder)) for process in server.running(folder)]
+        run = "-" if folder == services.folder(output) else folder.parent.name
+        found += [Listed(run, process, _state(process, folder)) for process in server.running(folder)]
     return found
 
 
@@ -71,8 +72,7 @@ def logs(run: Path, engine: str | None = None) -> list[Path]:
 
 
 def _state(process: Server, folder: Path) -> State:
-    # the notes beside a record are written after the first token
-    if not (folder / f"{process.engine}.endpoint").is_file():
+    if not server.notes(folder, process.engine).is_file():
         return "loading"
     try:
         answer = httpx.get(process.url + process.ready_path, timeout=2)
