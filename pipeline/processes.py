@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from pipeline import server, services
+from pipeline import engines, server, services
 from pipeline.errors import InputError
 from pipeline.server import Server
 
@@ -64,11 +65,17 @@ def listing(output: Path) -> list[Listed]:
 
 def logs(run: Path, engine: str | None = None) -> list[Path]:
     """The start logs of a run, oldest first; InputError when there is none."""
-    found = sorted((run / "logs").glob(f"{engine or '*'}-*.log"), key=lambda path: path.stat().st_mtime)
+    found = start_logs(run, (engine,) if engine else engines.NAMES)
     if not found:
         what = f"{engine} log" if engine else "server log"
         raise InputError(f"run {run.name} has no {what}", remedy="granite-pipeline serve writes one per start")
     return found
+
+
+def start_logs(run: Path, names: Sequence[str]) -> list[Path]:
+    """The logs of these engines' starts, oldest first; the stages' own logs lie beside them and are left out."""
+    found = [path for name in names for path in (run / "logs").glob(f"{name}-*.log")]
+    return sorted(found, key=lambda path: (path.stat().st_mtime, path.name))
 
 
 def _state(process: Server, folder: Path) -> State:

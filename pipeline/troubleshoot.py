@@ -14,7 +14,7 @@ from typing import Literal
 
 import httpx
 
-from pipeline import registry, server
+from pipeline import engines, processes, registry, server
 from pipeline.config import ENV_FILE, Settings, without_password
 from pipeline.config_check import check
 from pipeline.failures import classify
@@ -86,14 +86,13 @@ def old_backend(settings: Settings, output: Path = DEFAULT_OUTPUT) -> list[Troub
 def last_failures(run: RunFolder) -> list[Trouble]:
     """Known causes (CUDA out of memory, a taken port, ...) in the newest log of each engine that is not running now."""
     alive = {process.engine for process in server.running(run.path / "servers")} if run.path.is_dir() else set()
-    newest: dict[str, Path] = {}
-    for log in sorted(run.logs.glob("*.log")):
-        newest[log.name.split("-")[0]] = log
     found = []
-    for engine, log in newest.items():
-        known = None if engine in alive else classify(_tail(log))
+    for engine in engines.NAMES:
+        logs = [] if engine in alive else processes.start_logs(run.path, (engine,))
+        known = classify(_tail(logs[-1])) if logs else None
         if known:
-            found.append(Trouble(f"last start of {engine}", "warn", f"{known.cause} ({log}: {known.line[:160]})", known.remedy))
+            seen = f"{known.cause} ({logs[-1]}: {known.line[:160]})"
+            found.append(Trouble(f"last start of {engine}", "warn", seen, known.remedy))
     return found
 
 

@@ -12,10 +12,11 @@ import pytest
 from stub_server import serving
 from typer.testing import CliRunner
 
-from pipeline import server, services
+from pipeline import processes, server, services
 from pipeline.cli import app
 from pipeline.config import Settings, load
 from pipeline.engines.base import Launch
+from pipeline.errors import InputError
 from pipeline.ports import claim
 from pipeline.runs import RunFolder
 from pipeline.troubleshoot import backend_answers, exited_containers, last_failures, look, old_backend, settings_in_force
@@ -109,6 +110,18 @@ def test_cuda_out_of_memory_in_the_last_start(run: RunFolder) -> None:
     assert "memory" in found.evidence
     assert str(newest) in found.evidence
     assert found.remedy
+
+
+def test_a_stages_log_is_no_server_log(run: RunFolder) -> None:
+    run.logs.mkdir(parents=True)
+    server_log = run.logs / "vllm-20260101-000000.log"
+    server_log.write_text("ready\n")
+    (run.logs / "verify-20260102-000000.log").write_text("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\n")
+    assert last_failures(run) == []
+    assert processes.logs(run.path) == processes.logs(run.path, "vllm") == [server_log]
+    server_log.unlink()
+    with pytest.raises(InputError, match="run test has no server log"):
+        processes.logs(run.path)
 
 
 def test_a_container_that_exits_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
