@@ -34,12 +34,12 @@ class Artefact:
 def of_file(path: Path) -> Artefact | None:
     """The artefact at a path inside a run folder, or None when no manifest vouches for it in its present size."""
     manifest = path.parent / "manifest.json"
-    if not manifest.is_file() or not path.exists():
-        return None
     try:
-        read = Manifest(manifest)
-        return _sealed(read, path)
-    except (InputError, KeyError, TypeError, AttributeError):
+        if not manifest.is_file() or not path.exists():
+            return None
+        return _sealed(Manifest(manifest), path)
+    # a path may be what a stranger's server said, and files vanish while they are looked at
+    except (InputError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -14,6 +14,8 @@ from pipeline.hardware import Hardware
 from pipeline.model import Model
 from pipeline.plan import Plan, Request
 
+# what docker calls the containers of these files by
+PROJECT = "granite"
 # tags seen in use; their flags are those the planner knows (pipeline.engines.flags)
 IMAGES = {
     "vllm": "vllm/vllm-openai-cpu:v0.32.0",
@@ -68,7 +70,7 @@ def compose(model: Model, hardware: Hardware) -> dict[str, Any]:
     services["status-api"] = _ours("status-api", 8080, ["python", "-m", "pipeline.status_server"], [])
     words = ["python", "-m", "pipeline.gateway_server", "--config", "/tmp/litellm.yaml"]
     services["gateway"] = _ours("gateway", 4000, words, ["GATEWAY_API_KEY=${GATEWAY_API_KEY:?set a key in .env}"])
-    return {"name": "granite", "services": services, "volumes": {"ollama": {}}}
+    return {"name": PROJECT, "services": services, "volumes": {"ollama": {}}}
 
 
 def gpu_overlay(model: Model, hardware: Hardware) -> dict[str, Any]:

@@ -7,12 +7,13 @@ cannot be made says so as a warning: the doctor itself does not fail.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import httpx
 
 from pipeline import engines, processes
-from pipeline.doctor_facts import Facts, Finding, Status
+from pipeline.doctor_facts import Facts, Finding, Status, made
 from pipeline.doctor_packages import (
     driver,
     inference_engines,
@@ -31,14 +32,8 @@ _HUB = "https://huggingface.co"
 
 
 def examine(facts: Facts) -> list[Finding]:
-    """All checks in order; one that raises becomes a warning with what it met."""
-    found: list[Finding] = []
-    for check in CHECKS:
-        try:
-            found += list(check(facts))
-        except Exception as error:
-            found.append(Finding(check.__name__, "warn", f"this check could not be made: {error!r}"[:300], "please report it"))
-    return found
+    """All checks in order; one that raises becomes a finding with what it met."""
+    return [finding for check in CHECKS for finding in made(check.__name__, partial(check, facts))]
 
 
 def disk(facts: Facts) -> Iterator[Finding]:
@@ -92,7 +87,7 @@ def gated_model(facts: Facts) -> Iterator[Finding]:
     if not facts.base or facts.base == "embedded" or Path(facts.base).exists() or facts.base.count("/") != 1:
         return
     hub = (facts.environment.get("HF_ENDPOINT") or _HUB).rstrip("/")
-    headers = {"Authorization": f"Bearer {token}"} if (token := facts.settings.hf_token.get_secret_value()) else {}
+    headers = {"Authorization": f"Bearer {facts.token}"} if facts.token else {}
     try:
         code = httpx.head(
             f"{hub}/{facts.base}/resolve/main/config.json", headers=headers, timeout=5, follow_redirects=True

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -16,6 +18,7 @@ from pipeline.hardware import Hardware
 from pipeline.installed import Installed
 from pipeline.manifest import Manifest
 from pipeline.runs import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
+from pipeline.secrets import mask
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -45,7 +48,7 @@ class Facts:
     settings: Settings
     run: RunFolder
     base: str | None = None
-    token: bool = False
+    token: str = field(default="", repr=False)
     environment: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
@@ -53,8 +56,6 @@ class Facts:
         """Look at this machine; ``base`` is a hub id about to be trained, else the run's own."""
         folder = run or RunFolder(DEFAULT_NAME, DEFAULT_OUTPUT)
         settings = load()
-        home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-        token = bool(settings.hf_token.get_secret_value() or os.environ.get("HF_TOKEN")) or (home / "token").is_file()
         return Facts(
             hardware=Hardware.detect(folder.output),
             packages=installed.here(),
@@ -63,9 +64,30 @@ class Facts:
             settings=settings,
             run=folder,
             base=base or _base_of(folder),
-            token=token,
+            token=hub_token(settings),
             environment=dict(os.environ),
         )
+
+
+def made(name: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
+    """What a check found; when it raises, what it met: a fault of ours is a warning, a damaged file is not."""
+    found: list[Finding] = []
+    try:
+        found.extend(check())
+    except PipelineError as error:
+        found.append(Finding(name, "fail", error.message, error.remedy or "mend what is named there"))
+    except Exception as error:
+        found.append(Finding(name, "warn", mask(f"this check could not be made: {error!r}")[:300], "please report it"))
+    return found
+
+
+def hub_token(settings: Settings) -> str:
+    """The token that the hub's client would send: HF_TOKEN, else that of the command line's login; "" when there is none."""
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    saved = Path(os.environ.get("HF_TOKEN_PATH") or home / "token")
+    with contextlib.suppress(OSError, ValueError):
+        return settings.hf_token.get_secret_value() or saved.read_text(encoding="utf-8").strip()
+    return ""
 
 
 def _base_of(run: RunFolder) -> str | None:

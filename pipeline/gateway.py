@@ -97,10 +97,12 @@ class Router:
         return found.fine_tune if found else None
 
     def healthy(self, deployment: Deployment) -> bool:
-        """True when the last observation lists the model as available."""
+        """True when the last observation lists the model as available, and is not an old one."""
         seen = self.observer.seen.get(deployment.backend)
         names = (deployment.model, f"{deployment.model}:latest")
-        return seen is not None and any(model.available and model.name in names for model in seen.models)
+        if seen is None or self.observer.outdated(seen):
+            return False
+        return any(model.available and model.name in names for model in seen.models)
 
     def headers(self, deployment_id: str, first: str) -> dict[str, str]:
         """What every answer says about who gave it: backend, model, run, manifest hash, artefact, and whether it is a fallback."""

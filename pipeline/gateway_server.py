@@ -162,12 +162,9 @@ def guarded(app: Any, router: Router, keys: Keys, ready: asyncio.Event) -> Any:
         if scope["type"] == "http":
             path = scope["path"].rstrip("/") or "/"
             if path == "/health":
-                up = ready.is_set()
-                await _json(
-                    send,
-                    200 if up else 503,
-                    {"status": "ok" if up else "starting", "backends": {n: s.healthy for n, s in router.observer.seen.items()}},
-                )
+                up, observer = ready.is_set(), router.observer
+                backends = {n: s.healthy and not observer.outdated(s) for n, s in observer.seen.items()}
+                await _json(send, 200 if up else 503, {"status": "ok" if up else "starting", "backends": backends})
                 return
             if path not in PATHS:
                 await _json(send, 404, _error(f"the gateway has no {path}", "not_found"))

@@ -67,14 +67,21 @@ class Observer:
 
     @property
     def stale(self) -> bool:
-        """True when a backend has not been asked for so long that what is said of it is not an observation."""
-        oldest = min((seen.checked_at for seen in self.seen.values()), default=time.time())
-        return time.time() - oldest > 5 * (self.period + TIMEOUT)
+        """True when what is said of any backend is not an observation."""
+        return any(self.outdated(seen) for seen in self.seen.values())
+
+    def outdated(self, seen: Seen) -> bool:
+        """True when this backend has not been asked for so long that what is said of it is not an observation."""
+        return time.time() - seen.checked_at > 5 * (self.period + TIMEOUT)
 
     async def ask(self, name: str) -> None:
-        """Ask one backend once and keep what it says."""
+        """Ask one backend once and keep what it says; when the question itself breaks, it counts as unavailable."""
         before = self.seen[name]
-        statuses = await registry.check(before.address, timeout=TIMEOUT, output=self.output)
+        try:
+            statuses = await registry.check(before.address, timeout=TIMEOUT, output=self.output)
+        except Exception as error:  # whatever it is, watching goes on; its words may hold a key, its type does not
+            words = f"the check of {name} broke off ({type(error).__name__}): please report it"
+            statuses = [ModelStatus(before.address.model, False, detail=words, kind="check")]
         self.seen[name] = _after(before, statuses)
 
     async def _watch(self, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from pipeline import server
+from pipeline import engines, server, services
 from pipeline.errors import InputError
 from pipeline.server import Server
 
@@ -19,7 +20,7 @@ State = Literal["loading", "ready", "silent"]
 
 @dataclass(frozen=True)
 class Listed:
-    """A living server of one run; ``silent``: it was ready once and does not answer its health path now."""
+    """A living server of one run, or a service (run ``-``); ``silent``: it was ready once and does not answer its health path now."""
 
     run: str
     server: Server
@@ -54,25 +55,31 @@ class Listed:
 
 
 def listing(output: Path) -> list[Listed]:
-    """Every living server recorded in a run folder below ``output``; records of dead ones are removed."""
+    """Every living server of a run below ``output``, the gateway and the status API; records of dead ones are removed."""
     found = []
     for folder in sorted(output.glob("*/servers")):
-        found += [Listed(folder.parent.name, process, _state(process, folder)) for process in server.running(folder)]
+        run = "-" if folder == services.folder(output) else folder.parent.name
+        found += [Listed(run, process, _state(process, folder)) for process in server.running(folder)]
     return found
 
 
 def logs(run: Path, engine: str | None = None) -> list[Path]:
     """The start logs of a run, oldest first; InputError when there is none."""
-    found = sorted((run / "logs").glob(f"{engine or '*'}-*.log"), key=lambda path: path.stat().st_mtime)
+    found = start_logs(run, (engine,) if engine else engines.NAMES)
     if not found:
         what = f"{engine} log" if engine else "server log"
         raise InputError(f"run {run.name} has no {what}", remedy="granite-pipeline serve writes one per start")
     return found
 
 
+def start_logs(run: Path, names: Sequence[str]) -> list[Path]:
+    """The logs of these engines' starts, oldest first; the stages' own logs lie beside them and are left out."""
+    found = [path for name in names for path in (run / "logs").glob(f"{name}-*.log")]
+    return sorted(found, key=lambda path: (path.stat().st_mtime, path.name))
+
+
 def _state(process: Server, folder: Path) -> State:
-    # the notes beside a record are written after the first token
-    if not (folder / f"{process.engine}.endpoint").is_file():
+    if not server.notes(folder, process.engine).is_file():
         return "loading"
     try:
         answer = httpx.get(process.url + process.ready_path, timeout=2)

@@ -105,7 +105,7 @@ def _judged(answer: httpx.Response, body: bytes, root: str, path: str, latency: 
         return Reached(False, None, status, latency, "status", f"{root}{path} answered {status}: look into that server's log")
     try:
         return Reached(True, json.loads(body) if body.strip() else None, status, latency)
-    except ValueError:
+    except (ValueError, RecursionError):  # the second: nested a hundred thousand deep
         words = f"{root}{path} answered something that is not JSON: another kind of server listens there"
         return Reached(False, None, status, latency, "not_json", words)
 

@@ -196,8 +196,8 @@ def _openai_statuses(root: str, listed: Reached, model: str, output: Path) -> li
 
 
 def _with_wanted(found: list[ModelStatus], model: str, remedy: str, latency: float | None) -> list[ModelStatus]:
-    """The list, with an entry for the wanted model when the server does not have it."""
-    if not model or any(status.name == model for status in found):
+    """The list, never empty: with an entry for the wanted model when the server does not have it, or has none at all."""
+    if (found and not model) or any(status.name == model for status in found):
         return found
     names = ", ".join(status.name for status in found[:10]) or "no model at all"
     missing = ModelStatus(model, False, False, None, None, latency, f"not served here, which has {names}: {remedy}", kind="model")
@@ -228,7 +228,7 @@ def _recorded(root: str, model: str, output: Path) -> Artefact | None:
             notes, process = read_json(path), server.Server.from_json(record)
             if process.url == root and process.model == model and process.alive and notes.get("artefact"):
                 return Artefact.from_json(notes["artefact"])
-        except (InputError, KeyError, TypeError, AttributeError):
+        except (InputError, OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
     return None
 

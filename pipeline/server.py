@@ -18,8 +18,9 @@ from typing import Any
 import httpx
 import psutil
 
+from pipeline import lock
 from pipeline.engines.base import Launch
-from pipeline.errors import InputError, StartFailure
+from pipeline.errors import EnvironmentFailure, InputError, StartFailure
 from pipeline.failures import Failure, classify
 from pipeline.files import read_json, write_json
 from pipeline.loading import phase
@@ -93,27 +94,13 @@ def start(launch: Launch, log: Path, *, owner: int | None) -> Server:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
     _children[process.pid] = process
     _kills[process.pid] = oom_kills()
-    return Server(
-        launch.engine,
-        launch.url,
-        launch.model,
-        launch.argv,
-        dict(launch.env),
-        process.pid,
-        psutil.Process(process.pid).create_time(),
-        log,
-        datetime.now(UTC).isoformat(timespec="seconds"),
-        launch.ready_path,
-    )
+    started, now = psutil.Process(process.pid).create_time(), datetime.now(UTC).isoformat(timespec="seconds")
+    said = (launch.engine, launch.url, launch.model, launch.argv, dict(launch.env))
+    return Server(*said, process.pid, started, log, now, launch.ready_path)
 
 
 def wait_ready(server: Server, timeout: float, progress: Progress) -> float:
@@ -207,16 +194,67 @@ def save(server: Server, folder: Path) -> Path:
     return path
 
 
+def notes(folder: Path, engine: str) -> Path:
+    """What is written beside a record once the server has answered: without it, the server is still loading."""
+    return folder / f"{engine}.endpoint"
+
+
+def begin(launch: Launch, log: Path, folder: Path, *, owner: int | None, remedy: str) -> Server:
+    """As :func:`start`, with a record in ``folder``; EnvironmentFailure, and nothing started, when :func:`require_none` says so."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # from the question to the record nobody else may start one
+    with lock.guarded(folder.parent):
+        require_none(launch.engine, folder, remedy)
+        process = start(launch, log, owner=owner)
+        try:
+            save(process, folder)
+            notes(folder, launch.engine).unlink(missing_ok=True)
+        except BaseException:
+            stop(process)
+            raise
+    return process
+
+
+def require_none(engine: str, folder: Path, remedy: str) -> None:
+    """One server of a name in a folder: a second one would take the first one's record, and nobody could stop the first."""
+    for there in _recorded(folder):
+        if there.engine == engine and there.alive:
+            raise EnvironmentFailure(
+                f"{engine} already serves {there.model} from {folder.parent.name}",
+                evidence=f"{there.url}, process {there.pid}, log {there.log}",
+                remedy=f"use it, or stop it first: {remedy}",
+            )
+
+
 def running(folder: Path) -> list[Server]:
     """The servers recorded in a folder that are alive; records of dead ones are removed."""
     found = []
-    for path in sorted(folder.glob("*.json")):
-        server = Server.from_json(path)
+    for server in _recorded(folder):
         if server.alive:
             found.append(server)
         else:
-            path.unlink(missing_ok=True)
+            forget(server, folder)
     return found
+
+
+def end(server: Server, folder: Path) -> None:
+    """Stop this very server and remove its record; another one that bears its name by now is left alone."""
+    stop(server)
+    forget(server, folder)
+
+
+def forget(server: Server, folder: Path) -> None:
+    """Remove a server's record and notes, unless they are another one's by now."""
+    path = folder / f"{server.engine}.json"
+    with lock.guarded(folder.parent):
+        if path.is_file() and Server.from_json(path).pid == server.pid:
+            path.unlink()
+            notes(folder, server.engine).unlink(missing_ok=True)
+
+
+def _recorded(folder: Path) -> list[Server]:
+    """What the records say, dead or alive; one that is removed meanwhile is left out."""
+    return [Server.from_json(path) for path in sorted(folder.glob("*.json")) if path.is_file()]
 
 
 def _resident(process: psutil.Process) -> int:

@@ -10,6 +10,7 @@ from pipeline import server
 from pipeline.config import Settings
 from pipeline.engines.base import Launch as Launch
 from pipeline.errors import InputError
+from pipeline.files import write_json
 from pipeline.gateway import gateway_folder
 from pipeline.ports import claim
 from pipeline.runs import DEFAULT_OUTPUT
@@ -17,6 +18,7 @@ from pipeline.server import Progress, Server
 
 # LiteLLM's proxy takes 20 to 30 s to import on a small machine
 _READY_SECONDS = 300.0
+NAMES = ("gateway", "status-api")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -41,26 +43,33 @@ def status_launch(host: str, port: int, output: Path, *, free: bool = True) -> L
     )
 
 
+def folder(output: Path) -> Path:
+    """Where the records of the services lie, as a run's servers have theirs."""
+    return gateway_folder(output) / "servers"
+
+
 def start(launch: Launch, output: Path, owner: int | None, progress: Progress) -> Server:
-    """Start a service and wait until it answers; its record and log are kept below the output folder."""
-    folder = gateway_folder(output)
-    process = server.start(launch, folder / f"{launch.engine}.log", owner=owner)
-    record = server.save(process, folder / "servers")
+    """Start a service and wait until it answers; its record and log are kept below the output folder.
+
+    EnvironmentFailure names the one that runs already: two would share one record and one log.
+    """
+    records = folder(output)
+    log, remedy = records.parent / f"{launch.engine}.log", f"granite-pipeline {launch.engine} --stop"
+    process = server.begin(launch, log, records, owner=owner, remedy=remedy)
     try:
-        server.wait_ready(process, launch.start_timeout, progress)
+        seconds = server.wait_ready(process, launch.start_timeout, progress)
+        write_json(server.notes(records, launch.engine), {"ready_seconds": seconds})
     except BaseException:
-        server.stop(process)
-        record.unlink(missing_ok=True)
+        server.end(process, records)
         raise
     return process
 
 
 def stop(name: str, output: Path = DEFAULT_OUTPUT) -> bool:
     """Stop a service that was left running; False when there is none."""
-    for process in server.running(gateway_folder(output) / "servers"):
+    for process in server.running(folder(output)):
         if process.engine == name:
-            server.stop(process)
-            (gateway_folder(output) / "servers" / f"{name}.json").unlink(missing_ok=True)
+            server.end(process, folder(output))
             return True
     return False
 

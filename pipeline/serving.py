@@ -16,7 +16,7 @@ from pipeline.adapters import Adapter
 from pipeline.engines.base import Engine, Launch, require_feasible
 from pipeline.engines.ollama import Ollama
 from pipeline.engines.parsers import require_known_flags
-from pipeline.errors import EngineError, EnvironmentFailure, InputError, MissingDependency, PipelineError, StartFailure
+from pipeline.errors import EngineError, InputError, MissingDependency, PipelineError, StartFailure
 from pipeline.failures import classify
 from pipeline.files import read_json, write_json
 from pipeline.hardware import Hardware
@@ -110,7 +110,7 @@ def serve(engine_name: str, target: Target, options: Options, progress: Progress
     available = engine.available()
     if not available.usable:
         raise MissingDependency(f"{engine_name}: {available.reason}", remedy=available.remedy)
-    _refuse_second(engine_name, target)
+    server.require_none(engine_name, target.servers, _to_stop(target))
     return start_planned(engine, request_for(target, options), target, options, progress)
 
 
@@ -149,9 +149,7 @@ def _start_once(engine: Engine, plan: Plan, request: Request, target: Target, op
     attempt: dict[str, Any] = {"argv": list(launch.argv), "env": dict(launch.env), "log": str(log)}
     attempts.append(attempt)
     progress(f"starting {engine.name} on {launch.url}, log {log}")
-    process = server.start(launch, log, owner=options.owner)
-    record = server.save(process, target.servers)
-    _notes(target, engine.name).unlink(missing_ok=True)
+    process = server.begin(launch, log, target.servers, owner=options.owner, remedy=_to_stop(target))
     try:
         server.wait_ready(process, options.timeout or launch.start_timeout, progress)
         version = engine.available().version
@@ -160,8 +158,7 @@ def _start_once(engine: Engine, plan: Plan, request: Request, target: Target, op
             create_in_ollama(endpoint, target, progress, plan)
         first_token(endpoint)
     except BaseException as error:
-        server.stop(process)
-        record.unlink(missing_ok=True)
+        server.end(process, target.servers)
         attempt |= {"seconds": round(time.monotonic() - begun, 1), "failed": str(getattr(error, "message", repr(error)))}
         attempt |= {"kind": error.kind} if isinstance(error, StartFailure) else {}
         raise
@@ -170,15 +167,8 @@ def _start_once(engine: Engine, plan: Plan, request: Request, target: Target, op
     return endpoint
 
 
-def _refuse_second(engine: str, target: Target) -> None:
-    """One server of an engine a run: a second one would take the first one's record, and nobody could stop the first."""
-    for process in server.running(target.servers):
-        if process.engine == engine:
-            raise EnvironmentFailure(
-                f"{engine} already serves {process.model} from {target.folder.name}",
-                evidence=f"{process.url}, process {process.pid}, log {process.log}",
-                remedy=f"use it, or stop it first: granite-pipeline stop --run {target.folder.name}",
-            )
+def _to_stop(target: Target) -> str:
+    return f"granite-pipeline stop --run {target.folder.name}"
 
 
 def _remember(target: Target, engine: str, attempts: list[dict[str, Any]], ready: float | None) -> None:
@@ -192,8 +182,9 @@ def attach(engine_name: str, target: Target) -> Endpoint | None:
     """The endpoint of a server started earlier for this target, alive and past its first token, or None."""
     for process in server.running(target.servers):
         # the notes are written after the first token: without them it is still loading
-        if process.engine == engine_name and _notes(target, engine_name).is_file():
-            notes = _read_notes(_notes(target, engine_name))
+        path = server.notes(target.servers, engine_name)
+        if process.engine == engine_name and path.is_file():
+            notes = _read_notes(path)
             extra = {key: value for key, value in notes.items() if key != "artefact"}
             return Endpoint(engine_name, process.url, process.model, server=process, **extra)
     return None
@@ -263,9 +254,7 @@ def stop(folder: Path, engine: str) -> bool:
     """Stop the server of one engine recorded below a run folder; False when none runs."""
     for process in server.running(folder / "servers"):
         if process.engine == engine:
-            server.stop(process)
-            for suffix in (".json", ".endpoint"):
-                (folder / "servers" / f"{engine}{suffix}").unlink(missing_ok=True)
+            server.end(process, folder / "servers")
             return True
     return False
 
@@ -281,17 +270,13 @@ def _described(plan: Plan, launch: Launch) -> dict[str, Any]:
     return {**plan.to_json(), "argv": list(launch.argv)}
 
 
-def _notes(target: Target, engine: str) -> Path:
-    return target.servers / f"{engine}.endpoint"
-
-
 def _with_ready(endpoint: Endpoint, begun: float, target: Target) -> Endpoint:
     seconds = round(time.monotonic() - begun, 1)
     # what was loaded is remembered: the file may be exported again while this server runs
     loaded = artefact.of_file(target.model)
     notes = {"version": endpoint.version, "plan": endpoint.plan, "ready_seconds": seconds}
     notes["artefact"] = loaded.to_json() if loaded else None
-    write_json(_notes(target, endpoint.engine), notes)
+    write_json(server.notes(target.servers, endpoint.engine), notes)
     return replace(endpoint, ready_seconds=seconds)
 
 

@@ -8,67 +8,58 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import httpx
 
-from pipeline import registry, server
+from pipeline import engines, processes, registry, server
+from pipeline.compose import PROJECT
 from pipeline.config import ENV_FILE, Settings, without_password
 from pipeline.config_check import check
+from pipeline.doctor_facts import Finding, Status, made
 from pipeline.failures import classify
 from pipeline.gateway import gateway_folder
 from pipeline.registry import ModelStatus
 from pipeline.runs import DEFAULT_OUTPUT, RunFolder
+from pipeline.secrets import mask
 from pipeline.waiting import wait_for
 
 _ASK_SECONDS = 3.0
 _LONGEST_LOG = 1 << 20
 
 
-@dataclass(frozen=True)
-class Trouble:
-    """One finding: ``status`` ok, warn or fail, what was seen, what to do."""
-
-    check: str
-    status: Literal["ok", "warn", "fail"]
-    evidence: str
-    remedy: str = ""
-
-
-def look(settings: Settings, run: RunFolder, env_file: Path = ENV_FILE) -> list[Trouble]:
-    """Every check of this file, worst first."""
+def look(settings: Settings, run: RunFolder, env_file: Path = ENV_FILE) -> list[Finding]:
+    """Every check of this file, worst first; one that raises becomes a finding."""
     found = [
-        *settings_in_force(settings, env_file),
-        backend_answers(settings, run),
-        *old_backend(settings, run.output),
-        *last_failures(run),
-        *exited_containers(),
+        *made("settings", lambda: settings_in_force(settings, env_file)),
+        *made("backend", lambda: [backend_answers(settings, run)]),
+        *made("LLM_BACKEND", lambda: old_backend(settings, run.output)),
+        *made("last starts", lambda: last_failures(run)),
+        *made("containers", exited_containers),
     ]
-    return sorted(found, key=lambda trouble: ("fail", "warn", "ok").index(trouble.status))
+    return sorted(found, key=lambda finding: ("fail", "warn", "ok").index(finding.status))
 
 
-def settings_in_force(settings: Settings, env_file: Path = ENV_FILE) -> list[Trouble]:
+def settings_in_force(settings: Settings, env_file: Path = ENV_FILE) -> list[Finding]:
     """Contradictions, misspelt variables, and values that the environment hides."""
-    return [Trouble("settings", "fail" if n.level == "error" else "warn", n.text) for n in check(settings, env_file)]
+    return [Finding("settings", "fail" if n.level == "error" else "warn", n.text) for n in check(settings, env_file)]
 
 
-def backend_answers(settings: Settings, run: RunFolder) -> Trouble:
+def backend_answers(settings: Settings, run: RunFolder) -> Finding:
     """Connection refused, a wrong key, a model that is not served - for the backend in LLM_BACKEND."""
     address = settings.address()
     statuses = wait_for(registry.check(address, timeout=_ASK_SECONDS, output=run.output))
     wanted = registry.same_model(statuses, address.model) or statuses[0]
     name = f"{address.backend} answers"
     if wanted.available:
-        return Trouble(name, "ok", f"{wanted.name} at {without_password(address.base_url)}")
+        return Finding(name, "ok", f"{wanted.name} at {without_password(address.base_url)}")
     # a server that is not started is no fault before anyone needs it
-    status: Literal["warn", "fail"] = "warn" if wanted.kind == "refused" else "fail"
-    return Trouble(name, status, wanted.detail, _remedy(settings, run, wanted))
+    status: Status = "warn" if wanted.kind == "refused" else "fail"
+    return Finding(name, status, wanted.detail, _remedy(settings, run, wanted))
 
 
-def old_backend(settings: Settings, output: Path = DEFAULT_OUTPUT) -> list[Trouble]:
-    """A status API or gateway that was started before LLM_BACKEND changed keeps the settings of its start."""
+def old_backend(settings: Settings, output: Path = DEFAULT_OUTPUT) -> list[Finding]:
+    """A status API that was started before LLM_BACKEND changed keeps the settings of its start; a gateway does not tell its own."""
     found = []
     for process in server.running(gateway_folder(output) / "servers"):
         if process.engine != "status-api":
@@ -79,31 +70,30 @@ def old_backend(settings: Settings, output: Path = DEFAULT_OUTPUT) -> list[Troub
             continue
         if used != settings.llm_backend:
             words = f"LLM_BACKEND={settings.llm_backend}, but the status API at {process.url} was started with {used}"
-            found.append(Trouble("LLM_BACKEND", "fail", words, "settings are read at start: restart it, and your applications"))
+            found.append(Finding("LLM_BACKEND", "fail", words, "settings are read at start: restart it, and your applications"))
     return found
 
 
-def last_failures(run: RunFolder) -> list[Trouble]:
+def last_failures(run: RunFolder) -> list[Finding]:
     """Known causes (CUDA out of memory, a taken port, ...) in the newest log of each engine that is not running now."""
     alive = {process.engine for process in server.running(run.path / "servers")} if run.path.is_dir() else set()
-    newest: dict[str, Path] = {}
-    for log in sorted(run.logs.glob("*.log")):
-        newest[log.name.split("-")[0]] = log
     found = []
-    for engine, log in newest.items():
-        known = None if engine in alive else classify(_tail(log))
+    for engine in engines.NAMES:
+        logs = [] if engine in alive else processes.start_logs(run.path, (engine,))
+        known = classify(_tail(logs[-1])) if logs else None
         if known:
-            found.append(Trouble(f"last start of {engine}", "warn", f"{known.cause} ({log}: {known.line[:160]})", known.remedy))
+            seen = f"{known.cause} ({logs[-1]}: {mask(known.line)[:160]})"
+            found.append(Finding(f"last start of {engine}", "warn", seen, known.remedy))
     return found
 
 
-def exited_containers() -> list[Trouble]:
-    """Containers of the compose file that exited, with the known cause or the last line of their log."""
+def exited_containers() -> list[Finding]:
+    """Containers of our compose file that failed, with the known cause or the last line of their log, secrets masked."""
     docker = shutil.which("docker")
     if docker is None:
         return []
-    words = ["ps", "-a", "--filter", "status=exited", "--filter", "label=com.docker.compose.project", "--format", "{{json .}}"]
-    listed = _docker([docker, *words])
+    words = ["ps", "-a", "--filter", "status=exited", "--filter", f"label=com.docker.compose.project={PROJECT}"]
+    listed = _docker([docker, *words, "--format", "{{json .}}"])
     found = []
     for line in (listed or "").splitlines():
         try:
@@ -111,11 +101,13 @@ def exited_containers() -> list[Trouble]:
             name, status = str(entry["Names"]), str(entry["Status"])
         except (ValueError, KeyError, TypeError):
             continue
+        if status.startswith("Exited (0)"):  # it was done, or was asked to stop
+            continue
         log = _docker([docker, "logs", "--tail", "200", name]) or ""
         known = classify(log)
         last = (log.strip().splitlines() or ["its log is empty"])[-1]
         remedy = known.remedy if known else f"docker logs {name}"
-        found.append(Trouble(f"container {name}", "warn", f"{status}: {known.cause if known else last[:200]}", remedy))
+        found.append(Finding(f"container {name}", "warn", f"{status}: {known.cause if known else mask(last)[:200]}", remedy))
     return found
 
 

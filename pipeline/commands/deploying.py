@@ -153,7 +153,7 @@ def _serve(launch: services.Launch, output: Path, *, detach: bool) -> None:
         process = services.start(launch, output, owner, lambda text: spinner.update(text[:120]))
     console.print(f"{launch.engine}: {launch.url}, log {process.log}", soft_wrap=True, markup=False, highlight=False)
     if not detach:
-        attend(process, lambda: services.stop(launch.engine, output))
+        attend(process, services.folder(output))
 
 
 def _stop(name: str, output: Path) -> None:

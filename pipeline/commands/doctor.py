@@ -30,7 +30,7 @@ def doctor(
     """Check torch, engines, driver, disk, RAM, ports, hub access, a run's files and what applications meet; say how to mend it.
 
     The last part: contradicting settings, the selected backend refusing connections or lacking the model, a status API that
-    still uses an old LLM_BACKEND, known causes in the last server log, containers that exited.
+    still uses an old LLM_BACKEND, known causes in the last server log, containers that failed.
 
     Nothing is changed. Exit code: 0 when nothing failed (warnings allowed), 1 when something did.
 
@@ -39,12 +39,11 @@ def doctor(
       granite-pipeline doctor --run mine --base ibm-granite/granite-4.0-350m --json
     """
     from pipeline.doctor import examine
-    from pipeline.doctor_facts import Facts, Finding
+    from pipeline.doctor_facts import Facts
     from pipeline.troubleshoot import look
 
     facts = Facts.gather(RunFolder(run, output), base)
-    troubles = look(facts.settings, facts.run)
-    found = examine(facts) + [Finding(t.check, t.status, t.evidence, t.remedy) for t in troubles]
+    found = examine(facts) + look(facts.settings, facts.run)
     healthy = all(finding.status != "fail" for finding in found)
     if as_json:
         typer.echo(json.dumps({"healthy": healthy, "findings": [finding.to_json() for finding in found]}, indent=2))

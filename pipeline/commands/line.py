@@ -14,8 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import engines, finished, serving
-from pipeline.errors import InputError, VerificationFailed
+from pipeline import finished, server, serving
+from pipeline.errors import InputError, RunLocked, VerificationFailed
 from pipeline.files import read_json
 from pipeline.notebook import OWNER_VARIABLE
 from pipeline.notebooks import STAGES, Executed, run_notebooks
@@ -97,16 +97,26 @@ def run(
 
 
 def _execute(folder: RunFolder, chosen: list[str], given: dict[str, Any]) -> tuple[list[Executed], list[str]]:
-    """Run the notebooks and stop what they started, whatever happens; a failed verification is left to the report."""
+    """Run the notebooks and stop what they started, whatever happens; a failed verification is left to the report.
+
+    Servers that ran before are somebody else's and stay; a run that is refused has started none.
+    """
     # servers started by a notebook end with this process, however it ends
     os.environ[OWNER_VARIABLE] = str(os.getpid())
-    executed: list[Executed] = []
+    records, executed, refused = folder.path / "servers", list[Executed](), False
+    before = {(process.engine, process.pid) for process in server.running(records)}
+    if before and "04_verify" in chosen:  # it stops what it used, unless told not to
+        given = {"KEEP_SERVERS": True, **given}
     try:
         executed = run_notebooks(folder, chosen, given)
     except VerificationFailed:
         log.warning("verification failed")  # the report tells all of it, below
+    except RunLocked:
+        refused = True
+        raise
     finally:
-        stopped = [engine for engine in engines.NAMES if serving.stop(folder.path, engine)]
+        ours = [p for p in server.running(records) if (p.engine, p.pid) not in before and not refused]
+        stopped = [process.engine for process in ours if serving.stop(folder.path, process.engine)]
     return executed, stopped
 
 

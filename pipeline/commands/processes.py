@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline import engines, processes, serving
+from pipeline import engines, processes, services, serving
 from pipeline.runs import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 
 Run = Annotated[str, typer.Option("--run", "--name", help="Name of the run.")]
@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
 
 
 def ps(output: Output = DEFAULT_OUTPUT, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """List the servers of every run: process, port, engine, run, state, age and resident memory.
+    """List the servers of every run, the gateway and the status API: process, port, engine, run, state, age and resident memory.
 
     States: loading (no first token yet), ready, silent (was ready, does not answer its health path now).
 
@@ -57,9 +57,11 @@ def stop(
     engine: Annotated[str, typer.Argument(help="Only this engine.")] = "",
     run: Run = DEFAULT_NAME,
     output: Output = DEFAULT_OUTPUT,
-    every: Annotated[bool, typer.Option("--all", help="Of every run, not only of one.")] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="Of every run; without an engine, the gateway and status API too.")
+    ] = False,
 ) -> None:
-    """Stop the servers that were started for a run, or (--all) for every run; returns when their processes are gone.
+    """Stop the servers started for a run, or (--all) for every run with the gateway and the status API; returns when they are gone.
 
     Examples:
       granite-pipeline stop
@@ -67,8 +69,14 @@ def stop(
       granite-pipeline stop --all
     """
     names = [engines.get(engine).name] if engine else list(engines.NAMES)
-    folders = sorted({output / entry.run for entry in processes.listing(output)}) if every else [RunFolder(run, output).path]
+    folders = (
+        sorted({output / entry.run for entry in processes.listing(output) if entry.run != "-"})
+        if every
+        else [RunFolder(run, output).path]
+    )
     stopped = [f"{name} of {folder.name}" for folder in folders for name in names if serving.stop(folder, name)]
+    if every and not engine:
+        stopped += [name for name in services.NAMES if services.stop(name, output)]
     where = f"in {output}" if every else f"of run {run}"
     said = f"stopped: {', '.join(stopped)}" if stopped else f"no server {where} was running"
     Console(stderr=True).print(said, markup=False, soft_wrap=True)

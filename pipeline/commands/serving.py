@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -90,10 +90,10 @@ def run_server(engine: str, target: Target, options: Options, *, detach: bool) -
         endpoint = serving.serve(engine, target, options, lambda text: spinner.update(text[:120]))
     show(endpoint, console)
     if not detach and endpoint.server is not None:
-        attend(endpoint.server, lambda: serving.stop(target.folder, engine))
+        attend(endpoint.server, target.servers)
 
 
-def attend(process: server.Server, stop: Callable[[], object]) -> None:
+def attend(process: server.Server, records: Path) -> None:
     """Stay beside a server until Ctrl-C, and stop it then; EngineError when it dies first."""
     try:
         while process.alive:
@@ -102,7 +102,7 @@ def attend(process: server.Server, stop: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         Console(stderr=True).print("stopping")
     finally:
-        stop()
+        server.end(process, records)
 
 
 def show(endpoint: Endpoint, console: Console) -> None:

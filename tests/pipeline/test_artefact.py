@@ -42,6 +42,9 @@ def test_a_later_stage_does_not_change_the_fine_tune(made: RunFolder) -> None:
 def test_a_containers_path_is_matched_by_run_and_file(made: RunFolder) -> None:
     assert artefact.of_served_path(f"/models/test/{made.gguf.name}", made.output) == artefact.of_file(made.gguf)
     assert artefact.of_served_path("model", made.output) is None
+    # names that no file system takes: a server may say anything
+    assert artefact.of_served_path(f"/{'a' * 300}/{made.gguf.name}", made.output) is None
+    assert artefact.of_served_path("/test/\0", made.output) is None
 
 
 def test_a_changed_or_stale_file_is_not_ours(made: RunFolder, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 from pipeline import doctor, installed
 from pipeline.config import Settings
 from pipeline.doctor import examine
-from pipeline.doctor_facts import Facts, Finding
+from pipeline.doctor_facts import Facts, Finding, hub_token
 from pipeline.engines.base import Availability
 from pipeline.installed import Installed
 from pipeline.machines import hardware_from
@@ -155,9 +155,19 @@ def hub() -> Iterator[str]:
     ],
 )
 def test_a_gated_model_needs_its_token(base: str, token: str, status: str, words: str, hub: str, tmp_path: Path) -> None:
-    facts = _facts(tmp_path, base=base, settings={"hf_token": token}, token=bool(token), environment={"HF_ENDPOINT": hub})
+    facts = _facts(tmp_path, base=base, token=token, environment={"HF_ENDPOINT": hub})
     (found,) = doctor.gated_model(facts)
     assert (found.status, words in found.evidence) == (status, True)
+
+
+def test_the_token_of_a_login_counts_as_the_hubs_client_counts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_TOKEN_PATH", raising=False)
+    nothing = Settings(_env_file=None, hf_token="")
+    assert hub_token(nothing) == ""
+    (tmp_path / "token").write_text("planted\n")
+    assert hub_token(nothing) == "planted"
+    assert hub_token(Settings(_env_file=None, hf_token="given")) == "given"
 
 
 def test_a_hub_out_of_reach_is_a_warning_and_the_embedded_base_asks_nobody(tmp_path: Path) -> None:

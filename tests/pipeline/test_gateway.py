@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,7 +46,8 @@ def _router(
     observer = Observer.of(settings, output)
     for backend, (up, ours) in seen.items():
         address = observer.seen[backend].address
-        observer.seen[backend] = Seen(address, up, (ModelStatus(address.model, up, artefact=ours),), "", 1, 1)
+        models = (ModelStatus(address.model, up, artefact=ours),)
+        observer.seen[backend] = Seen(address, up, models, "", 1, time.time())
     return Router(settings, observer, strategy)
 
 
@@ -83,6 +86,13 @@ def test_a_backend_that_is_down_is_passed_over_and_comes_back_first(tmp_path: Pa
 def test_when_everything_is_down_all_are_tried_in_order(tmp_path: Path) -> None:
     router = _router(_settings(tmp_path), {"vllm": (False, OURS), "llamacpp": (False, SAME)})
     assert _order(router, "soc") == ["soc@vllm", "soc-gguf@llamacpp"]
+
+
+def test_what_was_seen_long_ago_is_not_healthy(tmp_path: Path) -> None:
+    router = _router(_settings(tmp_path), {"vllm": (True, OURS), "llamacpp": (True, SAME)})
+    seen = router.observer.seen
+    seen["vllm"] = replace(seen["vllm"], checked_at=time.time() - 60)
+    assert _order(router, "soc") == ["soc-gguf@llamacpp"]
 
 
 def test_an_unknown_artefact_is_never_a_fallback(tmp_path: Path) -> None:

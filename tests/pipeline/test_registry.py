@@ -131,6 +131,8 @@ def test_a_port_that_accepts_and_says_nothing_is_given_up_on_in_time() -> None:
     ("answer", "kind"),
     [
         (b"<html>hello</html>", "not_json"),
+        pytest.param(b"[" * 200_000, "not_json", id="nested too deeply"),
+        ({"data": []}, "model"),
         ({"models": []}, "not_json"),
         ([1, 2], "not_json"),
         ((500, {}, {}), "status"),

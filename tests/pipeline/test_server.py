@@ -138,6 +138,18 @@ def test_running_forgets_dead_servers(tmp_path: Path) -> None:
     assert not record.exists()
 
 
+def test_ending_a_server_leaves_the_record_of_another_one(tmp_path: Path) -> None:
+    first, second = (
+        server.start(_launch(tmp_path, "import time; time.sleep(600)"), tmp_path / "log", owner=os.getpid()) for _ in "ab"
+    )
+    server.save(second, tmp_path / "servers")
+    server.end(first, tmp_path / "servers")
+    assert not first.alive
+    assert server.running(tmp_path / "servers") == [second]
+    server.end(second, tmp_path / "servers")
+    assert list((tmp_path / "servers").iterdir()) == []
+
+
 def test_a_taken_port_names_its_holder(tmp_path: Path) -> None:
     launch = _launch(tmp_path, SERVER)
     process = server.start(launch, tmp_path / "log", owner=os.getpid())

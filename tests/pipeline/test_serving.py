@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,15 +14,17 @@ from typing import Any
 
 import pytest
 
-from pipeline import serving
+from pipeline import server, serving
 from pipeline.commands.serving import _target
 from pipeline.config import Settings
+from pipeline.engines.base import Launch
+from pipeline.engines.ollama import Ollama
 from pipeline.engines.ollama_plan import plan as ollama_plan
 from pipeline.engines.vllm import Vllm
-from pipeline.errors import EngineError, StartFailure
+from pipeline.errors import EngineError, EnvironmentFailure, StartFailure
 from pipeline.machines import hardware_from
 from pipeline.model import Model
-from pipeline.plan import Request
+from pipeline.plan import Plan, Request
 from pipeline.runs import RunFolder
 from pipeline.serving import Endpoint, Target
 
@@ -54,13 +58,13 @@ def fake() -> Iterator[Fake]:
         def log_message(self, *_: object) -> None:
             return
 
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    found = Fake(f"http://127.0.0.1:{server.server_port}")
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    web = HTTPServer(("127.0.0.1", 0), Handler)
+    found = Fake(f"http://127.0.0.1:{web.server_port}")
+    thread = threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     yield found
-    server.shutdown()
-    server.server_close()
+    web.shutdown()
+    web.server_close()
     thread.join()
 
 
@@ -89,6 +93,26 @@ def test_a_plan_that_does_not_fit_starts_nothing(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="cannot serve this model on this machine"):
         serving.start_planned(Vllm(), request, Target(tmp_path, "m", tmp_path), serving.Options(), lambda _: None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_came_up_during_the_planning_is_not_overwritten(tmp_path: Path) -> None:
+    class Sleeping(Ollama):
+        def launch(self, plan: Plan, request: Request, *, host: str, port: int) -> Launch:
+            return Launch(
+                "ollama", (sys.executable, "-c", "import time; time.sleep(600)"), {}, f"http://{host}:{port}", "/", "m", 1
+            )
+
+    request = Request(Model.from_shape("granite-4.0-1b"), hardware_from("cpu-16c-64g"), "serve", "m")
+    target = Target(tmp_path / "m.gguf", "m", tmp_path)
+    plan = ollama_plan(request)
+    first = server.start(Sleeping().launch(plan, request, host="127.0.0.1", port=9), tmp_path / "log", owner=os.getpid())
+    server.save(first, target.servers)
+    try:
+        with pytest.raises(EnvironmentFailure, match="ollama already serves m from"):
+            serving.start_planned(Sleeping(), request, target, serving.Options(owner=os.getpid()), lambda _: None, plan)
+        assert server.running(target.servers) == [first]
+    finally:
+        server.stop(first)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,11 @@ import pytest
 from stub_server import serving
 from typer.testing import CliRunner
 
-from pipeline import server, services
+from pipeline import processes, server, services
 from pipeline.cli import app
 from pipeline.config import Settings, load
 from pipeline.engines.base import Launch
+from pipeline.errors import InputError
 from pipeline.ports import claim
 from pipeline.runs import RunFolder
 from pipeline.troubleshoot import backend_answers, exited_containers, last_failures, look, old_backend, settings_in_force
@@ -111,17 +112,34 @@ def test_cuda_out_of_memory_in_the_last_start(run: RunFolder) -> None:
     assert found.remedy
 
 
+def test_a_stages_log_is_no_server_log(run: RunFolder) -> None:
+    run.logs.mkdir(parents=True)
+    server_log = run.logs / "vllm-20260101-000000.log"
+    server_log.write_text("ready\n")
+    (run.logs / "verify-20260102-000000.log").write_text("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\n")
+    assert last_failures(run) == []
+    assert processes.logs(run.path) == processes.logs(run.path, "vllm") == [server_log]
+    server_log.unlink()
+    with pytest.raises(InputError, match="run test has no server log"):
+        processes.logs(run.path)
+
+
 def test_a_container_that_exits_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # no container engine runs in CI: a docker command that answers as docker does
     docker = tmp_path / "docker"
     docker.write_text(
         "#!/bin/sh\n"
-        'if [ "$1" = ps ]; then echo \'{"Names":"granite-vllm-1","Status":"Exited (1) 3 seconds ago"}\'; '
-        "else echo 'RuntimeError: Failed to infer device type' >&2; fi\n"
+        'if [ "$1" = ps ]; then case "$*" in *project=granite*) ;; *) exit 9;; esac\n'
+        'echo \'{"Names":"granite-vllm-1","Status":"Exited (1) 3 seconds ago"}\'\n'
+        'echo \'{"Names":"granite-gateway-1","Status":"Exited (2) 3 seconds ago"}\'\n'
+        'echo \'{"Names":"granite-setup-1","Status":"Exited (0) 3 seconds ago"}\'\n'
+        'elif [ "$4" = granite-vllm-1 ]; then echo "RuntimeError: Failed to infer device type" >&2\n'
+        "else echo 'refused: Bearer planted-0815'; fi\n"
     )
     docker.chmod(docker.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    [found] = exited_containers()
+    found, other = exited_containers()
+    assert (other.check, other.evidence) == ("container granite-gateway-1", "Exited (2) 3 seconds ago: refused: Bearer ********")
     assert found.check == "container granite-vllm-1"
     assert found.evidence.startswith("Exited (1) 3 seconds ago: ")
     assert found.remedy != "docker logs granite-vllm-1"
@@ -139,6 +157,19 @@ def test_doctor_tells_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         done = CliRunner().invoke(app, ["doctor", "--json", "--output", str(tmp_path)])
     [found] = [f for f in json.loads(done.stdout)["findings"] if f["check"] == "vllm answers"]
     assert (done.exit_code, found["status"]) == (1, "fail")
+
+
+def test_a_damaged_server_record_is_a_finding(tmp_path: Path, run: RunFolder) -> None:
+    record = run.path / "servers" / "vllm.json"
+    record.parent.mkdir(parents=True)
+    record.write_text('{"engine": "vllm"}')
+    (run.path / "servers" / "llamacpp.json").write_text("{")
+    found = look(_settings(tmp_path, VLLM_BASE_URL="ftp://127.0.0.1"), run, tmp_path / ".env")
+    [damaged] = [f for f in found if f.check == "last starts"]
+    assert (damaged.status, "llamacpp.json:1: not valid JSON" in damaged.evidence) == ("fail", True)
+    (run.path / "servers" / "llamacpp.json").unlink()
+    [damaged] = [f for f in look(_settings(tmp_path), run, tmp_path / ".env") if f.check == "last starts"]
+    assert (damaged.evidence.startswith(f"{record} is not a server record"), damaged.remedy) == (True, "delete it")
 
 
 def test_everything_at_once_is_worst_first(tmp_path: Path, run: RunFolder) -> None:
