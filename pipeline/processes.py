@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from pipeline import server
+from pipeline import notes, server
 from pipeline.errors import InputError
 from pipeline.server import Server
 
@@ -71,8 +71,7 @@ def logs(run: Path, engine: str | None = None) -> list[Path]:
 
 
 def _state(process: Server, folder: Path) -> State:
-    # the notes beside a record are written after the first token
-    if not (folder / f"{process.engine}.endpoint").is_file():
+    if not notes.path_of(folder, process.engine).is_file():
         return "loading"
     try:
         answer = httpx.get(process.url + process.ready_path, timeout=2)

@@ -11,14 +11,14 @@ from typing import Any
 
 import httpx
 
-from pipeline import artefact, engines, server
+from pipeline import artefact, engines, notes, server
 from pipeline.adapters import Adapter
 from pipeline.engines.base import Engine, Launch, require_feasible
 from pipeline.engines.ollama import Ollama
 from pipeline.engines.parsers import require_known_flags
 from pipeline.errors import EngineError, EnvironmentFailure, InputError, MissingDependency, PipelineError, StartFailure
 from pipeline.failures import classify
-from pipeline.files import read_json, write_json
+from pipeline.files import read_json
 from pipeline.hardware import Hardware
 from pipeline.manifest import Manifest
 from pipeline.model import Model
@@ -151,7 +151,7 @@ def _start_once(engine: Engine, plan: Plan, request: Request, target: Target, op
     progress(f"starting {engine.name} on {launch.url}, log {log}")
     process = server.start(launch, log, owner=options.owner)
     record = server.save(process, target.servers)
-    _notes(target, engine.name).unlink(missing_ok=True)
+    notes.path_of(target.servers, engine.name).unlink(missing_ok=True)
     try:
         server.wait_ready(process, options.timeout or launch.start_timeout, progress)
         version = engine.available().version
@@ -191,10 +191,11 @@ def _remember(target: Target, engine: str, attempts: list[dict[str, Any]], ready
 def attach(engine_name: str, target: Target) -> Endpoint | None:
     """The endpoint of a server started earlier for this target, alive and past its first token, or None."""
     for process in server.running(target.servers):
-        # the notes are written after the first token: without them it is still loading
-        if process.engine == engine_name and _notes(target, engine_name).is_file():
-            notes = _read_notes(_notes(target, engine_name))
-            extra = {key: value for key, value in notes.items() if key != "artefact"}
+        # the note is written after the first token: without it the server is still loading
+        note = notes.path_of(target.servers, engine_name)
+        if process.engine == engine_name and note.is_file():
+            said = read_json(note)
+            extra = {key: said.get(key) for key in ("version", "plan", "ready_seconds")}
             return Endpoint(engine_name, process.url, process.model, server=process, **extra)
     return None
 
@@ -281,19 +282,8 @@ def _described(plan: Plan, launch: Launch) -> dict[str, Any]:
     return {**plan.to_json(), "argv": list(launch.argv)}
 
 
-def _notes(target: Target, engine: str) -> Path:
-    return target.servers / f"{engine}.endpoint"
-
-
 def _with_ready(endpoint: Endpoint, begun: float, target: Target) -> Endpoint:
     seconds = round(time.monotonic() - begun, 1)
-    # what was loaded is remembered: the file may be exported again while this server runs
-    loaded = artefact.of_file(target.model)
-    notes = {"version": endpoint.version, "plan": endpoint.plan, "ready_seconds": seconds}
-    notes["artefact"] = loaded.to_json() if loaded else None
-    write_json(_notes(target, endpoint.engine), notes)
+    said = {"url": endpoint.url, "model": endpoint.model, "version": endpoint.version, "plan": endpoint.plan}
+    notes.write(target.servers, endpoint.engine, {**said, "ready_seconds": seconds}, artefact.of_file(target.model))
     return replace(endpoint, ready_seconds=seconds)
-
-
-def _read_notes(path: Path) -> dict[str, Any]:
-    return dict(read_json(path)) if path.is_file() else {}

@@ -8,15 +8,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from small_run import make_run
 from stub_server import serving
 
-from pipeline import registry
+from pipeline import artefact, notes, registry, server
 from pipeline.config import Address, Settings, load
 from pipeline.errors import InputError
 from pipeline.ports import claim
 from pipeline.registry import (
     ModelStatus,
+    address_for,
     check_llamacpp_models,
     check_ollama_models,
     check_openai_compatible_models,
@@ -24,6 +27,8 @@ from pipeline.registry import (
     check_vllm_models,
     warmup_model,
 )
+from pipeline.runs import RunFolder
+from pipeline.server import Server
 
 NONE = Path("/nonexistent")
 VLLM: dict[str, Any] = {
@@ -217,3 +222,43 @@ def test_warmup_takes_the_agents_model_and_the_orchestrators(tmp_path: Path) -> 
         with pytest.raises(InputError, match="no agent 'nobody'") as caught:
             asyncio.run(warmup_model(settings, "nobody"))
     assert caught.value.remedy == "known agents: triage"
+
+
+def _served(output: Path, run: str, url: str, name: str, owner: str = "") -> RunFolder:
+    """A run with a note of a server that is this very process; ``owner`` is the run of what it loaded."""
+    folder = make_run(RunFolder(run, output))
+    process = psutil.Process()
+    log = output / "log"
+    record = Server("vllm", url, name, (), {}, process.pid, process.create_time(), log, "", "/health")
+    server.save(record, folder.path / "servers")
+    loaded = artefact.of_file(make_run(RunFolder(owner or run, output)).merged)
+    notes.write(folder.path / "servers", "vllm", {"url": url, "model": name}, loaded)
+    return folder
+
+
+def test_an_agent_is_its_run_not_the_configured_model(tmp_path: Path) -> None:
+    agents = "agents: {summary: {run: other}, generic: {run: generic}}"
+    with serving(VLLM) as stub:
+        settings = _settings(tmp_path, stub.url, agents)
+        with pytest.raises(InputError, match="agent summary is run other, and nothing says under which name vllm") as caught:
+            address_for(settings, "summary", tmp_path)
+        assert "serve vllm --agent summary" in caught.value.remedy
+        assert address_for(settings, "generic", tmp_path) == settings.address()
+        folder = _served(tmp_path, "other", "http://127.0.0.1:1", "others-name")
+        found = address_for(settings, "summary", tmp_path)
+        assert (found.model, found.base_url) == ("others-name", "http://127.0.0.1:1")
+        # stopped: the name is still known, the address is the configured one again
+        (folder.path / "servers" / "vllm.json").unlink()
+        stopped = address_for(settings, "summary", tmp_path)
+        assert (stopped.model, stopped.base_url) == ("others-name", stub.url)
+
+
+def test_warmup_refuses_another_runs_artefact(tmp_path: Path) -> None:
+    with serving({**VLLM, "/v1/chat/completions": {}}) as stub:
+        settings = _settings(tmp_path, stub.url, "agents: {summary: {run: other, model: m}, right: {run: mine, model: m}}")
+        _served(tmp_path, "mine", stub.url, "m")
+        wrong = asyncio.run(warmup_model(settings, "summary", output=tmp_path))
+        assert not wrong.available
+        assert wrong.detail.startswith("this is run mine, and agent summary is run other: granite-pipeline serve --agent summary")
+        assert "/v1/chat/completions" not in [path for path, _ in stub.seen]
+        assert asyncio.run(warmup_model(settings, "right", output=tmp_path)).available
