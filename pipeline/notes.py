@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.artefact import Artefact
 from pipeline.errors import InputError
 from pipeline.files import read_json, write_json
+from pipeline.reach import same_place
 from pipeline.runs import RunFolder
 from pipeline.server import Server
 
@@ -45,6 +46,17 @@ def every(output: Path) -> Iterator[Note]:
     for path in sorted(output.glob("*/servers/*.endpoint")):
         if note := _read(path):
             yield note
+
+
+def last_served(url: str, model: str, output: Path) -> Artefact | None:
+    """What a note says of a model at a URL, whether or not its server still runs."""
+    found = (n for n in every(output) if same_place(n.url, url) and (same_name(n.model, model) or same_name(model, n.model)))
+    return next((note.artefact for note in found if note.artefact), None)
+
+
+def up_since(url: str, output: Path) -> float | None:
+    """Start (wall clock) of the server that was started from here and runs at this URL; None when it is someone else's."""
+    return next((n.process.started for n in every(output) if n.process and same_place(n.process.url, url)), None)
 
 
 def same_name(served: str, asked: str) -> bool:

@@ -16,7 +16,7 @@ from pipeline.agents import Agents
 from pipeline.artefact import Artefact
 from pipeline.config import Address, Settings, root_url
 from pipeline.errors import InputError
-from pipeline.reach import TIMEOUT, Reached, get_json, is_local
+from pipeline.reach import TIMEOUT, Reached, get_json, is_local, same_place
 from pipeline.runs import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 
 
@@ -53,7 +53,7 @@ async def check_ollama_models(
     for entry in entries:
         name = str(entry.get("name", ""))
         in_memory = running.get(name, {})
-        ours = _recorded(root, name, output)
+        ours = _recorded(root, name, output, str(entry.get("digest") or ""))
         context = _integer(in_memory.get("context_length"))
         found.append(
             ModelStatus(name, True, name in running, context, _integer(entry.get("size")), tags.latency_ms, artefact=ours)
@@ -94,7 +94,7 @@ async def check_llamacpp_models(
     said = props.data if props.ok and isinstance(props.data, dict) else {}
     slot = said.get("default_generation_settings")
     context = _integer(slot.get("n_ctx")) if isinstance(slot, dict) else None
-    ours = artefact.of_served_path(str(said.get("model_path", "")), output)
+    ours = artefact.of_served_path(str(said.get("model_path", "")), output, notes.up_since(root, output))
     return [
         replace(s, context=context or s.context, artefact=s.artefact or ours, loaded=True) if s.available else s for s in statuses
     ]
@@ -217,7 +217,7 @@ def _openai_statuses(root: str, listed: Reached, model: str, output: Path) -> li
     entries = _entries(listed, "data")
     if entries is None:
         return [_unreachable(model, listed)]
-    found = []
+    found, since = [], notes.up_since(root, output)
     for entry in entries:
         name, meta = str(entry.get("id", "")), entry.get("meta")
         meta = meta if isinstance(meta, dict) else {}
@@ -226,7 +226,7 @@ def _openai_statuses(root: str, listed: Reached, model: str, output: Path) -> li
         )
         # an adapter is not the artefact the server was started with
         started = None if entry.get("parent") else _recorded(root, name, output)
-        ours = started or artefact.of_served_path(str(entry.get("root") or ""), output)
+        ours = started or artefact.of_served_path(str(entry.get("root") or ""), output, since)
         loaded = str(entry["state"]) == "loaded" if "state" in entry else True
         found.append(ModelStatus(name, True, loaded, context, _integer(meta.get("size")), listed.latency_ms, artefact=ours))
     return _with_wanted(found, model, "serve the run under that name, or ask for one of these", listed.latency_ms)
@@ -257,10 +257,12 @@ def _entries(reached: Reached, key: str) -> list[Mapping[str, Any]] | None:
     return [entry for entry in listed if isinstance(entry, dict)]
 
 
-def _recorded(root: str, model: str, output: Path) -> Artefact | None:
-    """What was loaded by a server that was started from here and still runs at this URL."""
+def _recorded(root: str, model: str, output: Path, digest: str = "") -> Artefact | None:
+    """What was loaded by a server that was started from here and still runs at this URL, or made in someone's Ollama."""
     for note in notes.every(output):
-        if note.process and note.url == root and note.model == model and note.artefact:
+        # what was made in an Ollama that is not ours is told by its digest, also when it was made again by someone else
+        still = note.digest == digest if note.digest else note.process is not None
+        if still and note.artefact and same_place(note.url, root) and notes.same_name(model, note.model):
             return note.artefact
     return None
 
