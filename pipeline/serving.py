@@ -110,7 +110,7 @@ def serve(engine_name: str, target: Target, options: Options, progress: Progress
     available = engine.available()
     if not available.usable:
         raise MissingDependency(f"{engine_name}: {available.reason}", remedy=available.remedy)
-    _refuse_second(engine_name, target)
+    refuse_second(engine_name, target)
     return start_planned(engine, request_for(target, options), target, options, progress)
 
 
@@ -170,7 +170,7 @@ def _start_once(engine: Engine, plan: Plan, request: Request, target: Target, op
     return endpoint
 
 
-def _refuse_second(engine: str, target: Target) -> None:
+def refuse_second(engine: str, target: Target) -> None:
     """One server of an engine a run: a second one would take the first one's record, and nobody could stop the first."""
     for process in server.running(target.servers):
         if process.engine == engine:
@@ -265,8 +265,8 @@ def stop(folder: Path, engine: str) -> bool:
     for process in server.running(folder / "servers"):
         if process.engine == engine:
             server.stop(process)
-            for suffix in (".json", ".endpoint"):
-                (folder / "servers" / f"{engine}{suffix}").unlink(missing_ok=True)
+            # its note is kept: a gateway that starts now must know what this address served to find the same elsewhere
+            (folder / "servers" / f"{engine}.json").unlink(missing_ok=True)
             return True
     return False
 
