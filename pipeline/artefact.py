@@ -43,12 +43,24 @@ def of_file(path: Path) -> Artefact | None:
         return None
 
 
-def of_served_path(said: str, output: Path = DEFAULT_OUTPUT) -> Artefact | None:
-    """The artefact a server says it loaded; a container's path is matched by its last two parts, ``<run>/<file>``."""
+def of_served_path(said: str, output: Path = DEFAULT_OUTPUT, since: float | None = None) -> Artefact | None:
+    """The artefact a server says it loaded; a container's path is matched by its last two parts, ``<run>/<file>``.
+
+    ``since``: when that server started, where it is known; a file written later is not what it loaded, so None.
+    """
     path = Path(said)
     if len(path.parts) < 2:
         return None
-    return of_file(path) or of_file(output / path.parts[-2] / path.parts[-1])
+    for place in (path, output / path.parts[-2] / path.parts[-1]):
+        if found := of_file(place):
+            return None if since is not None and written_after(place, since) else found
+    return None
+
+
+def written_after(path: Path, moment: float) -> bool:
+    """True when a file, or any file of a folder, was written after a moment (wall clock)."""
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return any(file.stat().st_mtime > moment for file in files)
 
 
 def manifest_hash(manifest: Manifest) -> str:

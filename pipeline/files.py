@@ -53,8 +53,8 @@ def tree_bytes(path: Path) -> int:
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
 
 
-def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write a file under a temporary name beside it, flush it to disk, then rename it into place."""
+def write_atomic(path: Path, data: str | bytes, mode: int | None = None) -> None:
+    """Write a file under a temporary name beside it, flush it to disk, then rename it into place; ``mode`` None: as the umask says."""
     path.parent.mkdir(parents=True, exist_ok=True)
     raw = data.encode("utf-8") if isinstance(data, str) else data
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -66,7 +66,7 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         # mkstemp makes 0600 files; a report or Modelfile is meant to be read by others on the machine
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
+        os.chmod(name, 0o666 & ~umask if mode is None else mode)
         os.replace(name, path)
         _sync_folder(path.parent)
     except BaseException:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
-from pipeline import artefact
+from pipeline import artefact, notes
 from pipeline.agents import Agents
 from pipeline.artefact import Artefact
-from pipeline.config import BACKENDS, Settings
+from pipeline.config import BACKENDS, Settings, root_url, without_password
 from pipeline.errors import InputError
 from pipeline.files import write_atomic
 from pipeline.manifest import Manifest
@@ -87,9 +87,12 @@ class Router:
         return Route(order[0], tuple(healthy or order)) if order else None
 
     def artefact(self, deployment: Deployment) -> Artefact | None:
-        """What this deployment serves, as last observed."""
+        """What this deployment serves, as last observed; of one that was never seen up, what its run's note says it served."""
         seen = self.observer.seen.get(deployment.backend)
-        return seen.artefact(deployment.model) if seen else None
+        found = seen.artefact(deployment.model) if seen else None
+        if found is None and not self.healthy(deployment):
+            return notes.last_served(root_url(deployment.url), deployment.model, self.observer.output)
+        return found
 
     def fine_tune(self, deployment: Deployment) -> str | None:
         """Manifest hash of what it serves, or None when that is not known to be ours."""
@@ -156,12 +159,20 @@ class Router:
 
 
 def deployments(settings: Settings, agents: Agents) -> list[Deployment]:
-    """Every configured model of every backend that has a URL: the model, the orchestrator's and the agents'."""
+    """Every configured model of every backend that has a URL: the model, the orchestrator's and the agents'.
+
+    InputError for a URL with a password in it: LiteLLM's configuration would hold it in clear text.
+    """
     found = []
     for backend in BACKENDS:
         address = settings.address(backend)
         if not address.base_url:
             continue
+        if without_password(address.base_url) != address.base_url:
+            raise InputError(
+                f"the gateway does not take a URL with a password: {backend} is {without_password(address.base_url)}",
+                remedy="leave user and password out of it, and send a key with OPENAI_COMPATIBLE_API_KEY",
+            )
         named = [a.model for a in agents.agents.values() if a.model and (a.backend or settings.llm_backend) == backend]
         for model in dict.fromkeys(filter(None, [address.model, address.orchestrator_model, *named])):
             local = backend != "openai" or is_local(address.root)
@@ -208,7 +219,7 @@ def write_config(path: Path, found: Sequence[Deployment], timeout: float = REQUE
         raise InputError(
             "no backend has a URL and a model, so the gateway has nothing to route to", remedy="granite-pipeline config"
         )
-    write_atomic(path, json.dumps(litellm_config(found, timeout), indent=2))
+    write_atomic(path, json.dumps(litellm_config(found, timeout), indent=2), 0o600)
 
 
 def gateway_folder(output: Path = DEFAULT_OUTPUT) -> Path:

@@ -17,6 +17,7 @@ from typing import Any, cast, get_args
 from pipeline import config
 from pipeline.gateway import REQUEST_TIMEOUT, Router, Strategy, write_config
 from pipeline.observer import Observer
+from pipeline.origins import from_here
 from pipeline.runs import DEFAULT_OUTPUT
 
 Scope = MutableMapping[str, Any]
@@ -113,7 +114,7 @@ async def _warm(served: Any, app: Any, keys: Keys, ready: asyncio.Event) -> None
     with contextlib.suppress(Exception):
         # port 9 refuses: the provider's code is loaded, nobody is asked
         await litellm.acompletion(model="openai/none", api_base="http://127.0.0.1:9", api_key="none", max_retries=0, **body)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
         headers = {"Authorization": f"Bearer {keys.asked}"}
         await client.post("/v1/chat/completions", json={**body, "model": "no such model"}, headers=headers)
     ready.set()
@@ -161,6 +162,11 @@ def guarded(app: Any, router: Router, keys: Keys, ready: asyncio.Event) -> Any:
             return
         if scope["type"] == "http":
             path = scope["path"].rstrip("/") or "/"
+            # without a key any page in the user's browser could ask here: LiteLLM allows every origin
+            if not keys.asked and not from_here(scope["headers"]):
+                words = "without GATEWAY_API_KEY only this machine is answered: Origin and Host must be 127.0.0.1 or localhost"
+                await _json(send, 403, _error(words, "origin"))
+                return
             if path == "/health":
                 up, observer = ready.is_set(), router.observer
                 backends = {n: s.healthy and not observer.outdated(s) for n, s in observer.seen.items()}

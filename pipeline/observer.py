@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline import registry
-from pipeline.artefact import Artefact
+from pipeline.artefact import Artefact, written_after
 from pipeline.config import BACKENDS, Address, Settings
 from pipeline.registry import ModelStatus
 from pipeline.runs import DEFAULT_OUTPUT
@@ -79,10 +79,19 @@ class Observer:
         before = self.seen[name]
         try:
             statuses = await registry.check(before.address, timeout=TIMEOUT, output=self.output)
+            statuses = [self._credible(before, status) for status in statuses]
         except Exception as error:  # whatever it is, watching goes on; its words may hold a key, its type does not
             words = f"the check of {name} broke off ({type(error).__name__}): please report it"
             statuses = [ModelStatus(before.address.model, False, detail=words, kind="check")]
         self.seen[name] = _after(before, statuses)
+
+    def _credible(self, before: Seen, status: ModelStatus) -> ModelStatus:
+        """The status, without an artefact that was exported after this server was seen up: it cannot have loaded that one."""
+        ours = status.artefact
+        if ours is None or not before.healthy or ours == before.artefact(status.name):
+            return status
+        late = written_after(self.output / ours.run / ours.file, before.changed_at)
+        return replace(status, artefact=None) if late else status
 
     async def _watch(self, name: str) -> None:
         while True:
@@ -101,7 +110,10 @@ def _after(before: Seen, statuses: list[ModelStatus]) -> Seen:
     timeouts = before.timeouts + 1 if slow else 0
     if slow and before.healthy and timeouts < _PATIENCE:
         return replace(before, checked_at=now, timeouts=timeouts)
-    models = tuple(statuses) if any(s.available for s in statuses) else _remembered(before.models, wanted.detail)
+    # a name that is not served now is still known for what it was, so that its fine-tune can be had elsewhere
+    known = {model.name: model.artefact for model in before.models}
+    listed = tuple(s if s.available or s.artefact else replace(s, artefact=known.get(s.name)) for s in statuses)
+    models = listed if any(s.available for s in statuses) else _remembered(before.models, wanted.detail)
     changed = now if wanted.available != before.healthy or not before.changed_at else before.changed_at
     return Seen(before.address, wanted.available, models, wanted.detail, changed, now, timeouts)
 

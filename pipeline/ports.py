@@ -7,11 +7,15 @@ import socket
 
 import psutil
 
-from pipeline.errors import EnvironmentFailure
+from pipeline.errors import EnvironmentFailure, InputError
 
 
 def claim(host: str, port: int) -> int:
-    """``port`` when nothing listens there, a free one for 0; raises EnvironmentFailure naming the holder."""
+    """``port`` when nothing listens there, a free one for 0; EnvironmentFailure naming the holder, InputError for IPv6."""
+    if ":" in host:
+        raise InputError(
+            f"{host} is an IPv6 address, which nothing here binds", remedy="use --host 127.0.0.1, or 0.0.0.0 for others"
+        )
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

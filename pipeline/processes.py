@@ -79,7 +79,7 @@ def start_logs(run: Path, names: Sequence[str]) -> list[Path]:
 
 
 def _state(process: Server, folder: Path) -> State:
-    if not server.notes(folder, process.engine).is_file():
+    if not server.note_path(folder, process.engine).is_file():
         return "loading"
     try:
         answer = httpx.get(process.url + process.ready_path, timeout=2)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import ssl
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -64,7 +66,22 @@ async def get_json(root: str, path: str, api_key: str = "", timeout: float = TIM
 def is_local(url: str) -> bool:
     """True for a URL on this machine."""
     host = urlsplit(url).hostname or ""
-    return host == "localhost" or host.startswith("127.") or host == "::1"
+    with contextlib.suppress(ValueError):
+        # a name such as 127.0.0.1.example is no address: anyone may own it
+        return ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def same_place(url: str, other: str) -> bool:
+    """True for two URLs of one server: the names of this machine, and the address that means all of them, are equal."""
+    return _place(url) == _place(other)
+
+
+def _place(url: str) -> tuple[str, str, int | None, str]:
+    parts = urlsplit(url)
+    here = is_local(url) or parts.hostname in ("0.0.0.0", "::")
+    port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    return parts.scheme, "localhost" if here else parts.hostname or "", port, parts.path.rstrip("/")
 
 
 @cache

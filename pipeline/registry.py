@@ -11,14 +11,13 @@ from typing import Any
 
 import httpx
 
-from pipeline import artefact, server
+from pipeline import artefact, notes
 from pipeline.agents import Agents
 from pipeline.artefact import Artefact
 from pipeline.config import Address, Settings, root_url
 from pipeline.errors import InputError
-from pipeline.files import read_json
-from pipeline.reach import TIMEOUT, Reached, get_json, is_local
-from pipeline.runs import DEFAULT_OUTPUT
+from pipeline.reach import TIMEOUT, Reached, get_json, is_local, same_place
+from pipeline.runs import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ async def check_ollama_models(
     for entry in entries:
         name = str(entry.get("name", ""))
         in_memory = running.get(name, {})
-        ours = _recorded(root, name, output)
+        ours = _recorded(root, name, output, str(entry.get("digest") or ""))
         context = _integer(in_memory.get("context_length"))
         found.append(
             ModelStatus(name, True, name in running, context, _integer(entry.get("size")), tags.latency_ms, artefact=ours)
@@ -95,7 +94,7 @@ async def check_llamacpp_models(
     said = props.data if props.ok and isinstance(props.data, dict) else {}
     slot = said.get("default_generation_settings")
     context = _integer(slot.get("n_ctx")) if isinstance(slot, dict) else None
-    ours = artefact.of_served_path(str(said.get("model_path", "")), output)
+    ours = artefact.of_served_path(str(said.get("model_path", "")), output, notes.up_since(root, output))
     return [
         replace(s, context=context or s.context, artefact=s.artefact or ours, loaded=True) if s.available else s for s in statuses
     ]
@@ -128,16 +127,29 @@ async def check(
     return await checks[address.backend](address.base_url, wanted, timeout=timeout, output=output)
 
 
-async def warmup_model(config: Settings, agent_name: str | None = None, *, timeout: float = 300.0) -> ModelStatus:
+async def warmup_model(
+    config: Settings, agent_name: str | None = None, *, timeout: float = 300.0, output: Path = DEFAULT_OUTPUT
+) -> ModelStatus:
     """Make the selected backend load a model and answer one token, for an agent or for everyone; the latency is of that answer.
 
-    ``orchestrator`` uses the orchestrator's model. Raises InputError for an agent that agents.yaml does not know.
+    ``orchestrator`` uses the orchestrator's model. A model that is known to be another run's than the agent's is not
+    available to it. Raises InputError for an agent that agents.yaml does not know, or whose run nothing serves by name.
     """
-    address = address_for(config, agent_name)
-    statuses = await check(address, timeout=min(timeout, TIMEOUT))
+    address = address_for(config, agent_name, output)
+    statuses = await check(address, timeout=min(timeout, TIMEOUT), output=output)
     wanted = same_model(statuses, address.model)
     if wanted is None or not wanted.available:
         return wanted or statuses[0]
+    run = _run_of(config, agent_name)
+    if run and wanted.artefact and wanted.artefact.run != run:
+        words = (
+            f"this is run {wanted.artefact.run}, and agent {agent_name} is run {run}: granite-pipeline serve --agent {agent_name}"
+        )
+        return replace(wanted, available=False, detail=words)
+    return await _first_token(address, wanted, timeout)
+
+
+async def _first_token(address: Address, wanted: ModelStatus, timeout: float) -> ModelStatus:
     body = {"model": wanted.name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1, "temperature": 0}
     key = address.api_key.get_secret_value()
     begun = time.perf_counter()
@@ -156,31 +168,56 @@ async def warmup_model(config: Settings, agent_name: str | None = None, *, timeo
     return replace(wanted, loaded=True, latency_ms=round((time.perf_counter() - begun) * 1000, 1))
 
 
-def address_for(config: Settings, agent_name: str | None) -> Address:
-    """The backend an agent uses, with the agent's model in it; InputError for an unknown agent."""
+def address_for(config: Settings, agent_name: str | None, output: Path = DEFAULT_OUTPUT) -> Address:
+    """The backend an agent uses, with the agent's model in it; InputError for an unknown agent, or a run with no known name.
+
+    Without a model in agents.yaml it is the name that the run was last served under; the configured names are those of
+    the default run.
+    """
+    run = _run_of(config, agent_name)
     if agent_name is None:
         return config.address()
-    agents = Agents.load(config.agents_file)
-    if agent_name not in agents.agents and agent_name == "orchestrator":
+    if run is None:
         address = config.address()
         return replace(address, model=address.orchestrator_model)
-    agent = agents.get(agent_name)
+    agent = Agents.load(config.agents_file).get(agent_name)
     address = config.address(agent.backend or "")
-    return replace(address, model=agent.model or address.model)
+    if agent.model:
+        return replace(address, model=agent.model)
+    note = notes.of_run(RunFolder(run, output), address.backend)
+    if note:
+        # started on another port than the configured one, it is found there as long as it runs
+        return replace(address, model=note.model, base_url=note.process.url if note.process else address.base_url)
+    if run == DEFAULT_NAME:
+        return address
+    raise InputError(
+        f"agent {agent_name} is run {run}, and nothing says under which name {address.backend} serves it",
+        remedy=f"granite-pipeline serve {address.backend} --agent {agent_name}, or give the agent a model in {config.agents_file}",
+    )
+
+
+def _run_of(config: Settings, agent_name: str | None) -> str | None:
+    """The agent's run; None for everyone, and for the orchestrator that agents.yaml does not mention."""
+    if agent_name is None:
+        return None
+    agents = Agents.load(config.agents_file)
+    if agent_name not in agents.agents and agent_name == "orchestrator":
+        return None
+    return agents.get(agent_name).run
 
 
 def same_model(statuses: Sequence[ModelStatus], name: str) -> ModelStatus | None:
     """The status of a model by name; Ollama's ``:latest`` may be left out, and no name means the only model there is."""
     if not name and len(statuses) == 1:
         return statuses[0]
-    return next((s for s in statuses if s.name in (name, f"{name}:latest")), None)
+    return next((s for s in statuses if notes.same_name(s.name, name)), None)
 
 
 def _openai_statuses(root: str, listed: Reached, model: str, output: Path) -> list[ModelStatus]:
     entries = _entries(listed, "data")
     if entries is None:
         return [_unreachable(model, listed)]
-    found = []
+    found, since = [], notes.up_since(root, output)
     for entry in entries:
         name, meta = str(entry.get("id", "")), entry.get("meta")
         meta = meta if isinstance(meta, dict) else {}
@@ -189,7 +226,7 @@ def _openai_statuses(root: str, listed: Reached, model: str, output: Path) -> li
         )
         # an adapter is not the artefact the server was started with
         started = None if entry.get("parent") else _recorded(root, name, output)
-        ours = started or artefact.of_served_path(str(entry.get("root") or ""), output)
+        ours = started or artefact.of_served_path(str(entry.get("root") or ""), output, since)
         loaded = str(entry["state"]) == "loaded" if "state" in entry else True
         found.append(ModelStatus(name, True, loaded, context, _integer(meta.get("size")), listed.latency_ms, artefact=ours))
     return _with_wanted(found, model, "serve the run under that name, or ask for one of these", listed.latency_ms)
@@ -220,16 +257,13 @@ def _entries(reached: Reached, key: str) -> list[Mapping[str, Any]] | None:
     return [entry for entry in listed if isinstance(entry, dict)]
 
 
-def _recorded(root: str, model: str, output: Path) -> Artefact | None:
-    """What was loaded by a server that was started from here and still runs at this URL."""
-    for path in output.glob("*/servers/*.endpoint"):
-        record = path.with_suffix(".json")
-        try:
-            notes, process = read_json(path), server.Server.from_json(record)
-            if process.url == root and process.model == model and process.alive and notes.get("artefact"):
-                return Artefact.from_json(notes["artefact"])
-        except (InputError, OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue
+def _recorded(root: str, model: str, output: Path, digest: str = "") -> Artefact | None:
+    """What was loaded by a server that was started from here and still runs at this URL, or made in someone's Ollama."""
+    for note in notes.every(output):
+        # what was made in an Ollama that is not ours is told by its digest, also when it was made again by someone else
+        still = note.digest == digest if note.digest else note.process is not None
+        if still and note.artefact and same_place(note.url, root) and notes.same_name(model, note.model):
+            return note.artefact
     return None
 
 

@@ -194,7 +194,7 @@ def save(server: Server, folder: Path) -> Path:
     return path
 
 
-def notes(folder: Path, engine: str) -> Path:
+def note_path(folder: Path, engine: str) -> Path:
     """What is written beside a record once the server has answered: without it, the server is still loading."""
     return folder / f"{engine}.endpoint"
 
@@ -208,7 +208,7 @@ def begin(launch: Launch, log: Path, folder: Path, *, owner: int | None, remedy:
         process = start(launch, log, owner=owner)
         try:
             save(process, folder)
-            notes(folder, launch.engine).unlink(missing_ok=True)
+            note_path(folder, launch.engine).unlink(missing_ok=True)
         except BaseException:
             stop(process)
             raise
@@ -244,12 +244,14 @@ def end(server: Server, folder: Path) -> None:
 
 
 def forget(server: Server, folder: Path) -> None:
-    """Remove a server's record and notes, unless they are another one's by now."""
+    """Remove a server's record, unless it is another one's by now.
+
+    Its note is kept: a gateway that starts later must know what this address served to find the same elsewhere.
+    """
     path = folder / f"{server.engine}.json"
     with lock.guarded(folder.parent):
         if path.is_file() and Server.from_json(path).pid == server.pid:
             path.unlink()
-            notes(folder, server.engine).unlink(missing_ok=True)
 
 
 def _recorded(folder: Path) -> list[Server]:

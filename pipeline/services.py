@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline import server
+from pipeline.agents import Agents
 from pipeline.config import Settings
 from pipeline.engines.base import Launch as Launch
 from pipeline.errors import InputError
 from pipeline.files import write_json
-from pipeline.gateway import gateway_folder
+from pipeline.gateway import deployments, gateway_folder
 from pipeline.ports import claim
 from pipeline.runs import DEFAULT_OUTPUT
 from pipeline.server import Progress, Server
@@ -31,6 +32,8 @@ def gateway_launch(
             f"the gateway on {host} could be used by everyone who reaches this machine",
             remedy="set GATEWAY_API_KEY, or leave out --host",
         )
+    # what the gateway would refuse in its own log is said here
+    deployments(settings, Agents.load(settings.agents_file))
     config = gateway_folder(output.resolve()) / "litellm.yaml"
     words = ("--config", str(config), "--output", str(output.resolve()), *options)
     return _launch("gateway", "pipeline.gateway_server", (host, claim(host, port) if free else port), words)
@@ -58,7 +61,7 @@ def start(launch: Launch, output: Path, owner: int | None, progress: Progress) -
     process = server.begin(launch, log, records, owner=owner, remedy=remedy)
     try:
         seconds = server.wait_ready(process, launch.start_timeout, progress)
-        write_json(server.notes(records, launch.engine), {"ready_seconds": seconds})
+        write_json(server.note_path(records, launch.engine), {"ready_seconds": seconds})
     except BaseException:
         server.end(process, records)
         raise

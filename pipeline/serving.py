@@ -11,14 +11,14 @@ from typing import Any
 
 import httpx
 
-from pipeline import artefact, engines, server
+from pipeline import artefact, engines, notes, server
 from pipeline.adapters import Adapter
 from pipeline.engines.base import Engine, Launch, require_feasible
 from pipeline.engines.ollama import Ollama
 from pipeline.engines.parsers import require_known_flags
 from pipeline.errors import EngineError, InputError, MissingDependency, PipelineError, StartFailure
 from pipeline.failures import classify
-from pipeline.files import read_json, write_json
+from pipeline.files import read_json
 from pipeline.hardware import Hardware
 from pipeline.manifest import Manifest
 from pipeline.model import Model
@@ -110,7 +110,7 @@ def serve(engine_name: str, target: Target, options: Options, progress: Progress
     available = engine.available()
     if not available.usable:
         raise MissingDependency(f"{engine_name}: {available.reason}", remedy=available.remedy)
-    server.require_none(engine_name, target.servers, _to_stop(target))
+    server.require_none(engine_name, target.servers, to_stop(target))
     return start_planned(engine, request_for(target, options), target, options, progress)
 
 
@@ -149,7 +149,7 @@ def _start_once(engine: Engine, plan: Plan, request: Request, target: Target, op
     attempt: dict[str, Any] = {"argv": list(launch.argv), "env": dict(launch.env), "log": str(log)}
     attempts.append(attempt)
     progress(f"starting {engine.name} on {launch.url}, log {log}")
-    process = server.begin(launch, log, target.servers, owner=options.owner, remedy=_to_stop(target))
+    process = server.begin(launch, log, target.servers, owner=options.owner, remedy=to_stop(target))
     try:
         server.wait_ready(process, options.timeout or launch.start_timeout, progress)
         version = engine.available().version
@@ -167,7 +167,8 @@ def _start_once(engine: Engine, plan: Plan, request: Request, target: Target, op
     return endpoint
 
 
-def _to_stop(target: Target) -> str:
+def to_stop(target: Target) -> str:
+    """The command that ends a server of this target."""
     return f"granite-pipeline stop --run {target.folder.name}"
 
 
@@ -181,11 +182,11 @@ def _remember(target: Target, engine: str, attempts: list[dict[str, Any]], ready
 def attach(engine_name: str, target: Target) -> Endpoint | None:
     """The endpoint of a server started earlier for this target, alive and past its first token, or None."""
     for process in server.running(target.servers):
-        # the notes are written after the first token: without them it is still loading
-        path = server.notes(target.servers, engine_name)
-        if process.engine == engine_name and path.is_file():
-            notes = _read_notes(path)
-            extra = {key: value for key, value in notes.items() if key != "artefact"}
+        # the note is written after the first token: without it the server is still loading
+        note = server.note_path(target.servers, engine_name)
+        if process.engine == engine_name and note.is_file():
+            said = read_json(note)
+            extra = {key: said.get(key) for key in ("version", "plan", "ready_seconds")}
             return Endpoint(engine_name, process.url, process.model, server=process, **extra)
     return None
 
@@ -272,13 +273,6 @@ def _described(plan: Plan, launch: Launch) -> dict[str, Any]:
 
 def _with_ready(endpoint: Endpoint, begun: float, target: Target) -> Endpoint:
     seconds = round(time.monotonic() - begun, 1)
-    # what was loaded is remembered: the file may be exported again while this server runs
-    loaded = artefact.of_file(target.model)
-    notes = {"version": endpoint.version, "plan": endpoint.plan, "ready_seconds": seconds}
-    notes["artefact"] = loaded.to_json() if loaded else None
-    write_json(server.notes(target.servers, endpoint.engine), notes)
+    said = {"url": endpoint.url, "model": endpoint.model, "version": endpoint.version, "plan": endpoint.plan}
+    notes.write(target.servers, endpoint.engine, {**said, "ready_seconds": seconds}, artefact.of_file(target.model))
     return replace(endpoint, ready_seconds=seconds)
-
-
-def _read_notes(path: Path) -> dict[str, Any]:
-    return dict(read_json(path)) if path.is_file() else {}

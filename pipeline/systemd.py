@@ -15,10 +15,10 @@ from pipeline.serving import LOOPBACK, Options, Target, request_for
 _RESTART_SECONDS = 5
 
 
-def planned_launch(engine_name: str, run: RunFolder, settings: Settings) -> Launch:
+def planned_launch(engine_name: str, run: RunFolder, settings: Settings, name: str | None = None) -> Launch:
     """The process that ``serve`` would start for a run on the engine's documented port; nothing is started or checked for."""
     engine = engines.get(engine_name)
-    target = Target.of_run(run, engine_name, settings.address(engine_name).model or None)
+    target = Target.of_run(run, engine_name, name or settings.address(engine_name).model or None)
     request = request_for(target, Options("serve", overrides=settings.overrides(engine_name)))
     return engine.launch(engine.plan(request), request, host=LOOPBACK, port=engine.default_port)
 

@@ -22,6 +22,7 @@ class Stub:
     delay: float = 0.0
     url: str = ""
     seen: list[tuple[str, Mapping[str, str]]] = field(default_factory=list)
+    bodies: dict[str, Any] = field(default_factory=dict)
 
 
 @contextmanager
@@ -44,6 +45,9 @@ def _handler(stub: Stub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             stub.seen.append((self.path, dict(self.headers)))
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if self.headers.get("Content-Type") == "application/json":
+                stub.bodies[self.path] = json.loads(body)
             time.sleep(stub.delay)
             if stub.key and self.headers.get("Authorization") != f"Bearer {stub.key}":
                 self._send(401, {}, {"error": "invalid key"})
@@ -55,6 +59,7 @@ def _handler(stub: Stub) -> type[BaseHTTPRequestHandler]:
                 self._send(200, {}, found)
 
         do_POST = do_GET  # noqa: N815
+        do_HEAD = do_GET  # noqa: N815
 
         def _send(self, status: int, headers: Mapping[str, str], body: Any) -> None:
             data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -63,7 +68,7 @@ def _handler(stub: Stub) -> type[BaseHTTPRequestHandler]:
                 self.send_header(name, value)
             self.end_headers()
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                self.wfile.write(data)
+                self.wfile.write(b"" if self.command == "HEAD" else data)
 
         def log_message(self, *args: Any) -> None:
             return

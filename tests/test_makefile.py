@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,22 @@ def test_help_lists_every_target() -> None:
     assert {line.split()[0] for line in _make("help").stdout.splitlines()[1:]} == set(TARGETS)
 
 
-def _make(*words: str) -> subprocess.CompletedProcess[str]:
+@pytest.mark.parametrize(
+    ("target", "said"), [("config", "LLM_BACKEND"), ("ps", "no server is running"), ("status", "no server of run"), ("runs", "")]
+)
+def test_a_cheap_target_does_what_it_says(target: str, said: str, tmp_path: Path) -> None:
+    if shutil.which("make") is None or not (Path(sys.executable).parent / "granite-pipeline").exists():
+        pytest.skip("make or the granite-pipeline command is not installed")
+    (tmp_path / "bin").symlink_to(Path(sys.executable).parent)
+    stamp = re.search(r"touch (\S+)", _make("-n", "setup", f"VENV={tmp_path}").stdout)
+    assert stamp
+    Path(stamp[1]).touch()
+    done = _make(target, f"VENV={tmp_path}", f"OUTPUT={tmp_path / 'out'}", LLM_BACKEND="vllm")
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout + done.stderr
+
+
+def _make(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
     """Run make as from a shell, also when these tests are themselves run by make."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))} | more
     return subprocess.run(["make", *words], capture_output=True, text=True, timeout=60, check=False, cwd=ROOT, env=environment)

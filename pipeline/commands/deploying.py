@@ -124,6 +124,7 @@ def systemd(
     ] = "",
     run: Annotated[str, typer.Option("--run", "--name", help="Name of the run.")] = DEFAULT_NAME,
     output: Output = DEFAULT_OUTPUT,
+    name: Annotated[str | None, typer.Option("--served-model-name", help="Name that clients use.")] = None,
 ) -> None:
     """Print a systemd unit with the flags planned for this machine. Keys are read from .env, never written here.
 
@@ -132,18 +133,17 @@ def systemd(
     from pipeline.systemd import planned_launch, unit
 
     settings = config.load()
-    name = service or settings.llm_backend
+    chosen = service or settings.llm_backend
     out = output.resolve()
-    if name == "gateway":
+    if chosen == "gateway":
         launch = services.gateway_launch(settings, "127.0.0.1", DEFAULT_PORT, out, free=False)
-    elif name == "status-api":
+    elif chosen == "status-api":
         launch = services.status_launch("127.0.0.1", STATUS_PORT, out, free=False)
     else:
-        launch = planned_launch(name, RunFolder(run, out), settings)
+        launch = planned_launch(chosen, RunFolder(run, out), settings, name)
     writable = [out, Path.home() / ".cache"]
-    typer.echo(
-        unit(launch, f"Granite {name}" + (f", run {run}" if name in engines.NAMES else ""), Path.cwd(), writable), nl=False
-    )
+    what = f"Granite {chosen}" + (f", run {run}" if chosen in engines.NAMES else "")
+    typer.echo(unit(launch, what, Path.cwd(), writable), nl=False)
 
 
 def _serve(launch: services.Launch, output: Path, *, detach: bool) -> None:

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import config, engines, server, serving
+from pipeline import config, engines, running_ollama, server, serving
 from pipeline.adapters import Adapter, base_folder, parse
 from pipeline.engines.base import Engine
 from pipeline.errors import InputError
@@ -61,6 +61,7 @@ def serve(
     Runs in the foreground until Ctrl-C; with --detach it returns once the first token has come, and
     granite-pipeline stop ends it. A start that fails for a reason one changed setting may mend (a KV cache that does not
     fit, a failed compilation, memory) is tried again, at most three times, with the reason; your --set is never changed.
+    An Ollama that already answers at OLLAMA_BASE_URL is used as it is: the model is made in it, unless --port is given.
 
     Examples:
       granite-pipeline serve vllm
@@ -80,7 +81,23 @@ def serve(
     options = Options(
         wanted, host, chosen.default_port if port is None else port, None if detach else os.getpid(), None, overrides, loras
     )
-    run_server(chosen.name, target, options, detach=detach)
+    # on Linux Ollama is a system service that holds its port; one that runs is used, unless another port is asked for
+    mine = chosen.name != "ollama" or port is not None or host != serving.LOOPBACK
+    there = None if mine else running_ollama.find(settings.ollama_base_url)
+    if there is None:
+        run_server(chosen.name, target, options, detach=detach)
+    else:
+        in_running_ollama(there, target, options)
+
+
+def in_running_ollama(there: Endpoint, target: Target, options: Options) -> None:
+    """Make the model in an Ollama that already runs, and say that it goes on running."""
+    console = Console(stderr=True)
+    with console.status("creating the model") as spinner:
+        endpoint = running_ollama.serve_there(there, target, options, lambda text: spinner.update(text[:120]))
+    show(endpoint, console)
+    words = f"made in the Ollama that already runs at {endpoint.url}; it goes on running (--port 0 starts another one)"
+    console.print(words, soft_wrap=True, markup=False, highlight=False)
 
 
 def run_server(engine: str, target: Target, options: Options, *, detach: bool) -> None:

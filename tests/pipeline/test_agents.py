@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import typer
+from small_run import make_run
 from typer.testing import CliRunner
 
 from pipeline.agents import Agents
 from pipeline.cli import app
+from pipeline.commands import serving as serving_verb
 from pipeline.errors import InputError
+from pipeline.runs import RunFolder
 
 
 def _write(tmp_path: Path, text: str) -> Path:
@@ -70,3 +73,35 @@ def test_an_agent_stands_for_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     refused = CliRunner().invoke(app, [*words, "--run", "other"]).exception
     assert isinstance(refused, InputError)
     assert "agent triage is run mine, --run says other" in str(refused)
+
+
+TWO = "agents: {gpu: {run: mine, backend: llamacpp, model: x}, bare: {run: mine}}"
+
+
+def _refused(words: list[str]) -> str:
+    return str(CliRunner().invoke(app, words).exception)
+
+
+def test_an_agents_backend_and_model_are_what_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTS_FILE", str(_write(tmp_path, TWO)))
+    monkeypatch.setenv("LLM_BACKEND", "vllm")
+    asked: list[tuple[str, str, Path]] = []
+    monkeypatch.setattr(
+        serving_verb, "run_server", lambda engine, target, *_, **__: asked.append((engine, target.name, target.model))
+    )
+    run = make_run(RunFolder("mine", tmp_path))
+    words = ["serve", "--output", str(tmp_path), "--agent", "gpu"]
+    for more in ([], ["llamacpp"], ["--served-model-name", "x"]):
+        assert CliRunner().invoke(app, [*words[:1], *more, *words[1:]]).exception is None
+    assert asked == [("llamacpp", "x", run.gguf)] * 3
+    assert "--agent gpu has backend llamacpp, engine says vllm" in _refused(["serve", "vllm", *words[1:]])
+    assert "--agent gpu has model x, --served-model-name says y" in _refused([*words, "--served-model-name", "y"])
+    assert len(asked) == 3
+
+
+def test_the_other_verbs_take_the_agents_backend_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTS_FILE", str(_write(tmp_path, TWO)))
+    words = ["--agent", "gpu", "--output", str(tmp_path)]
+    assert "run mine has no llamacpp log" in _refused(["logs", *words])
+    assert "--agent gpu has backend llamacpp, service says vllm" in _refused(["systemd", "vllm", *words])
+    assert "run mine has no server log" in _refused(["logs", "--agent", "bare", "--output", str(tmp_path)])

@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import config
+from pipeline import config, engines
 from pipeline.errors import InputError
+from pipeline.machines import hardware_from
+from pipeline.model import Model
+from pipeline.plan import Request
 
 
 @pytest.fixture(autouse=True)
@@ -58,3 +61,20 @@ def test_the_example_file_holds_every_variable_and_loads(tmp_path: Path) -> None
     names = {line.split("=")[0] for line in example.read_text().splitlines() if line and not line.startswith("#")}
     assert names == {name.upper() for name in config.Settings.model_fields}
     assert config.load(example) == config.load(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("variable", "engine", "flag", "value"),
+    [
+        ("SGLANG_MAX_MODEL_LEN", "sglang", "--context-length", "3072"),
+        ("LLAMACPP_CTX_SIZE", "llamacpp", "-c", "3072"),
+        ("VLLM_TENSOR_PARALLEL", "vllm", "--tensor-parallel-size", "2"),
+    ],
+)
+def test_a_documented_variable_reaches_the_plan(tmp_path: Path, variable: str, engine: str, flag: str, value: str) -> None:
+    env = tmp_path / ".env"
+    env.write_text(f"{variable}={value}\n")
+    given = config.load(env).overrides(engine)
+    made = engines.get(engine).plan(Request(Model.from_shape("granite-4.1-8b"), hardware_from("2xa10g"), "serve", "m", given))
+    found = next(setting for setting in made.flags if setting.name == flag)
+    assert (found.value, found.source) == (value, "user")

@@ -7,11 +7,12 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from small_run import make_run
 
-from pipeline import services
+from pipeline import notes, services
 from pipeline.artefact import Artefact
 from pipeline.config import Settings, load
 from pipeline.errors import InputError
@@ -188,3 +189,60 @@ def test_only_documented_paths_reach_litellm_and_only_with_the_key(tmp_path: Pat
     assert _ask(router, Keys("", "sk-inner"), "/v1/chat/completions", [])[:2] == (200, {b"authorization": b"Bearer sk-inner"})
     assert "soc@vllm" in _ask(router, keys, "/v1/models", right)[2][1]
     assert "sk-" not in repr(keys)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "status"),
+    [
+        (b"origin", b"https://evil.example", 403),
+        (b"origin", b"null", 403),
+        (b"origin", b"http://127.0.0.1.evil.example", 403),
+        (b"host", b"rebound.example:4000", 403),
+        (b"host", b"localhost.evil.example", 403),
+        (b"origin", b"http://localhost:8888", 200),
+        (b"host", b"127.0.0.1:4000", 200),
+        (b"host", b"localhost", 200),
+        (b"host", b"[::1]:4000", 200),
+    ],
+)
+def test_without_a_key_pages_of_other_sites_are_refused(tmp_path: Path, name: bytes, value: bytes, status: int) -> None:
+    router = _router(_settings(tmp_path), {})
+    for path in ("/v1/chat/completions", "/v1/models"):
+        assert _ask(router, Keys("", "sk-inner"), path, [(name, value)])[0] == status
+    # with a key, whoever has it may ask from anywhere
+    right = [(name, value), (b"authorization", b"Bearer sk-client")]
+    assert _ask(router, Keys("sk-client", "sk-inner"), "/v1/models", right)[0] == 200
+
+
+def test_a_password_in_a_url_does_not_reach_litellms_file(tmp_path: Path) -> None:
+    settings = _settings(tmp_path, "SGLANG_MODEL=x\nSGLANG_BASE_URL=http://me:planted@127.0.0.1:8004/v1")
+    with pytest.raises(InputError, match="does not take a URL with a password: sglang") as caught:
+        services.gateway_launch(settings, "127.0.0.1", 0, tmp_path)
+    assert "planted" not in str(caught.value)
+    path = tmp_path / "litellm.yaml"
+    write_config(path, _router(_settings(tmp_path), {}).deployments)
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_an_ipv6_address_is_refused_with_a_reason(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="::1 is an IPv6 address, which nothing here binds"):
+        services.gateway_launch(_settings(tmp_path), "::1", 0, tmp_path)
+
+
+def test_a_gateway_that_never_saw_the_primary_up_knows_it_from_its_note(tmp_path: Path) -> None:
+    settings = _settings(tmp_path)
+    seen: dict[str, tuple[bool, Artefact | None]] = {"vllm": (False, None), "llamacpp": (True, SAME)}
+    assert _order(_router(settings, seen, output=tmp_path), "soc") == ["soc@vllm"]
+    said = {"url": "http://localhost:8003", "model": "soc"}
+    notes.write(RunFolder("mine", tmp_path).path / "servers", "vllm", said, OURS)
+    assert _order(_router(settings, seen, output=tmp_path), "soc") == ["soc-gguf@llamacpp"]
+    # one that is up and serves something unknown is not taken for what it served once
+    seen["vllm"] = (True, None)
+    assert _order(_router(settings, seen, output=tmp_path), "soc") == ["soc@vllm"]
+
+
+def test_cloud_first_among_backends_of_the_same_fine_tune(tmp_path: Path) -> None:
+    seen = {"vllm": (True, OURS), "llamacpp": (True, SAME), "openai": (True, OURS)}
+    orders = {s: _order(_router(_settings(tmp_path), seen, s), "soc") for s in get_args(Strategy)}
+    assert orders["cloud-first"] == ["big@openai", "soc@vllm", "soc-gguf@llamacpp"]
+    assert orders["local-first"] == ["soc@vllm", "soc-gguf@llamacpp", "big@openai"]

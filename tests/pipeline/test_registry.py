@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import socket
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from small_run import make_run
 from stub_server import serving
 
-from pipeline import registry
+from pipeline import artefact, notes, registry, server
 from pipeline.config import Address, Settings, load
 from pipeline.errors import InputError
+from pipeline.observer import Observer
 from pipeline.ports import claim
 from pipeline.registry import (
     ModelStatus,
+    address_for,
     check_llamacpp_models,
     check_ollama_models,
     check_openai_compatible_models,
@@ -24,6 +29,8 @@ from pipeline.registry import (
     check_vllm_models,
     warmup_model,
 )
+from pipeline.runs import RunFolder
+from pipeline.server import Server
 
 NONE = Path("/nonexistent")
 VLLM: dict[str, Any] = {
@@ -219,3 +226,100 @@ def test_warmup_takes_the_agents_model_and_the_orchestrators(tmp_path: Path) -> 
         with pytest.raises(InputError, match="no agent 'nobody'") as caught:
             asyncio.run(warmup_model(settings, "nobody"))
     assert caught.value.remedy == "known agents: triage"
+
+
+def _served(output: Path, run: str, url: str, name: str) -> RunFolder:
+    """A run with a note of a server that is this very process."""
+    folder = RunFolder(run, output)
+    if not folder.path.exists():
+        make_run(folder)
+    process = psutil.Process()
+    log = output / "log"
+    record = Server("vllm", url, name, (), {}, process.pid, process.create_time(), log, "", "/health")
+    server.save(record, folder.path / "servers")
+    notes.write(folder.path / "servers", "vllm", {"url": url, "model": name}, artefact.of_file(folder.merged))
+    return folder
+
+
+def test_an_agent_is_its_run_not_the_configured_model(tmp_path: Path) -> None:
+    agents = "agents: {summary: {run: other}, generic: {run: generic}}"
+    with serving(VLLM) as stub:
+        settings = _settings(tmp_path, stub.url, agents)
+        with pytest.raises(InputError, match="agent summary is run other, and nothing says under which name vllm") as caught:
+            address_for(settings, "summary", tmp_path)
+        assert "serve vllm --agent summary" in caught.value.remedy
+        assert address_for(settings, "generic", tmp_path) == settings.address()
+        folder = _served(tmp_path, "other", "http://127.0.0.1:1", "others-name")
+        found = address_for(settings, "summary", tmp_path)
+        assert (found.model, found.base_url) == ("others-name", "http://127.0.0.1:1")
+        # stopped: the name is still known, the address is the configured one again
+        (folder.path / "servers" / "vllm.json").unlink()
+        stopped = address_for(settings, "summary", tmp_path)
+        assert (stopped.model, stopped.base_url) == ("others-name", stub.url)
+
+
+def test_warmup_refuses_another_runs_artefact(tmp_path: Path) -> None:
+    with serving({**VLLM, "/v1/chat/completions": {}}) as stub:
+        settings = _settings(tmp_path, stub.url, "agents: {summary: {run: other, model: m}, right: {run: mine, model: m}}")
+        _served(tmp_path, "mine", stub.url, "m")
+        wrong = asyncio.run(warmup_model(settings, "summary", output=tmp_path))
+        assert not wrong.available
+        assert wrong.detail.startswith("this is run mine, and agent summary is run other: granite-pipeline serve --agent summary")
+        assert "/v1/chat/completions" not in [path for path, _ in stub.seen]
+        assert asyncio.run(warmup_model(settings, "right", output=tmp_path)).available
+
+
+def test_names_of_this_machine_and_ollamas_latest_are_the_same_server(tmp_path: Path) -> None:
+    with serving(VLLM) as stub:
+        _served(tmp_path, "mine", stub.url.replace("127.0.0.1", "localhost"), "m")
+        status = _one(asyncio.run(check_vllm_models(stub.url, "m", output=tmp_path)))
+    assert status.artefact is not None
+    assert status.artefact.run == "mine"
+    with serving({"/api/tags": {"models": [{"name": "m:latest"}]}, "/api/ps": {}}) as stub:
+        _served(tmp_path, "mine", stub.url, "m")
+        ollama = _one(asyncio.run(check_ollama_models(stub.url, "m", output=tmp_path)))
+    assert ollama.artefact == status.artefact
+
+
+def test_a_file_written_after_the_server_started_is_not_what_it_serves(tmp_path: Path) -> None:
+    made = make_run(RunFolder("mine", tmp_path))
+    said = {"/v1/models": {"data": [{"id": "m", "root": "/models/mine/merged_fp16"}]}, "/health": b""}
+    with serving(said) as stub:
+        folder = _served(tmp_path, "noted", stub.url, "another-name")
+        assert _one(asyncio.run(check_vllm_models(stub.url, "m", output=tmp_path))).artefact is None
+        (folder.path / "servers" / "vllm.json").unlink()
+        unknown_start = _one(asyncio.run(check_vllm_models(stub.url, "m", output=tmp_path)))
+    assert unknown_start.artefact == artefact.of_file(made.merged)
+
+
+def test_what_is_exported_while_a_server_is_watched_is_not_what_it_serves(tmp_path: Path) -> None:
+    made = make_run(RunFolder("mine", tmp_path))
+    said = {"/v1/models": {"data": [{"id": "m", "root": "/models/mine/merged_fp16"}]}, "/health": b""}
+    with serving(said) as stub:
+        watching = Observer.of(_settings(tmp_path, stub.url), tmp_path)
+        for again in (False, True):
+            if again:
+                shutil.rmtree(made.path)
+                make_run(made, b"weights of another training")
+            for _ in range(2):
+                asyncio.run(watching.ask("vllm"))
+                assert (watching.seen["vllm"].artefact("m") is None) is again
+
+
+def test_lm_studios_list_says_what_is_loaded_and_null_when_it_has_nothing() -> None:
+    listed = {"data": [{"id": "a", "state": "loaded"}, {"id": "b", "state": "not-loaded"}], "object": "list"}
+    with serving({"/v1/models": listed}) as stub:
+        found = asyncio.run(check_openai_compatible_models(stub.url, "", output=NONE))
+        assert [(s.name, s.available, s.loaded) for s in found] == [("a", True, True), ("b", True, False)]
+        stub.routes["/v1/models"] = {"data": None, "object": "list"}
+        assert asyncio.run(check_openai_compatible_models(stub.url, "", output=NONE)) == []
+        missing = asyncio.run(check_openai_compatible_models(stub.url, "", "a", output=NONE))[0]
+    assert missing.detail.startswith("not served here, which has no model at all")
+
+
+@pytest.mark.parametrize(("backend", "prefix"), [("ollama", "OLLAMA"), ("openai", "OPENAI_COMPATIBLE")])
+def test_the_orchestrators_variable_is_what_the_orchestrator_asks_for(tmp_path: Path, backend: str, prefix: str) -> None:
+    env = tmp_path / ".env"
+    env.write_text(f"LLM_BACKEND={backend}\n{prefix}_MODEL=small\n{prefix}_ORCHESTRATOR_MODEL=large\n")
+    assert address_for(load(env), "orchestrator").model == "large"
+    assert address_for(load(env), None).model == "small"

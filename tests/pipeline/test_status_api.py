@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from stub_server import Stub, serving
+from typer.testing import CliRunner
 
 pytest.importorskip("fastapi", reason="the gateway extra is not installed")
 
@@ -23,11 +25,13 @@ from fastapi.testclient import TestClient
 from pipeline import observer as observing
 from pipeline import server, services
 from pipeline.artefact import Artefact
+from pipeline.cli import app as cli
 from pipeline.config import Settings, load
 from pipeline.observer import Observer, Seen
 from pipeline.ports import claim
 from pipeline.registry import ModelStatus
 from pipeline.status_api import create_app, exposition, inference_status, status_page
+from pipeline.status_server import only_from_here
 
 HOSTILE = '"><script>document.title="owned"</script>\n{{ 7*7 }}‮'
 MODELS = {"/v1/models": {"data": [{"id": "m"}]}, "/health": b""}
@@ -86,7 +90,7 @@ def _until(client: httpx.Client, healthy: bool, seconds: float = 5.0) -> float:
 
 
 def test_every_documented_path_answers(tmp_path: Path) -> None:
-    with serving(MODELS) as stub, TestClient(create_app(_settings(tmp_path, stub.url))) as client:
+    with serving(MODELS) as stub, TestClient(create_app(_settings(tmp_path, stub.url), tmp_path)) as client:
         _until(client, True)
         _check_paths(client, stub)
 
@@ -106,6 +110,10 @@ def _check_paths(client: TestClient, stub: Stub) -> None:
     assert models["llamacpp"]["healthy"] is False
     families = {family.name: family for family in text_string_to_metric_families(client.get("/metrics").text)}
     assert {s.labels["backend"]: s.value for s in families["granite_backend_healthy"].samples}["vllm"] == 1
+    for path in ("/health", "/models", "/metrics"):
+        assert client.get(f"/api/v1/inference{path}").status_code == 200
+    assert set(client.get("/api/v1/inference/models").json()) == set(models)
+    assert client.get("/api/v1/inference/certificates").json() == {}
     everything = "".join(client.get(path).text for path in ("/", "/models", "/metrics", "/health"))
     assert "planted" not in everything
     assert client.get("/docs").status_code == 404
@@ -198,3 +206,31 @@ def test_the_page_in_a_browser(api: tuple[httpx.Client, Stub], tmp_path: Path) -
     assert "<strong>Healthy</strong>" in dom
     assert "&lt;script&gt;document.title" in dom
     assert "<script" not in dom
+
+
+def test_a_page_that_made_its_name_point_here_is_refused(tmp_path: Path) -> None:
+    app = create_app(_settings(tmp_path, "http://127.0.0.1:1"))
+    app.middleware("http")(only_from_here)
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        assert client.get("/api/v1/inference/status").status_code == 200
+        assert client.get("/api/v1/inference/status", headers={"Host": "rebound.example"}).status_code == 403
+        assert client.get("/metrics", headers={"Origin": "https://evil.example"}).status_code == 403
+
+
+def test_the_verb_leaves_it_running_on_loopback_and_stops_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["status-api", "--output", str(tmp_path)]
+    assert services.stop("status-api", tmp_path) is False
+    assert CliRunner().invoke(cli, [*words, "--port", "0", "--detach"]).exception is None
+    (left,) = server.running(tmp_path / ".gateway" / "servers")
+    try:
+        assert httpx.get(f"{left.url}/health", timeout=5).status_code == 200
+        assert httpx.get(f"{left.url}/health", headers={"Host": "rebound.example"}, timeout=5).status_code == 403
+        bound = [c.laddr.ip for c in psutil.net_connections("tcp") if c.status == "LISTEN" and f":{c.laddr.port}" in left.url]
+        assert bound == ["127.0.0.1"]
+        assert "stopped: status-api" in CliRunner().invoke(cli, [*words, "--stop"]).output
+        assert not left.alive
+        assert "no status-api was left running" in CliRunner().invoke(cli, [*words, "--stop"]).output
+        assert "no gateway was left running" in CliRunner().invoke(cli, ["gateway", *words[1:], "--stop"]).output
+    finally:
+        server.stop(left)
