@@ -17,6 +17,7 @@ from typing import Any, cast, get_args
 from pipeline import config
 from pipeline.gateway import REQUEST_TIMEOUT, Router, Strategy, write_config
 from pipeline.observer import Observer
+from pipeline.proxy import spare_loopback
 from pipeline.runs import DEFAULT_OUTPUT
 
 Scope = MutableMapping[str, Any]
@@ -45,6 +46,7 @@ _FIRST = "granite_first_choice"
 
 def main(argv: list[str] | None = None) -> int:
     """Serve until SIGTERM; keys come from the environment."""
+    spare_loopback()
     parser = argparse.ArgumentParser(prog="gateway_server")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from pipeline import config
+from pipeline.proxy import spare_loopback
 from pipeline.runs import DEFAULT_OUTPUT
 
 
@@ -16,6 +17,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from pipeline.status_api import create_app
 
+    spare_loopback()
     parser = argparse.ArgumentParser(prog="status_server")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
