@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import engines
+from pipeline.config import Settings
 from pipeline.engines.base import require_feasible
 from pipeline.hardware import Hardware
 from pipeline.model import Model
@@ -42,7 +43,8 @@ _VARIABLES = {
     "llamacpp": {"--alias": "LLAMACPP_MODEL", "-c": "LLAMACPP_CTX_SIZE", "--parallel": "LLAMACPP_PARALLEL"},
     "ollama": {},
 }
-_NAMES = {"vllm": "granite-soc-specialist", "sglang": "granite-soc", "llamacpp": "granite-soc", "ollama": "granite-soc:latest"}
+# the names that applications ask for when nothing is set
+_NAMES = {name: str(Settings.model_fields[f"{name}_model"].default) for name in PROFILES}
 _GPUS = {"resources": {"reservations": {"devices": [{"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}]}}}
 _SERVICE = """\
 FROM python:3.11.14-slim
@@ -191,6 +193,9 @@ def _create() -> dict[str, Any]:
 
 def _ours(name: str, port: int, words: list[str], environment: list[str]) -> dict[str, Any]:
     """The status API or the gateway: our own image, reaching the engines by their service names."""
+    chosen = [f"{v}=${{{v}:-{Settings.model_fields[v.lower()].default}}}" for v in ("LLM_BACKEND", "GATEWAY_STRATEGY")]
+    # the null device stands for "no file": an absent one would fail, or be made as a folder
+    agents = {"type": "bind", "source": "${AGENTS_FILE:-/dev/null}", "target": "/app/agents.yaml", "read_only": True}
     urls = [f"{e.upper()}_BASE_URL=http://{e}:{engines.get(e).default_port}/v1" for e in ("vllm", "sglang", "llamacpp")]
     return {
         "image": "granite-pipeline:local",
@@ -199,8 +204,8 @@ def _ours(name: str, port: int, words: list[str], environment: list[str]) -> dic
         "command": [*words, "--host", "0.0.0.0", "--port", str(port)],
         "ports": [f"127.0.0.1:{port}:{port}"],
         "env_file": [{"path": ".env", "required": False}],
-        "environment": ["OLLAMA_BASE_URL=http://ollama:11434", *urls, *environment],
-        "volumes": ["./training/output:/app/training/output:ro"],
+        "environment": ["OLLAMA_BASE_URL=http://ollama:11434", *urls, *chosen, "AGENTS_FILE=/app/agents.yaml", *environment],
+        "volumes": ["./training/output:/app/training/output:ro", {**agents, "bind": {"create_host_path": False}}],
         "restart": "unless-stopped",
         "security_opt": ["no-new-privileges:true"],
         "healthcheck": {**_health(name, port), "start_period": "2m"},

@@ -17,6 +17,7 @@ from pipeline.files import read_utf8
 from pipeline.secrets import mask
 
 Backend = Literal["ollama", "vllm", "openai", "llamacpp", "sglang"]
+Strategy = Literal["local-first", "cloud-first", "cheapest"]
 ENV_FILE = Path(".env")
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 _USERINFO = re.compile(r"(\w+://)[^/@\s]+@")
@@ -45,13 +46,14 @@ class Settings(BaseSettings):
     openai_compatible_orchestrator_model: str = Field("", description="orchestrator's model there; empty: the same")
     openai_compatible_api_key: SecretStr = Field(SecretStr(""), description="key sent to that endpoint, and to no other")
     sglang_base_url: str = Field("http://127.0.0.1:8004/v1", description="where SGLang is looked for")
-    sglang_model: str = Field("", description="model asked of SGLang, and the name serve sglang gives it")
+    sglang_model: str = Field("granite-soc", description="model asked of SGLang, and the name serve sglang gives it")
     sglang_max_model_len: int | None = Field(None, gt=0, description="SGLang's context in tokens; empty: planned")
     llamacpp_base_url: str = Field("http://127.0.0.1:8005/v1", description="where llama.cpp is looked for")
     llamacpp_model: str = Field("granite-soc", description="model asked of llama.cpp, and the name serve llamacpp gives it")
     llamacpp_ctx_size: int | None = Field(None, gt=0, description="llama.cpp's context, all slots together; empty: planned")
     llamacpp_parallel: int | None = Field(None, gt=0, description="requests llama.cpp computes at once; empty: planned")
     gateway_api_key: SecretStr = Field(SecretStr(""), description="key the gateway asks of its clients; empty: none")
+    gateway_strategy: Strategy = Field("local-first", description="which backend the gateway asks first")
     agents_file: Path = Field(Path("agents.yaml"), description="which run each agent uses, and what the gateway may do")
     hf_token: SecretStr = Field(SecretStr(""), description="hub token for gated or private models")
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import quote
 
 from pipeline import artefact
 from pipeline.agents import Agents
 from pipeline.artefact import Artefact
-from pipeline.config import BACKENDS, Settings
+from pipeline.config import BACKENDS, Settings, Strategy
 from pipeline.errors import InputError
 from pipeline.files import write_atomic
 from pipeline.manifest import Manifest
@@ -20,7 +20,6 @@ from pipeline.reach import is_local
 from pipeline.runs import DEFAULT_OUTPUT, RunFolder
 
 DEFAULT_PORT = 4000
-Strategy = Literal["local-first", "cloud-first", "cheapest"]
 # seconds a request may take before the next backend is tried; a hanging backend is noticed sooner by the health checks
 REQUEST_TIMEOUT = 300.0
 _KEY_VARIABLES = {"openai": "OPENAI_COMPATIBLE_API_KEY"}

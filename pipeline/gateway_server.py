@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from pipeline import config
-from pipeline.gateway import REQUEST_TIMEOUT, Router, Strategy, write_config
+from pipeline.config import Strategy
+from pipeline.gateway import REQUEST_TIMEOUT, Router, write_config
 from pipeline.observer import Observer
 from pipeline.proxy import spare_loopback
 from pipeline.runs import DEFAULT_OUTPUT
@@ -51,13 +52,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--config", type=Path, required=True, help="where LiteLLM's configuration is written")
-    parser.add_argument("--strategy", choices=get_args(Strategy), default="local-first")
+    parser.add_argument("--strategy", choices=get_args(Strategy), help="default: GATEWAY_STRATEGY")
     parser.add_argument("--timeout", type=float, default=REQUEST_TIMEOUT)
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
     args = parser.parse_args(argv)
     settings = config.load()
     observer = Observer.of(settings, args.output)
-    router = Router(settings, observer, cast(Strategy, args.strategy))
+    router = Router(settings, observer, cast(Strategy, args.strategy or settings.gateway_strategy))
     write_config(args.config, router.deployments, args.timeout)
     os.environ.update(_ENVIRONMENT)
     os.environ["CONFIG_FILE_PATH"] = str(args.config)

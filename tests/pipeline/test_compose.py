@@ -18,6 +18,7 @@ from small_run import make_run
 from typer.testing import CliRunner
 
 from pipeline import services
+from pipeline.agents import Agents
 from pipeline.cli import app
 from pipeline.config import Settings, load
 from pipeline.engines.base import Launch
@@ -105,6 +106,32 @@ def test_on_a_gpu_an_engine_has_the_gpu_plans_environment_and_nothing_else(engin
     planned = _read("docker-compose.gpu.yml")["services"][engine]["environment"]
     resolved = _resolved(f"local-{engine}", FILES)[engine]
     assert resolved.get("environment", {}) == dict(pair.split("=", 1) for pair in planned)
+
+
+def test_the_gateway_gets_backend_strategy_and_agents_where_they_are_given(tmp_path: Path) -> None:
+    """Without agents.yaml the null device is mounted, which is read as no file; the source is never created."""
+    plain = _resolved("local-llamacpp", ["docker-compose.yml"], tmp_path)
+    given = {"LLM_BACKEND": "llamacpp", "GATEWAY_STRATEGY": "cheapest", "AGENTS_FILE": "mine.yaml"}
+    chosen = _resolved("local-llamacpp", ["docker-compose.yml"], tmp_path, **given)
+    for name in ("gateway", "status-api"):
+        mounts = [next(v for v in found[name]["volumes"] if v["target"] == "/app/agents.yaml") for found in (plain, chosen)]
+        assert [(m["type"], m["source"], m["read_only"]) for m in mounts] == [
+            ("bind", "/dev/null", True),
+            ("bind", str(tmp_path / "mine.yaml"), True),
+        ]
+        assert not any((m.get("bind") or {}).get("create_host_path") for m in mounts)
+        defaults, environment = plain[name]["environment"], chosen[name]["environment"]
+        assert (defaults["LLM_BACKEND"], defaults["GATEWAY_STRATEGY"]) == ("vllm", "local-first")
+        assert (environment["LLM_BACKEND"], environment["GATEWAY_STRATEGY"]) == ("llamacpp", "cheapest")
+        assert environment["AGENTS_FILE"] == "/app/agents.yaml"
+    assert Agents.load(Path("/dev/null")) == Agents()
+
+
+def test_what_the_file_serves_is_what_the_gateway_asks_for() -> None:
+    settings = Settings(_env_file=None)
+    served = "".join((ROOT / name).read_text() for name in FILES)
+    for engine in ("vllm", "sglang", "llamacpp", "ollama"):
+        assert f"${{{engine.upper()}_MODEL:-{settings.address(engine).model}}}" in served
 
 
 def test_profiles_ports_and_pins() -> None:

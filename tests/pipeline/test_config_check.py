@@ -46,7 +46,10 @@ def test_a_backend_without_url_or_model_names_both_sides(tmp_path: Path) -> None
     assert _said(tmp_path, "LLM_BACKEND=openai\n") == [
         "error: LLM_BACKEND=openai, but OPENAI_COMPATIBLE_BASE_URL is empty: set OPENAI_COMPATIBLE_BASE_URL"
     ]
-    assert _said(tmp_path, "LLM_BACKEND=sglang\n") == ["error: LLM_BACKEND=sglang, but SGLANG_MODEL is empty: set SGLANG_MODEL"]
+    assert _said(tmp_path, "LLM_BACKEND=openai\nOPENAI_COMPATIBLE_BASE_URL=http://127.0.0.1:1/v1\n") == [
+        "error: LLM_BACKEND=openai, but OPENAI_COMPATIBLE_MODEL is empty: set OPENAI_COMPATIBLE_MODEL"
+    ]
+    assert _said(tmp_path, "LLM_BACKEND=sglang\n") == []
 
 
 def test_two_engines_at_one_url(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from small_run import make_run
 
 from pipeline import services
 from pipeline.artefact import Artefact
-from pipeline.config import Settings, load
+from pipeline.config import Settings, Strategy, load
 from pipeline.errors import InputError
-from pipeline.gateway import Router, Strategy, litellm_config, write_config
+from pipeline.gateway import Router, litellm_config, write_config
 from pipeline.gateway_server import Keys, guarded
 from pipeline.observer import Observer, Seen
 from pipeline.registry import ModelStatus
