@@ -147,6 +147,8 @@ def systemd(
     else:
         launch = planned_launch(name, RunFolder(run, out), settings)
     writable = [out, Path.home() / ".cache"]
+    if name == "ollama":
+        writable += [Path.home() / ".ollama", *(Path(folder) for folder in [os.environ.get("OLLAMA_MODELS")] if folder)]
     typer.echo(
         unit(launch, f"Granite {name}" + (f", run {run}" if name in engines.NAMES else ""), Path.cwd(), writable), nl=False
     )

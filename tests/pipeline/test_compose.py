@@ -166,12 +166,34 @@ def test_another_machine_changes_the_flags_and_the_head_says_so() -> None:
 
 def test_units_quote_what_systemd_would_expand(tmp_path: Path) -> None:
     launch = Launch(
-        "x", ("/bin/echo", "a b", "100%", "$HOME", 'say "hi"', "back\\slash"), {"A": "1 2"}, "http://x", "/health", "m"
+        "x",
+        ("/bin/echo", "a b", "100%", "$HOME", 'say "hi"', "back\\slash"),
+        {"A": "1 2", "B": "$HOME"},
+        "http://x",
+        "/health",
+        "m",
     )
     text = unit(launch, "50% sure", tmp_path, [tmp_path])
     assert 'ExecStart=/bin/echo "a b" 100%% $$HOME "say \\"hi\\"" "back\\\\slash"\n' in text
     assert 'Environment="A=1 2"\n' in text
+    # systemd expands no variable here, so nothing takes the doubling back
+    assert "Environment=B=$HOME\n" in text
+    assert f"ReadWritePaths=-{tmp_path}\n" in text
+    assert "PYTHONPATH" not in text
     assert "Description=50%% sure\n" in text
+
+
+def test_ollamas_unit_may_write_its_models_and_an_engine_has_its_own_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("OLLAMA_MODELS", raising=False)
+    make_run(RunFolder("test", tmp_path / "out"))
+    monkeypatch.setattr("pipeline.systemd.planned_launch", lambda *_: Launch("ollama", ("ollama", "serve"), {}, "", "", "m"))
+    text = _printed("systemd", "ollama", "--run", "test", "--output", str(tmp_path / "out"))
+    assert f"ReadWritePaths=-{tmp_path}/out -{tmp_path}/.cache -{tmp_path}/.ollama\n" in text
+    assert "PYTHONPATH" not in text
+    assert f"Environment=PYTHONPATH={ROOT}\n" in _printed("systemd", "status-api", "--output", str(tmp_path / "out"))
 
 
 def test_units_are_accepted_and_hold_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
