@@ -137,7 +137,9 @@ def test_litellms_configuration_names_keys_and_never_holds_them(tmp_path: Path) 
     by_name = {e["model_name"]: e["litellm_params"] for e in json.loads(text)["model_list"]}
     assert by_name["big@openai"]["api_key"] == "os.environ/OPENAI_COMPATIBLE_API_KEY"
     assert by_name["soc@vllm"]["api_base"] == "http://127.0.0.1:8003/v1"
-    assert by_name["soc@vllm"]["api_key"] == "none"
+    assert by_name["soc@vllm"]["api_key"] == "os.environ/VLLM_API_KEY"
+    assert by_name["soc-gguf@llamacpp"]["api_key"] == "os.environ/LLAMA_API_KEY"
+    assert by_name["soc:latest@ollama"]["api_key"] == "none"
     assert litellm_config(router.deployments)["general_settings"]["master_key"] == "os.environ/LITELLM_MASTER_KEY"
 
 
