@@ -111,8 +111,8 @@ status-api: $(STAMP) ## health of the backends on port 8080 (page, JSON, /metric
 	$(PIPELINE) status-api --output '$(OUTPUT)'
 
 compose: $(STAMP) ## make docker-compose.yml and docker-compose.gpu.yml again from the plans
-	$(PIPELINE) compose > docker-compose.yml
-	$(PIPELINE) compose --gpu > docker-compose.gpu.yml
+	$(PIPELINE) compose > docker-compose.yml.new && mv docker-compose.yml.new docker-compose.yml
+	$(PIPELINE) compose --gpu > docker-compose.gpu.yml.new && mv docker-compose.gpu.yml.new docker-compose.gpu.yml
 
 clean: ## remove the environment and caches; runs in training/output are kept
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -32,6 +32,7 @@ from pipeline.commands.agent_option import add_agent_option
 from pipeline.config import ENV_FILE, check_env_file
 from pipeline.errors import PipelineError
 from pipeline.files import disk_errors_named
+from pipeline.proxy import spare_loopback
 from pipeline.secrets import MaskingFilter, mask
 
 _PLUGINS = "granite_pipeline.commands"
@@ -86,6 +87,7 @@ def main() -> None:
         check_env_file()
         # for what is read from the environment itself: HF_TOKEN, VLLM_PYTHON and the servers' own variables
         load_dotenv(ENV_FILE, encoding="utf-8-sig")
+        spare_loopback()
         with disk_errors_named(Path.cwd()):
             app()
     except PipelineError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import engines
+from pipeline.config import Settings
 from pipeline.engines.base import require_feasible
 from pipeline.hardware import Hardware
 from pipeline.model import Model
@@ -44,7 +45,8 @@ _VARIABLES = {
     "llamacpp": {"--alias": "LLAMACPP_MODEL", "-c": "LLAMACPP_CTX_SIZE", "--parallel": "LLAMACPP_PARALLEL"},
     "ollama": {},
 }
-_NAMES = {"vllm": "granite-soc-specialist", "sglang": "granite-soc", "llamacpp": "granite-soc", "ollama": "granite-soc:latest"}
+# the names that applications ask for when nothing is set
+_NAMES = {name: str(Settings.model_fields[f"{name}_model"].default) for name in PROFILES}
 _GPUS = {"resources": {"reservations": {"devices": [{"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}]}}}
 _SERVICE = """\
 FROM python:3.11.14-slim
@@ -56,6 +58,10 @@ COPY training training
 RUN pip install --no-cache-dir -c constraints/cpu.txt '.[gateway]'
 USER 1000
 """
+
+
+class Override(list[str]):
+    """A list that stands in place of the CPU file's, where compose would merge the two (``!override``, compose 2.24.4 and later)."""
 
 
 def compose(model: Model, hardware: Hardware) -> dict[str, Any]:
@@ -78,7 +84,9 @@ def gpu_overlay(model: Model, hardware: Hardware) -> dict[str, Any]:
     services: dict[str, Any] = {}
     for name in ("ollama", "vllm", "sglang", "llamacpp"):
         planned = _engine(name, _plan(name, model, hardware))
-        changed = {key: planned[key] for key in ("command", "environment") if key in planned}
+        changed = {"command": planned["command"]} if "command" in planned else {}
+        # merged by name, variables planned for a CPU would stay beside these
+        changed["environment"] = Override(planned.get("environment", ()))
         services[name] = {"image": GPU_IMAGES[name], **changed, "deploy": deepcopy(_GPUS)}
     for name in ("vllm", "sglang"):
         services[name]["ipc"] = "host"
@@ -98,7 +106,11 @@ def to_yaml(document: Mapping[str, Any], command: str, machine: str) -> str:
     def text(dumper: Any, value: str) -> Any:
         return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
 
+    def override(dumper: Any, value: Override) -> Any:
+        return dumper.represent_sequence("!override", value)
+
     Dumper.add_representer(str, text)
+    Dumper.add_representer(Override, override)
     head = f"# Made by: {command}\n# Flags are planned for {machine}; plan for yours with --hardware, and change nothing here by hand.\n"
     return head + str(yaml.dump(dict(document), Dumper=Dumper, sort_keys=False, width=120, allow_unicode=True))
 
@@ -183,6 +195,9 @@ def _create() -> dict[str, Any]:
 
 def _ours(name: str, port: int, words: list[str], environment: list[str]) -> dict[str, Any]:
     """The status API or the gateway: our own image, reaching the engines by their service names."""
+    chosen = [f"{v}=${{{v}:-{Settings.model_fields[v.lower()].default}}}" for v in ("LLM_BACKEND", "GATEWAY_STRATEGY")]
+    # the null device stands for "no file": an absent one would fail, or be made as a folder
+    agents = {"type": "bind", "source": "${AGENTS_FILE:-/dev/null}", "target": "/app/agents.yaml", "read_only": True}
     urls = [f"{e.upper()}_BASE_URL=http://{e}:{engines.get(e).default_port}/v1" for e in ("vllm", "sglang", "llamacpp")]
     return {
         "image": "granite-pipeline:local",
@@ -191,8 +206,8 @@ def _ours(name: str, port: int, words: list[str], environment: list[str]) -> dic
         "command": [*words, "--host", "0.0.0.0", "--port", str(port)],
         "ports": [f"127.0.0.1:{port}:{port}"],
         "env_file": [{"path": ".env", "required": False}],
-        "environment": ["OLLAMA_BASE_URL=http://ollama:11434", *urls, *environment],
-        "volumes": ["./training/output:/app/training/output:ro"],
+        "environment": ["OLLAMA_BASE_URL=http://ollama:11434", *urls, *chosen, "AGENTS_FILE=/app/agents.yaml", *environment],
+        "volumes": ["./training/output:/app/training/output:ro", {**agents, "bind": {"create_host_path": False}}],
         "restart": "unless-stopped",
         "security_opt": ["no-new-privileges:true"],
         "healthcheck": {**_health(name, port), "start_period": "2m"},

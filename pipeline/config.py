@@ -17,8 +17,11 @@ from pipeline.files import read_utf8
 from pipeline.secrets import mask
 
 Backend = Literal["ollama", "vllm", "openai", "llamacpp", "sglang"]
+Strategy = Literal["local-first", "cloud-first", "cheapest"]
 ENV_FILE = Path(".env")
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
+# the servers' own names for their keys; SGLang and Ollama read none from the environment
+KEY_VARIABLES = {"openai": "OPENAI_COMPATIBLE_API_KEY", "vllm": "VLLM_API_KEY", "llamacpp": "LLAMA_API_KEY"}
 _USERINFO = re.compile(r"(\w+://)[^/@\s]+@")
 
 
@@ -40,18 +43,23 @@ class Settings(BaseSettings):
     vllm_gpu_memory_util: float | None = Field(None, gt=0, le=1, description="share of GPU memory vLLM takes; empty: planned")
     vllm_max_model_len: int | None = Field(None, gt=0, description="vLLM's context in tokens; empty: planned")
     vllm_tensor_parallel: int | None = Field(None, gt=0, description="GPUs vLLM splits a model over; empty: planned")
+    vllm_api_key: SecretStr = Field(SecretStr(""), description="key a vLLM started here asks for, sent to it and to no other")
     openai_compatible_base_url: str = Field("", description="any OpenAI-compatible endpoint: TGI, LM Studio, a hosted model")
     openai_compatible_model: str = Field("", description="model asked of that endpoint")
     openai_compatible_orchestrator_model: str = Field("", description="orchestrator's model there; empty: the same")
     openai_compatible_api_key: SecretStr = Field(SecretStr(""), description="key sent to that endpoint, and to no other")
     sglang_base_url: str = Field("http://127.0.0.1:8004/v1", description="where SGLang is looked for")
-    sglang_model: str = Field("", description="model asked of SGLang, and the name serve sglang gives it")
+    sglang_model: str = Field("granite-soc", description="model asked of SGLang, and the name serve sglang gives it")
     sglang_max_model_len: int | None = Field(None, gt=0, description="SGLang's context in tokens; empty: planned")
     llamacpp_base_url: str = Field("http://127.0.0.1:8005/v1", description="where llama.cpp is looked for")
     llamacpp_model: str = Field("granite-soc", description="model asked of llama.cpp, and the name serve llamacpp gives it")
     llamacpp_ctx_size: int | None = Field(None, gt=0, description="llama.cpp's context, all slots together; empty: planned")
     llamacpp_parallel: int | None = Field(None, gt=0, description="requests llama.cpp computes at once; empty: planned")
+    llama_api_key: SecretStr = Field(
+        SecretStr(""), description="key a llama.cpp started here asks for, sent to it and to no other"
+    )
     gateway_api_key: SecretStr = Field(SecretStr(""), description="key the gateway asks of its clients; empty: none")
+    gateway_strategy: Strategy = Field("local-first", description="which backend the gateway asks first")
     agents_file: Path = Field(Path("agents.yaml"), description="which run each agent uses, and what the gateway may do")
     hf_token: SecretStr = Field(SecretStr(""), description="hub token for gated or private models")
 
@@ -68,11 +76,16 @@ class Settings(BaseSettings):
         }
         return {flag: str(value) for flag, value in named.get(engine, {}).items() if value is not None}
 
+    def served_name(self, engine: str) -> str:
+        """The name an engine's model is served under; "" for one that has no documented variable."""
+        return str(getattr(self, f"{engine}_model", ""))
+
     def address(self, backend: str = "") -> Address:
         """Where a backend (default: the one in ``LLM_BACKEND``) answers, and the models asked of it."""
         name = backend or self.llm_backend
         prefix = "openai_compatible" if name == "openai" else name
-        key = self.openai_compatible_api_key if name == "openai" else SecretStr("")
+        variable = KEY_VARIABLES.get(name)
+        key = getattr(self, variable.lower()) if variable else SecretStr("")
         model = str(getattr(self, f"{prefix}_model", ""))
         orchestrator = str(getattr(self, f"{prefix}_orchestrator_model", "")) or model
         return Address(name, str(getattr(self, f"{prefix}_base_url", "")), model, orchestrator, key)
@@ -146,6 +159,11 @@ def load(env_file: Path = ENV_FILE) -> Settings:
         raise InputError(
             "a setting has an unusable value", evidence="\n".join(lines), remedy=f"correct it in {env_file} or the environment"
         ) from None
+
+
+def key_for(engine: str) -> str:
+    """The key that a server of this engine asks for, from the environment or ``.env``; empty for none."""
+    return load().address(engine).api_key.get_secret_value()
 
 
 def resolved(env_file: Path = ENV_FILE) -> list[Resolved]:

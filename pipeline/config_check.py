@@ -12,10 +12,13 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from pipeline.config import BACKENDS, ENV_FILE, Settings, root_url, without_password
+from pipeline.engines.flags import LLAMACPP, OLLAMA, SGLANG, VLLM
 
 _PREFIXES = ("LLM", "OLLAMA", "VLLM", "OPENAI_COMPATIBLE", "OPENAI", "SGLANG", "LLAMACPP", "GATEWAY", "AGENTS")
 # what other programs read under the same prefixes, so not misspelt
-_FOREIGN = frozenset({"VLLM_PYTHON", "SGLANG_PYTHON", "OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_API_BASE", "OLLAMA_HOST"})
+_FOREIGN = frozenset({"VLLM_PYTHON", "SGLANG_PYTHON", "OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_API_BASE"}).union(
+    *(known.variables for known in (VLLM, LLAMACPP, OLLAMA, SGLANG))
+)
 _OURS = re.compile(r"(BASE_?URL|MODEL(_?NAME)?|API_?KEY|BACKEND|URL|MODEL_LEN|CTX_SIZE|PARALLEL|MEMORY_UTIL)$")
 _SIMILAR = 0.84
 

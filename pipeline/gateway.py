@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import quote
 
 from pipeline import artefact, notes
 from pipeline.agents import Agents
 from pipeline.artefact import Artefact
-from pipeline.config import BACKENDS, Settings, root_url, without_password
+from pipeline.config import BACKENDS, KEY_VARIABLES, Settings, Strategy, root_url, without_password
 from pipeline.errors import InputError
 from pipeline.files import write_atomic
 from pipeline.manifest import Manifest
@@ -20,10 +20,8 @@ from pipeline.reach import is_local
 from pipeline.runs import DEFAULT_OUTPUT, RunFolder
 
 DEFAULT_PORT = 4000
-Strategy = Literal["local-first", "cloud-first", "cheapest"]
 # seconds a request may take before the next backend is tried; a hanging backend is noticed sooner by the health checks
 REQUEST_TIMEOUT = 300.0
-_KEY_VARIABLES = {"openai": "OPENAI_COMPATIBLE_API_KEY"}
 
 
 @dataclass(frozen=True)
@@ -188,7 +186,7 @@ def litellm_config(found: Sequence[Deployment], timeout: float = REQUEST_TIMEOUT
             "litellm_params": {
                 "model": f"openai/{d.model}",
                 "api_base": d.url,
-                "api_key": f"os.environ/{_KEY_VARIABLES[d.backend]}" if d.backend in _KEY_VARIABLES else "none",
+                "api_key": f"os.environ/{KEY_VARIABLES[d.backend]}" if d.backend in KEY_VARIABLES else "none",
                 "timeout": timeout,
                 "stream_timeout": timeout,
                 "max_retries": 0,

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from pipeline import config
-from pipeline.gateway import REQUEST_TIMEOUT, Router, Strategy, write_config
+from pipeline.config import Strategy
+from pipeline.gateway import REQUEST_TIMEOUT, Router, write_config
 from pipeline.observer import Observer
 from pipeline.origins import from_here
+from pipeline.proxy import spare_loopback
 from pipeline.runs import DEFAULT_OUTPUT
 
 Scope = MutableMapping[str, Any]
@@ -46,22 +48,23 @@ _FIRST = "granite_first_choice"
 
 def main(argv: list[str] | None = None) -> int:
     """Serve until SIGTERM; keys come from the environment."""
+    spare_loopback()
     parser = argparse.ArgumentParser(prog="gateway_server")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--config", type=Path, required=True, help="where LiteLLM's configuration is written")
-    parser.add_argument("--strategy", choices=get_args(Strategy), default="local-first")
+    parser.add_argument("--strategy", choices=get_args(Strategy), help="default: GATEWAY_STRATEGY")
     parser.add_argument("--timeout", type=float, default=REQUEST_TIMEOUT)
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
     args = parser.parse_args(argv)
     settings = config.load()
     observer = Observer.of(settings, args.output)
-    router = Router(settings, observer, cast(Strategy, args.strategy))
+    router = Router(settings, observer, cast(Strategy, args.strategy or settings.gateway_strategy))
     write_config(args.config, router.deployments, args.timeout)
     os.environ.update(_ENVIRONMENT)
     os.environ["CONFIG_FILE_PATH"] = str(args.config)
     # what .env holds is read by our settings only; LiteLLM resolves its key references in the environment
-    os.environ["OPENAI_COMPATIBLE_API_KEY"] = settings.openai_compatible_api_key.get_secret_value() or "none"
+    os.environ.update({variable: settings.address(backend).key for backend, variable in config.KEY_VARIABLES.items()})
     # LiteLLM is given a key of its own for this start: clients' keys are judged here and never reach it
     os.environ["LITELLM_MASTER_KEY"] = inner = f"sk-{secrets.token_hex(32)}"
     keys = Keys(settings.gateway_api_key.get_secret_value(), inner)

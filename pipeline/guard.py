@@ -1,4 +1,4 @@
-"""``python -m pipeline.guard``: run a server as the leader of its own process group and end the group with its owner.
+"""Started by ``pipeline.server`` as a file of its own: run a server as the leader of its own process group and end the group with its owner.
 
 A server must not outlive what started it, even when that is killed with SIGKILL and cannot clean up. The guard watches
 the owner and ends the whole group - vLLM's engine processes included - when the owner is gone or the server exits.

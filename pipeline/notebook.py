@@ -11,6 +11,7 @@ from typing import Any
 
 from dotenv import find_dotenv, load_dotenv
 
+from pipeline.proxy import spare_loopback
 from pipeline.runs import RunFolder
 
 OWNER_VARIABLE = "GRANITE_PIPELINE_OWNER"
@@ -19,6 +20,7 @@ OWNER_VARIABLE = "GRANITE_PIPELINE_OWNER"
 def begin(name: str, output: str) -> RunFolder:
     """Log with the time of day, and return the run folder; call it once, first."""
     load_dotenv(find_dotenv(usecwd=True))
+    spare_loopback()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, force=True)
     for noisy in ("httpx", "torchao", "transformers", "asyncio", "matplotlib", "torch.utils._pytree", "IPKernelApp", "traitlets"):
         logging.getLogger(noisy).setLevel(logging.ERROR)

@@ -13,6 +13,7 @@ import httpx
 
 from pipeline.artefacts import trained_template
 from pipeline.chat import ChatTemplate, Tokenizer
+from pipeline.config import key_for
 from pipeline.conversation import Conversation
 from pipeline.errors import EngineError, InputError, MissingDependency
 from pipeline.gorender import find_go
@@ -147,7 +148,9 @@ def _served(name: str, base: str, source: Source, *, asked: bool) -> str:
     EngineError when the server does not answer; when it serves something else InputError, unless it was asked for by name
     and there is nothing to choose: then what it serves is what is to be compared.
     """
-    with httpx.Client(base_url=base, timeout=3.0) as client:
+    key = key_for(name)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    with httpx.Client(base_url=base, headers=headers, timeout=3.0) as client:
         try:
             found, others = _FINDERS[name](client, source)
         except httpx.HTTPError as error:

@@ -64,12 +64,12 @@ async def check_ollama_models(
 
 
 async def check_vllm_models(
-    base: str, model: str = "", *, timeout: float = TIMEOUT, output: Path = DEFAULT_OUTPUT
+    base: str, model: str = "", *, api_key: str = "", timeout: float = TIMEOUT, output: Path = DEFAULT_OUTPUT
 ) -> list[ModelStatus]:
     """Models of a vLLM server, adapters included; healthy only while its engine answers ``/health``."""
     root = root_url(base)
     listed, health = await asyncio.gather(
-        get_json(root, "/v1/models", timeout=timeout), get_json(root, "/health", timeout=timeout)
+        get_json(root, "/v1/models", api_key, timeout), get_json(root, "/health", timeout=timeout)
     )
     if listed.ok and not health.ok and health.kind != "not_found":
         return [replace(_unreachable(model, health), latency_ms=listed.latency_ms)]
@@ -85,11 +85,13 @@ async def check_openai_compatible_models(
 
 
 async def check_llamacpp_models(
-    base: str, model: str = "", *, timeout: float = TIMEOUT, output: Path = DEFAULT_OUTPUT
+    base: str, model: str = "", *, api_key: str = "", timeout: float = TIMEOUT, output: Path = DEFAULT_OUTPUT
 ) -> list[ModelStatus]:
     """The model of a llama.cpp server, with the context of one slot and the file it loaded (``/props``)."""
     root = root_url(base)
-    listed, props = await asyncio.gather(get_json(root, "/v1/models", timeout=timeout), get_json(root, "/props", timeout=timeout))
+    listed, props = await asyncio.gather(
+        get_json(root, "/v1/models", api_key, timeout), get_json(root, "/props", api_key, timeout)
+    )
     statuses = _openai_statuses(root, listed, model, output)
     said = props.data if props.ok and isinstance(props.data, dict) else {}
     slot = said.get("default_generation_settings")
@@ -115,15 +117,13 @@ async def check(
     wanted = model or address.model
     if not address.base_url:
         return [ModelStatus(wanted, False, detail=f"{address.backend} has no base URL: nothing is asked", kind="url")]
+    key = address.api_key.get_secret_value()
     if address.backend == "openai":
-        key = address.api_key.get_secret_value()
         return await check_openai_compatible_models(address.base_url, key, wanted, timeout=timeout, output=output)
-    checks = {
-        "ollama": check_ollama_models,
-        "vllm": check_vllm_models,
-        "llamacpp": check_llamacpp_models,
-        "sglang": check_sglang_models,
-    }
+    if address.backend in ("vllm", "llamacpp"):
+        keyed = check_vllm_models if address.backend == "vllm" else check_llamacpp_models
+        return await keyed(address.base_url, wanted, api_key=key, timeout=timeout, output=output)
+    checks = {"ollama": check_ollama_models, "sglang": check_sglang_models}
     return await checks[address.backend](address.base_url, wanted, timeout=timeout, output=output)
 
 

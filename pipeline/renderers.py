@@ -11,6 +11,7 @@ import httpx
 
 from pipeline import engines
 from pipeline.chat import ChatTemplate
+from pipeline.config import key_for
 from pipeline.conversation import Conversation
 from pipeline.engines.base import Engine, NotApplicable, Prompt, ask
 from pipeline.errors import ModelError
@@ -117,15 +118,22 @@ class EngineRenderer:
 
     def render(self, conversation: Conversation) -> Prompt:
         """Ask the server what it would feed the model."""
-        return self.engine.prompt(_client(self.url), self.model, conversation)
+        return self.engine.prompt(_client(self.url, key_for(self.engine.name)), self.model, conversation)
 
     def detokenize(self, prompt: Prompt) -> str:
         """A vLLM prompt's token IDs as text, by the server's own tokenizer."""
-        return str(ask(_client(self.url), "/detokenize", {"model": self.model, "tokens": list(prompt.ids or ())})["prompt"])
+        return str(
+            ask(
+                _client(self.url, key_for(self.engine.name)),
+                "/detokenize",
+                {"model": self.model, "tokens": list(prompt.ids or ())},
+            )["prompt"]
+        )
 
 
 @lru_cache(maxsize=8)
-def _client(url: str) -> httpx.Client:
+def _client(url: str, key: str) -> httpx.Client:
     """One client for all requests to a server: making one costs more than a request does."""
     # no connection is kept, so that a client that is dropped from the cache leaves nothing open
-    return httpx.Client(base_url=url, timeout=_TIMEOUT, limits=httpx.Limits(max_keepalive_connections=0))
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT, limits=httpx.Limits(max_keepalive_connections=0))

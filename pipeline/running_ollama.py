@@ -11,7 +11,8 @@ from pipeline.engines.base import require_feasible
 from pipeline.errors import InputError
 from pipeline.plan import Plan
 from pipeline.reach import get_json, is_local
-from pipeline.serving import Endpoint, Options, Progress, Target, create_in_ollama, first_token, request_for, to_stop
+from pipeline.server import Progress
+from pipeline.serving import Endpoint, Options, Target, create_in_ollama, first_token, request_for, to_stop
 from pipeline.waiting import wait_for
 
 _ASK_SECONDS = 2.0

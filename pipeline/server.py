@@ -19,6 +19,7 @@ import httpx
 import psutil
 
 from pipeline import lock
+from pipeline.config import KEY_VARIABLES
 from pipeline.engines.base import Launch
 from pipeline.errors import EnvironmentFailure, InputError, StartFailure
 from pipeline.failures import Failure, classify
@@ -89,9 +90,14 @@ class Server:
 def start(launch: Launch, log: Path, *, owner: int | None) -> Server:
     """Start the process; it ends with process ``owner`` (None: it runs until :func:`stop`)."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pipeline.guard", "--owner", str(owner or 0), "--", *launch.argv]
-    environment = {**os.environ, **launch.env, "PYTHONUNBUFFERED": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    # the guard as a file, without its folder on the path: it needs no package of ours, and the engine must not find our packages
+    guard = str(Path(__file__).with_name("guard.py"))
+    command = [sys.executable, "-P", guard, "--owner", str(owner or 0), "--", *launch.argv]
+    # an empty key, as in a copied .env.example, means none; llama-server would ask for it
+    given = {name: value for name, value in os.environ.items() if value or name not in KEY_VARIABLES.values()}
+    environment = {**given, **launch.env, "PYTHONUNBUFFERED": "1"}
+    if launch.ours:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     with log.open("wb") as out:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -244,10 +250,7 @@ def end(server: Server, folder: Path) -> None:
 
 
 def forget(server: Server, folder: Path) -> None:
-    """Remove a server's record, unless it is another one's by now.
-
-    Its note is kept: a gateway that starts later must know what this address served to find the same elsewhere.
-    """
+    """Remove a server's record, unless it is another one's by now; its note stays, so that a gateway knows what was served."""
     path = folder / f"{server.engine}.json"
     with lock.guarded(folder.parent):
         if path.is_file() and Server.from_json(path).pid == server.pid:

@@ -13,6 +13,7 @@ import httpx
 
 from pipeline import artefact, engines, notes, server
 from pipeline.adapters import Adapter
+from pipeline.config import key_for
 from pipeline.engines.base import Engine, Launch, require_feasible
 from pipeline.engines.ollama import Ollama
 from pipeline.engines.parsers import require_known_flags
@@ -32,8 +33,7 @@ from pipeline.waiting import wait_for
 
 LOOPBACK = "127.0.0.1"
 _DEATH_SECONDS = 5.0
-# which artefact of a run each engine serves
-_SERVES_FOLDER = frozenset({"vllm", "sglang"})
+_SERVES_FOLDER = frozenset({"vllm", "sglang"})  # the others serve the run's GGUF
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,8 @@ def _start_once(engine: Engine, plan: Plan, request: Request, target: Target, op
     try:
         server.wait_ready(process, options.timeout or launch.start_timeout, progress)
         version = engine.available().version
-        endpoint = Endpoint(engine.name, launch.url, launch.model, version, process, _described(plan, launch))
+        described = _described(plan, launch)
+        endpoint = Endpoint(engine.name, launch.url, launch.model, version, process, described, api_key=key_for(engine.name))
         if engine.name == "ollama":
             create_in_ollama(endpoint, target, progress, plan)
         first_token(endpoint)
@@ -187,7 +188,7 @@ def attach(engine_name: str, target: Target) -> Endpoint | None:
         if process.engine == engine_name and note.is_file():
             said = read_json(note)
             extra = {key: said.get(key) for key in ("version", "plan", "ready_seconds")}
-            return Endpoint(engine_name, process.url, process.model, server=process, **extra)
+            return Endpoint(engine_name, process.url, process.model, server=process, api_key=key_for(engine_name), **extra)
     return None
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from pipeline import config
 from pipeline.origins import from_here
+from pipeline.proxy import spare_loopback
 from pipeline.reach import is_local
 from pipeline.runs import DEFAULT_OUTPUT
 
@@ -23,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from pipeline.status_api import create_app
 
+    spare_loopback()
     parser = argparse.ArgumentParser(prog="status_server")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline import engines
@@ -33,8 +33,9 @@ def unit(launch: Launch, what: str, folder: Path, writable: Sequence[Path] = ())
         "[Service]",
         f"WorkingDirectory={_text(str(folder))}",
         f"EnvironmentFile=-{_text(str(folder / '.env'))}",
-        *(f"Environment={_quoted(f'{key}={value}')}" for key, value in sorted(_environment(launch.env).items())),
-        f"ExecStart={' '.join(_quoted(word) for word in launch.argv)}",
+        *(f"Environment={_quoted(f'{key}={value}')}" for key, value in sorted(_environment(launch).items())),
+        # variables are expanded in this line only
+        f"ExecStart={' '.join(_quoted(word).replace('$', '$$') for word in launch.argv)}",
         "Restart=on-failure",
         f"RestartSec={_RESTART_SECONDS}",
         f"TimeoutStartSec={launch.start_timeout:.0f}",
@@ -42,7 +43,8 @@ def unit(launch: Launch, what: str, folder: Path, writable: Sequence[Path] = ())
         "NoNewPrivileges=yes",
         "PrivateTmp=yes",
         "ProtectSystem=strict",
-        f"ReadWritePaths={' '.join(_quoted(str(path)) for path in writable)}" if writable else "ReadOnlyPaths=/",
+        # one that does not exist yet is passed over: without the dash the unit would not start
+        f"ReadWritePaths={' '.join(_quoted(f'-{path}') for path in writable)}" if writable else "ReadOnlyPaths=/",
         "",
         "[Install]",
         "WantedBy=default.target",
@@ -50,19 +52,19 @@ def unit(launch: Launch, what: str, folder: Path, writable: Sequence[Path] = ())
     return "\n".join(lines) + "\n"
 
 
-def _environment(given: Mapping[str, str]) -> dict[str, str]:
-    """What the process needs besides: our package, where it is not installed for this interpreter."""
+def _environment(launch: Launch) -> dict[str, str]:
+    """What the process needs besides: our package, where it is ours and not installed for this interpreter."""
     return {
-        **given,
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        **launch.env,
+        **({"PYTHONPATH": str(Path(__file__).parents[1])} if launch.ours else {}),
         "PYTHONUNBUFFERED": "1",
         "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
     }
 
 
 def _quoted(word: str) -> str:
-    """A word as systemd reads it: specifiers and variables escaped, quoted where it must be."""
-    plain = _text(word).replace("$", "$$").replace("\\", "\\\\").replace('"', '\\"')
+    """A word as systemd reads it: specifiers escaped, quoted where it must be."""
+    plain = _text(word).replace("\\", "\\\\").replace('"', '\\"')
     return f'"{plain}"' if not plain or any(c in plain for c in " \t'\"\\;") else plain
 
 

@@ -58,3 +58,12 @@ def _make(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
     """Run make as from a shell, also when these tests are themselves run by make."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))} | more
     return subprocess.run(["make", *words], capture_output=True, text=True, timeout=60, check=False, cwd=ROOT, env=environment)
+
+
+def test_a_failed_compose_leaves_the_committed_files(tmp_path: Path) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    (tmp_path / "docker-compose.yml").write_text("kept")
+    words = ("-f", str(ROOT / "Makefile"), "-C", str(tmp_path), "compose", "PIPELINE=false", "STAMP=docker-compose.yml")
+    assert _make(*words).returncode != 0
+    assert (tmp_path / "docker-compose.yml").read_text() == "kept"

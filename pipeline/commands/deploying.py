@@ -11,8 +11,9 @@ from rich.console import Console
 
 from pipeline import config, engines, services
 from pipeline.commands.serving import attend
+from pipeline.config import Strategy
 from pipeline.errors import InputError, MissingDependency
-from pipeline.gateway import DEFAULT_PORT, REQUEST_TIMEOUT, Strategy
+from pipeline.gateway import DEFAULT_PORT, REQUEST_TIMEOUT
 from pipeline.runs import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 
 Output = Annotated[Path, typer.Option("--output", help="Folder that holds the runs.")]
@@ -33,7 +34,9 @@ def register(app: typer.Typer) -> None:
 
 
 def gateway(
-    strategy: Annotated[str, typer.Option("--strategy", help="local-first, cloud-first or cheapest.")] = "local-first",
+    strategy: Annotated[
+        str | None, typer.Option("--strategy", help="local-first, cloud-first or cheapest; default: GATEWAY_STRATEGY.")
+    ] = None,
     host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="Port; 0 picks a free one.")] = DEFAULT_PORT,
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds a backend may take for one answer.")] = REQUEST_TIMEOUT,
@@ -55,11 +58,13 @@ def gateway(
     if stop:
         _stop("gateway", output)
         return
+    settings = config.load()
+    strategy = strategy or settings.gateway_strategy
     if strategy not in get_args(Strategy):
         raise InputError(f"no strategy {strategy!r}", remedy="use " + ", ".join(get_args(Strategy)))
     _require("litellm", "gateway")
     options = ("--strategy", strategy, "--timeout", f"{timeout:g}")
-    _serve(services.gateway_launch(config.load(), host, port, output, options), output, detach=detach)
+    _serve(services.gateway_launch(settings, host, port, output, options), output, detach=detach)
 
 
 def status_api(
@@ -94,12 +99,13 @@ def compose(
 
     Profiles: local-ollama (11434), local-vllm (8003), local-sglang (8004, GPU overlay only), local-llamacpp (8005); the status
     API (8080) and the gateway (4000) come with each. Ports are published on 127.0.0.1. RUN chooses the run, and the
-    documented variables (VLLM_MAX_MODEL_LEN, LLAMACPP_PARALLEL, ...) override single flags.
+    documented variables (VLLM_MAX_MODEL_LEN, LLAMACPP_PARALLEL, ...) override single flags. Give LLM_BACKEND the profile's
+    engine (default: vllm), GATEWAY_STRATEGY the order, and AGENTS_FILE the agents.yaml that the containers are to see.
 
     Examples:
       granite-pipeline compose > docker-compose.yml
       granite-pipeline compose --gpu --hardware 2xa10g > docker-compose.gpu.yml
-      docker compose --profile local-llamacpp up
+      LLM_BACKEND=llamacpp docker compose --profile local-llamacpp up
     """
     from pipeline.compose import compose as cpu_file
     from pipeline.compose import gpu_overlay, to_yaml
@@ -142,6 +148,8 @@ def systemd(
     else:
         launch = planned_launch(chosen, RunFolder(run, out), settings, name)
     writable = [out, Path.home() / ".cache"]
+    if chosen == "ollama":
+        writable += [Path.home() / ".ollama", *(Path(folder) for folder in [os.environ.get("OLLAMA_MODELS")] if folder)]
     what = f"Granite {chosen}" + (f", run {run}" if chosen in engines.NAMES else "")
     typer.echo(unit(launch, what, Path.cwd(), writable), nl=False)
 

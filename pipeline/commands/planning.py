@@ -87,7 +87,7 @@ def plan(
 ) -> None:
     """Choose an engine's flags for a model, a machine and a purpose - with a reason each and the memory they will take.
 
-    Nothing is started. A model that does not fit is refused with the numbers and the nearest things that do fit.
+    Nothing is started. For a model here, on this machine, the documented variables hold as in serve. A model that does not fit is refused with the numbers and the nearest things that do fit.
     The exit code is 0 for a refusal too: it is in the plan ("feasible").
 
     Examples:
@@ -96,6 +96,7 @@ def plan(
       granite-pipeline plan --engine llamacpp --gguf model.gguf --set parallel=2 --json
     """
     from pipeline import engines
+    from pipeline.config import load
     from pipeline.engines.parsers import require_known_flags
     from pipeline.machines import hardware_from
     from pipeline.plan import Purpose, Request
@@ -104,9 +105,13 @@ def plan(
     if purpose not in get_args(Purpose):
         raise InputError(f"no purpose {purpose!r}", remedy="use " + ", ".join(get_args(Purpose)))
     source, name = _model(chosen.name, (run, model, model_shape), output)
-    request = Request(
-        source, hardware_from(machine, output), cast(Purpose, purpose), name, dict(_pair(text) for text in setting or [])
-    )
+    overrides = dict(_pair(text) for text in setting or [])
+    # as serve does; what is set for this machine's servers says nothing of another machine or a model that is not here
+    if machine is None and model_shape is None:
+        settings = load()
+        name = settings.served_name(chosen.name) or name
+        overrides = {**settings.overrides(chosen.name), **overrides}
+    request = Request(source, hardware_from(machine, output), cast(Purpose, purpose), name, overrides)
     made = chosen.plan(request)
     if check and made.feasible:
         require_known_flags(chosen, made)

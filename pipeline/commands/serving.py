@@ -160,13 +160,7 @@ def status(
 
 
 def _target(run: RunFolder, engine: Engine, model: Path | None, name: str | None, settings: config.Settings) -> Target:
-    documented = {
-        "vllm": settings.vllm_model,
-        "llamacpp": settings.llamacpp_model,
-        "ollama": settings.ollama_model,
-        "sglang": settings.sglang_model,
-    }
-    served = name or documented.get(engine.name) or run.name
+    served = name or settings.served_name(engine.name) or run.name
     if model is None:
         return Target.of_run(run, engine.name, served)
     if not model.exists():

@@ -45,6 +45,11 @@ class Launch:
     model: str
     start_timeout: float = 600.0
 
+    @property
+    def ours(self) -> bool:
+        """True when what is started is a module of this package, for this interpreter; any other program has its own packages."""
+        return self.argv[1:2] == ("-m",) and self.argv[2].startswith("pipeline.")
+
 
 @dataclass(frozen=True)
 class Availability:

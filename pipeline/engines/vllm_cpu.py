@@ -37,6 +37,7 @@ class _Sizes:
 def plan(request: Request) -> Plan:
     """Flags for the CPU build, or a refusal with numbers when weights and the smallest KV cache exceed the RAM available."""
     user = Overrides.of(request.overrides)
+    user.integer("--tensor-parallel-size", 1, 1, "it counts GPUs, and this plan is for a CPU")
     sizes = _sizes(request, user)
     memory = _memory(request, sizes)
     why_not = _why_not(request, sizes, memory)

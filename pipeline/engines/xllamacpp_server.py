@@ -56,6 +56,8 @@ def parameters(args: argparse.Namespace) -> Any:
     p.model_alias = {args.alias} if args.alias else set()
     p.hostnames = [args.host]
     p.port = args.port
+    # as llama-server does: a key from the environment only
+    p.api_keys = [key] if (key := os.environ.get("LLAMA_API_KEY")) else []
     p.n_ctx, p.n_parallel, p.kv_unified = args.ctx_size, args.parallel, args.kv_unified
     p.n_batch, p.n_ubatch = args.batch_size, args.ubatch_size
     p.cpuparams.n_threads = args.threads

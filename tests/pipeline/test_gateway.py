@@ -14,9 +14,9 @@ from small_run import make_run
 
 from pipeline import notes, services
 from pipeline.artefact import Artefact
-from pipeline.config import Settings, load
+from pipeline.config import Settings, Strategy, load
 from pipeline.errors import InputError
-from pipeline.gateway import Router, Strategy, litellm_config, write_config
+from pipeline.gateway import Router, litellm_config, write_config
 from pipeline.gateway_server import Keys, guarded
 from pipeline.observer import Observer, Seen
 from pipeline.registry import ModelStatus
@@ -148,7 +148,9 @@ def test_litellms_configuration_names_keys_and_never_holds_them(tmp_path: Path) 
     by_name = {e["model_name"]: e["litellm_params"] for e in json.loads(text)["model_list"]}
     assert by_name["big@openai"]["api_key"] == "os.environ/OPENAI_COMPATIBLE_API_KEY"
     assert by_name["soc@vllm"]["api_base"] == "http://127.0.0.1:8003/v1"
-    assert by_name["soc@vllm"]["api_key"] == "none"
+    assert by_name["soc@vllm"]["api_key"] == "os.environ/VLLM_API_KEY"
+    assert by_name["soc-gguf@llamacpp"]["api_key"] == "os.environ/LLAMA_API_KEY"
+    assert by_name["soc:latest@ollama"]["api_key"] == "none"
     assert litellm_config(router.deployments)["general_settings"]["master_key"] == "os.environ/LITELLM_MASTER_KEY"
 
 

@@ -1,4 +1,5 @@
 import json
+import struct
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from typer.testing import CliRunner, Result
 
 from pipeline.commands import planning
 from pipeline.errors import InputError
+from pipeline.runs import RunFolder
 
 _APP = typer.Typer()
 planning.register(_APP)
@@ -95,3 +97,34 @@ def test_hardware_shows_this_machine_and_others() -> None:
     assert "RAM" in _run("hardware").stdout
     shown = _run("hardware", "--hardware", "l4").stdout
     assert "NVIDIA L4, 21.8 of 22.1 GiB free, compute capability 8.9" in shown
+
+
+def test_a_runs_plan_is_what_serve_would_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VLLM_MAX_MODEL_LEN", "4096")
+    monkeypatch.setenv("VLLM_MODEL", "mine")
+    monkeypatch.setenv("VLLM_PYTHON", sys.executable)
+    folder = RunFolder("test", tmp_path).merged
+    folder.mkdir(parents=True)
+    config = {
+        "architectures": ["GraniteForCausalLM"], "model_type": "granite", "hidden_size": 256, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "num_hidden_layers": 3, "intermediate_size": 128, "vocab_size": 100, "max_position_embeddings": 32768,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    header = json.dumps({"w": {"dtype": "F16", "shape": [4], "data_offsets": [0, 8]}}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    words = ("plan", "--engine", "vllm", "--run", "test", "--output", str(tmp_path))
+    plan = _json(*words)
+    argv = list(plan["argv"])  # type: ignore[call-overload]
+    assert plan["max_model_len"] == 4096
+    assert argv[argv.index("--served-model-name") + 1] == "mine"
+    assert _json(*words, "--set", "max_model_len=2048")["max_model_len"] == 2048
+    assert _json(*words, "--hardware", "cpu-2c-24g")["max_model_len"] != 4096
+
+
+def test_a_cpu_plan_refuses_more_than_one_gpu_in_parallel() -> None:
+    words = ("plan", "--engine", "vllm", "--model-shape", "granite-4.0-350m", "--hardware", "cpu-2c-24g", "--set")
+    result = _run(*words, "tensor-parallel-size=2")
+    assert isinstance(result.exception, InputError)
+    assert "--tensor-parallel-size is '2'; it must be a whole number from 1 to 1: it counts GPUs" in result.exception.message
+    assert _json(*words, "tensor-parallel-size=1")["tensor_parallel"] == 1

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -60,8 +61,8 @@ def _family(pid: int) -> list[int]:
     return [pid, *(p.pid for p in guard.children(recursive=True))]
 
 
-def _wait(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+def _wait(what: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
     while not what() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert what()
@@ -161,3 +162,17 @@ def test_a_taken_port_names_its_holder(tmp_path: Path) -> None:
     assert holder(port)
     server.stop(process)
     assert claim("127.0.0.1", port) == port
+
+
+def test_an_engine_does_not_get_our_package_on_its_path_and_a_module_of_ours_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/its/own")
+    launch = _launch(tmp_path, "import os; print('path:', os.environ['PYTHONPATH'])")
+    process = server.start(launch, tmp_path / "log", owner=None)
+    _wait(lambda: not process.alive, 60)
+    assert (tmp_path / "log").read_text() == "path: /its/own\n"
+    words = (sys.executable, "-m", "pipeline.engines.xllamacpp_server", "--help")
+    ours = server.start(replace(launch, argv=words), tmp_path / "ours", owner=None)
+    _wait(lambda: not ours.alive, 60)
+    assert "usage: xllamacpp_server" in (tmp_path / "ours").read_text()

@@ -12,11 +12,12 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pipeline import server, serving
 from pipeline.commands.serving import _target
-from pipeline.config import Settings
+from pipeline.config import KEY_VARIABLES, Settings, key_for, load
 from pipeline.engines.base import Launch
 from pipeline.engines.ollama import Ollama
 from pipeline.engines.ollama_plan import plan as ollama_plan
@@ -26,6 +27,7 @@ from pipeline.machines import hardware_from
 from pipeline.model import Model
 from pipeline.plan import Plan, Request
 from pipeline.runs import RunFolder
+from pipeline.server import Server
 from pipeline.serving import Endpoint, Target
 
 
@@ -37,6 +39,7 @@ class Fake:
     status: int = 200
     body: dict[str, Any] = field(default_factory=lambda: {"status": "success"})
     seen: dict[str, Any] = field(default_factory=dict)
+    keys: list[str | None] = field(default_factory=list)
 
 
 @pytest.fixture
@@ -47,6 +50,7 @@ def fake() -> Iterator[Fake]:
             self.end_headers()
 
         def do_POST(self) -> None:
+            found.keys.append(self.headers.get("Authorization"))
             found.seen[self.path] = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             data = json.dumps(found.body).encode()
             self.send_response(found.status)
@@ -125,3 +129,26 @@ def test_where_a_models_logs_and_records_go(model: str, folder: str, tmp_path: P
     path.mkdir() if "!" in model else path.touch()
     found = _target(RunFolder("generic", tmp_path / "runs"), Vllm(), path, None, Settings(_env_file=None))
     assert found.folder == tmp_path / folder
+
+
+@pytest.mark.parametrize(("engine", "variable"), [("vllm", "VLLM_API_KEY"), ("llamacpp", "LLAMA_API_KEY")])
+def test_the_servers_key_is_sent_to_it_and_masked(
+    fake: Fake, engine: str, variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in KEY_VARIABLES.values():
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / ".env").write_text(f"{variable}=sk-planted\n")
+    target = Target(tmp_path / "m", "m", tmp_path)
+    target.servers.mkdir()
+    me = psutil.Process()
+    process = Server(engine, fake.url, "m", (), {}, me.pid, me.create_time(), tmp_path / "log", "", "/health")
+    record = server.save(process, target.servers)
+    (target.servers / f"{engine}.endpoint").write_text("{}")
+    endpoint = serving.attach(engine, target)
+    assert endpoint is not None
+    serving.first_token(endpoint)
+    assert fake.keys == ["Bearer sk-planted"]
+    assert "planted" not in repr(endpoint) + repr(load()) + record.read_text()
+    monkeypatch.setenv(variable, "sk-other")
+    assert (key_for(engine), key_for("sglang"), key_for("ollama")) == ("sk-other", "", "")
