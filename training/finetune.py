@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import interrupt, lock
-from pipeline.errors import DataError, EnvironmentFailure, PipelineError
+from pipeline.errors import DataError, EnvironmentFailure, InputError, PipelineError
 from pipeline.files import read_json, require_free_space, staged, write_atomic, write_json
 from pipeline.runs import RunFolder
 from training import backends, checkpoints, soc
@@ -72,6 +72,7 @@ def finetune(run: RunFolder, params: FinetuneParameters, *, force: Force = False
     """Train as ``params`` say and leave ``adapter/`` and ``heldout.jsonl`` in the run folder; skip when already done."""
     data = read_split(params)
     base = resolve(params.base, run.output / ".base", params.revision)
+    _require_apart(run, base)
     inputs = {"recipe": _RECIPE, "parameters": params.to_json(), "data": data.sha256, "base": base.to_json()}
 
     def work() -> dict[str, Any]:
@@ -90,6 +91,14 @@ def finetune(run: RunFolder, params: FinetuneParameters, *, force: Force = False
         done = run_stage(run, STAGE, inputs, [run.adapter, run.heldout], work, force=force)
         shutil.rmtree(run.checkpoints, ignore_errors=True)
     return done
+
+
+def _require_apart(run: RunFolder, base: BaseModel) -> None:
+    if base.folder.resolve().is_relative_to(run.path.resolve()):
+        raise InputError(
+            f"base {base.id} lies in run {run.name} itself, whose export would replace it",
+            remedy="train under another --name: the base is then kept",
+        )
 
 
 def _shared_system(rows: Sequence[Row]) -> str | None:
