@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,10 @@ def evaluate(run: RunFolder, *, force: Force = False) -> dict[str, StageResult]:
     tuned = manifest.stage("finetune")
     base = resolve(tuned["inputs"]["parameters"]["base"], run.output / ".base", tuned["inputs"]["base"]["revision"])
     rows = read_held_out(run.heldout)
-    shared = {"recipe": _RECIPE, "heldout": sha256_file(run.heldout)}
+    date = tuned["result"].get("date")
+    dated = {"date": date} if date and "strftime_now" in ChatTemplate.from_folder(base.folder).source else {}
+    shared = {"recipe": _RECIPE, "heldout": sha256_file(run.heldout), **dated}
+    now = datetime.fromisoformat(date) if date else None
     models = {"base": (base.folder, base.sha256), "tuned": (run.merged, manifest.sha256(run.merged))}
     results = {}
     for which, (folder, sha256) in models.items():
@@ -41,7 +45,7 @@ def evaluate(run: RunFolder, *, force: Force = False) -> dict[str, StageResult]:
 
         def work(folder: Path = folder, target: Path = target, key: str = sha256_json(inputs)) -> dict[str, Any]:
             partial = Partial(target.with_suffix(".part"), key)
-            answers = answer_all(folder, rows, partial=partial)
+            answers = answer_all(folder, rows, partial=partial, now=now)
             lines = [json.dumps({"text": a.text, "finish_reason": a.finish_reason}, ensure_ascii=False) for a in answers]
             write_atomic(target, "".join(f"{line}\n" for line in lines))
             partial.remove()
@@ -51,8 +55,17 @@ def evaluate(run: RunFolder, *, force: Force = False) -> dict[str, StageResult]:
     return results
 
 
-def answer_all(folder: Path, rows: Sequence[HeldOut], progress: bool = True, partial: Partial | None = None) -> list[Answer]:
-    """Greedy float32 answers of a model folder, in the rows' order; those in ``partial`` are taken, new ones added to it."""
+def answer_all(
+    folder: Path,
+    rows: Sequence[HeldOut],
+    progress: bool = True,
+    partial: Partial | None = None,
+    now: datetime | None = None,
+) -> list[Answer]:
+    """Greedy float32 answers of a model folder, in the rows' order; those in ``partial`` are taken, new ones added to it.
+
+    ``now`` is the clock that dated templates see.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -70,7 +83,7 @@ def answer_all(folder: Path, rows: Sequence[HeldOut], progress: bool = True, par
     )
     tokenizer = AutoTokenizer.from_pretrained(str(folder), padding_side="left", trust_remote_code=False)
     template = ChatTemplate.from_folder(folder)
-    prompts = [template.render(row.messages, tools=row.tools, add_generation_prompt=True) for row in rows]
+    prompts = [template.render(row.messages, tools=row.tools, add_generation_prompt=True, now=now) for row in rows]
     budget = SPARE_TOKENS + max(len(tokenizer(row.expected, add_special_tokens=False)["input_ids"]) for row in rows)
     # longest first: a batch pads little, and running out of memory shows at once
     order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
