@@ -67,20 +67,11 @@ def answer_all(
     ``now`` is the clock that dated templates see.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from training.progress import track
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    lower = "use a smaller base, free memory, or answer on another machine"
-    require_memory("answering the held-out prompts", evaluate_need(folder, device == "cuda"), lower)
-    # float32 on a CPU: the reference should not add rounding of its own; a GPU holds what was trained
-    dtype = torch.float32 if device == "cpu" else torch.float16
-    model = (
-        AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, trust_remote_code=False, use_safetensors=True)
-        .to(device)
-        .eval()
-    )
+    model = _model(folder)
     tokenizer = AutoTokenizer.from_pretrained(str(folder), padding_side="left", trust_remote_code=False)
     template = ChatTemplate.from_folder(folder)
     prompts = [template.render(row.messages, tools=row.tools, add_generation_prompt=True, now=now) for row in rows]
@@ -97,13 +88,27 @@ def answer_all(
         interrupt.leave_if_asked(f"{len(answers)} of {len(rows)} answers of {folder.name} are kept")
         batch = tokenizer([prompts[i] for i in chosen], return_tensors="pt", padding=True, add_special_tokens=False)
         with torch.inference_mode():
-            out = model.generate(**batch.to(device), max_new_tokens=budget, do_sample=False)
+            out = model.generate(**batch.to(model.device), max_new_tokens=budget, do_sample=False)
         new = out[:, batch["input_ids"].shape[1] :].tolist()
         made = {i: _answer(ids, tokenizer) for i, ids in zip(chosen, new, strict=True)}
         answers |= made
         if partial:
             partial.add(made)
     return [answers[i] for i in range(len(rows))]
+
+
+def _model(folder: Path) -> Any:
+    """The model, ready to answer on what this machine has."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lower = "use a smaller base, free memory, or answer on another machine"
+    require_memory("answering the held-out prompts", evaluate_need(folder, device == "cuda"), lower)
+    # float32 on a CPU: the reference should not add rounding of its own; a GPU holds what was trained
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, trust_remote_code=False, use_safetensors=True)
+    return model.to(device).eval()
 
 
 def _from_before(partial: Partial | None, folder: Path, rows: int) -> dict[int, Answer]:
