@@ -119,7 +119,7 @@ def staged(final: Path) -> Iterator[Path]:
     """Yield a scratch path beside ``final``; on success it replaces ``final`` by rename, on failure it is removed.
 
     Everything in it is flushed to disk before the rename. A folder that is replaced is first renamed aside, so a reader never
-    sees a half-filled one; :func:`sweep` puts it back when the process was killed between the two renames.
+    sees a half-filled one; it is put back when something stops this between the two renames, by :func:`sweep` after a kill.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
@@ -132,7 +132,14 @@ def staged(final: Path) -> Iterator[Path]:
         target.rename(final)
         _sync_folder(final.parent)
     finally:
+        _put_back(scratch, final)
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _put_back(scratch: Path, final: Path) -> None:
+    """Give a folder that was being replaced its name again when its successor never took it."""
+    if (scratch / _PREVIOUS).exists() and not final.exists():
+        (scratch / _PREVIOUS).rename(final)
 
 
 def sync_tree(path: Path) -> None:
@@ -163,8 +170,7 @@ def sweep(folder: Path) -> int:
     freed = 0
     for scratch in leftovers(folder):
         final = folder / scratch.name[1:].rpartition(".")[0]
-        if (scratch / _PREVIOUS).exists() and not final.exists():
-            (scratch / _PREVIOUS).rename(final)
+        _put_back(scratch, final)
         freed += tree_bytes(scratch)
         remove(scratch)
     return freed

@@ -63,8 +63,9 @@ def removals(output: Path, names: Sequence[str] = (), *, unfinished: bool = Fals
     """What pruning would remove: by default only what no run needs - killed writers' scratch, damaged checkpoints, finished
     runs' checkpoints and partial answers.
 
-    ``unfinished`` adds runs that never got all artefacts; ``whole`` the named runs, finished or not. A run that another
-    process holds, or whose servers are up, is left alone. InputError names a run that is not there.
+    ``unfinished`` adds runs that never got all artefacts (not those whose manifest cannot be read: they may have them);
+    ``whole`` the named runs, finished or not. A run that another process holds, or whose servers are up, is left alone.
+    InputError names a run that is not there.
     """
     if whole and not names:
         raise InputError("whole runs are only removed by name", remedy="granite-pipeline prune NAME --whole")
@@ -80,31 +81,35 @@ def removals(output: Path, names: Sequence[str] = (), *, unfinished: bool = Fals
     return found
 
 
-def prune(run: RunFolder, wanted: Sequence[Removal]) -> int:
-    """Remove what was listed for a run, holding its lock; returns the bytes freed."""
-    parts = [item for item in wanted if item.path != run.path]
+def prune(run: RunFolder, wanted: Sequence[Removal], *, unfinished: bool = False, whole: bool = False) -> int:
+    """Remove what was listed for a run and may be removed now that its lock is held; returns the bytes freed."""
     with lock.held(run, "prune"):
-        for item in parts:
-            remove(item.path)
-        if len(parts) < len(wanted):
-            for path in run.path.iterdir():
-                if path.name not in lock.FILES:
-                    remove(path)
-    if len(parts) < len(wanted):
+        # asking takes its time: the run may have gone on since it was listed
+        info = _info(run)
+        now = [] if info.servers else _of_run(run, info, unfinished=unfinished, whole=whole)
+        paths = {item.path for item in now} & {item.path for item in wanted}
+        entirely = run.path in paths
+        if entirely:
+            paths = {path for path in run.path.iterdir() if path.name not in lock.FILES}
+        for path in paths:
+            remove(path)
+    if entirely:
         for name in lock.FILES:
             (run.path / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             run.path.rmdir()
-    return sum(item.bytes for item in wanted)
+    return sum(item.bytes for item in wanted if not item.path.exists())
 
 
 def _runs(output: Path) -> list[RunFolder]:
-    """Folders with a usable name; links are not followed, for they may lead anywhere."""
+    """Folders with a usable name in which a run left its marks; links are not followed, for they may lead anywhere."""
     found = []
     for path in sorted(output.iterdir()) if output.is_dir() else []:
         if path.is_dir() and not path.is_symlink():
             with contextlib.suppress(InputError):
-                found.append(RunFolder(path.name, output))
+                run = RunFolder(path.name, output)
+                if run.manifest.is_file() or (run.checkpoints / "inputs.json").is_file() or lock.holder(run):
+                    found.append(run)
     return found
 
 
@@ -145,7 +150,7 @@ def _passed(run: RunFolder) -> bool | None:
 
 
 def _of_run(run: RunFolder, info: RunInfo, *, unfinished: bool, whole: bool) -> list[Removal]:
-    if whole or (unfinished and not info.finished):
+    if whole or (unfinished and not info.finished and info.state != "damaged"):
         why = "asked for by name" if whole else f"never finished ({info.state})"
         return [Removal(run.name, run.path, info.sizes["all"], why)]
     found = [(p, "left by a killed process") for part in ("", "report", "reference") for p in leftovers(run.path / part)]

@@ -47,7 +47,8 @@ class Manifest:
         self, name: str, inputs: Mapping[str, Any], artefacts: list[Path], result: Mapping[str, Any], seconds: float
     ) -> None:
         """Store a finished stage: its inputs, the hash of each artefact and its results; written atomically."""
-        record = self.entry(inputs, artefacts, result, seconds)
+        # sealed as it is written: without secrets
+        record = masked(self.entry(inputs, artefacts, result, seconds))
         with self.changing() as data:
             data["stages"][name] = {**record, "seal": _sealed(record)}
 

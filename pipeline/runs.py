@@ -35,8 +35,8 @@ class RunFolder:
     def require_inside(self) -> None:
         """Raise InputError when the run folder, or what is in it under a name of ours, is a link to somewhere else."""
         parts = (self.adapter, self.merged, self.gguf, self.modelfile, self.manifest, self.report, self.logs)
-        more = (self.checkpoints, self.heldout, self.notebooks, self.path / "reference", self.path / "servers")
-        for path in (self.path, *parts, *more):
+        more = (self.checkpoints, self.heldout, self.notebooks, self.certificate)
+        for path in (self.path, *parts, *more, self.path / "reference", self.path / "servers"):
             if path.is_symlink():
                 raise InputError(
                     f"{path} is a symbolic link (to {path.readlink()})",

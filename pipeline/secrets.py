@@ -1,7 +1,7 @@
 """Secrets: which values of the environment are secret, and text with them masked.
 
-Masked are the values of variables whose names say so, and what looks like a token wherever it came from. Everything that
-leaves the process goes through here: logs, error messages, manifest, report, executed notebooks.
+Masked are the values of variables whose names say so - ordinary words apart, for they are no keys - and what looks like a
+token wherever it came from. Everything that leaves the process goes through here: logs, error messages, manifest, report, executed notebooks.
 """
 
 from __future__ import annotations
@@ -14,11 +14,16 @@ from typing import Any
 
 MASK = "********"
 _NAMES = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)
-# shorter values are words and numbers ("none", "1234") that would black out ordinary text
+# shorter values are words and numbers ("none", "1234") that would black out ordinary text, and so would CACHE_KEY=training;
+# a password may be a word
 _SHORTEST = 8
+_WORD = re.compile(r"[A-Za-z]?[a-z]{1,14}|[A-Z]{1,15}")
+_PASSWORDS = re.compile(r"PASSW(OR)?D", re.IGNORECASE)
+# nothing that ends a word (task-, desk-), unless that is the n of an escaped line break
+_START = r"(?:(?<![a-z])|(?<=\\[nrt]))"
 _LOOKS = re.compile(
-    r"hf_[A-Za-z0-9]{16,}"  # Hugging Face
-    r"|sk-[A-Za-z0-9_-]{16,}"  # OpenAI and those that copy its form
+    rf"{_START}hf_(?=[A-Za-z]*[0-9])[A-Za-z0-9]{{16,}}"  # Hugging Face
+    rf"|{_START}sk-(?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{{16,}}"  # OpenAI and those that copy its form
     r"|(?:(?<=Bearer )|(?<=bearer ))[A-Za-z0-9._~+/=-]{8,}"
     r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # user:password in a URL
 )
@@ -31,8 +36,14 @@ def is_secret_name(name: str) -> bool:
 
 def values() -> list[str]:
     """The secret values of the environment, longest first."""
-    found = {value.strip() for name, value in os.environ.items() if is_secret_name(name)}
-    return sorted((value for value in found if len(value) >= _SHORTEST), key=len, reverse=True)
+    found = {value.strip() for name, value in os.environ.items() if _plausible(name, value.strip())}
+    return sorted(found, key=len, reverse=True)
+
+
+def _plausible(name: str, value: str) -> bool:
+    """Whether a variable holds a secret: by its name, and by a value that no ordinary text is made of."""
+    word = _WORD.fullmatch(value) and not _PASSWORDS.search(name)
+    return is_secret_name(name) and len(value) >= _SHORTEST and not word
 
 
 def mask(text: str, known: Sequence[str] | None = None) -> str:

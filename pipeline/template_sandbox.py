@@ -81,7 +81,19 @@ class _Worker:
             raise ModelError("the process that renders chat templates does not start", remedy="make doctor")
 
     def ask(self, request: bytes) -> tuple[bytes, str]:
-        """Send one request and wait for its answer; the process is ended when that takes too long."""
+        """Send one request and wait for its answer; the process is ended when that takes too long or is interrupted."""
+        try:
+            answer = self._answer(request)
+        except BaseException:
+            self.end()  # an answer left in the pipe would be taken for the next one
+            raise
+        if answer is not None:
+            return answer
+        slow = self.process.poll() is None
+        self.end()
+        return TOO_MUCH, f"takes longer than {SECONDS:.0f} s" if slow else "ended the process that renders it"
+
+    def _answer(self, request: bytes) -> tuple[bytes, str] | None:
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(HEADER.pack(len(request)) + request)
@@ -91,9 +103,7 @@ class _Worker:
             raw = self._read(HEADER.unpack(head[1:])[0], SECONDS)
             if raw is not None and len(raw) == HEADER.unpack(head[1:])[0]:
                 return head[:1], raw.decode("utf-8", "surrogatepass")
-        slow = self.process.poll() is None
-        self.end()
-        return TOO_MUCH, f"takes longer than {SECONDS:.0f} s" if slow else "ended the process that renders it"
+        return None
 
     def _read(self, count: int, seconds: float) -> bytes | None:
         """Exactly so many bytes, fewer when the process ended, None when they did not come in time."""

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
-from pipeline import backends, checks, interrupt, lock, runlog, serving
+from pipeline import backends, checks, interrupt, lock, runlog, serving, verify_kept
 from pipeline.artefacts import run_checks
 from pipeline.checks import Check
 from pipeline.config import Settings, resolved
@@ -20,6 +20,7 @@ from pipeline.manifest import Manifest
 from pipeline.material import Material, read_material
 from pipeline.outcome import Outcome, absent, launched
 from pipeline.probe import Prober, Streamed, ask_all
+from pipeline.report import ReportPaths, write_report
 from pipeline.runs import RunFolder
 from pipeline.score import score
 from pipeline.serving import Endpoint, Options
@@ -47,6 +48,14 @@ def verify(run: RunFolder, names: Sequence[str], settings: Settings, progress: C
         return _verify(run, names, settings, material, progress, keep=keep, limit=limit)
 
 
+def publish(run: RunFolder, report: Mapping[str, Any]) -> ReportPaths:
+    """Write the report into the run folder; what was kept for an interrupted verification is then no longer needed."""
+    with lock.held(run, "verify"):
+        paths = write_report(report, run.report)
+        verify_kept.clear(run)
+    return paths
+
+
 def _verify(run: RunFolder, names: Sequence[str], settings: Settings, material: Material, progress: Callable[[str], None], *, keep: bool, limit: int | None) -> dict[str, Any]:  # fmt: skip
     kept, outcomes = Kept(run, key_of(run, settings, limit)), {}
     for name in names:
@@ -55,7 +64,6 @@ def _verify(run: RunFolder, names: Sequence[str], settings: Settings, material: 
         if before is None:
             kept.write(name, outcome)
             interrupt.leave_if_asked(f"what {', '.join(outcomes)} answered is kept where it passed")
-    kept.clear()
     report = _assemble(run, material, outcomes)
     with Manifest(run.manifest).changing() as data:
         data["served"] = {

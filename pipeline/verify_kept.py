@@ -51,10 +51,11 @@ class Kept:
         if outcome.entry["status"] == "passed":
             write_json(self._path(name), {"key": self.key, **asdict(outcome)})
 
-    def clear(self) -> None:
-        """Remove what was kept: the verification is complete."""
-        for path in self.folder.glob(f"*{_SUFFIX}"):
-            path.unlink(missing_ok=True)
-
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}{_SUFFIX}"
+
+
+def clear(run: RunFolder) -> None:
+    """Remove what was kept: the report that it is part of is written."""
+    for path in run.report.glob(f"*{_SUFFIX}"):
+        path.unlink(missing_ok=True)

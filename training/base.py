@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline import lock
 from pipeline.errors import EnvironmentFailure, ModelError
-from pipeline.files import read_object, require_free_space
+from pipeline.files import leftovers, read_object, remove, require_free_space
 from pipeline.hashes import HashCache
 from training import embedded
 
@@ -41,8 +42,7 @@ def resolve(base: str, cache: Path, revision: str | None = None) -> BaseModel:
     if base == EMBEDDED:
         folder = cache / f"embedded-{embedded.RECIPE}"
         if not folder.is_dir():
-            require_free_space(folder, 2**29, "the embedded base model")
-            embedded.build(folder)
+            _build(folder)
         return BaseModel(EMBEDDED, folder, None, hashes.tree(folder), _NOTE)
     if Path(base).is_dir():
         return BaseModel(base, _checked(Path(base)), None, hashes.tree(Path(base)))
@@ -53,6 +53,18 @@ def resolve(base: str, cache: Path, revision: str | None = None) -> BaseModel:
         )
     folder, commit = _download(base, revision)
     return BaseModel(base, _checked(folder), commit, hashes.tree(folder))
+
+
+def _build(folder: Path) -> None:
+    """Build the embedded base, once when several processes want it, and remove what killed builds left beside it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with lock.guarded(folder.parent):
+        for scratch in leftovers(folder.parent):
+            if scratch.name.startswith(f".{EMBEDDED}-"):
+                remove(scratch)
+        if not folder.is_dir():
+            require_free_space(folder, 2**29, "the embedded base model")
+            embedded.build(folder)
 
 
 def _checked(folder: Path) -> Path:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pipeline import config
+from pipeline import config, lock
 from pipeline.certify import signing
 from pipeline.certify.certificate import require_certified
 from pipeline.certify.reporting import publish, table
@@ -60,7 +60,8 @@ def certify(
         scope = certifying.Scope(names, prompts, own=tuple(own or ()), tasks=tasks)
         certificate = certifying.certify(folder, config.load(), scope)
     if sign is not None:
-        signing.sign(folder, sign)
+        with lock.held(folder, "certify"):
+            signing.sign(folder, sign)
     # a check of a signed certificate changes nothing
     paths = publish(folder, certificate) if public_key is None else None
     if as_json:

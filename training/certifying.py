@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline import backends, serving
+from pipeline import backends, lock, serving
 from pipeline.certify import adapter, custody, gguf_file, merged, signing, stopping, tuned
 from pipeline.certify.bounds import CAST, MEASURED, MERGE, Bound
 from pipeline.certify.cache import Cache
@@ -68,6 +69,11 @@ def certify(run: RunFolder, settings: Settings, scope: Scope) -> Certificate:
     for spec in scope.own:
         load_own(spec)  # a mistake in it shows before any server starts
     subject = read_subject(run)
+    with lock.held(run, "certify"):
+        return _certify(run, subject, settings, scope)
+
+
+def _certify(run: RunFolder, subject: Subject, settings: Settings, scope: Scope) -> Certificate:
     log.info("certify: files")
     findings = offline_findings(subject)
     if not run.merged.is_dir():
@@ -140,9 +146,11 @@ def certify_offline(run: RunFolder, public_key: Path | None = None) -> Certifica
     """
     subject = read_subject(run)
     signed = [signing.check_signed(run, public_key)] if public_key else []
-    certificate = make(run, [*offline_findings(subject), *signed], described(subject), offline=True)
-    if not signed:
-        save(certificate, run.certificate)
+    # a check of a signed certificate changes nothing
+    with contextlib.nullcontext() if signed else lock.held(run, "certify"):
+        certificate = make(run, [*offline_findings(subject), *signed], described(subject), offline=True)
+        if not signed:
+            save(certificate, run.certificate)
     return certificate
 
 

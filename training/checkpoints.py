@@ -6,11 +6,12 @@ import json
 import logging
 import re
 import shutil
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.files import read_json, sha256_file, sync_tree, write_json
+from pipeline.files import read_json, read_object, sha256_file, sync_tree, write_json
 
 log = logging.getLogger(__name__)
 SEAL = "sealed.json"
@@ -69,6 +70,23 @@ def latest(folder: Path, inputs: dict[str, Any]) -> str | None:
         checkpoint.rename(aside)
         log.warning("%s is not used (%s) and set aside as %s; trying the one before", checkpoint.name, why, aside.name)
     return None
+
+
+def dated(folder: Path, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with the date that dated chat templates are given: today, or when exactly this fine-tune was begun."""
+    try:
+        note = read_object(folder / _INPUTS)
+        datetime.fromisoformat(note["date"])
+    except (InputError, KeyError, TypeError, ValueError):
+        note = {}
+    with_date = {**inputs, "date": note.get("date")}
+    return with_date if _same(folder / _INPUTS, with_date) else {**inputs, "date": date.today().isoformat()}
+
+
+def step(checkpoint: str | None) -> int:
+    """The step a checkpoint was written at; 0 for none."""
+    match = _CHECKPOINT.fullmatch(Path(checkpoint or "").name)
+    return int(match[1]) if match else 0
 
 
 def sealing_callback() -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,10 @@ def evaluate(run: RunFolder, *, force: Force = False) -> dict[str, StageResult]:
     tuned = manifest.stage("finetune")
     base = resolve(tuned["inputs"]["parameters"]["base"], run.output / ".base", tuned["inputs"]["base"]["revision"])
     rows = read_held_out(run.heldout)
-    shared = {"recipe": _RECIPE, "heldout": sha256_file(run.heldout)}
+    date = tuned["result"].get("date")
+    dated = {"date": date} if date and "strftime_now" in ChatTemplate.from_folder(base.folder).source else {}
+    shared = {"recipe": _RECIPE, "heldout": sha256_file(run.heldout), **dated}
+    now = datetime.fromisoformat(date) if date else None
     models = {"base": (base.folder, base.sha256), "tuned": (run.merged, manifest.sha256(run.merged))}
     results = {}
     for which, (folder, sha256) in models.items():
@@ -41,7 +45,7 @@ def evaluate(run: RunFolder, *, force: Force = False) -> dict[str, StageResult]:
 
         def work(folder: Path = folder, target: Path = target, key: str = sha256_json(inputs)) -> dict[str, Any]:
             partial = Partial(target.with_suffix(".part"), key)
-            answers = answer_all(folder, rows, partial=partial)
+            answers = answer_all(folder, rows, partial=partial, now=now)
             lines = [json.dumps({"text": a.text, "finish_reason": a.finish_reason}, ensure_ascii=False) for a in answers]
             write_atomic(target, "".join(f"{line}\n" for line in lines))
             partial.remove()
@@ -51,26 +55,26 @@ def evaluate(run: RunFolder, *, force: Force = False) -> dict[str, StageResult]:
     return results
 
 
-def answer_all(folder: Path, rows: Sequence[HeldOut], progress: bool = True, partial: Partial | None = None) -> list[Answer]:
-    """Greedy float32 answers of a model folder, in the rows' order; those in ``partial`` are taken, new ones added to it."""
+def answer_all(
+    folder: Path,
+    rows: Sequence[HeldOut],
+    progress: bool = True,
+    partial: Partial | None = None,
+    now: datetime | None = None,
+) -> list[Answer]:
+    """Greedy float32 answers of a model folder, in the rows' order; those in ``partial`` are taken, new ones added to it.
+
+    ``now`` is the clock that dated templates see.
+    """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from training.progress import track
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    lower = "use a smaller base, free memory, or answer on another machine"
-    require_memory("answering the held-out prompts", evaluate_need(folder, device == "cuda"), lower)
-    # float32 on a CPU: the reference should not add rounding of its own; a GPU holds what was trained
-    dtype = torch.float32 if device == "cpu" else torch.float16
-    model = (
-        AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, trust_remote_code=False, use_safetensors=True)
-        .to(device)
-        .eval()
-    )
+    model = _model(folder)
     tokenizer = AutoTokenizer.from_pretrained(str(folder), padding_side="left", trust_remote_code=False)
     template = ChatTemplate.from_folder(folder)
-    prompts = [template.render(row.messages, tools=row.tools, add_generation_prompt=True) for row in rows]
+    prompts = [template.render(row.messages, tools=row.tools, add_generation_prompt=True, now=now) for row in rows]
     budget = SPARE_TOKENS + max(len(tokenizer(row.expected, add_special_tokens=False)["input_ids"]) for row in rows)
     # longest first: a batch pads little, and running out of memory shows at once
     order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
@@ -84,13 +88,27 @@ def answer_all(folder: Path, rows: Sequence[HeldOut], progress: bool = True, par
         interrupt.leave_if_asked(f"{len(answers)} of {len(rows)} answers of {folder.name} are kept")
         batch = tokenizer([prompts[i] for i in chosen], return_tensors="pt", padding=True, add_special_tokens=False)
         with torch.inference_mode():
-            out = model.generate(**batch.to(device), max_new_tokens=budget, do_sample=False)
+            out = model.generate(**batch.to(model.device), max_new_tokens=budget, do_sample=False)
         new = out[:, batch["input_ids"].shape[1] :].tolist()
         made = {i: _answer(ids, tokenizer) for i, ids in zip(chosen, new, strict=True)}
         answers |= made
         if partial:
             partial.add(made)
     return [answers[i] for i in range(len(rows))]
+
+
+def _model(folder: Path) -> Any:
+    """The model, ready to answer on what this machine has."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lower = "use a smaller base, free memory, or answer on another machine"
+    require_memory("answering the held-out prompts", evaluate_need(folder, device == "cuda"), lower)
+    # float32 on a CPU: the reference should not add rounding of its own; a GPU holds what was trained
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, trust_remote_code=False, use_safetensors=True)
+    return model.to(device).eval()
 
 
 def _from_before(partial: Partial | None, folder: Path, rows: int) -> dict[int, Answer]:

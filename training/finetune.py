@@ -10,12 +10,13 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from pipeline import interrupt, lock
-from pipeline.errors import DataError, EnvironmentFailure, PipelineError
+from pipeline.errors import DataError, EnvironmentFailure, InputError, PipelineError
 from pipeline.files import read_json, require_free_space, staged, write_atomic, write_json
 from pipeline.runs import RunFolder
 from training import backends, checkpoints, soc
@@ -72,16 +73,20 @@ def finetune(run: RunFolder, params: FinetuneParameters, *, force: Force = False
     """Train as ``params`` say and leave ``adapter/`` and ``heldout.jsonl`` in the run folder; skip when already done."""
     data = read_split(params)
     base = resolve(params.base, run.output / ".base", params.revision)
+    _require_apart(run, base)
     inputs = {"recipe": _RECIPE, "parameters": params.to_json(), "data": data.sha256, "base": base.to_json()}
 
     def work() -> dict[str, Any]:
-        preparer = Preparer(base.folder)
+        # dated templates: one date a run, also when it is resumed; not among the inputs, for tomorrow it is the same training
+        noted = checkpoints.dated(run.checkpoints, inputs)
+        preparer = Preparer(base.folder, datetime.fromisoformat(noted["date"]))
         prepared = preparer.prepare(data.train, params.max_length)
         held_out = preparer.prepare(data.held_out, params.max_length)
         log.info("finetune: %d rows, %d tokens (%d trained), %d rows too long and left out", len(prepared.examples), prepared.tokens, prepared.trained_tokens, len(prepared.too_long))  # fmt: skip
         need = finetune_need(base.folder, params, longest_row(prepared.examples))
         require_memory("fine-tuning", need, "lower --batch-size (and raise --gradient-accumulation) or --max-length")
-        result = _train(run, params, base, prepared, held_out, inputs)
+        result = _train(run, params, base, prepared, held_out, noted)
+        result["date"] = noted["date"]
         result["system"] = _shared_system(data.train)
         write_atomic(run.heldout, "".join(_jsonl(preparer.clean(row)) for row in data.held_out))
         return result
@@ -90,6 +95,14 @@ def finetune(run: RunFolder, params: FinetuneParameters, *, force: Force = False
         done = run_stage(run, STAGE, inputs, [run.adapter, run.heldout], work, force=force)
         shutil.rmtree(run.checkpoints, ignore_errors=True)
     return done
+
+
+def _require_apart(run: RunFolder, base: BaseModel) -> None:
+    if base.folder.resolve().is_relative_to(run.path.resolve()):
+        raise InputError(
+            f"base {base.id} lies in run {run.name} itself, whose export would replace it",
+            remedy="train under another --name: the base is then kept",
+        )
 
 
 def _shared_system(rows: Sequence[Row]) -> str | None:
@@ -103,7 +116,7 @@ def _jsonl(row: Row) -> str:
     return json.dumps({"messages": list(row.messages), **tools}, ensure_ascii=False) + "\n"
 
 
-def _train(run: RunFolder, params: FinetuneParameters, base: BaseModel, rows: Prepared, held_out: Prepared, inputs: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
+def _train(run: RunFolder, params: FinetuneParameters, base: BaseModel, rows: Prepared, held_out: Prepared, noted: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
     from transformers import set_seed
 
     backend, reason = backends.choose(params, base.folder)
@@ -115,7 +128,8 @@ def _train(run: RunFolder, params: FinetuneParameters, base: BaseModel, rows: Pr
     trainer = _trainer(model, run.checkpoints, params, dtype, rows.examples, held_out.examples[:_EVAL_ROWS])
     before = trainer.evaluate()["eval_loss"]
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=checkpoints.latest(run.checkpoints, inputs))
+    checkpoint = checkpoints.latest(run.checkpoints, noted)
+    trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.monotonic() - started
     if trainer.state.global_step < trainer.state.max_steps:
         interrupt.leave_if_asked(f"the checkpoint of step {trainer.state.global_step} of {trainer.state.max_steps} is kept")
@@ -127,7 +141,14 @@ def _train(run: RunFolder, params: FinetuneParameters, base: BaseModel, rows: Pr
         _settle_adapter(target)
         write_json(target / "finetune.json", params.to_json())
     steps = trainer.state.global_step
-    seen = steps * params.batch_size * params.gradient_accumulation * rows.tokens / len(rows.examples)
+    # a resumed training is timed from where it went on
+    seen = (
+        (steps - checkpoints.step(checkpoint))
+        * params.batch_size
+        * params.gradient_accumulation
+        * rows.tokens
+        / len(rows.examples)
+    )
     return {
         "trainer": backend,
         "trainer_reason": reason,

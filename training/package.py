@@ -12,6 +12,7 @@ from pipeline.errors import ModelError
 from pipeline.files import sha256_file, sha256_tree
 from pipeline.manifest import Manifest
 from pipeline.modelfile import write_modelfile
+from pipeline.modelfile_grammar import writable
 from pipeline.runs import RunFolder
 from training.stages import Force, StageResult, run_stage
 
@@ -49,7 +50,19 @@ def package(run: RunFolder, *, force: Force = False) -> StageResult:
 
 
 def _license(tuned: Mapping[str, Any]) -> str | None:
-    """The base's licence: the LICENSE file of a folder, or what is known of the embedded base."""
+    """The base's licence: the LICENSE file of a folder, or what is known of the embedded base; None when it cannot be written."""
     base = tuned.get("inputs", {}).get("base", {})
     file = Path(base.get("id", "")) / "LICENSE"
-    return file.read_text(encoding="utf-8") if file.is_file() else base.get("note") or None
+    if not file.is_file():
+        return base.get("note") or None
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        log.warning("modelfile: %s is left out: it cannot be read (%s)", file, error.strerror)
+        return None
+    # Ollama drops what is not printable: form feeds, no-break spaces, a byte order mark
+    text = "".join(c if c in "\t\n" or c.isprintable() else " " for c in text)
+    if not writable(text):
+        log.warning("modelfile: %s is left out: no way of quoting it makes Ollama read it as it is", file)
+        return None
+    return text

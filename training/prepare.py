@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from pipeline.chat import ChatTemplate, assistant_spans
@@ -45,9 +46,13 @@ class Prepared:
 
 
 class Preparer:
-    """Renders, tokenises and masks rows for one model folder (tokenizer.json, chat template, eos token)."""
+    """Renders, tokenises and masks rows for one model folder (tokenizer.json, chat template, eos token).
 
-    def __init__(self, folder: Path) -> None:
+    ``now`` is the clock that dated templates see; the same one makes the same rows on any day.
+    """
+
+    def __init__(self, folder: Path, now: datetime | None = None) -> None:
+        self.now = now or datetime.now()
         self.template = ChatTemplate.from_folder(folder)
         self.tokenizer = load(folder)
         self.controls = control_tokens(folder)
@@ -60,8 +65,8 @@ class Preparer:
     def example(self, row: Row) -> Example:
         """Token IDs and labels of one clean row; raises DataError when its mask is not exactly one end-of-text per turn."""
         messages, tools = list(row.messages), list(row.tools) if row.tools else None
-        text = self.template.render(messages, tools=tools)
-        spans = assistant_spans(self.template, messages, tools=tools)
+        text = self.template.render(messages, tools=tools, now=self.now)
+        spans = assistant_spans(self.template, messages, tools=tools, now=self.now)
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         labels = [
             token if any(start <= a and b <= end for start, end in spans) and b > a else IGNORED

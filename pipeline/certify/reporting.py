@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from pipeline import lock
 from pipeline.answers import visible
 from pipeline.certify.card import write_card
 from pipeline.certify.certificate import Certificate
@@ -29,8 +30,9 @@ def add_to_report(run: RunFolder, certificate: Certificate) -> ReportPaths | Non
 
 def publish(run: RunFolder, certificate: Certificate) -> ReportPaths | None:
     """Write the run's model card and put the certificate into its report."""
-    write_card(run)
-    return add_to_report(run, certificate)
+    with lock.held(run, "certify"):
+        write_card(run)
+        return add_to_report(run, certificate)
 
 
 def rows(certificate: Certificate) -> list[dict[str, Any]]:

@@ -53,7 +53,7 @@ def prune(
     """Show what can be removed, and remove it after a yes.
 
     By default that is only what no run needs: scratch of killed processes, damaged checkpoints, checkpoints of finished
-    trainings. Runs in use are left alone. Without a terminal and without --yes nothing is removed.
+    trainings. Runs in use are left alone, and so are runs with a damaged manifest unless --whole names them. Without a terminal and without --yes nothing is removed.
 
     Examples:
       granite-pipeline prune
@@ -71,7 +71,8 @@ def prune(
     freed = 0
     if agreed:
         for name in dict.fromkeys(item.run for item in found):
-            freed += housekeeping.prune(RunFolder(name, output), [item for item in found if item.run == name])
+            of_run = [item for item in found if item.run == name]
+            freed += housekeeping.prune(RunFolder(name, output), of_run, unfinished=unfinished, whole=whole)
     if as_json:
         typer.echo(json.dumps({"removed": agreed, "bytes": freed, "items": rows}, indent=2))
     elif agreed:

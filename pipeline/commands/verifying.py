@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 
 from pipeline import config
-from pipeline.report import summary_table, write_report
+from pipeline.report import summary_table
 from pipeline.runs import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
-from pipeline.verify import BACKENDS, require_passed
+from pipeline.verify import BACKENDS, publish, require_passed
 from pipeline.verify import verify as verify_run
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def verify(
     """
     folder = RunFolder(run, output)
     report = verify_run(folder, backends.split(","), config.load(), log.info, keep=True, limit=limit)
-    paths = write_report(report, folder.report)
+    paths = publish(folder, report)
     if as_json:
         typer.echo(paths.json.read_text(encoding="utf-8"))
     console = Console(stderr=True)

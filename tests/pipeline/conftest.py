@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import shutil
-import struct
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -55,35 +54,6 @@ def load_published(version: str) -> ChatTemplate:
 @pytest.fixture
 def published() -> object:
     return load_published
-
-
-def _write_gguf(path: Path, metadata: dict[str, str | int]) -> None:
-    """A GGUF file with metadata strings and integers, and no tensors."""
-
-    def text(value: str) -> bytes:
-        raw = value.encode("utf-8")
-        return struct.pack("<Q", len(raw)) + raw
-
-    pairs = b"".join(
-        text(key) + (struct.pack("<I", 8) + text(value) if isinstance(value, str) else struct.pack("<II", 4, value))
-        for key, value in metadata.items()
-    )
-    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, len(metadata)) + pairs + b"\0" * 64)
-
-
-@pytest.fixture
-def write_gguf() -> object:
-    return _write_gguf
-
-
-@pytest.fixture
-def empty_gguf(tmp_path: Path) -> Path:
-    """A GGUF file that holds the embedded chat template and nothing to run."""
-    path = tmp_path / "model.gguf"
-    _write_gguf(
-        path, {"general.architecture": "granite", "granite.context_length": 2048, "tokenizer.chat_template": EMBEDDED_TEMPLATE}
-    )
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -46,6 +46,22 @@ def test_staged_replaces_a_folder_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [final]
 
 
+def test_staged_keeps_the_old_one_when_stopped_between_its_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final, rename = tmp_path / "model", Path.rename
+    final.mkdir()
+    (final / "old").write_text("1")
+
+    def stopped(path: Path, target: Path) -> Path:
+        if target == final and path.name == final.name:  # the new one takes its name
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(KeyboardInterrupt), staged(final) as target:
+        target.mkdir()
+    assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == ["model", "model/old"]
+
+
 def test_staged_keeps_the_old_one_on_failure(tmp_path: Path) -> None:
     final = tmp_path / "out"
     final.write_text("old")

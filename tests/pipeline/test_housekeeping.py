@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from pipeline import lock
 from pipeline.cli import _bare_force, app
 from pipeline.errors import InputError
-from pipeline.housekeeping import list_runs, removals
+from pipeline.housekeeping import list_runs, prune, removals
 from pipeline.manifest import Manifest
 from pipeline.runs import RunFolder
 
@@ -36,9 +36,15 @@ def output(tmp_path: Path) -> Path:
     training = _run(tmp_path, "training")
     for name in ("checkpoint-50", "checkpoint-100", "damaged-checkpoint-150"):
         (training.checkpoints / name).mkdir(parents=True)
+    (training.checkpoints / "inputs.json").write_text("{}")
     broken = _run(tmp_path, "broken")
     broken.manifest.write_text("{")
-    _run(tmp_path, "empty")
+    empty = _run(tmp_path, "empty")
+    empty.checkpoints.mkdir()
+    (empty.checkpoints / "inputs.json").write_text("{}")
+    (tmp_path / "source" / "report").mkdir(parents=True)
+    (tmp_path / "source" / "code.py").write_text("1")
+    (tmp_path / "source" / "lock.json").write_text('{"dependencies": {}}')
     (tmp_path / ".base").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "done")
     return tmp_path
@@ -73,8 +79,21 @@ def test_by_default_only_what_no_run_needs(output: Path) -> None:
 
 def test_unfinished_runs_are_added_when_asked_for(output: Path) -> None:
     assert _paths(output, unfinished=True) == [
-        "broken", "done/.adapter.abcd1234", "done/checkpoints", "empty", "half", "training",
+        "done/.adapter.abcd1234", "done/checkpoints", "empty", "half", "training",
     ]  # fmt: skip
+
+
+def test_a_run_with_an_unreadable_manifest_goes_only_by_name(output: Path) -> None:
+    assert _paths(output, unfinished=True).count("broken") == 0
+    assert [item.path for item in removals(output, ["broken"], whole=True)] == [output / "broken"]
+
+
+def test_what_was_finished_since_it_was_listed_is_kept(output: Path) -> None:
+    listed = [item for item in removals(output, unfinished=True) if item.run == "half"]
+    half = RunFolder("half", output)
+    Manifest(half.manifest).record("evaluate_tuned", {}, [], {}, 1)
+    assert prune(half, listed, unfinished=True) == 0
+    assert "evaluate_tuned" in Manifest(half.manifest).data["stages"]
 
 
 def test_whole_runs_only_by_name(output: Path) -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from pipeline.manifest import Manifest
 from pipeline.runs import RunFolder
 
@@ -54,3 +56,17 @@ def test_writers_at_once_lose_nothing(run: RunFolder) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(note, range(16)))
     assert sorted(entry["number"] for entry in Manifest(run.manifest).data["starts"]) == list(range(16))
+
+
+def test_a_record_with_a_secret_in_it_is_sealed_as_it_is_written(run: RunFolder) -> None:
+    run.path.mkdir(parents=True)
+    Manifest(run.manifest).record("finetune", {"base": "https://me:pass@host/x"}, [], {}, 1)
+    assert "pass" not in run.manifest.read_text()
+    assert Manifest(run.manifest).seal("finetune") is True
+
+
+def test_a_path_that_only_resembles_a_key_is_recorded_as_it_is(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CACHE_KEY", "training")
+    inputs = {"base": "/models/granite-task-classification-v2", "data": "/data/training/rows.jsonl"}
+    Manifest(run.manifest).record("finetune", inputs, [], {}, 1)
+    assert Manifest(run.manifest).stage("finetune")["inputs"] == inputs

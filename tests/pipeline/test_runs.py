@@ -23,3 +23,12 @@ def test_documented_paths() -> None:
         "training/output/generic/Modelfile",
         "training/output/generic/manifest.json",
     ]
+
+
+def test_a_certificate_folder_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
+    run = RunFolder("t", tmp_path / "out")
+    run.path.mkdir(parents=True)
+    run.require_inside()
+    run.certificate.symlink_to(tmp_path)
+    with pytest.raises(InputError, match="certificate is a symbolic link"):
+        run.require_inside()

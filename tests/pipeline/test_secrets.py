@@ -40,6 +40,11 @@ def test_short_values_and_other_variables_are_left(monkeypatch: pytest.MonkeyPat
         ("sk-proj-" + "a1B2" * 6, "********"),
         ("Authorization: Bearer abcdefgh.ijkl", "Authorization: Bearer ********"),
         ("https://me:pass@host/x", "https://********@host/x"),
+        ("key=sk-proj-" + "a1B2" * 6, "key=********"),
+        ("one\\nsk-proj-" + "a1B2" * 6, "one\\n********"),
+        ("/models/granite-task-classification-v2", "/models/granite-task-classification-v2"),
+        ("risk-assessment-2024-q1 and desk-reservations-1234", "risk-assessment-2024-q1 and desk-reservations-1234"),
+        ("sk-learn-pipeline-example, hf_transformersexample", "sk-learn-pipeline-example, hf_transformersexample"),
         ("hf_hub and sk-1 and https://host:80/x", "hf_hub and sk-1 and https://host:80/x"),
     ],
 )
@@ -56,3 +61,20 @@ def test_log_records_lose_their_secrets(monkeypatch: pytest.MonkeyPatch) -> None
     assert MaskingFilter().filter(record)
     assert _KEY not in logging.Formatter().format(record)
     assert record.getMessage() == "token ********"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "hidden"),
+    [
+        ("CACHE_KEY", "training", False),
+        ("SORT_KEY", "Training", False),
+        ("DB_PASSWORD", "training", True),
+        ("HF_TOKEN", "traininG", True),
+        ("HF_TOKEN", "training1", True),
+        ("HF_TOKEN", "training-set", True),
+        ("HF_TOKEN", "trainingtrainingtraining", True),
+    ],
+)
+def test_an_ordinary_word_is_no_key(monkeypatch: pytest.MonkeyPatch, name: str, value: str, hidden: bool) -> None:
+    monkeypatch.setenv(name, value)
+    assert (mask(f"/data/{value}/x") == "/data/********/x") is hidden

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from datetime import datetime
@@ -43,6 +44,21 @@ def test_after_an_endless_one_the_next_is_rendered(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ModelError, match="takes longer than"):
         template_sandbox.render("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", {})
     assert time.monotonic() - begun < 60  # of hours; generous for a busy machine
+    monkeypatch.undo()
+    assert template_sandbox.render("{{ a }}", {"a": 1}) == "1"
+
+
+def test_after_an_interrupted_one_the_next_gets_its_own_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert template_sandbox.render("{{ a }}", {"a": 0}) == "0"
+    monkeypatch.setattr(template_sandbox, "SECONDS", 60.0)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            template_sandbox.render("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", {})
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
     monkeypatch.undo()
     assert template_sandbox.render("{{ a }}", {"a": 1}) == "1"
 

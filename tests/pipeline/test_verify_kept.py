@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from pipeline.checks import Check
+from pipeline.errors import InputError, RunLocked
 from pipeline.outcome import Outcome
 from pipeline.runs import RunFolder
 from pipeline.score import Answer
+from pipeline.verify import publish
 from pipeline.verify_kept import Kept
 
 
@@ -40,9 +45,23 @@ def test_a_damaged_note_is_no_note(broken: str, run: RunFolder) -> None:
     assert Kept(run, "key").read("vllm") is None
 
 
-def test_a_complete_verification_leaves_nothing(run: RunFolder) -> None:
-    kept = Kept(run, "key")
-    kept.write("vllm", _outcome())
-    (run.report / "report.json").write_text("{}")
-    kept.clear()
-    assert [p.name for p in run.report.iterdir()] == ["report.json"]
+def test_what_was_kept_goes_once_the_report_is_written(run: RunFolder) -> None:
+    report = json.loads(Path(__file__).with_name("sample_report.json").read_text())
+    Kept(run, "key").write("vllm", _outcome())
+    with pytest.raises(InputError):
+        publish(run, {"schema": 1})
+    assert Kept(run, "key").read("vllm") == _outcome()
+    publish(run, report)
+    assert sorted(p.name for p in run.report.iterdir()) == ["junit.xml", "report.html", "report.json"]
+
+
+def test_no_report_is_written_into_a_run_that_another_process_holds(run: RunFolder) -> None:
+    command = "import sys; from pathlib import Path; from pipeline.runs import RunFolder; from pipeline import lock\n"
+    command += "with lock.held(RunFolder(sys.argv[1], Path(sys.argv[2])), 'train'): print(flush=True); sys.stdin.read()"
+    arguments = [sys.executable, "-c", command, run.name, str(run.output)]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(RunLocked):
+            publish(run, json.loads(Path(__file__).with_name("sample_report.json").read_text()))
+    assert not run.report.exists()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,27 @@ def test_checkpoints_of_another_training_are_cleared_away(tmp_path: Path) -> Non
     _made(tmp_path, 50)
     assert checkpoints.latest(tmp_path, {"seed": 2}) is None
     assert [p.name for p in tmp_path.iterdir()] == ["inputs.json"]
+
+
+def test_a_fine_tune_keeps_the_date_it_was_begun_on(tmp_path: Path) -> None:
+    today = {**_INPUTS, "date": date.today().isoformat()}
+    assert checkpoints.dated(tmp_path, _INPUTS) == today
+    begun = {**_INPUTS, "date": "2024-02-05"}
+    checkpoints.latest(tmp_path, begun)
+    assert checkpoints.dated(tmp_path, _INPUTS) == begun
+    assert checkpoints.dated(tmp_path, {**_INPUTS, "seed": 2}) == {**today, "seed": 2}
+    for unusable in ("{", "[]", json.dumps(_INPUTS), json.dumps({**_INPUTS, "date": "soon"})):
+        (tmp_path / "inputs.json").write_text(unusable)
+        assert checkpoints.dated(tmp_path, _INPUTS) == today
+
+
+def test_a_checkpoint_of_another_date_is_not_resumed_from(tmp_path: Path) -> None:
+    _made(tmp_path, 50)
+    (tmp_path / "inputs.json").write_text(json.dumps({**_INPUTS, "date": "2024-02-05"}))
+    assert checkpoints.latest(tmp_path, checkpoints.dated(tmp_path, _INPUTS)) == str(tmp_path / "checkpoint-50")
+    assert checkpoints.latest(tmp_path, {**_INPUTS, "date": "2024-02-06"}) is None
+
+
+@pytest.mark.parametrize(("checkpoint", "step"), [(None, 0), ("/a/checkpoint-50", 50), ("checkpoint-7/", 7)])
+def test_the_step_of_a_checkpoint(checkpoint: str | None, step: int) -> None:
+    assert checkpoints.step(checkpoint) == step

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+from datetime import datetime
+from pathlib import Path
+
 import pytest
 
+from pipeline.chat import EMBEDDED_TEMPLATE
 from pipeline.errors import DataError
 from training.data import Row
 from training.embedded import write_tokenizer
@@ -54,3 +58,13 @@ def test_long_rows_are_left_out_and_named(preparer: Preparer) -> None:
     assert prepared.trained_tokens == 2
     with pytest.raises(DataError, match="all 1 rows are longer than 40 tokens"):
         preparer.prepare([long], max_length=40)
+
+
+def test_a_dated_template_writes_the_date_it_is_given(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ strftime_now('%Y-%m-%d') }}" + EMBEDDED_TEMPLATE)
+    given = Preparer(tmp_path, datetime(2024, 2, 5))
+    example = given.example(_row(("user", "Hi"), ("assistant", "Hello there")))
+    assert given.tokenizer.decode(list(example.input_ids)).startswith("2024-02-05")
+    trained = [label for label in example.labels if label != IGNORED]
+    assert given.tokenizer.decode(trained, skip_special_tokens=False) == "Hello there<|end_of_text|>"

@@ -1,0 +1,39 @@
+"""Base models: what building the embedded one leaves behind, and which one a run cannot be trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.runs import RunFolder
+from training import base, embedded
+from training.finetune import finetune
+from training.parameters import FinetuneParameters
+
+
+def test_what_a_killed_build_left_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (".embedded-2.ab12cd34", f".embedded-{embedded.RECIPE}._b12cd3_"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".hashes.json.ab12cd34").write_text("another process writes this now")
+    monkeypatch.setattr(embedded, "build", Path.mkdir)  # 270 MB of weights are not the point here
+    found = base.resolve("embedded", tmp_path)
+    assert found.folder.is_dir()
+    assert [path.name for path in tmp_path.glob(".embedded-*")] == []
+    assert (tmp_path / ".hashes.json.ab12cd34").exists()
+
+
+def test_a_run_is_not_trained_on_its_own_output(run: RunFolder, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"prompt": "alert {i}", "completion": "ok"}}\n' for i in range(40)))
+    run.merged.mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (run.merged / name).write_text("{}")
+    (tmp_path / "link").symlink_to(run.path)
+    for folder in (run.merged, tmp_path / "link" / run.merged.name):
+        with pytest.raises(InputError, match="lies in run test itself") as caught:
+            finetune(run, FinetuneParameters(base=str(folder), data=str(rows)))
+        assert "another --name" in caught.value.remedy
+    assert not run.manifest.exists()
