@@ -12,6 +12,7 @@ from typing import Any
 from dotenv import find_dotenv, load_dotenv
 
 from pipeline.runs import RunFolder
+from pipeline.secrets import MaskingFilter
 
 OWNER_VARIABLE = "GRANITE_PIPELINE_OWNER"
 
@@ -20,6 +21,8 @@ def begin(name: str, output: str) -> RunFolder:
     """Log with the time of day, and return the run folder; call it once, first."""
     load_dotenv(find_dotenv(usecwd=True))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, force=True)
+    for handler in logging.getLogger().handlers:  # JupyterLab saves what is logged with the notebook
+        handler.addFilter(MaskingFilter())
     for noisy in ("httpx", "torchao", "transformers", "asyncio", "matplotlib", "torch.utils._pytree", "IPKernelApp", "traitlets"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     return RunFolder(name, Path(output).resolve())
