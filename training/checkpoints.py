@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.files import read_json, sha256_file, sync_tree, write_json
+from pipeline.files import read_json, remove, sha256_file, sync_tree, write_json
 
 log = logging.getLogger(__name__)
 SEAL = "sealed.json"
 DAMAGED = "damaged-"
+EARLIER = "-of-other-inputs"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _INPUTS = "inputs.json"
 
@@ -53,10 +54,10 @@ def found(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path, inputs: dict[str, Any]) -> str | None:
-    """The newest whole checkpoint of exactly this fine-tune; those of another are cleared away, damaged ones set aside."""
+    """The newest whole checkpoint of exactly this fine-tune; damaged ones and those of another are set aside."""
     note = folder / _INPUTS
     if not _same(note, inputs):
-        shutil.rmtree(folder, ignore_errors=True)
+        _set_aside(folder)
         write_json(note, inputs)
         return None
     for checkpoint in found(folder):
@@ -69,6 +70,17 @@ def latest(folder: Path, inputs: dict[str, Any]) -> str | None:
         checkpoint.rename(aside)
         log.warning("%s is not used (%s) and set aside as %s; trying the one before", checkpoint.name, why, aside.name)
     return None
+
+
+def _set_aside(folder: Path) -> None:
+    """Keep one earlier training's checkpoints beside the folder: hours of work end by no change of a parameter unseen."""
+    kept = found(folder)
+    if kept:
+        aside = folder.with_name(f"{folder.name}{EARLIER}")
+        remove(aside)
+        folder.rename(aside)
+        log.warning("%s is of a training with other inputs: set aside as %s, training starts over", kept[0].name, aside)
+    remove(folder)
 
 
 def sealing_callback() -> Any:
