@@ -44,6 +44,6 @@ def test_a_backend_that_does_not_start_is_a_failed_check(run: RunFolder, monkeyp
 
     make_run(run)
     monkeypatch.setattr(LlamaCpp, "available", lambda _: Availability(True))
-    monkeypatch.setattr(backends.serving, "serve", refuse)
+    monkeypatch.setattr("pipeline.serving.serve", refuse)
     entry = _verified(run, "llamacpp", Settings())
     assert (entry["status"], entry["reason"]) == ("failed", "it ended with exit code 1")

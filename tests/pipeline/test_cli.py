@@ -14,7 +14,7 @@ _KEY = "planted-value-0815"
 
 def _ended(monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", ["granite-pipeline"])  # no words at all: they are only looked at for --force
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
     with pytest.raises(SystemExit) as caught:
         cli.main()
     return int(caught.value.code or 0)

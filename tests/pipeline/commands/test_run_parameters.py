@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,10 +25,15 @@ def test_local_paths_reach_the_notebooks_absolute_by_flag_and_by_parameter(
     monkeypatch.chdir(tmp_path)
     for name in ("a.jsonl", "b.jsonl", "soc"):  # a file named as the built-in data is not meant by it
         (tmp_path / name).touch()
-    seen = {}
-    monkeypatch.setattr(line.finished, "inputs", lambda *_: None)
-    monkeypatch.setattr(line, "run_notebooks", lambda _run, _stages, given: seen.update(given) or [])
-    monkeypatch.setattr(line.serving, "stop", lambda *_: False)
+    seen: dict[str, Any] = {}
+
+    def noted(_run: object, _stages: object, given: dict[str, Any]) -> list[object]:
+        seen.update(given)
+        return []
+
+    monkeypatch.setattr("pipeline.finished.inputs", lambda *_: None)
+    monkeypatch.setattr(line, "run_notebooks", noted)
+    monkeypatch.setattr("pipeline.serving.stop", lambda *_: False)
     line.run(data="a.jsonl", base="owner/name", parameter=["EVAL_DATA=b.jsonl"], stages="01_finetune", output=tmp_path / "out")
     assert {key: seen[key] for key in ("DATA", "EVAL_DATA", "BASE")} == {
         "DATA": str(tmp_path / "a.jsonl"),
