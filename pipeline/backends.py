@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline import engines, serving
 from pipeline.config import Settings
-from pipeline.errors import InputError, PipelineError
+from pipeline.errors import EngineError, InputError, PipelineError
 from pipeline.neutralise import control_tokens, neutralise
 from pipeline.probe import Prober
 from pipeline.runs import RunFolder
@@ -86,8 +86,18 @@ def start_backends(
     return [start(run, name, settings, replace(options, port=(ports or {}).get(name, options.port))) for name in names]
 
 
+def require_any(started: Sequence[Started]) -> None:
+    """Raise EngineError with every reason when not one backend is up."""
+    if not any(s.endpoint for s in started):
+        raise EngineError(
+            "no backend could be started on this machine",
+            evidence="\n".join(f"{s.name} {s.status}: {s.reason}" for s in started),
+            remedy="granite-pipeline doctor names what is installed and what is missing",
+        )
+
+
 def ask_once(run: RunFolder, endpoint: Endpoint, prompt: str | None) -> dict[str, Any]:
-    """One prompt (default: the first held-out one), with the held-out rows' system message, and its answer."""
+    """One prompt (default: the first held-out one), with the held-out rows' system message, and its answer or its error."""
     row = read_held_out(run.heldout)[0]
     if prompt is not None:
         system = [m for m in row.messages if m["role"] == "system"]
@@ -99,7 +109,10 @@ def ask_once(run: RunFolder, endpoint: Endpoint, prompt: str | None) -> dict[str
             answer, tokens = await prober.chat(row)
         return {"prompt": row.prompt, "answer": answer.text, "finish reason": answer.finish_reason, "tokens": tokens}
 
-    return wait_for(ask())
+    try:
+        return wait_for(ask())
+    except PipelineError as error:  # the other backends are still to be asked; verify judges
+        return {"prompt": row.prompt, "error": str(error)}
 
 
 def _say(text: str) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+import traceback
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import NoReturn
 
 import typer
 from dotenv import load_dotenv
@@ -30,8 +32,8 @@ from pipeline.commands import (
 )
 from pipeline.commands.agent_option import add_agent_option
 from pipeline.config import ENV_FILE, check_env_file
-from pipeline.errors import PipelineError
-from pipeline.files import disk_errors_named
+from pipeline.errors import EnvironmentFailure, PipelineError
+from pipeline.files import disk_errors_named, path_refused
 from pipeline.proxy import spare_loopback
 from pipeline.secrets import MaskingFilter, mask
 
@@ -79,7 +81,7 @@ add_agent_option(app)
 
 
 def main() -> None:
-    """Entry point of the console script: errors of ours become their message and exit code, nothing else is hidden."""
+    """Entry point of the console script: errors become their message and exit code, a defect its masked traceback and 3."""
     # a terminated run must stop what it started, as an interrupted one does
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.argv[1:] = _bare_force(sys.argv[1:])
@@ -91,15 +93,24 @@ def main() -> None:
         with disk_errors_named(Path.cwd()):
             app()
     except PipelineError as error:
-        Console(stderr=True).print(f"error: {mask(str(error))}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(error.exit_code)
+        _leave(error)
+    except OSError as error:
+        _leave(path_refused(error) or EnvironmentFailure(f"{error.filename or 'the system'}: {error.strerror or error}"))
+    except Exception:  # a defect of ours: shown whole, but never with a secret in it, nor as a failed verification
+        sys.stderr.write(mask(traceback.format_exc()))
+        sys.exit(EnvironmentFailure.exit_code)
     except KeyboardInterrupt:
         said = "stopped; finished stages and sealed checkpoints are kept, the same command goes on from there"
         Console(stderr=True).print(said, style="yellow")
         sys.exit(130)
 
 
+def _leave(error: PipelineError) -> NoReturn:
+    Console(stderr=True).print(f"error: {mask(str(error))}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(error.exit_code)
+
+
 def _bare_force(words: list[str]) -> list[str]:
     """``--force`` without a stage means all of them; click has no options with an optional value."""
     following = [*words[1:], "-"]
-    return ["--force=all" if w == "--force" and n.startswith("-") else w for w, n in zip(words, following, strict=True)]
+    return ["--force=all" if w == "--force" and n.startswith("-") else w for w, n in zip(words, following, strict=False)]

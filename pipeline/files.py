@@ -20,6 +20,9 @@ _CHUNK = 1 << 20
 # what staged() and write_atomic() leave beside a final name when they are killed
 _SCRATCH = re.compile(r"\.[^/]+\.[a-z0-9_]{8}")
 _PREVIOUS = "previous"
+# what --base and --data call the built-in ones, whatever folder lies about under the name
+_BUILT_IN = ("embedded", "soc")
+_NO_SUCH_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 # a disk with less than this is as good as full: libraries that hide ENOSPC are told apart by it
 _FULL_BYTES = 1 << 18
 
@@ -91,6 +94,32 @@ def read_utf8(path: Path) -> str:
         raise InputError(f"{path}:{line}: not UTF-8 text (byte {error.start})", remedy="save it as UTF-8") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def absolute(value: str) -> str:
+    """A path that exists, made absolute; any other value (a built-in name, a hub id) as it is."""
+    if value in _BUILT_IN:
+        return value
+    require_path(Path(value))
+    return str(Path(value).resolve()) if Path(value).exists() else value
+
+
+def require_path(path: Path) -> None:
+    """Raise InputError when the system cannot even say whether a path is there (a name is too long, a folder is closed)."""
+    try:
+        path.exists()
+    except OSError as error:
+        raise _bad_path(error) from None
+
+
+def path_refused(error: OSError) -> InputError | None:
+    """The InputError for an OSError that is about a path the user gave, None for any other."""
+    return _bad_path(error) if error.errno in _NO_SUCH_PATH else None
+
+
+def _bad_path(error: OSError) -> InputError:
+    shown = str(error.filename)
+    return InputError(f"{shown[:200]}{'...' if len(shown) > 200 else ''}: {error.strerror}", remedy="check the path")
 
 
 def write_json(path: Path, value: Any) -> None:

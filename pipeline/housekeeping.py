@@ -61,7 +61,7 @@ def list_runs(output: Path) -> list[RunInfo]:
 
 def removals(output: Path, names: Sequence[str] = (), *, unfinished: bool = False, whole: bool = False) -> list[Removal]:
     """What pruning would remove: by default only what no run needs - killed writers' scratch, damaged checkpoints, finished
-    runs' checkpoints and partial answers.
+    runs' checkpoints (an earlier training's too) and partial answers.
 
     ``unfinished`` adds runs that never got all artefacts (not those whose manifest cannot be read: they may have them);
     ``whole`` the named runs, finished or not. A run that another process holds, or whose servers are up, is left alone.
@@ -154,8 +154,12 @@ def _of_run(run: RunFolder, info: RunInfo, *, unfinished: bool, whole: bool) -> 
         why = "asked for by name" if whole else f"never finished ({info.state})"
         return [Removal(run.name, run.path, info.sizes["all"], why)]
     found = [(p, "left by a killed process") for part in ("", "report", "reference") for p in leftovers(run.path / part)]
+    training = info.state.startswith(("training", "empty", "damaged"))
+    aside = run.path / "checkpoints-of-other-inputs"
+    if aside.is_dir() and not training:
+        found.append((aside, "an earlier training's, and a later one is finished"))
     if run.checkpoints.is_dir():
-        if info.state.startswith(("training", "empty", "damaged")):
+        if training:
             found += [(p, "damaged checkpoint") for p in sorted(run.checkpoints.glob("damaged-*"))]
         else:
             found.append((run.checkpoints, "training is finished"))

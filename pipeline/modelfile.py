@@ -158,7 +158,9 @@ def write_modelfile(
 
 def _context(longest: Any) -> int:
     """The model's own context, at most 8192: hybrids declare a million tokens, and Ollama reserves what it is told."""
-    return min(int(longest or _LONGEST_DEFAULT_CONTEXT), _LONGEST_DEFAULT_CONTEXT)
+    if longest is not None and (not isinstance(longest, int) or isinstance(longest, bool)):
+        raise ModelError(f"context_length in the GGUF is {longest!r}, not a whole number", remedy="convert the model again")
+    return min(longest or _LONGEST_DEFAULT_CONTEXT, _LONGEST_DEFAULT_CONTEXT)
 
 
 def explain(modelfile: Modelfile, jinja: str) -> list[Choice]:

@@ -13,6 +13,7 @@ from dotenv import find_dotenv, load_dotenv
 
 from pipeline.proxy import spare_loopback
 from pipeline.runs import RunFolder
+from pipeline.secrets import MaskingFilter
 
 OWNER_VARIABLE = "GRANITE_PIPELINE_OWNER"
 
@@ -22,6 +23,8 @@ def begin(name: str, output: str) -> RunFolder:
     load_dotenv(find_dotenv(usecwd=True))
     spare_loopback()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, force=True)
+    for handler in logging.getLogger().handlers:  # JupyterLab saves what is logged with the notebook
+        handler.addFilter(MaskingFilter())
     for noisy in ("httpx", "torchao", "transformers", "asyncio", "matplotlib", "torch.utils._pytree", "IPKernelApp", "traitlets"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     return RunFolder(name, Path(output).resolve())

@@ -23,7 +23,7 @@ from pipeline import errors, interrupt, lock, runlog
 from pipeline.errors import EnvironmentFailure, InputError, MissingDependency, PipelineError
 from pipeline.files import write_atomic
 from pipeline.runs import RunFolder
-from pipeline.secrets import mask
+from pipeline.secrets import MaskingWriter, mask
 
 log = logging.getLogger(__name__)
 FOLDER = Path(__file__).parents[1] / "notebooks"
@@ -106,7 +106,7 @@ def _execute(notebook: Path, copy: Path, parameters: Mapping[str, Any]) -> None:
     """Execute one notebook; what its cells print goes to stderr, or with ``--quiet`` only into the copy."""
     import papermill
 
-    shown = sys.stderr if log.isEnabledFor(logging.INFO) and not _quiet() else None
+    shown = MaskingWriter(sys.stderr) if log.isEnabledFor(logging.INFO) and not _quiet() else None
     papermill.execute_notebook(
         str(notebook),
         str(copy),

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 MASK = "********"
 _NAMES = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)
@@ -63,6 +63,21 @@ def masked(value: Any, known: Sequence[str] | None = None) -> Any:
     if isinstance(value, list | tuple):
         return [masked(item, known) for item in value]
     return value
+
+
+class MaskingWriter:
+    """Writes to a text stream with secrets masked: what notebooks print on its way to the terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        """Write the masked text."""
+        self._stream.write(mask(text))
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        self._stream.flush()
 
 
 class MaskingFilter(logging.Filter):

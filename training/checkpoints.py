@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.files import read_json, read_object, sha256_file, sync_tree, write_json
+from pipeline.files import read_json, read_object, remove, sha256_file, sync_tree, write_json
 
 log = logging.getLogger(__name__)
 SEAL = "sealed.json"
 DAMAGED = "damaged-"
+EARLIER = "-of-other-inputs"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _INPUTS = "inputs.json"
 
@@ -54,10 +55,10 @@ def found(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path, inputs: dict[str, Any]) -> str | None:
-    """The newest whole checkpoint of exactly this fine-tune; those of another are cleared away, damaged ones set aside."""
+    """The newest whole checkpoint of exactly this fine-tune; damaged ones and those of another are set aside."""
     note = folder / _INPUTS
     if not _same(note, inputs):
-        shutil.rmtree(folder, ignore_errors=True)
+        _set_aside(folder)
         write_json(note, inputs)
         return None
     for checkpoint in found(folder):
@@ -87,6 +88,17 @@ def step(checkpoint: str | None) -> int:
     """The step a checkpoint was written at; 0 for none."""
     match = _CHECKPOINT.fullmatch(Path(checkpoint or "").name)
     return int(match[1]) if match else 0
+
+
+def _set_aside(folder: Path) -> None:
+    """Keep one earlier training's checkpoints beside the folder: hours of work end by no change of a parameter unseen."""
+    kept = found(folder)
+    if kept:
+        aside = folder.with_name(f"{folder.name}{EARLIER}")
+        remove(aside)
+        folder.rename(aside)
+        log.warning("%s is of a training with other inputs: set aside as %s, training starts over", kept[0].name, aside)
+    remove(folder)
 
 
 def sealing_callback() -> Any:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.files import require_path
 from training import certify_verb, verbs
 from training.data import Dataset, Summary, read, require_clean, summarise
 
@@ -60,6 +61,7 @@ def data(
 def _read(source: str) -> Dataset:
     """Read with a progress bar on stderr when the file is big enough to wait for."""
     path = Path(source)
+    require_path(path)
     size = path.stat().st_size if path.is_file() else 0
     if size < _BIG:
         return read(source)

@@ -79,7 +79,7 @@ def _elements(text: str) -> Iterator[tuple[int, Any]]:
         except RecursionError:
             raise json.JSONDecodeError("nested too deeply", text, position) from None
         except ValueError as error:
-            value, end = error, _LENIENT.raw_decode(text, position)[1]
+            value, end = error, _end(text, position)
         yield position, value
         position = _skip(text, end)
         if text.startswith(",", position):
@@ -90,6 +90,14 @@ def _elements(text: str) -> Iterator[tuple[int, Any]]:
             raise json.JSONDecodeError("expected ',' or ']' after a row", text, position)
     if text[position + 1 :].strip():
         raise json.JSONDecodeError("text after the array", text, _skip(text, position + 1))
+
+
+def _end(text: str, position: int) -> int:
+    """Where an element ends that is JSON but not strict."""
+    try:
+        return _LENIENT.raw_decode(text, position)[1]
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", text, position) from None
 
 
 def _skip(text: str, position: int) -> int:

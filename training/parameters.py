@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from pipeline.errors import InputError
+from pipeline.files import absolute
 
 Method = Literal["lora", "qlora", "full"]
 Trainer = Literal["auto", "unsloth", "hf"]
+
+_ANY = 2**63 - 1
+_OPTIONAL = ("revision", "eval_data", "max_rows", "max_steps", "learning_rate")
+_WHOLE = {
+    **dict.fromkeys(("rank", "alpha", "batch_size", "gradient_accumulation", "max_length", "save_steps"), (1, _ANY)),
+    **dict.fromkeys(("max_rows", "max_steps"), (1, _ANY)),
+    "warmup_steps": (0, _ANY),
+    "seed": (0, 2**32 - 1),  # numpy takes no larger one
+}
+_REAL: dict[str, tuple[str, Callable[[float], bool]]] = {
+    **dict.fromkeys(("epochs", "learning_rate"), ("greater than 0", lambda value: 0 < value < math.inf)),
+    "weight_decay": ("of at least 0", lambda value: 0 <= value < math.inf),
+    "dropout": ("of at least 0 and less than 1", lambda value: 0 <= value < 1),
+    "eval_share": ("between 0 and 1", lambda value: 0 < value < 1),
+}
 
 
 @dataclass(frozen=True)
@@ -42,20 +59,24 @@ class FinetuneParameters:
         for name, known in (("method", get_args(Method)), ("trainer", get_args(Trainer))):
             if getattr(self, name) not in known:
                 raise InputError(f"{name}={getattr(self, name)!r} is not known", remedy=f"use one of {', '.join(known)}")
-        for name in (
-            "rank",
-            "alpha",
-            "epochs",
-            "batch_size",
-            "gradient_accumulation",
-            "max_length",
-            "save_steps",
-            "peak_learning_rate",
-        ):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name}={getattr(self, name)} must be greater than 0")
-        if not 0 < self.eval_share < 1:
-            raise InputError(f"eval_share={self.eval_share} must lie between 0 and 1")
+        for name, (lowest, highest) in _WHOLE.items():
+            value = getattr(self, name)
+            if (value is None and name in _OPTIONAL) or (_is(value, int) and lowest <= value <= highest):
+                continue
+            most = f" and at most {highest}" if highest < _ANY else ""
+            raise InputError(f"{name}={value!r} must be a whole number of at least {lowest}{most}")
+        for name, (said, fits) in _REAL.items():
+            value = getattr(self, name)
+            if not (value is None and name in _OPTIONAL) and not (_is(value, int, float) and fits(value)):
+                raise InputError(f"{name}={value!r} must be a number {said}")
+        for name in ("base", "revision", "data", "eval_data"):
+            value = getattr(self, name)
+            if not (value is None and name in _OPTIONAL) and not (_is(value, str) and value):
+                raise InputError(f"{name}={value!r} must be text")
+        # the same file is the same training, however it was typed and wherever the notebook runs
+        for name in ("base", "data", "eval_data"):
+            if getattr(self, name):
+                object.__setattr__(self, name, absolute(getattr(self, name)))
 
     @property
     def peak_learning_rate(self) -> float:
@@ -74,3 +95,8 @@ class FinetuneParameters:
     def to_json(self) -> dict[str, Any]:
         """All parameters as a dict, the learning rate as it is in force."""
         return {**asdict(self), "learning_rate": self.peak_learning_rate}
+
+
+def _is(value: object, *kinds: type) -> bool:
+    """Whether a value is of these kinds; True is no number here."""
+    return isinstance(value, kinds) and not isinstance(value, bool)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError, EnvironmentFailure, MissingDependency
+from pipeline.files import require_path
 from training.json_rows import Record, json_records
 
 __all__ = ["SUFFIXES", "Advance", "HubId", "Record", "records", "resolve"]
@@ -49,6 +50,7 @@ def resolve(source: str | Path) -> Path | HubId:
     Raises DataError when it is neither.
     """
     text, path = str(source), Path(source)
+    require_path(path)
     explicit = text.startswith("hub:")
     hub = _HUB.fullmatch(text.removeprefix("hub:"))
     local = path.exists() or path.suffix.lower() in SUFFIXES or path.parent.is_dir()
@@ -137,11 +139,25 @@ def _parquet(path: Path) -> Iterator[Record]:
     try:
         number = 0
         for batch in parquet.ParquetFile(path).iter_batches(_BATCH):
-            for value in batch.to_pylist():
+            for value in _values(path, number, batch):
                 number += 1
                 yield Record(f"{path}:{number}", _without_nulls(value))
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from None
+
+
+def _values(path: Path, before: int, batch: Any) -> list[Any]:
+    """The rows of a batch; a value that Python has no room for (a date of the year 12000) is a DataError with its place."""
+    try:
+        return list(batch.to_pylist())
+    except (OverflowError, ValueError) as error:
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            for number, item in enumerate(column, before + 1):
+                try:
+                    item.as_py()
+                except (OverflowError, ValueError):
+                    raise DataError(f"{path}:{number}: {name} cannot be read ({error})") from None
+        raise
 
 
 def _without_nulls(value: Any) -> Any:

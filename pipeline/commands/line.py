@@ -16,7 +16,7 @@ from rich.table import Table
 
 from pipeline import finished, server, serving
 from pipeline.errors import InputError, RunLocked, VerificationFailed
-from pipeline.files import read_json
+from pipeline.files import absolute, read_json
 from pipeline.notebook import OWNER_VARIABLE
 from pipeline.notebooks import STAGES, Executed, run_notebooks
 from pipeline.report import paths_in, summary_table
@@ -73,10 +73,12 @@ def run(
     """
     folder = RunFolder(name, output.resolve())
     given: dict[str, Any] = {"NAME": name, "OUTPUT": str(folder.output)}
-    given |= {key: _path(value) for key, value in (("BASE", base), ("DATA", data), ("EVAL_DATA", eval_data)) if value}
+    given |= {key: value for key, value in (("BASE", base), ("DATA", data), ("EVAL_DATA", eval_data)) if value}
     given |= {"BACKENDS": backends.split(",")} if backends else {}
     given |= {"FORCE": True if force == "all" else force} if force else {}
     given |= dict(_assignment(text) for text in parameter or [])
+    # notebooks run in their own folder
+    given |= {key: absolute(given[key]) for key in ("BASE", "DATA", "EVAL_DATA") if isinstance(given.get(key), str)}
     chosen = _stages(stages)
     console, begun = Console(stderr=True), time.monotonic()
     wanted = finished.inputs(folder, chosen, given)
@@ -135,15 +137,12 @@ def _stages(text: str) -> list[str]:
     return [stage for stage in STAGES if stage in wanted]
 
 
-def _path(value: str) -> str:
-    """Notebooks run in their own folder, so a path the user gave is made absolute."""
-    return str(Path(value).resolve()) if Path(value).exists() else value
-
-
 def _assignment(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise InputError(f"parameter {text!r} is not NAME=VALUE")
+    if name in ("NAME", "OUTPUT"):  # the report that is printed is that of --name, below --output
+        raise InputError(f"-p {name}=... would train one run and report another", remedy=f"use --{name.lower()} {value}")
     try:
         return name, json.loads(value)
     except ValueError:

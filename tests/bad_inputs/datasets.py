@@ -59,6 +59,7 @@ _TABLE: list[tuple[str, str, bytes, tuple[str, ...]]] = [
     ("nested 100,000 deep", "d.jsonl", _deep(100_000), ("d.jsonl:1", "nested too deeply")),
     ("nested 200 deep", "d.jsonl", GOOD[:-2] + b', "tools": ' + b"[" * 200 + b"]" * 200 + b"}\n", ("d.jsonl:1",)),
     ("array nested 100,000 deep", "d.json", b"[" * 100_000, ("d.json:1", "nested too deeply")),
+    ("array nested 100,000 deep after a NaN", "d.json", b'[{"a": NaN, "b": ' + b"[" * 100_000, ("d.json:1", "nested too deeply")),
     ("10 MB in one line, cut", "d.jsonl", b'{"prompt": "' + b"a" * 10_000_000, ("d.jsonl:1", "not valid JSON")),
     ("10 MB row with an unknown role", "d.jsonl", _turns("robot", content="a" * 10_000_000), ("unknown role",)),
     ("unknown columns", "d.jsonl", b'{"foo": 1, "bar": 2}\n', ("unknown column set (bar, foo)",)),
@@ -102,5 +103,6 @@ _TABLE: list[tuple[str, str, bytes, tuple[str, ...]]] = [
 CASES = [Case(f"dataset: {name}", {file: data}, ("data", f"{{folder}}/{file}"), words) for name, file, data, words in _TABLE]
 CASES += [
     Case("dataset: missing file", {}, ("data", "{folder}/none.jsonl"), ("no such file",)),
+    Case("dataset: a name of 300 letters", {}, ("data", "{folder}/" + "x" * 300), ("check the path",), "InputError"),
     Case("dataset: a folder", {"sub/x": b""}, ("data", "{folder}/sub"), ("is a folder",)),
 ]

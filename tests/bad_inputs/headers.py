@@ -104,6 +104,16 @@ CASES += [
     Case(f"safetensors: {name}", {"config.json": CONFIG, "model.safetensors": data}, _FOLDER, words, "ModelError")
     for name, data, words in _SAFETENSORS
 ]
+_TEXT_CONTEXT = (pair(b"tokenizer.chat_template", 8, text(b"{{ messages }}")), pair(b"granite.context_length", 8, text(b"many")))
+CASES += [
+    Case(
+        "gguf: a context length as text",
+        {"m.gguf": gguf(ARCHITECTURE, *_TEXT_CONTEXT)},
+        ("modelfile", "--gguf", "{folder}/m.gguf"),
+        ("context_length", "'many'"),
+        "ModelError",
+    )
+]
 _INDEX: list[tuple[str, bytes, str, str]] = [
     ("no JSON", b"{", "index.json:1: not valid JSON", "InputError"),
     ("without a weight_map", b"{}", "weight_map is missing", "ModelError"),

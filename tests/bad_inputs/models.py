@@ -109,3 +109,12 @@ CASES += [
     Case(f"chat template: {name}", {"m.json": _CHAT, "t.jinja": data}, _RENDER, words, "ModelError")
     for name, data, words in _TEMPLATES
 ]
+CASES += [
+    Case(
+        "base model: a name of 300 letters",
+        {"rows.jsonl": _ROWS},
+        (*_TRAIN[:2], "x" * 300, *_TRAIN[3:]),
+        ("x" * 50,),
+        "InputError",
+    )
+]

@@ -144,3 +144,9 @@ def test_runs_as_json(output: Path) -> None:
 )
 def test_force_without_a_stage_means_all(words: list[str], meant: list[str]) -> None:
     assert _bare_force(words) == meant
+
+
+def test_an_earlier_trainings_checkpoints_go_once_a_later_one_is_finished(output: Path) -> None:
+    for name in ("half", "training"):
+        (output / name / "checkpoints-of-other-inputs").mkdir()
+    assert [removal.run for removal in removals(output) if removal.path.name == "checkpoints-of-other-inputs"] == ["half"]

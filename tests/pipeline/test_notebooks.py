@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import nbformat
 import pytest
 
 from pipeline import notebooks
-from pipeline.errors import DataError, EnvironmentFailure, InputError
+from pipeline.backends import Started
+from pipeline.errors import DataError, EngineError, EnvironmentFailure, InputError
 from pipeline.runs import RunFolder
+from pipeline.serving import Endpoint
 
 
 def _book(path: Path, *cells: str, tag: str = "parameters") -> None:
@@ -29,6 +33,28 @@ def test_committed_notebooks_keep_the_rules(stage: str) -> None:
     assert not any(cell.outputs or cell.execution_count for cell in code)
     assert not any(line.lstrip().startswith(("def ", "class ")) for cell in code for line in cell.source.splitlines())
     assert "assert" in code[-1].source or "require" in code[-1].source
+
+
+def _last_cell(stage: str, **names: Any) -> None:
+    book = nbformat.read(notebooks.FOLDER / f"{stage}.ipynb", as_version=4)
+    exec([cell for cell in book.cells if cell.cell_type == "code"][-1].source, names)
+
+
+def test_a_check_that_failed_does_not_keep_the_run_from_its_report(run: RunFolder) -> None:
+    for folder in (run.adapter, run.merged):
+        folder.mkdir(parents=True)
+    for file in (run.heldout, run.gguf):
+        file.touch()
+    _last_cell("01_finetune", run=run, result=SimpleNamespace(result={"eval_loss": {"before": 1.0, "after": 2.0}}))
+    _last_cell("02_export", run=run, scores={"base": {"exact": 1.0}, "tuned": {"exact": 0.0}})
+    up = Started("llamacpp", "ready", endpoint=Endpoint("llamacpp", "http://127.0.0.1:9", "m"))
+    _last_cell("03_serve", started=[Started("vllm", "failed", "no memory"), up])
+
+
+def test_nothing_to_serve_with_is_an_error_that_has_every_reason() -> None:
+    with pytest.raises(EngineError, match="no backend could be started") as caught:
+        _last_cell("03_serve", started=[Started("vllm", "failed", "no memory"), Started("ollama", "skipped", "not installed")])
+    assert caught.value.evidence == "vllm failed: no memory\nollama skipped: not installed"
 
 
 def test_parameters_are_read_with_their_defaults(tmp_path: Path) -> None:

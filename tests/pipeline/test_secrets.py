@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import io
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from pipeline.secrets import MaskingFilter, is_secret_name, mask, masked
+from pipeline.secrets import MaskingFilter, MaskingWriter, is_secret_name, mask, masked
 
 _KEY = "planted-value-0815"
 
@@ -78,3 +83,26 @@ def test_log_records_lose_their_secrets(monkeypatch: pytest.MonkeyPatch) -> None
 def test_an_ordinary_word_is_no_key(monkeypatch: pytest.MonkeyPatch, name: str, value: str, hidden: bool) -> None:
     monkeypatch.setenv(name, value)
     assert (mask(f"/data/{value}/x") == "/data/********/x") is hidden
+
+
+def test_what_a_notebook_logs_is_masked_before_it_is_shown_or_saved(tmp_path: Path) -> None:
+    cell = (
+        "import logging, os; from pipeline import notebook; notebook.begin('x', 'out'); key = os.environ['HF_TOKEN']\n"
+        "logging.info('with %s', key)\n"
+        "try: raise ValueError(key)\n"
+        "except ValueError: logging.exception('failed')\n"
+    )
+    environment = {**os.environ, "HF_TOKEN": _KEY, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", cell], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert "with ********" in done.stdout
+    assert "ValueError: ********" in done.stdout
+    assert _KEY not in done.stdout + done.stderr
+
+
+def test_what_a_notebook_prints_is_masked_on_its_way_to_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", _KEY)
+    shown = io.StringIO()
+    writer = MaskingWriter(shown)
+    writer.write(f"a cell printed {_KEY}\n")
+    writer.flush()
+    assert shown.getvalue() == "a cell printed ********\n"

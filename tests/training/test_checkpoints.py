@@ -59,12 +59,6 @@ def test_when_all_are_damaged_training_starts_over(tmp_path: Path) -> None:
     assert checkpoints.latest(tmp_path, _INPUTS) is None
 
 
-def test_checkpoints_of_another_training_are_cleared_away(tmp_path: Path) -> None:
-    _made(tmp_path, 50)
-    assert checkpoints.latest(tmp_path, {"seed": 2}) is None
-    assert [p.name for p in tmp_path.iterdir()] == ["inputs.json"]
-
-
 def test_a_fine_tune_keeps_the_date_it_was_begun_on(tmp_path: Path) -> None:
     today = {**_INPUTS, "date": date.today().isoformat()}
     assert checkpoints.dated(tmp_path, _INPUTS) == today
@@ -87,3 +81,22 @@ def test_a_checkpoint_of_another_date_is_not_resumed_from(tmp_path: Path) -> Non
 @pytest.mark.parametrize(("checkpoint", "step"), [(None, 0), ("/a/checkpoint-50", 50), ("checkpoint-7/", 7)])
 def test_the_step_of_a_checkpoint(checkpoint: str | None, step: int) -> None:
     assert checkpoints.step(checkpoint) == step
+
+
+def test_checkpoints_of_another_training_are_set_aside_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder, aside = tmp_path / "checkpoints", tmp_path / "checkpoints-of-other-inputs"
+    for step in (50, 100):  # the second one replaces the first
+        _made(folder, step)
+        caplog.clear()
+        assert checkpoints.latest(folder, {"seed": 2}) is None
+        assert [p.name for p in folder.iterdir()] == ["inputs.json"]
+        assert sorted(p.name for p in aside.iterdir()) == [f"checkpoint-{step}", "inputs.json"]
+        assert caplog.messages == [
+            f"checkpoint-{step} is of a training with other inputs: set aside as {aside}, training starts over"
+        ]
+
+
+def test_a_note_without_checkpoints_is_nothing_to_keep(tmp_path: Path) -> None:
+    _made(tmp_path / "checkpoints")
+    assert checkpoints.latest(tmp_path / "checkpoints", {"seed": 2}) is None
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoints"]

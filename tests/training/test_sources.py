@@ -193,3 +193,13 @@ def test_hub_rows_are_counted_from_one(monkeypatch):
 def test_csv_with_carriage_returns_only(table):
     with pytest.raises(DataError, match=r"rows\.csv:1: not valid CSV \(new-line character seen in unquoted field"):
         table("prompt,completion\ra,b\r")
+
+
+def test_a_parquet_date_that_python_cannot_hold_names_its_row_and_column(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    days = pyarrow.array([0, 2**31 - 1], pyarrow.int32()).cast(pyarrow.date32())
+    parquet.write_table(pyarrow.table({"prompt": ["a", "b"], "on": days}), tmp_path / "d.parquet")
+    with pytest.raises(DataError, match=r"d\.parquet:2: on cannot be read"):
+        list(records(resolve(tmp_path / "d.parquet")))
