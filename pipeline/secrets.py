@@ -22,7 +22,7 @@ _PASSWORDS = re.compile(r"PASSW(OR)?D", re.IGNORECASE)
 # nothing that ends a word (task-, desk-), unless that is the n of an escaped line break
 _START = r"(?:(?<![a-z])|(?<=\\[nrt]))"
 _LOOKS = re.compile(
-    rf"{_START}hf_(?=[A-Za-z]*[0-9])[A-Za-z0-9]{{16,}}"  # Hugging Face
+    rf"{_START}hf_(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{{16,}}"  # Hugging Face
     rf"|{_START}sk-(?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{{16,}}"  # OpenAI and those that copy its form
     r"|(?:(?<=Bearer )|(?<=bearer ))[A-Za-z0-9._~+/=-]{8,}"
     r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # user:password in a URL

@@ -312,7 +312,8 @@ def test_lm_studios_list_says_what_is_loaded_and_null_when_it_has_nothing() -> N
         found = asyncio.run(check_openai_compatible_models(stub.url, "", output=NONE))
         assert [(s.name, s.available, s.loaded) for s in found] == [("a", True, True), ("b", True, False)]
         stub.routes["/v1/models"] = {"data": None, "object": "list"}
-        assert asyncio.run(check_openai_compatible_models(stub.url, "", output=NONE)) == []
+        nothing = asyncio.run(check_openai_compatible_models(stub.url, "", output=NONE))
+        assert [(s.available, "no model at all" in s.detail) for s in nothing] == [(False, True)]
         missing = asyncio.run(check_openai_compatible_models(stub.url, "", "a", output=NONE))[0]
     assert missing.detail.startswith("not served here, which has no model at all")
 

@@ -111,4 +111,4 @@ def test_a_client_holds_no_connection_between_requests(stub):
     url, _, answers = stub
     answers["/apply-template"], answers["/tokenize"] = (200, {"prompt": "text"}), (200, {"tokens": [1]})
     EngineRenderer("llamacpp", url).render(CHAT)
-    assert _client(url)._transport._pool.connections == []
+    assert _client(url, "")._transport._pool.connections == []

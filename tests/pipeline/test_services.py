@@ -72,4 +72,4 @@ def test_ps_shows_a_service_as_ready_and_stop_all_stops_it(output: Path, capsys:
     stop("", output=output, every=True)
     assert not first.alive
     assert capsys.readouterr().err == "stopped: status-api\n"
-    assert list(services.folder(output).iterdir()) == []
+    assert list(services.folder(output).glob("*.json")) == []
