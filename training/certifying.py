@@ -191,8 +191,9 @@ def offline_findings(subject: Subject) -> list[Finding]:
     cache = Cache(run.certificate / "cache.json")
     found = [*_adapter(subject, cache), *_merge(subject, cache)]
     if run.gguf.is_file() and run.merged.is_dir():
-        keys = {name: subject.sha256[name] for name in (run.merged.name, run.gguf.name)}
-        found += cache.get("gguf", keys, lambda: gguf_file.check_gguf(run.merged, run.gguf))
+        pre = subject.stage("gguf").get("result", {}).get("pre")  # a manifest of an older version has none
+        keys = {name: subject.sha256[name] for name in (run.merged.name, run.gguf.name)} | {"pre": pre}
+        found += cache.get("gguf", keys, lambda: gguf_file.check_gguf(run.merged, run.gguf, pre))
     else:
         found.append(Finding("gguf.tensors", "failed", f"run {run.name} has no {run.gguf.name} or no {run.merged.name}"))
     return [*found, *_answers(subject), *custody.check_custody(subject)]

@@ -15,7 +15,7 @@ from pipeline.modelfile import parse_modelfile
 from pipeline.ollama_template import derive
 from pipeline.runs import RunFolder
 from pipeline.score import Answer, HeldOut
-from pipeline.stops import StopFiles, Token, gguf_problems, repair_stops, special_ids, turn_end
+from pipeline.stops import StopFiles, Token, extra_ends, gguf_problems, repair_stops, special_ids, turn_end
 from pipeline.tokenizer import Tokenizer
 
 _TEMPLATE = "the token the chat template writes after an answer"
@@ -29,7 +29,7 @@ def check_files(subject: Subject) -> list[Finding]:
         end = turn_end(template, vocabulary)
         parts = [run.merged / f"{name}.json" for name in ("config", "generation_config", "tokenizer_config")]
         files = StopFiles(*(read_json(path) if path.is_file() else {} for path in parts))
-        problems = repair_stops(files, end, vocabulary)[1]
+        problems = [*repair_stops(files, end, vocabulary)[1], *extra_ends(run.merged, subject.base, end, vocabulary)]
         problems += gguf_problems(read_gguf_header(run.gguf).metadata, end) if run.gguf.is_file() else []
     except (ModelError, OSError) as error:
         return [Finding("stops.files", "failed", str(error), f"one end token: {_TEMPLATE}", "definition")]
