@@ -18,6 +18,7 @@ from pipeline.runs import RunFolder
 
 __all__ = [
     "Modelfile",
+    "base_license",
     "build_modelfile",
     "explain",
     "for_gguf",
@@ -58,14 +59,16 @@ def build_modelfile(
     system: str | None = None,
     parameters: Mapping[str, Parameter] | None = None,
     license: str | None = None,
+    proof: bool = True,
 ) -> str:
     """Modelfile text for a GGUF (path as FROM shall hold it) and its chat template.
 
     ``num_ctx`` is required, because Ollama's own default cuts prompts silently. Raises ModelError when no proven TEMPLATE
     can be made, InputError when a value cannot be written down; a system message always can (in TEMPLATE if not as SYSTEM).
+    Without ``proof`` the TEMPLATE of an unpublished chat template is not run: to write the same text again, not a new one.
     """
     derived = derive(template)
-    if not derived.known:
+    if proof and not derived.known:
         prove(derived, template)
     if system and not writable(system):  # into TEMPLATE, where escapes exist
         derived, system = derive(template, system), None
@@ -108,6 +111,8 @@ def for_run(
     system: str | None = None,
     parameters: Mapping[str, Parameter] | None = None,
     license: str | None = None,
+    *,
+    proof: bool = True,
 ) -> Made:
     """The Modelfile for a run's GGUF, which must carry the merged model's chat template."""
     for needed in (run.merged, run.gguf):
@@ -122,7 +127,8 @@ def for_run(
         )
     longest = read_json(run.merged / "config.json").get("max_position_embeddings")
     wanted = {"num_ctx": _context(longest), **(parameters or {})}
-    text = build_modelfile(gguf=f"./{run.gguf.name}", template=template, system=system, parameters=wanted, license=license)
+    gguf = f"./{run.gguf.name}"
+    text = build_modelfile(gguf=gguf, template=template, system=system, parameters=wanted, license=license, proof=proof)
     return Made(text, jinja)
 
 
@@ -154,6 +160,12 @@ def write_modelfile(
     """Write the run's Modelfile atomically; its path."""
     write_atomic(run.modelfile, for_run(run, system, parameters, license).text)
     return run.modelfile
+
+
+def base_license(base: Mapping[str, Any]) -> str | None:
+    """A base's licence: the LICENSE file of a folder, or what is known of the embedded base."""
+    file = Path(base.get("id", "")) / "LICENSE"
+    return file.read_text(encoding="utf-8") if file.is_file() else base.get("note") or None
 
 
 def _context(longest: Any) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pipeline
 from pipeline.errors import ModelError
 from pipeline.files import sha256_file, sha256_tree
 from pipeline.manifest import Manifest
-from pipeline.modelfile import write_modelfile
+from pipeline.modelfile import base_license, write_modelfile
 from pipeline.runs import RunFolder
 from training.stages import Force, StageResult, run_stage
 
@@ -37,7 +36,7 @@ def package(run: RunFolder, *, force: Force = False) -> StageResult:
 
     def work() -> dict[str, Any]:
         try:
-            write_modelfile(run, system=system, license=_license(tuned))
+            write_modelfile(run, system=system, license=base_license(tuned.get("inputs", {}).get("base", {})))
         except ModelError as error:
             # every other backend can still serve the run
             run.modelfile.unlink(missing_ok=True)
@@ -46,10 +45,3 @@ def package(run: RunFolder, *, force: Force = False) -> StageResult:
         return {"refused": None}
 
     return run_stage(run, STAGE, inputs, [run.modelfile], work, force=force)
-
-
-def _license(tuned: Mapping[str, Any]) -> str | None:
-    """The base's licence: the LICENSE file of a folder, or what is known of the embedded base."""
-    base = tuned.get("inputs", {}).get("base", {})
-    file = Path(base.get("id", "")) / "LICENSE"
-    return file.read_text(encoding="utf-8") if file.is_file() else base.get("note") or None
