@@ -12,6 +12,7 @@ from rich.console import Console
 from pipeline import config
 from pipeline.certify import signing
 from pipeline.certify.certificate import require_certified
+from pipeline.certify.distributions import ROWS
 from pipeline.certify.reporting import publish, table
 from pipeline.runs import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 
@@ -22,7 +23,9 @@ def certify(
     run: Annotated[str, typer.Option("--run", "--name", help="Name of the run.")] = DEFAULT_NAME,
     output: Annotated[Path, typer.Option("--output", help="Folder that holds the runs.")] = DEFAULT_OUTPUT,
     backends: Annotated[str, typer.Option("--backends", help="Comma-separated: vllm,llamacpp,ollama,openai.")] = _BACKENDS,
-    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Held-out prompts put to each backend.")] = 64,
+    prompts: Annotated[
+        int, typer.Option("--prompts", min=1, help=f"Held-out prompts put to each backend, {ROWS} at most.")
+    ] = ROWS,
     own: Annotated[
         list[str] | None,
         typer.Option("--eval", metavar="FILE.yaml|MODULE:FUNCTION", help="Your own checks of each backend. Repeatable."),

@@ -13,7 +13,7 @@ from pipeline.certify import adapter, custody, gguf_file, merged, signing, stopp
 from pipeline.certify.bounds import CAST, MEASURED, MERGE, Bound
 from pipeline.certify.cache import Cache
 from pipeline.certify.certificate import Certificate, make, save
-from pipeline.certify.distributions import Reference
+from pipeline.certify.distributions import ROWS, Reference
 from pipeline.certify.evidence import Plan, collect
 from pipeline.certify.finding import Finding, Status, held, skipped
 from pipeline.certify.harness import run_tasks
@@ -48,7 +48,7 @@ class Scope:
     """
 
     backends: tuple[str, ...]
-    prompts: int = probes.ROWS
+    prompts: int = ROWS
     positions: int = 2
     keep: bool = True
     own: tuple[str, ...] = ()
@@ -78,6 +78,8 @@ def certify(run: RunFolder, settings: Settings, scope: Scope) -> Certificate:
     findings += in_process(reference)
     material = read_material(run)
     chosen = sorted({probe.row for probe in reference.held_out})
+    if scope.prompts > ROWS:
+        log.warning("certify: %d prompts have a reference in process and are asked, not %d", len(chosen), scope.prompts)
     plan = Plan(tuple(chosen[i] for i in probes.spread(len(chosen), scope.prompts)), scope.positions)
     for name in scope.backends:
         findings += _backend(name, subject, settings, (reference, material, plan), scope)
