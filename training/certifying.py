@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from pipeline.manifest import Manifest
 from pipeline.material import Material, read_material
 from pipeline.runs import RunFolder
 from pipeline.score import read_held_out, read_reference
-from pipeline.serving import Options
+from pipeline.serving import Endpoint, Options
 from pipeline.tensors import TensorFolder
 from pipeline.waiting import wait_for
 from training import probes
@@ -123,8 +123,7 @@ def _backend(
     try:
         log.info("certify: %s, %d prompts", name, len(plan.rows))
         evidence = wait_for(collect(started.endpoint, run, material, reference, plan))
-        own = [run_own(spec, started.endpoint, run) for spec in scope.own]
-        own += [run_tasks(started.endpoint, run, scope.tasks)] if scope.tasks else []
+        own = _own(started.endpoint, run, scope)
     except PipelineError as error:
         return [Finding(f"served.{name}", "failed", str(error))]
     finally:
@@ -133,6 +132,21 @@ def _backend(
     write_json(run.certificate / f"evidence-{name}.json", asdict(evidence))
     log.info("certify: %s answered in %.0f s", name, evidence.seconds)
     return [*judge(evidence, subject, reference, material.base, material.tuned), *own]
+
+
+def _own(endpoint: Endpoint, run: RunFolder, scope: Scope) -> list[Finding]:
+    """The user's checks and tasks; one that cannot be asked fails by itself and leaves the other evidence standing."""
+    asked: list[tuple[str, Callable[[], Finding]]] = [
+        (spec, lambda spec=spec: run_own(spec, endpoint, run)) for spec in scope.own
+    ]
+    asked += [(scope.tasks, lambda: run_tasks(endpoint, run, scope.tasks))] if scope.tasks else []
+    found = []
+    for name, ask in asked:
+        try:
+            found.append(ask())
+        except PipelineError as error:
+            found.append(Finding(f"own.{endpoint.engine}", "failed", f"{name} could not be asked: {error}"))
+    return found
 
 
 def certify_offline(run: RunFolder, public_key: Path | None = None) -> Certificate:
