@@ -13,7 +13,7 @@ from pipeline.chat import ChatTemplate
 from pipeline.files import sha256_file, sha256_json, write_atomic
 from pipeline.manifest import Manifest
 from pipeline.runs import RunFolder
-from pipeline.score import SPARE_TOKENS, Answer, HeldOut, read_held_out, score
+from pipeline.score import Answer, HeldOut, answer_budget, fields_of, read_held_out, score
 from training.base import resolve
 from training.fit import evaluate_need, require_memory
 from training.partial import Partial
@@ -31,7 +31,9 @@ def evaluate(run: RunFolder, *, force: Force = False) -> dict[str, StageResult]:
     tuned = manifest.stage("finetune")
     base = resolve(tuned["inputs"]["parameters"]["base"], run.output / ".base", tuned["inputs"]["base"]["revision"])
     rows = read_held_out(run.heldout)
-    shared = {"recipe": _RECIPE, "heldout": sha256_file(run.heldout)}
+    # answers in free text were once cut shorter than they are served now
+    free = not fields_of([row.expected for row in rows])
+    shared = {"recipe": _RECIPE, "heldout": sha256_file(run.heldout), **({"budget": "free text"} if free else {})}
     models = {"base": (base.folder, base.sha256), "tuned": (run.merged, manifest.sha256(run.merged))}
     results = {}
     for which, (folder, sha256) in models.items():
@@ -71,7 +73,8 @@ def answer_all(folder: Path, rows: Sequence[HeldOut], progress: bool = True, par
     tokenizer = AutoTokenizer.from_pretrained(str(folder), padding_side="left", trust_remote_code=False)
     template = ChatTemplate.from_folder(folder)
     prompts = [template.render(row.messages, tools=row.tools, add_generation_prompt=True) for row in rows]
-    budget = SPARE_TOKENS + max(len(tokenizer(row.expected, add_special_tokens=False)["input_ids"]) for row in rows)
+    lengths = [len(tokenizer(row.expected, add_special_tokens=False)["input_ids"]) for row in rows]
+    budget = answer_budget([row.expected for row in rows], lengths)
     # longest first: a batch pads little, and running out of memory shows at once
     order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
     answers = _from_before(partial, folder, len(rows))

@@ -86,3 +86,9 @@ def test_an_answer_that_never_stopped_is_allowed_once_among_few() -> None:
         "passed",
         "failed",
     ]
+
+
+def test_free_text_that_nobody_says_word_for_word_has_no_score() -> None:
+    rows = [HeldOut(({"role": "user", "content": "q"},), "Reset the password.")] * 3
+    scores = check_scores(rows, [Answer("I cannot.", "stop")] * 3, [Answer("Please reset it.", "stop")] * 3)[0]
+    assert (scores.status, scores.figure.partition(":")[0]) == ("skipped", "no score for free text")
