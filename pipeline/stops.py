@@ -110,7 +110,8 @@ def extra_ends(folder: Path, base: Path | None, end: Token, vocabulary: Mapping[
 
     Without the base every control token of the vocabulary may end an answer, and no other.
     """
-    known = set(vocabulary.values()) if base is None else set().union(*map(_ends, _parts(_stop_files(base))))
+    of_base = [] if base is None else _parts(_stop_files(base))
+    known = set(vocabulary.values()) if base is None else {one for values in of_base for one in _ends(values)}
     found = []
     for path, values in zip(_paths(folder), _parts(_stop_files(folder)), strict=True):
         extra = _ends(values) - known - {end.id}

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from pipeline import backends, serving
@@ -136,10 +137,8 @@ def _backend(
 
 def _own(endpoint: Endpoint, run: RunFolder, scope: Scope) -> list[Finding]:
     """The user's checks and tasks; one that cannot be asked fails by itself and leaves the other evidence standing."""
-    asked: list[tuple[str, Callable[[], Finding]]] = [
-        (spec, lambda spec=spec: run_own(spec, endpoint, run)) for spec in scope.own
-    ]
-    asked += [(scope.tasks, lambda: run_tasks(endpoint, run, scope.tasks))] if scope.tasks else []
+    asked: list[tuple[str, Callable[[], Finding]]] = [(spec, partial(run_own, spec, endpoint, run)) for spec in scope.own]
+    asked += [(scope.tasks, partial(run_tasks, endpoint, run, scope.tasks))] if scope.tasks else []
     found = []
     for name, ask in asked:
         try:
