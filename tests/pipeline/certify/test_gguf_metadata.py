@@ -40,7 +40,7 @@ def _header(merged: Path, **changes: Any) -> GgufHeader:
         "attention.layer_norm_rms_epsilon": 1e-6, "attention.scale": 0.0625, "embedding_scale": 12.0, "residual_scale": 0.22,
         "logit_scale": 8.0, "vocab_size": 300, "rope.dimension_count": 32, "rope.freq_base": 1e4,
     }  # fmt: skip
-    pairs = {f"granite.{key}": value for key, value in values.items()}
+    pairs: dict[str, Any] = {f"granite.{key}": value for key, value in values.items()}
     tokens = {"pre": "smollm", "bos_token_id": end, "eos_token_id": end, "add_bos_token": False}
     pairs |= {"general.architecture": "granite"} | {f"tokenizer.ggml.{key}": value for key, value in tokens.items()} | changes
     return GgufHeader(3, {key: value for key, value in pairs.items() if value is not None}, ())
