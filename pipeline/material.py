@@ -9,7 +9,7 @@ from pipeline.errors import InputError
 from pipeline.injection import Yardstick
 from pipeline.neutralise import neutralise_message
 from pipeline.runs import RunFolder
-from pipeline.score import SPARE_TOKENS, Answer, HeldOut, read_held_out, read_reference, score
+from pipeline.score import Answer, HeldOut, answer_budget, read_held_out, read_reference, score
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def read_material(run: RunFolder, limit: int | None = None) -> Material:
         )
     template, tokenizer = yardstick.template, yardstick.tokenizer
     texts = [template.render(row.messages, tools=row.tools, add_generation_prompt=True) for row in rows]
-    budget = SPARE_TOKENS + max(len(tokenizer.encode(row.expected)) for row in rows)
+    budget = answer_budget([row.expected for row in rows], [len(tokenizer.encode(row.expected)) for row in rows])
     prompts = [(text, tokenizer.encode(text)) for text in texts]
     tuned_score = score(rows, references["tuned"])
     return Material(rows, prompts, references["base"], references["tuned"], tuned_score, budget, yardstick)

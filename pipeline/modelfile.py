@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from pipeline.modelfile_grammar import Modelfile, parse_modelfile, quoted, writa
 from pipeline.ollama_template import derive, prove
 from pipeline.runs import RunFolder
 
+log = logging.getLogger(__name__)
 __all__ = [
     "Modelfile",
+    "base_license",
     "build_modelfile",
     "explain",
     "for_gguf",
@@ -58,14 +61,16 @@ def build_modelfile(
     system: str | None = None,
     parameters: Mapping[str, Parameter] | None = None,
     license: str | None = None,
+    proof: bool = True,
 ) -> str:
     """Modelfile text for a GGUF (path as FROM shall hold it) and its chat template.
 
     ``num_ctx`` is required, because Ollama's own default cuts prompts silently. Raises ModelError when no proven TEMPLATE
     can be made, InputError when a value cannot be written down; a system message always can (in TEMPLATE if not as SYSTEM).
+    Without ``proof`` the TEMPLATE of an unpublished chat template is not run: to write the same text again, not a new one.
     """
     derived = derive(template)
-    if not derived.known:
+    if proof and not derived.known:
         prove(derived, template)
     if system and not writable(system):  # into TEMPLATE, where escapes exist
         derived, system = derive(template, system), None
@@ -108,6 +113,8 @@ def for_run(
     system: str | None = None,
     parameters: Mapping[str, Parameter] | None = None,
     license: str | None = None,
+    *,
+    proof: bool = True,
 ) -> Made:
     """The Modelfile for a run's GGUF, which must carry the merged model's chat template."""
     for needed in (run.merged, run.gguf):
@@ -122,7 +129,8 @@ def for_run(
         )
     longest = read_json(run.merged / "config.json").get("max_position_embeddings")
     wanted = {"num_ctx": _context(longest), **(parameters or {})}
-    text = build_modelfile(gguf=f"./{run.gguf.name}", template=template, system=system, parameters=wanted, license=license)
+    gguf = f"./{run.gguf.name}"
+    text = build_modelfile(gguf=gguf, template=template, system=system, parameters=wanted, license=license, proof=proof)
     return Made(text, jinja)
 
 
@@ -154,6 +162,24 @@ def write_modelfile(
     """Write the run's Modelfile atomically; its path."""
     write_atomic(run.modelfile, for_run(run, system, parameters, license).text)
     return run.modelfile
+
+
+def base_license(base: Mapping[str, Any]) -> str | None:
+    """A base's licence: the LICENSE file of a folder, or what is known of the embedded base; None when it cannot be written."""
+    file = Path(base.get("id", "")) / "LICENSE"
+    if not file.is_file():
+        return base.get("note") or None
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        log.warning("modelfile: %s is left out: it cannot be read (%s)", file, error.strerror)
+        return None
+    # Ollama drops what is not printable: form feeds, no-break spaces, a byte order mark
+    text = "".join(c if c in "\t\n" or c.isprintable() else " " for c in text)
+    if not writable(text):
+        log.warning("modelfile: %s is left out: no way of quoting it makes Ollama read it as it is", file)
+        return None
+    return text
 
 
 def _context(longest: Any) -> int:

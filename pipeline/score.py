@@ -81,6 +81,17 @@ def fields_of(expected: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in objects[0] or {} if name in common)
 
 
+def answer_budget(expected: Sequence[str], lengths: Sequence[int]) -> int:
+    """Tokens an answer may have, in process and served alike; ``lengths`` are the tokens of the expected answers.
+
+    Free text may be said at greater length than its author did; a JSON object that is longer than all others is wrong anyway.
+    """
+    longest = max(lengths)
+    if fields_of(expected):
+        return longest + SPARE_TOKENS
+    return max(longest + SPARE_TOKENS, min(256, 2 * longest + 64))
+
+
 def is_exact(expected: str, text: str, fields: Sequence[str]) -> bool:
     """All key fields right in an answer that parses; for answers that are not JSON, the same text."""
     if not fields:

@@ -105,6 +105,27 @@ def folder_problems(folder: Path, end: Token, vocabulary: Mapping[str, int]) -> 
     return found
 
 
+def extra_ends(folder: Path, base: Path | None, end: Token, vocabulary: Mapping[str, int]) -> list[str]:
+    """End tokens that a folder's configs name beside ``end`` and that the base did not have: answers would break off there.
+
+    Without the base every control token of the vocabulary may end an answer, and no other.
+    """
+    of_base = [] if base is None else _parts(_stop_files(base))
+    known = set(vocabulary.values()) if base is None else {one for values in of_base for one in _ends(values)}
+    found = []
+    for path, values in zip(_paths(folder), _parts(_stop_files(folder)), strict=True):
+        extra = _ends(values) - known - {end.id}
+        found += (
+            [f"{path.name}: eos_token_id {sorted(extra)} beside {end.id} ({end.text}), which alone ends a turn"] if extra else []
+        )
+    return found
+
+
+def _ends(values: Mapping[str, Any]) -> set[int]:
+    ids = values.get("eos_token_id")
+    return {int(one) for one in (ids if isinstance(ids, list) else [ids]) if one is not None}
+
+
 def special_ids(folder: Path) -> dict[str, int]:
     """IDs of the added special tokens of a folder's tokenizer.json."""
     path = folder / "tokenizer.json"
@@ -120,8 +141,14 @@ def gguf_problems(metadata: Mapping[str, Any], end: Token) -> list[str]:
     known = metadata.get("tokenizer.ggml.eos_token_id")
     if known != end.id and metadata.get("tokenizer.ggml.padding_token_id") == end.id:
         problems.append("eos and pad are swapped in the GGUF")
-    if known != end.id and metadata.get("tokenizer.ggml.eot_token_id") != end.id:
+    if known != end.id:
         problems.append(f"the GGUF's eos_token_id is {known}, but {end.id} ({end.text}) ends a turn: answers would not stop")
+    for name in ("eot", "eom"):  # llama.cpp stops at these too
+        other = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if other not in (None, end.id):
+            problems.append(
+                f"the GGUF also ends answers with its {name}_token_id {other}; only {end.id} ({end.text}) ends a turn"
+            )
     if metadata.get("tokenizer.ggml.padding_token_id") == end.id:
         problems.append(f"the GGUF pads with {end.id} ({end.text}), the token that ends a turn")
     for name in ("bos", "eos"):

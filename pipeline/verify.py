@@ -109,8 +109,8 @@ async def _question(endpoint: Endpoint, material: Material, progress: Callable[[
         answers, speed = await ask_all(prober, rows, _concurrency(endpoint), done)
     scores = score(rows, answers)
     found.append(checks.streamed(name, streams, [a.text for a in answers[:_STREAMED]]))
-    found.append(checks.exact(name, scores["exact"], material.tuned_score["exact"]))
-    found.append(checks.finish(name, scores["finish_stop"], material.tuned_score["finish_stop"]))
+    found.append(checks.exact(name, scores["exact"], material.tuned_score["exact"], len(material.rows)))
+    found.append(checks.finish(name, scores["finish_stop"], material.tuned_score["finish_stop"], len(material.rows)))
     status = "failed" if any(check.status == "failed" for check in found) else "passed"
     same = sum(answer.text.strip() == reference.text.strip() for answer, reference in zip(answers, material.tuned, strict=True))
     entry = {

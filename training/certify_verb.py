@@ -11,8 +11,10 @@ from rich.console import Console
 
 from pipeline import config, lock
 from pipeline.certify import signing
-from pipeline.certify.certificate import require_certified
+from pipeline.certify.certificate import place, require_certified
+from pipeline.certify.distributions import ROWS
 from pipeline.certify.reporting import publish, table
+from pipeline.errors import InputError
 from pipeline.runs import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 
 _BACKENDS = "vllm,llamacpp,ollama"
@@ -22,7 +24,9 @@ def certify(
     run: Annotated[str, typer.Option("--run", "--name", help="Name of the run.")] = DEFAULT_NAME,
     output: Annotated[Path, typer.Option("--output", help="Folder that holds the runs.")] = DEFAULT_OUTPUT,
     backends: Annotated[str, typer.Option("--backends", help="Comma-separated: vllm,llamacpp,ollama,openai.")] = _BACKENDS,
-    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Held-out prompts put to each backend.")] = 64,
+    prompts: Annotated[
+        int, typer.Option("--prompts", min=1, help=f"Held-out prompts put to each backend, {ROWS} at most.")
+    ] = ROWS,
     own: Annotated[
         list[str] | None,
         typer.Option("--eval", metavar="FILE.yaml|MODULE:FUNCTION", help="Your own checks of each backend. Repeatable."),
@@ -39,7 +43,8 @@ def certify(
 
     The adapter moved; merged = base + adapter, weight by weight and as distributions; GGUF = merged; each backend = the
     in-process model; tuned is not the base; it stops; the hashes from dataset to launch hold. Writes certificate/ in the run
-    folder (certificate.json, junit.xml), adds it to the report, and writes the model card README.md. Exit code 1 when a link
+    folder (certificate.json, junit.xml), adds it to the report, and writes the model card README.md; --offline writes offline.json instead where a certificate of
+    served models is there. Exit code 1 when a link
     is broken; the message names it.
 
     Your own checks: a YAML list of entries with a prompt (or messages) and a check, one of exact, contains, regex, json_schema; or
@@ -52,6 +57,8 @@ def certify(
     """
     from training import certifying
 
+    if public_key is not None and not offline:
+        raise InputError("--public-key checks a signed certificate, which only --offline does", remedy="add --offline")
     folder = RunFolder(run, output)
     if offline:
         certificate = certifying.certify_offline(folder, public_key)
@@ -68,7 +75,7 @@ def certify(
         typer.echo(json.dumps(certificate.to_json(), ensure_ascii=False, indent=2))
     console = Console(stderr=True)
     console.print(table(certificate))
-    console.print(f"certificate: {folder.certificate / 'certificate.json'}", soft_wrap=True)
+    console.print(f"certificate: {place(certificate, folder.certificate)}", soft_wrap=True)
     if paths is not None:
         console.print(f"report: {paths.html}", soft_wrap=True)
     require_certified(certificate)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from pipeline import backends, lock, serving
@@ -14,7 +15,7 @@ from pipeline.certify import adapter, custody, gguf_file, merged, signing, stopp
 from pipeline.certify.bounds import CAST, MEASURED, MERGE, Bound
 from pipeline.certify.cache import Cache
 from pipeline.certify.certificate import Certificate, make, save
-from pipeline.certify.distributions import Reference
+from pipeline.certify.distributions import ROWS, Reference
 from pipeline.certify.evidence import Plan, collect
 from pipeline.certify.finding import Finding, Status, held, skipped
 from pipeline.certify.harness import run_tasks
@@ -29,7 +30,7 @@ from pipeline.manifest import Manifest
 from pipeline.material import Material, read_material
 from pipeline.runs import RunFolder
 from pipeline.score import read_held_out, read_reference
-from pipeline.serving import Options
+from pipeline.serving import Endpoint, Options
 from pipeline.tensors import TensorFolder
 from pipeline.waiting import wait_for
 from training import probes
@@ -49,7 +50,7 @@ class Scope:
     """
 
     backends: tuple[str, ...]
-    prompts: int = probes.ROWS
+    prompts: int = ROWS
     positions: int = 2
     keep: bool = True
     own: tuple[str, ...] = ()
@@ -84,6 +85,8 @@ def _certify(run: RunFolder, subject: Subject, settings: Settings, scope: Scope)
     findings += in_process(reference)
     material = read_material(run)
     chosen = sorted({probe.row for probe in reference.held_out})
+    if scope.prompts > ROWS:
+        log.warning("certify: %d prompts have a reference in process and are asked, not %d", len(chosen), scope.prompts)
     plan = Plan(tuple(chosen[i] for i in probes.spread(len(chosen), scope.prompts)), scope.positions)
     for name in scope.backends:
         findings += _backend(name, subject, settings, (reference, material, plan), scope)
@@ -127,8 +130,7 @@ def _backend(
     try:
         log.info("certify: %s, %d prompts", name, len(plan.rows))
         evidence = wait_for(collect(started.endpoint, run, material, reference, plan))
-        own = [run_own(spec, started.endpoint, run) for spec in scope.own]
-        own += [run_tasks(started.endpoint, run, scope.tasks)] if scope.tasks else []
+        own = _own(started.endpoint, run, scope)
     except PipelineError as error:
         return [Finding(f"served.{name}", "failed", str(error))]
     finally:
@@ -137,6 +139,19 @@ def _backend(
     write_json(run.certificate / f"evidence-{name}.json", asdict(evidence))
     log.info("certify: %s answered in %.0f s", name, evidence.seconds)
     return [*judge(evidence, subject, reference, material.base, material.tuned), *own]
+
+
+def _own(endpoint: Endpoint, run: RunFolder, scope: Scope) -> list[Finding]:
+    """The user's checks and tasks; one that cannot be asked fails by itself and leaves the other evidence standing."""
+    asked: list[tuple[str, Callable[[], Finding]]] = [(spec, partial(run_own, spec, endpoint, run)) for spec in scope.own]
+    asked += [(scope.tasks, partial(run_tasks, endpoint, run, scope.tasks))] if scope.tasks else []
+    found = []
+    for name, ask in asked:
+        try:
+            found.append(ask())
+        except PipelineError as error:
+            found.append(Finding(f"own.{endpoint.engine}", "failed", f"{name} could not be asked: {error}"))
+    return found
 
 
 def certify_offline(run: RunFolder, public_key: Path | None = None) -> Certificate:
@@ -199,8 +214,9 @@ def offline_findings(subject: Subject) -> list[Finding]:
     cache = Cache(run.certificate / "cache.json")
     found = [*_adapter(subject, cache), *_merge(subject, cache)]
     if run.gguf.is_file() and run.merged.is_dir():
-        keys = {name: subject.sha256[name] for name in (run.merged.name, run.gguf.name)}
-        found += cache.get("gguf", keys, lambda: gguf_file.check_gguf(run.merged, run.gguf))
+        pre = subject.stage("gguf").get("result", {}).get("pre")  # a manifest of an older version has none
+        keys = {name: subject.sha256[name] for name in (run.merged.name, run.gguf.name)} | {"pre": pre}
+        found += cache.get("gguf", keys, lambda: gguf_file.check_gguf(run.merged, run.gguf, pre))
     else:
         found.append(Finding("gguf.tensors", "failed", f"run {run.name} has no {run.gguf.name} or no {run.merged.name}"))
     return [*found, *_answers(subject), *custody.check_custody(subject)]

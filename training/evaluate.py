@@ -14,7 +14,7 @@ from pipeline.chat import ChatTemplate
 from pipeline.files import sha256_file, sha256_json, write_atomic
 from pipeline.manifest import Manifest
 from pipeline.runs import RunFolder
-from pipeline.score import SPARE_TOKENS, Answer, HeldOut, read_held_out, score
+from pipeline.score import Answer, HeldOut, answer_budget, fields_of, read_held_out, score
 from training.base import resolve
 from training.fit import evaluate_need, require_memory
 from training.partial import Partial
@@ -34,7 +34,9 @@ def evaluate(run: RunFolder, *, force: Force = False) -> dict[str, StageResult]:
     rows = read_held_out(run.heldout)
     date = tuned["result"].get("date")
     dated = {"date": date} if date and "strftime_now" in ChatTemplate.from_folder(base.folder).source else {}
-    shared = {"recipe": _RECIPE, "heldout": sha256_file(run.heldout), **dated}
+    # answers in free text were once cut shorter than they are served now
+    free = {} if fields_of([row.expected for row in rows]) else {"budget": "free text"}
+    shared = {"recipe": _RECIPE, "heldout": sha256_file(run.heldout), **dated, **free}
     now = datetime.fromisoformat(date) if date else None
     models = {"base": (base.folder, base.sha256), "tuned": (run.merged, manifest.sha256(run.merged))}
     results = {}
@@ -75,7 +77,8 @@ def answer_all(
     tokenizer = AutoTokenizer.from_pretrained(str(folder), padding_side="left", trust_remote_code=False)
     template = ChatTemplate.from_folder(folder)
     prompts = [template.render(row.messages, tools=row.tools, add_generation_prompt=True, now=now) for row in rows]
-    budget = SPARE_TOKENS + max(len(tokenizer(row.expected, add_special_tokens=False)["input_ids"]) for row in rows)
+    lengths = [len(tokenizer(row.expected, add_special_tokens=False)["input_ids"]) for row in rows]
+    budget = answer_budget([row.expected for row in rows], lengths)
     # longest first: a batch pads little, and running out of memory shows at once
     order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
     answers = _from_before(partial, folder, len(rows))

@@ -54,7 +54,8 @@ def convert(merged: Path, gguf: Path, *, name: str) -> dict[str, Any]:
         _run_converter(source, target, name)
         _check_stops(merged, target)
         probe = load_and_generate(target)
-    return {"bytes": tree_bytes(gguf), "converter": _converter_version(), **probe}
+    pre = read_gguf_header(gguf).metadata.get("tokenizer.ggml.pre")  # only the converter knows it: from a hash of the tokenizer
+    return {"bytes": tree_bytes(gguf), "converter": _converter_version(), "pre": pre, **probe}
 
 
 def _check_stops(merged: Path, gguf: Path) -> None:

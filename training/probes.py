@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pipeline.certify
-from pipeline.certify.distributions import ASKED, Probe, Reference
+from pipeline.certify.distributions import ASKED, ROWS, Probe, Reference
 from pipeline.chat import ChatTemplate
 from pipeline.files import read_json, sha256_file, write_json
 from pipeline.manifest import Manifest
@@ -23,13 +23,13 @@ from pipeline.score import read_held_out, read_reference
 from pipeline.stops import special_ids, turn_end
 from pipeline.tokenizer import Tokenizer
 from training.base import resolve
+from training.fit import evaluate_need, require_memory
 from training.merge import Adapter, merged_weights, read_adapter
 from training.stages import StageResult, run_stage
 
 log = logging.getLogger(__name__)
 STAGE = "probes"
 _RECIPE = 2
-ROWS = 52
 _POSITIONS = 4
 _CONTROL_TOKENS = 12
 _BATCH = 8
@@ -71,19 +71,12 @@ def reference(run: RunFolder, base: Path, *, full: bool = False) -> Reference:
     """Distributions at some positions of held-out conversations and of control prompts, in process."""
     import torch
 
-    chosen, controls = _held_out(run), _controls(run)
-    merged = _Model(run.merged)
-    tuned = merged.log_probabilities(chosen)
+    chosen = _held_out(run)
     figures: dict[str, Any] = {}
     with torch.inference_mode():
-        base_model = _Model(base, None if full else run.adapter)
-        if not full:
-            adapted = base_model.log_probabilities(chosen)
-        with base_model.without_adapter():
-            controls = [base_model.continued(one, _CONTROL_TOKENS) for one in controls]
-            base_controls = base_model.log_probabilities(controls)
-        del base_model
-        tuned_controls = merged.log_probabilities(controls)
+        controls, base_controls, adapted = _of_base(run, base, chosen, full=full)
+        merged = _loaded(run.merged)
+        tuned, tuned_controls = merged.log_probabilities(chosen), merged.log_probabilities(controls)
         if not full:
             merged.load(base, read_adapter(run.adapter))
             summed = merged.log_probabilities(chosen)
@@ -92,10 +85,29 @@ def reference(run: RunFolder, base: Path, *, full: bool = False) -> Reference:
     return Reference(_probes(chosen, tuned), _probes(controls, tuned_controls), tuple(p.top for p in _probes(controls, base_controls)), figures)  # fmt: skip
 
 
+def _of_base(run: RunFolder, base: Path, chosen: Sequence[Passage], *, full: bool) -> tuple[list[Passage], Any, Any]:
+    """The control prompts as the base goes on, its distributions there, and those of base + adapter (None when ``full``).
+
+    A function of its own, so that the base is out of memory before the merged model is loaded.
+    """
+    model = _loaded(base, None if full else run.adapter)
+    adapted = None if full else model.log_probabilities(chosen)
+    with model.without_adapter():
+        controls = [model.continued(one, _CONTROL_TOKENS) for one in _controls(run)]
+        return controls, model.log_probabilities(controls), adapted
+
+
+def _loaded(folder: Path, adapter: Path | None = None) -> _Model:
+    """A model in float32, once it is known to fit."""
+    lower = "free memory, use a smaller base, or certify on another machine (certify --offline loads no model)"
+    require_memory(f"comparing distributions of {folder.name}", evaluate_need(folder, on_gpu=False), lower)
+    return _Model(folder, adapter)
+
+
 def seen_by(run: RunFolder, folder: Path) -> tuple[Probe, ...]:
     """The run's held-out positions as the model in another folder sees them: how far another training is from this one."""
     chosen = _held_out(run)
-    return _probes(chosen, _Model(folder).log_probabilities(chosen))
+    return _probes(chosen, _loaded(folder).log_probabilities(chosen))
 
 
 def _held_out(run: RunFolder) -> list[Passage]:
@@ -120,9 +132,11 @@ def _controls(run: RunFolder) -> list[Passage]:
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """At most ``wanted`` numbers below ``count``, evenly spread, the first and the last among them."""
+    """At most ``wanted`` numbers below ``count``, evenly spread, the first and (of two or more) the last among them."""
     if count <= wanted:
         return list(range(count))
+    if wanted == 1:
+        return [0]
     return sorted({round(i * (count - 1) / (wanted - 1)) for i in range(wanted)})
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.answers import visible
+from pipeline.certify.current import changed_files
 from pipeline.errors import InputError
 from pipeline.files import read_json, write_atomic
 from pipeline.manifest import Manifest
@@ -23,19 +24,23 @@ def write_card(run: RunFolder) -> Path:
         raise InputError(f"run {run.name} has no manifest of a training", remedy=f"granite-pipeline run --name {run.name}")
     path = run.certificate / "certificate.json"
     target = run.path / "README.md"
-    write_atomic(target, card(run.name, manifest, read_json(path) if path.is_file() else None))
+    held = read_json(path) if path.is_file() else None
+    write_atomic(target, card(run.name, manifest, held, changed_files(run, held) if held else ()))
     return target
 
 
-def card(name: str, manifest: Manifest, certificate: Mapping[str, Any] | None) -> str:
-    """The card's text: front matter, what it is, the certificate, scores, how to run it, how it was made."""
+def card(name: str, manifest: Manifest, certificate: Mapping[str, Any] | None, changed: Sequence[str] = ()) -> str:
+    """The card's text: front matter, what it is, the certificate, scores, how to run it, how it was made.
+
+    ``changed`` are the files that are no longer those that the certificate is about.
+    """
     tuned = manifest.stage("finetune")
     base = tuned["inputs"]["base"]
     sections = [
         f"---\n{_front_matter(name, manifest)}---\n",
         f"# {plain(name)}\n\n{plain(_title(base))} fine-tuned with {plain(tuned['inputs']['parameters']['method'])} on "
         f"{tuned['result']['rows']['train']} rows, exported to float16 and Q8_0 GGUF by granite-pipeline.\n",
-        _certificate(certificate),
+        _certificate(certificate, changed),
         _scores(manifest),
         _usage(name),
         _making(manifest),
@@ -77,10 +82,15 @@ def _front_matter(name: str, manifest: Manifest) -> str:
     return str(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True))
 
 
-def _certificate(certificate: Mapping[str, Any] | None) -> str:
+def _certificate(certificate: Mapping[str, Any] | None, changed: Sequence[str]) -> str:
     if certificate is None:
         return "## Certificate\n\nNone yet: `granite-pipeline certify` makes one.\n"
     verdict = "Every link holds" if certificate["passed"] else f"Broken: {', '.join(plain(one) for one in certificate['broken'])}"
+    if changed:
+        files = ", ".join(plain(name) for name in changed)
+        verdict = (
+            f"**No longer about these files**: {files} changed since; run `granite-pipeline certify` again. It said: {verdict}"
+        )
     lines = [f"## Certificate {certificate['id'][:16]}", "", f"{verdict}. Made {plain(certificate['created_at'])}.", "", "| link | | figure | bound |", "| --- | --- | --- | --- |"]  # fmt: skip
     for link in certificate["links"]:
         for finding in link["findings"]:

@@ -12,6 +12,7 @@ from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
 
 from pipeline import __version__
 from pipeline.answers import visible
+from pipeline.certify.current import changed_files
 from pipeline.certify.finding import Finding, Link, by_link
 from pipeline.errors import InputError, VerificationFailed
 from pipeline.files import read_json, sha256_json, write_atomic, write_json
@@ -79,19 +80,34 @@ def make(run: RunFolder, findings: Sequence[Finding], subject: Mapping[str, Any]
 
 
 def save(certificate: Certificate, folder: Path) -> Path:
-    """Write ``certificate.json`` and ``junit.xml``; returns the first."""
-    write_atomic(folder / "junit.xml", junit_xml(certificate))
-    write_json(folder / "certificate.json", certificate.to_json())
-    return folder / "certificate.json"
+    """Write ``certificate.json`` and ``junit.xml`` (see :func:`place` for ``offline.json``); returns the first."""
+    path = place(certificate, folder)
+    write_atomic(folder / ("offline.xml" if path.stem == "offline" else "junit.xml"), junit_xml(certificate))
+    write_json(path, certificate.to_json())
+    return path
+
+
+def place(certificate: Certificate, folder: Path) -> Path:
+    """Where a certificate is written: an offline one stands beside a fuller one, which may be signed, and not in its place."""
+    path = folder / "certificate.json"
+    try:
+        fuller = certificate.offline and path.is_file() and read_json(path)["offline"] is False
+    except (InputError, KeyError, TypeError):
+        fuller = False
+    return folder / "offline.json" if fuller else path
 
 
 def summary(run: RunFolder) -> dict[str, Any] | None:
-    """Id, result and time of a run's certificate, for a status page; None when there is none."""
+    """Id, result and time of a run's certificate, for a status page; None when there is none.
+
+    ``current`` is false once a file that it is about has changed: ``passed`` then says nothing about what is there now.
+    """
     path = run.certificate / "certificate.json"
     if not path.is_file():
         return None
     held = read_json(path)
-    return {key: held.get(key) for key in ("id", "passed", "offline", "unproven", "broken", "created_at")}
+    seen = {key: held.get(key) for key in ("id", "passed", "offline", "unproven", "broken", "created_at")}
+    return {**seen, "current": not changed_files(run, held)}
 
 
 def summaries(output: Path) -> dict[str, dict[str, Any]]:
@@ -100,7 +116,7 @@ def summaries(output: Path) -> dict[str, dict[str, Any]]:
     for path in sorted(output.glob("*/certificate/certificate.json")):
         try:
             seen = summary(RunFolder(path.parents[1].name, output))
-        except (InputError, AttributeError):
+        except (InputError, AttributeError, KeyError, TypeError, OSError):
             continue
         if seen is not None:
             found[path.parents[1].name] = seen

@@ -10,6 +10,8 @@ from typing import Any
 # tokens of the reference that are compared; servers are asked for twice as many, so that near-ties do not fall out
 COMPARED = 10
 ASKED = 20
+# held-out rows, evenly spread, that have a reference in process; a backend is asked no others
+ROWS = 52
 
 Top = Mapping[int, float]
 

@@ -3,47 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.certify.finding import Finding, held
+from pipeline.certify.gguf_metadata import metadata, rope_type
 from pipeline.certify.gguf_names import DERIVED, gguf_tensors
 from pipeline.chat import ChatTemplate
 from pipeline.errors import ModelError
 from pipeline.files import read_json
 from pipeline.gguf_header import GgufHeader, GgufTensor, read_gguf_header
-from pipeline.stops import gguf_problems, special_ids, turn_end
 from pipeline.tensors import TensorFolder
 
 _BLOCK = 32
 _Q8_SOURCE = "Q8_0's definition: half a step of max|block|/127, plus the float16 rounding of the step"
-# config.json key -> GGUF key; both hold the same number
-_NUMBERS = {
-    "max_position_embeddings": "context_length",
-    "hidden_size": "embedding_length",
-    "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    "attention_multiplier": "attention.scale",
-    "embedding_multiplier": "embedding_scale",
-    "residual_multiplier": "residual_scale",
-    "logits_scaling": "logit_scale",
-    "vocab_size": "vocab_size",
-    "num_local_experts": "expert_count",
-    "num_experts_per_tok": "expert_used_count",
-}
 _CONTROL = 3
 
 
-def check_gguf(merged: Path, gguf: Path) -> list[Finding]:
-    """Tensors, metadata, template and vocabulary of a GGUF against the merged folder it was made from."""
+def check_gguf(merged: Path, gguf: Path, pre: str | None = None) -> list[Finding]:
+    """Tensors, metadata, template and vocabulary of a GGUF against the merged folder it was made from.
+
+    ``pre`` is the name of the text splitting rule that the converter gave at export, None where none was recorded.
+    """
     try:
         header = read_gguf_header(gguf, whole_arrays=True)
     except (ModelError, OSError) as error:
         return [Finding("gguf.tensors", "failed", str(error))]
-    return [_tensors(merged, gguf, header), metadata(merged, header), template(merged, header), _vocabulary(merged, header)]
+    return [_tensors(merged, gguf, header), metadata(merged, header, pre), template(merged, header), _vocabulary(merged, header)]
 
 
 def _tensors(merged: Path, gguf: Path, header: GgufHeader) -> Finding:
@@ -58,7 +45,8 @@ def _tensors(merged: Path, gguf: Path, header: GgufHeader) -> Finding:
             continue
         seen += [(one, error_ratio(gguf, stored[one], want) if one in stored else math.inf) for one, want in parts.items()]
     bad = [name for name, ratio in seen if not ratio <= 1]
-    extra = sorted(set(stored) - {name for name, _ in seen} - DERIVED)
+    derived = DERIVED if rope_type(config) == "llama3" else frozenset()
+    extra = sorted(set(stored) - {name for name, _ in seen} - derived)
     problems = [
         f"{len(names)} {what}, first {names[0]}"
         for what, names in (
@@ -110,54 +98,6 @@ def read_gguf_tensor(gguf: Path, tensor: GgufTensor) -> Any:
     if tensor.type not in ("F32", "F16"):
         raise ModelError(f"{gguf}: {tensor.name} is {tensor.type}; the certificate knows Q8_0, F16, BF16 and F32")
     return raw.view("<f4" if tensor.type == "F32" else "<f2").astype(np.float32)
-
-
-def metadata(merged: Path, header: GgufHeader) -> Finding:
-    """Sizes, multipliers, context, rope and end token of the GGUF are those of config.json."""
-    config = read_json(merged / "config.json")
-    problems, compared = [], 0
-    for key, theirs in _numbers(config):
-        known = header.get(theirs)
-        if known is None or config.get(key) is None:
-            continue
-        compared += 1
-        # a state-space model without positions has no longest context; the converter then writes 2**20
-        endless = theirs == "context_length" and known == 1 << 20 and config.get("position_embedding_type") == "nope"
-        if not endless and not _same(config[key], known):
-            problems.append(f"{header.architecture}.{theirs} is {_shown(known)}, {key} is {_shown(config[key])}")
-    theta = (config.get("rope_parameters") or {}).get("rope_theta", config.get("rope_theta"))
-    if theta and header.get("rope.freq_base") and not _same(theta, header.get("rope.freq_base")):
-        problems.append(f"{header.architecture}.rope.freq_base is {header.get('rope.freq_base')}, rope_theta is {theta}")
-    absent = [theirs for key, theirs in _numbers(config) if "scale" in theirs and key in config and header.get(theirs) is None]
-    problems += [f"{header.architecture}.{theirs} is missing" for theirs in absent if config_matters(config, theirs)]
-    try:
-        end = turn_end(ChatTemplate.from_folder(merged), special_ids(merged))
-        problems += gguf_problems(header.metadata, end)
-    except ModelError as error:
-        problems.append(error.message)
-    figure = "; ".join(problems) or f"{compared} numbers and the end token equal"
-    return held("gguf.metadata", not problems, figure, "equal to config.json", "definition")
-
-
-def config_matters(config: Mapping[str, Any], theirs: str) -> bool:
-    """Whether leaving a multiplier out changes the model: llama.cpp then takes 1 (or the head size's own scale)."""
-    key = next(key for key, value in _NUMBERS.items() if value == theirs)
-    return float(config[key]) not in (0.0, 1.0)
-
-
-def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    experts = bool(config.get("num_local_experts"))
-    return ((key, theirs) for key, theirs in _NUMBERS.items() if experts or not theirs.startswith("expert"))
-
-
-def _same(ours: Any, theirs: Any) -> bool:
-    if isinstance(theirs, list):  # one entry a layer: 0 where a layer has no attention
-        return all(_same(ours, item) for item in theirs if item)
-    return abs(float(ours) - float(theirs)) <= 1e-6 * abs(float(ours))
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def template(merged: Path, header: GgufHeader) -> Finding:

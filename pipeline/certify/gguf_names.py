@@ -30,7 +30,7 @@ _PLAIN = {
     "mamba.norm.weight": "ssm_norm.weight",
 }
 _WHOLE_BACK, _PLAIN_BACK = ({theirs: ours for ours, theirs in names.items()} for names in (_WHOLE, _PLAIN))
-# GGUF tensors that hold constants of the configuration, not trained weights
+# GGUF tensors that hold constants of the configuration (llama3's rope scaling), not trained weights
 DERIVED = frozenset({"rope_freqs.weight"})
 
 

@@ -23,7 +23,11 @@ _SINGLE = 2.0**-24
 _SOURCE = "IEEE 754: half a unit in the last place of float16, plus the float32 sum's own rounding"
 _CAST_SOURCE = "IEEE 754: rounding to float16 cannot lose more, relative to the weights' own size"
 # what the export sets on purpose; end and pad tokens have their own check in link 6
-_OWN = {"dtype", "torch_dtype", "quantization_config", "use_cache", "transformers_version", "eos_token_id", "pad_token_id"}
+_OWN = {
+    "config.json": {"dtype", "torch_dtype", "quantization_config", "use_cache", "transformers_version", "eos_token_id", "pad_token_id"},
+    "generation_config.json": {"transformers_version", "eos_token_id", "pad_token_id"},
+    "tokenizer_config.json": {"eos_token", "pad_token"},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -136,8 +140,18 @@ def _first_difference(base: Path, merged: Path) -> str:
 
 
 def _config(base: Path, merged: Path) -> list[str]:
-    before, after = (read_json(folder / "config.json") for folder in (base, merged))
-    keys = sorted((set(before) | set(after)) - _OWN)
-    return [
-        f"{key}: {before.get(key)!r} in the base, {after.get(key)!r} merged" for key in keys if before.get(key) != after.get(key)
-    ]
+    """How model, generation and tokenizer settings differ; engines read all three (temperature, penalties, an added bos)."""
+    problems = []
+    for name, own in _OWN.items():
+        before, after = (read_json(folder / name) if (folder / name).is_file() else None for folder in (base, merged))
+        if name == "generation_config.json" and before is None:  # the export then names the tokens of config.json
+            before = {key: value for key, value in read_json(base / "config.json").items() if key == "bos_token_id"}
+        before, after = before or {}, after or {}
+        # code that a base points to is never copied
+        keys = sorted((set(before) | set(after)) - own - ({"auto_map"} if "auto_map" not in after else set()))
+        problems += [
+            f"{name}: {key} is {before.get(key)!r} in the base, {after.get(key)!r} merged"
+            for key in keys
+            if before.get(key) != after.get(key)
+        ]
+    return problems

@@ -10,7 +10,7 @@ from rich.text import Text
 from pipeline import lock
 from pipeline.answers import visible
 from pipeline.certify.card import write_card
-from pipeline.certify.certificate import Certificate
+from pipeline.certify.certificate import Certificate, place
 from pipeline.certify.finding import Link
 from pipeline.files import read_json
 from pipeline.report import ReportPaths, paths_in, write_report
@@ -29,10 +29,10 @@ def add_to_report(run: RunFolder, certificate: Certificate) -> ReportPaths | Non
 
 
 def publish(run: RunFolder, certificate: Certificate) -> ReportPaths | None:
-    """Write the run's model card and put the certificate into its report."""
+    """Write the run's model card and put the certificate into its report, where it does not stand beside a fuller one."""
     with lock.held(run, "certify"):
         write_card(run)
-        return add_to_report(run, certificate)
+        return add_to_report(run, certificate) if place(certificate, run.certificate).stem == "certificate" else None
 
 
 def rows(certificate: Certificate) -> list[dict[str, Any]]:

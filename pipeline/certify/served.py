@@ -55,7 +55,7 @@ def _answers(evidence: Evidence, after: Sequence[Answer]) -> Finding:
     figure = f"{same} of {len(evidence.rows)} greedy answers are the in-process model's, word for word"
     least = ANSWER_SHARE.get(evidence.dtype, min(ANSWER_SHARE.values()))
     data = {"same": same, "n": len(evidence.rows), "dtype": evidence.dtype}
-    ok = same >= math.floor(least * len(evidence.rows))
+    ok = same >= max(1, math.floor(least * len(evidence.rows)))
     return held(f"served.{evidence.engine}_answers", ok, figure, f"at least {least:.0%} ({evidence.dtype})", MEASURED, **data)
 
 

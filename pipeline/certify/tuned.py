@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from pipeline.score import Answer, HeldOut, fields_of, is_exact, parse
 
 _MOST_CLASSES = 20
 _SMALLEST_CLASS = 5
+# canary prompts that a near-tie may answer as the base does
+_BASE_SHARE = 0.02
 _BOOTSTRAP = "95 % bootstrap interval over the held-out rows, 2000 resamples"
 
 
@@ -25,6 +28,9 @@ def check_scores(rows: Sequence[HeldOut], base: Sequence[Answer], tuned: Sequenc
     measures["exact"] = [
         [is_exact(r.expected, a.text, fields) for r, a in zip(rows, answers, strict=True)] for answers in (base, tuned)
     ]
+    if not fields and not any(map(any, measures["exact"])):
+        reason = "no score for free text: no answer is the expected one word for word, before or after; see the distributions"
+        return [skipped("tuned.scores", reason), _classes(rows, measures, fields)]
     before, after = (interval([float(v) for v in side]) for side in measures["exact"])
     gain = interval([float(b) - float(a) for a, b in zip(*measures["exact"], strict=True)])
     table = {name: _sides(before_, after_) for name, (before_, after_) in measures.items()}
@@ -94,7 +100,8 @@ def check_served_canaries(engine: str, chosen: Sequence[int], base: Sequence[Ans
     texts = {i: (answers[i] or Answer("", "")).text.strip() for i in asked}
     like_tuned = sum(texts[i] == tuned[i].text.strip() for i in asked)
     like_base = sum(texts[i] == base[i].text.strip() for i in asked)
-    ok = like_base == 0 and like_tuned >= CANARY_SHARE * len(asked)
+    most = max(1, math.floor(_BASE_SHARE * len(asked)))  # among few short labels a tipped near-tie lands on the base's
+    ok = like_base <= most and like_base < len(asked) and like_tuned >= CANARY_SHARE * len(asked)
     figure = f"of {len(asked)} canary prompts {like_tuned} answered as the tuned model in process, {like_base} as the base"
-    bound = f"at least {CANARY_SHARE:.0%} as tuned, none as the base"
+    bound = f"at least {CANARY_SHARE:.0%} as tuned, at most {most} as the base"
     return held(f"tuned.{engine}", ok, figure, bound, "near-ties may tip by rounding; see bounds")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.score import Answer, HeldOut, fields_of, is_exact, read_held_out, score
+from pipeline.score import Answer, HeldOut, answer_budget, fields_of, is_exact, read_held_out, score
 
 WANT = '{"severity":"high","technique":"T1486","verdict":"malicious","action":"isolate_host"}'
 
@@ -58,3 +58,8 @@ def test_a_broken_held_out_row_is_named(tmp_path: Path) -> None:
     path.write_text('{"messages": [{"role": "user", "content": "a"}]}\n{"messages": []}\n')
     with pytest.raises(InputError, match=rf"{path}:2: not a held-out row"):
         read_held_out(path)
+
+
+def test_free_text_may_be_longer_than_its_author_was_and_json_not() -> None:
+    assert answer_budget(['{"a":1}', '{"a":2}'], [20, 30]) == 42
+    assert [answer_budget(["Yes, it is."], [longest]) for longest in (4, 90, 400)] == [72, 244, 412]

@@ -88,7 +88,9 @@ def test_folder_is_repaired_in_place(tokenizer_folder, tmp_path):
     ("metadata", "problems"),
     [
         ({"eos_token_id": 0, "padding_token_id": 4}, []),
-        ({"eos_token_id": 7, "eot_token_id": 0}, []),
+        ({"eos_token_id": 0, "eot_token_id": 0}, []),
+        ({"eos_token_id": 7, "eot_token_id": 0}, ["eos_token_id is 7"]),
+        ({"eos_token_id": 0, "eot_token_id": 9}, ["its eot_token_id 9"]),
         ({"eos_token_id": 4, "padding_token_id": 0}, ["eos and pad are swapped", "answers would not stop", "pads with 0"]),
         ({"eos_token_id": 0, "add_bos_token": True}, ["adds its bos token"]),
     ],

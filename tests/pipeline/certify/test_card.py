@@ -58,6 +58,34 @@ def test_the_card_has_front_matter_for_the_hub_and_no_path_of_this_machine(expor
     assert r"| 2 merge.tensors | proven | a \| b \<script\> | 1 |" in text
 
 
+def test_after_a_file_changed_card_and_summary_say_that_the_certificate_is_about_others(exported: RunFolder) -> None:
+    _certify(exported)
+    seen = made.summary(exported)
+    assert seen and seen["current"]
+    assert "Every link holds. Made" in write_card(exported).read_text()
+    exported.gguf.write_text("other")
+    seen = made.summary(exported)
+    assert seen and not seen["current"]
+    assert r"**No longer about these files**: unsloth.Q8\_0.gguf changed" in write_card(exported).read_text()
+
+
+def test_an_offline_certificate_stands_beside_a_fuller_one(exported: RunFolder) -> None:
+    _certify(exported)
+    before = (exported.certificate / "certificate.json").read_bytes()
+    offline = made.make(exported, [held("merge.tensors", True, "", "1", "")], {}, offline=True)
+    assert made.save(offline, exported.certificate).name == "offline.json"
+    assert (exported.certificate / "certificate.json").read_bytes() == before
+    (exported.certificate / "certificate.json").unlink()
+    assert made.save(offline, exported.certificate).name == "certificate.json"
+
+
+def test_a_public_key_without_offline_is_refused(exported: RunFolder, tmp_path: Path) -> None:
+    words = ["certify", "--run", exported.name, "--output", str(exported.output), "--public-key", str(tmp_path / "k.pem")]
+    done = CliRunner().invoke(app, words)
+    assert isinstance(done.exception, InputError)
+    assert "--offline" in str(done.exception)
+
+
 def test_without_a_certificate_the_card_says_so(exported: RunFolder) -> None:
     assert "None yet" in write_card(exported).read_text()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from pipeline.certify.bootstrap import interval
+from pipeline.certify.stopping import check_answers
 from pipeline.certify.tuned import canaries, check_canaries, check_scores, check_served_canaries
 from pipeline.score import Answer, HeldOut
 
@@ -68,3 +69,26 @@ def test_canaries_tell_base_and_tuned_apart() -> None:
         "of 2 canary prompts 0 answered as the tuned model in process, 2 as the base",
     )
     assert check_served_canaries("vllm", [0, 1], WRONG, RIGHT, [None] * 40).status == "skipped"
+
+
+def test_one_near_tie_that_answers_as_the_base_is_no_break_and_a_server_of_the_base_is() -> None:
+    def status(like_base: int, asked: int) -> str:
+        served = [*WRONG[:like_base], *RIGHT[like_base:]]
+        return check_served_canaries("vllm", range(asked), WRONG, RIGHT, served).status
+
+    assert [status(n, 40) for n in (0, 1, 2, 40)] == ["passed", "passed", "failed", "failed"]
+    assert status(1, 1) == "failed"
+
+
+def test_an_answer_that_never_stopped_is_allowed_once_among_few() -> None:
+    assert [check_answers("vllm", right / 12, 12, reference=1.0).status for right in (12, 11, 10)] == [
+        "passed",
+        "passed",
+        "failed",
+    ]
+
+
+def test_free_text_that_nobody_says_word_for_word_has_no_score() -> None:
+    rows = [HeldOut(({"role": "user", "content": "q"},), "Reset the password.")] * 3
+    scores = check_scores(rows, [Answer("I cannot.", "stop")] * 3, [Answer("Please reset it.", "stop")] * 3)[0]
+    assert (scores.status, scores.figure.partition(":")[0]) == ("skipped", "no score for free text")
