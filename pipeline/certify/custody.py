@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.certify.finding import Finding, held, skipped
+from pipeline.certify.finding import Finding, guarded, held, skipped
 from pipeline.certify.subject import Subject
 from pipeline.files import sha256_json
 from pipeline.manifest import seal_holds
@@ -33,7 +34,12 @@ def check_custody(subject: Subject) -> list[Finding]:
         return [
             Finding("custody.chain", "failed", f"the manifest has no record of {', '.join(lacking)}", "every stage recorded", "")
         ]
-    return [_artefacts(subject), _chain(subject), _base(subject), _dataset(subject), _records(subject), _scores(subject), _launch(subject)]  # fmt: skip
+    checks = {"artefacts": _artefacts, "chain": _chain, "base": _base, "dataset": _dataset, "records": _records, "scores": _scores, "launch": _launch}  # fmt: skip
+    return [found for name, check in checks.items() for found in guarded(f"custody.{name}", partial(_alone, check, subject))]
+
+
+def _alone(check: Callable[[Subject], Finding], subject: Subject) -> list[Finding]:
+    return [check(subject)]
 
 
 def _artefacts(subject: Subject) -> Finding:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.certify.finding import Finding, held
+from pipeline.certify.finding import Finding, guarded, held
 from pipeline.certify.gguf_names import DERIVED, gguf_tensors
 from pipeline.chat import ChatTemplate
 from pipeline.errors import ModelError
@@ -39,11 +39,13 @@ _CONTROL = 3
 
 def check_gguf(merged: Path, gguf: Path) -> list[Finding]:
     """Tensors, metadata, template and vocabulary of a GGUF against the merged folder it was made from."""
-    try:
-        header = read_gguf_header(gguf, whole_arrays=True)
-    except (ModelError, OSError) as error:
-        return [Finding("gguf.tensors", "failed", str(error))]
-    return [_tensors(merged, gguf, header), metadata(merged, header), template(merged, header), _vocabulary(merged, header)]
+    header = read_gguf_header(gguf, whole_arrays=True)
+    return [
+        *guarded("gguf.tensors", lambda: [_tensors(merged, gguf, header)]),
+        *guarded("gguf.metadata", lambda: [metadata(merged, header)]),
+        *guarded("gguf.template", lambda: [template(merged, header)]),
+        *guarded("gguf.vocabulary", lambda: [_vocabulary(merged, header)]),
+    ]
 
 
 def _tensors(merged: Path, gguf: Path, header: GgufHeader) -> Finding:

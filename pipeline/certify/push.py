@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.certify.card import write_card
+from pipeline.certify.certificate import not_proven, read
 from pipeline.errors import EnvironmentFailure, InputError, MissingDependency
-from pipeline.files import read_json, sha256_tree, tree_bytes
+from pipeline.files import sha256_tree, tree_bytes
 from pipeline.runs import RunFolder
 
 PARTS = ("merged", "gguf", "adapter")
@@ -41,15 +42,20 @@ def plan(run: RunFolder, parts: tuple[str, ...] = PARTS) -> list[Upload]:
 
 
 def require_current_certificate(run: RunFolder) -> None:
-    """InputError unless the run has a certificate that passed and is about the files as they are now."""
+    """InputError unless every link is proven, by a certificate with servers that is about the files as they are now."""
     path = run.certificate / "certificate.json"
     remedy = f"granite-pipeline certify --run {run.name}, or push with --uncertified"
     if not path.is_file():
         raise InputError(f"run {run.name} has no certificate", remedy=remedy)
-    held = read_json(path)
-    if not held["passed"]:
-        raise InputError(f"run {run.name} is not certified: {', '.join(held['broken'])}", remedy=remedy)
-    for name, sha256 in held["subject"]["artefacts"].items():
+    held, claimed = read(path)
+    if held.id != claimed:
+        raise InputError(f"{path} was edited: its id is not that of its content", remedy=remedy)
+    if held.broken:
+        raise InputError(f"run {run.name} is not certified: {', '.join(one.id for one in held.broken)}", remedy=remedy)
+    if held.offline or held.unproven:
+        why = "it is from files alone" if held.offline else f"nothing is proven for {not_proven(held)}"
+        raise InputError(f"the certificate of run {run.name} is incomplete: {why}", remedy=remedy)
+    for name, sha256 in held.subject["artefacts"].items():
         if not (run.path / name).exists() or sha256_tree(run.path / name) != sha256:
             raise InputError(f"{name} has changed since the certificate was made", remedy=remedy)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pipeline.certify.bounds import FINISH_SHARE, FINISH_SLACK
-from pipeline.certify.finding import Finding, held, skipped
+from pipeline.certify.finding import Finding, guarded, held, skipped
 from pipeline.certify.subject import Subject
 from pipeline.chat import ChatTemplate
 from pipeline.errors import ModelError
@@ -24,23 +24,28 @@ _TEMPLATE = "the token the chat template writes after an answer"
 def check_files(subject: Subject) -> list[Finding]:
     """config, generation and tokenizer config, GGUF and Modelfile stop where the chat template ends a turn."""
     run = subject.run
-    try:
-        template, vocabulary = ChatTemplate.from_folder(run.merged), special_ids(run.merged)
-        end = turn_end(template, vocabulary)
-        parts = [run.merged / f"{name}.json" for name in ("config", "generation_config", "tokenizer_config")]
-        files = StopFiles(*(read_json(path) if path.is_file() else {} for path in parts))
-        problems = repair_stops(files, end, vocabulary)[1]
-        problems += gguf_problems(read_gguf_header(run.gguf).metadata, end) if run.gguf.is_file() else []
-    except (ModelError, OSError) as error:
-        return [Finding("stops.files", "failed", str(error), f"one end token: {_TEMPLATE}", "definition")]
+    return [*guarded("stops.files", lambda: [_files(run)]), *guarded("stops.modelfile", lambda: [_modelfile(run)])]
+
+
+def _end(run: RunFolder) -> tuple[ChatTemplate, Mapping[str, int], Token]:
+    template, vocabulary = ChatTemplate.from_folder(run.merged), special_ids(run.merged)
+    return template, vocabulary, turn_end(template, vocabulary)
+
+
+def _files(run: RunFolder) -> Finding:
+    _, vocabulary, end = _end(run)
+    parts = [run.merged / f"{name}.json" for name in ("config", "generation_config", "tokenizer_config")]
+    files = StopFiles(*(read_json(path) if path.is_file() else {} for path in parts))
+    problems = repair_stops(files, end, vocabulary)[1]
+    problems += gguf_problems(read_gguf_header(run.gguf).metadata, end) if run.gguf.is_file() else []
     figure = "; ".join(problems) or f"{end.text} ({end.id}) in config, generation config, tokenizer config and GGUF"
-    found = [held("stops.files", not problems, figure, f"one end token: {_TEMPLATE}", "definition")]
-    return [*found, _modelfile(run, template, end)]
+    return held("stops.files", not problems, figure, f"one end token: {_TEMPLATE}", "definition")
 
 
-def _modelfile(run: RunFolder, template: ChatTemplate, end: Token) -> Finding:
+def _modelfile(run: RunFolder) -> Finding:
     if not run.modelfile.is_file():
         return skipped("stops.modelfile", "the run has no Modelfile")
+    template, _, end = _end(run)
     made = parse_modelfile(run.modelfile.read_text(encoding="utf-8"))
     stops = list(made.parameters.get("stop", ()))
     problems = [] if end.text in stops else [f"PARAMETER stop {end.text} is missing (it has {', '.join(stops) or 'none'})"]
@@ -57,10 +62,7 @@ def _modelfile(run: RunFolder, template: ChatTemplate, end: Token) -> Finding:
 
 def check_turns(run: RunFolder, rows: Sequence[HeldOut]) -> Finding:
     """Rendered with their expected answers, held-out conversations have exactly one end token after each answer."""
-    try:
-        wrong, end = _wrong_turns(run, rows)
-    except ModelError as error:
-        return Finding("stops.turns", "failed", error.message, "1 a turn", "definition")
+    wrong, end = _wrong_turns(run, rows)
     figure = "; ".join(wrong[:3]) or f"exactly one {end} after each of {len(rows)} answers"
     return held("stops.turns", not wrong, figure, "1 a turn", "definition")
 

@@ -18,6 +18,8 @@ from pipeline.errors import InputError
 from pipeline.manifest import Manifest
 from pipeline.runs import RunFolder
 
+LINKS = ("adapter", "gguf", "served", "tuned", "stops", "custody")
+
 
 @pytest.fixture
 def exported(run: RunFolder) -> RunFolder:
@@ -38,11 +40,19 @@ def exported(run: RunFolder) -> RunFolder:
     return run
 
 
-def _certify(run: RunFolder, ok: bool = True) -> None:
+def _certify(run: RunFolder, ok: bool = True, *, offline: bool = False, links: tuple[str, ...] = LINKS) -> None:
     from pipeline.certify.subject import hashes
 
     finding = held("merge.tensors", ok, "a | b <script>", "1", "IEEE 754")
-    made.save(made.make(run, [finding], {"artefacts": hashes(run)}, offline=False), run.certificate)
+    others = [held(f"{key}.x", True, "", "", "") for key in links]
+    made.save(made.make(run, [finding, *others], {"artefacts": hashes(run)}, offline=offline), run.certificate)
+
+
+def _forge(run: RunFolder) -> None:
+    """A failed certificate made to say that it passed."""
+    _certify(run, ok=False)
+    path = run.certificate / "certificate.json"
+    path.write_text(path.read_text().replace('"failed"', '"passed"'))
 
 
 def test_the_card_has_front_matter_for_the_hub_and_no_path_of_this_machine(exported: RunFolder) -> None:
@@ -80,6 +90,10 @@ def test_the_plan_lists_weights_card_certificate_and_adapter(exported: RunFolder
     [
         (lambda run: None, "has no certificate"),
         (lambda run: _certify(run, ok=False), r"not certified: merge\.tensors"),
+        (_forge, "its id is not that of its content"),
+        (lambda run: _certify(run, offline=True), "from files alone"),
+        (lambda run: _certify(run, links=LINKS[:-1]), "nothing is proven for link 7, chain of custody"),
+        (lambda run: (run.certificate.mkdir(), (run.certificate / "certificate.json").write_text("[]")), "is not a certificate"),
         (lambda run: (_certify(run), run.gguf.write_text("other")), r"unsloth\.Q8_0\.gguf has changed"),
     ],
 )
