@@ -85,6 +85,7 @@ class Endpoint:
     plan: dict[str, Any] | None = None
     ready_seconds: float | None = None
     api_key: str = field(default="", repr=False)
+    sha256: str | None = None  # of the run's artefact as it was when this server had loaded it
 
     @property
     def headers(self) -> dict[str, str]:
@@ -193,7 +194,7 @@ def attach(engine_name: str, target: Target) -> Endpoint | None:
     for process in server.running(target.servers):
         # the notes are written after the first token: without them it is still loading
         if process.engine == engine_name and _notes(target, engine_name).is_file():
-            notes = _read_notes(_notes(target, engine_name))
+            notes = read_json(_notes(target, engine_name))
             extra = {key: value for key, value in notes.items() if key != "artefact"}
             return Endpoint(engine_name, process.url, process.model, server=process, **extra)
     return None
@@ -291,9 +292,8 @@ def _with_ready(endpoint: Endpoint, begun: float, target: Target) -> Endpoint:
     loaded = artefact.of_file(target.model)
     notes = {"version": endpoint.version, "plan": endpoint.plan, "ready_seconds": seconds}
     notes["artefact"] = loaded.to_json() if loaded else None
-    write_json(_notes(target, endpoint.engine), notes)
-    return replace(endpoint, ready_seconds=seconds)
-
-
-def _read_notes(path: Path) -> dict[str, Any]:
-    return dict(read_json(path)) if path.is_file() else {}
+    manifest = target.folder / "manifest.json"
+    # the file's own hash, not the manifest's word; remembered since the export, so that nothing is read again
+    sha256 = Manifest(manifest).sha256(target.model) if manifest.is_file() and target.model.exists() else None
+    write_json(_notes(target, endpoint.engine), {**notes, "sha256": sha256})
+    return replace(endpoint, ready_seconds=seconds, sha256=sha256)

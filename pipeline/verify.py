@@ -59,7 +59,7 @@ def _verify(run: RunFolder, names: Sequence[str], settings: Settings, material: 
     report = _assemble(run, material, outcomes)
     with Manifest(run.manifest).changing() as data:
         data["served"] = {
-            name: sealed({key: outcome.entry.get(key) for key in ("engine_version", "argv", "env", "status")})
+            name: sealed({key: outcome.entry.get(key) for key in ("engine_version", "argv", "env", "sha256", "status")})
             for name, outcome in outcomes.items()
         }
     return report

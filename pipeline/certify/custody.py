@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,11 @@ def _launch(subject: Subject) -> Finding:
 
 
 def _of_run(entry: Mapping[str, Any], subject: Subject) -> bool:
-    """Whether the model that an engine was told to load (the last one counts) is this run's file."""
+    """Whether the model that an engine was told to load (the last one counts) is this run's file, and was when it started."""
     argv = entry["argv"]
-    told = [value for flag, value in zip(argv, argv[1:], strict=False) if flag in _MODEL_FLAGS]
-    return bool(told) and Path(told[-1]).resolve() in {path.resolve() for path in (subject.run.merged, subject.run.gguf)}
+    told = [value for flag, value in pairwise(argv) if flag in _MODEL_FLAGS]
+    ours, known = (subject.run.merged, subject.run.gguf), entry.get("sha256")
+    if not told or known not in {None, *(subject.sha256.get(path.name) for path in ours)}:
+        return False
+    # a run folder that was moved since has its hash only
+    return Path(told[-1]).resolve() in {path.resolve() for path in ours} or bool(known and not Path(told[-1]).exists())

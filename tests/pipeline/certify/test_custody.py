@@ -54,6 +54,16 @@ def test_a_launch_of_another_file_of_the_same_name_is_not_this_run_s(line: RunFo
     assert failed(line) == {"custody.launch"}
 
 
+def test_a_launch_is_known_by_its_hash_when_the_folder_was_moved_and_stale_after_another_export(line: RunFolder) -> None:
+    known = hashes(line)[line.gguf.name]
+    entry = {"engine_version": "1", "argv": ["llama-server", "--model", "/was/here/before.gguf"], "sha256": known}
+    edit(line, lambda data: data["served"].update(llamacpp=sealed(entry)))
+    assert failed(line) == set()
+    stale = {**entry, "argv": ["llama-server", "--model", str(line.gguf)], "sha256": "0" * 64}
+    edit(line, lambda data: data["served"].update(llamacpp=sealed(stale)))
+    assert failed(line) == {"custody.launch"}
+
+
 def test_scores_without_answers_are_not_compared_and_not_passed(line: RunFolder) -> None:
     for which in ("base", "tuned"):
         line.reference(which).unlink()
