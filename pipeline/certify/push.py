@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.certify.card import write_card
 from pipeline.certify.certificate import not_proven, read
 from pipeline.errors import EnvironmentFailure, InputError, MissingDependency
-from pipeline.files import sha256_tree, tree_bytes
+from pipeline.files import read_json, sha256_tree, tree_bytes, write_json
 from pipeline.runs import RunFolder
 
 PARTS = ("merged", "gguf", "adapter")
+_PRIVATE = frozenset({"argv", "env", "log", "starts", "cases"})
+# an absolute path, or one below the home folder, with at least two parts; not the path of a URL
+_PATH = re.compile(r"(?<![\w./:~-])(?:~|/[^\s/\"'`,;:()\[\]]+)(?:/[^\s/\"'`,;:()\[\]]+)+/?")
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,8 @@ def plan(run: RunFolder, parts: tuple[str, ...] = PARTS) -> list[Upload]:
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
         raise InputError(f"no part {unknown[0]!r}", remedy=f"known: {', '.join(PARTS)}")
-    chosen: list[tuple[Path, str]] = [(write_card(run), "README.md"), (run.manifest, "manifest.json")]
-    chosen.append((run.certificate / "certificate.json", "certificate.json"))
+    chosen: list[tuple[Path, str]] = [(write_card(run), "README.md")]
+    chosen += [(_public(run, path), path.name) for path in (run.manifest, run.certificate / "certificate.json") if path.is_file()]
     if "merged" in parts:
         chosen += [(path, path.name) for path in sorted(run.merged.iterdir()) if path.is_file()]
     if "gguf" in parts:
@@ -39,6 +44,28 @@ def plan(run: RunFolder, parts: tuple[str, ...] = PARTS) -> list[Upload]:
         # peft's own card there is a template to fill in, and names folders of this machine
         chosen += [(p, f"adapter/{p.name}") for p in sorted(run.adapter.iterdir()) if p.is_file() and p.name != "README.md"]
     return [Upload(path, name, tree_bytes(path)) for path, name in chosen if path.is_file()]
+
+
+def redacted(value: Any) -> Any:
+    """A copy for others: without command lines, environments, logs and cases of own checks; a path of this machine is its name."""
+    if isinstance(value, str):
+        return _PATH.sub(lambda found: found[0].rstrip("/").rpartition("/")[2], value)
+    if isinstance(value, dict):
+        return {redacted(key): redacted(item) for key, item in value.items() if key not in _PRIVATE}
+    if isinstance(value, list):
+        return [redacted(item) for item in value]
+    return value
+
+
+def _public(run: RunFolder, path: Path) -> Path:
+    """The redacted copy of a JSON file; a certificate's keeps the id of the whole one, and its own checks only their verdicts."""
+    content = redacted(read_json(path))
+    for link in content.get("links", []):
+        if link["key"] == "own":  # figures quote prompts and answers
+            link["findings"] = [{**finding, "figure": "", "data": {}} for finding in link["findings"]]
+    target = run.certificate / "public" / path.name
+    write_json(target, {**content, "redacted": True})
+    return target
 
 
 def require_current_certificate(run: RunFolder) -> None:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from pipeline.certify import certificate as made
 from pipeline.certify.card import plain, write_card
 from pipeline.certify.finding import held
-from pipeline.certify.push import plan, require_current_certificate
+from pipeline.certify.push import plan, redacted, require_current_certificate
 from pipeline.cli import app
 from pipeline.errors import InputError
 from pipeline.manifest import Manifest
@@ -83,6 +83,32 @@ def test_the_plan_lists_weights_card_certificate_and_adapter(exported: RunFolder
     ]  # fmt: skip
     with pytest.raises(InputError, match="no part 'weights'"):
         plan(exported, ("weights",))
+
+
+def test_what_is_uploaded_says_nothing_of_this_machine_nor_of_the_user_s_own_prompts(exported: RunFolder) -> None:
+    with Manifest(exported.manifest).changing() as data:
+        data["served"] = {"llamacpp": {"argv": ["/home/someone/llama-server"], "env": {"MINE": "private"}}}
+        data["starts"] = [{"attempts": [{"log": "/home/someone/logs/one.log", "failed": "private"}]}]
+    case = {"name": "private prompt", "passed": False, "answer": "private answer"}
+    own = held("own.llamacpp_mine", True, "first that is not: 'private prompt'", "", "/home/someone/mine.yaml", cases=[case])
+    subject = {"parameters": {"base": "/home/someone/models/base", "data": "hub:me/set"}}
+    whole = made.make(exported, [own, held("served.x", True, "it loaded /home/someone/a b", "", "")], subject, offline=False)
+    made.save(whole, exported.certificate)
+    sent = {
+        upload.path: upload.file.read_text()
+        for upload in plan(exported)
+        if upload.path.endswith("te.json") or upload.path == "manifest.json"
+    }
+    assert set(sent) == {"manifest.json", "certificate.json"}
+    for text in sent.values():
+        assert "/home" not in text
+        assert "private" not in text
+    assert f'"id": "{whole.id}"' in sent["certificate.json"]
+    assert "hub:me/set" in sent["certificate.json"]
+    # the run's own files stay whole
+    assert "private prompt" in (exported.certificate / "certificate.json").read_text()
+    assert redacted("see https://a.b/c/d or ./x/y, 1/2") == "see https://a.b/c/d or ./x/y, 1/2"
+    assert redacted("~/models/base and /srv/data.jsonl:3") == "base and data.jsonl:3"
 
 
 @pytest.mark.parametrize(
