@@ -81,6 +81,8 @@ async def parity(prober: Prober, rows: Sequence[HeldOut], expected: Sequence[tup
     for number, (row, (text, ids)) in enumerate(zip(rows, expected, strict=True), 1):
         try:
             prompt = await prober.prompt(Conversation(f"row {number}", row.messages, row.tools))
+        except (LookupError, TypeError, ValueError) as error:
+            return Check(check_id, "failed", f"its answer about the prompt is not understood: {error!r}")
         except PipelineError as error:
             return Check(check_id, "skipped" if prober.endpoint.engine == "openai" else "failed", str(error))
         fed = prompt.text or "" if prompt.ids is None else list(prompt.ids)

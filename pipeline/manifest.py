@@ -50,7 +50,7 @@ class Manifest:
         # sealed as it is written: without secrets
         record = masked(self.entry(inputs, artefacts, result, seconds))
         with self.changing() as data:
-            data["stages"][name] = {**record, "seal": _sealed(record)}
+            data["stages"][name] = sealed(record)
 
     def entry(
         self, inputs: Mapping[str, Any], artefacts: list[Path], result: Mapping[str, Any], seconds: float
@@ -64,12 +64,6 @@ class Manifest:
             "seconds": round(seconds, 1),
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-
-    def seal(self, name: str) -> bool | None:
-        """Whether a stage's record is as it was written; None for a record made before records were sealed."""
-        record = {key: value for key, value in self.stage(name).items() if key != "seal"}
-        known = self.stage(name).get("seal")
-        return None if known is None else bool(known == _sealed(record))
 
     def artefact_sha256(self, stage: str, relative: str) -> str:
         """Recorded hash of an artefact; KeyError when the stage has not made it."""
@@ -113,6 +107,18 @@ class Manifest:
 
     def _seal(self, path: Path) -> dict[str, Any]:
         return {"sha256": self.sha256(path), "bytes": tree_bytes(path)}
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record as the manifest keeps it, without secrets, and its own hash in it."""
+    kept = masked(record)
+    return {**kept, "seal": _sealed(kept)}
+
+
+def seal_holds(record: Mapping[str, Any]) -> bool | None:
+    """Whether a record is as it was written; None for one that has no seal."""
+    known = record.get("seal")
+    return None if known is None else bool(known == _sealed({key: value for key, value in record.items() if key != "seal"}))
 
 
 def _checked(data: Any, path: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ def launched(endpoint: Endpoint) -> dict[str, Any]:
         "engine_version": endpoint.version,
         "argv": list(process.argv) if process else None,
         "env": process.env if process else None,
+        "sha256": endpoint.sha256,
         "ready_seconds": endpoint.ready_seconds,
         "reasons": plan.get("reasons", []),
         "memory_gib": plan.get("memory_gib"),

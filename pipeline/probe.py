@@ -57,8 +57,11 @@ class Prober:
     async def chat(self, row: HeldOut) -> tuple[Answer, int]:
         """Greedy answer to a held-out prompt and the number of tokens it has."""
         body = await self.post("/v1/chat/completions", self._body(row))
-        choice = body["choices"][0]
-        return Answer(choice["message"]["content"] or "", str(choice["finish_reason"])), int(body["usage"]["completion_tokens"])
+        try:
+            choice, tokens = body["choices"][0], int(body["usage"]["completion_tokens"])
+            return Answer(choice["message"]["content"] or "", str(choice["finish_reason"])), tokens
+        except (LookupError, TypeError, ValueError) as error:
+            raise EngineError(f"{self.endpoint.engine}: no chat answer with its usage ({error!r})", evidence=str(body)[:1000]) from None  # fmt: skip
 
     async def stream(self, row: HeldOut) -> Streamed:
         """The same, streamed; EngineError when the stream ends without its end mark."""

@@ -60,7 +60,16 @@ def read_reference(path: Path) -> list[Answer]:
     """Answers recorded in process; InputError when there are none."""
     if not path.is_file():
         raise InputError(f"{path}: no reference answers", remedy="granite-pipeline export makes them after the merge")
-    return [Answer(**json.loads(line)) for line in read_utf8(path).split("\n") if line]  # splitlines() would also split at U+2028
+    answers = []
+    for number, line in enumerate(read_utf8(path).split("\n"), 1):  # splitlines() would also split at U+2028
+        if not line:
+            continue
+        try:
+            entry = json.loads(line)
+            answers.append(Answer(str(entry["text"]), str(entry["finish_reason"])))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}:{number}: not an answer ({error!r})", remedy="granite-pipeline export --force writes it anew") from None  # fmt: skip
+    return answers
 
 
 def parse(text: str) -> dict[str, Any] | None:

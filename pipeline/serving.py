@@ -85,6 +85,7 @@ class Endpoint:
     plan: dict[str, Any] | None = None
     ready_seconds: float | None = None
     api_key: str = field(default="", repr=False)
+    sha256: str | None = None  # of the run's artefact as it was when this server had loaded it
 
     @property
     def headers(self) -> dict[str, str]:
@@ -187,7 +188,7 @@ def attach(engine_name: str, target: Target) -> Endpoint | None:
         note = server.note_path(target.servers, engine_name)
         if process.engine == engine_name and note.is_file():
             said = read_json(note)
-            extra = {key: said.get(key) for key in ("version", "plan", "ready_seconds")}
+            extra = {key: said.get(key) for key in ("version", "plan", "ready_seconds", "sha256")}
             return Endpoint(engine_name, process.url, process.model, server=process, api_key=key_for(engine_name), **extra)
     return None
 
@@ -274,6 +275,9 @@ def _described(plan: Plan, launch: Launch) -> dict[str, Any]:
 
 def _with_ready(endpoint: Endpoint, begun: float, target: Target) -> Endpoint:
     seconds = round(time.monotonic() - begun, 1)
-    said = {"url": endpoint.url, "model": endpoint.model, "version": endpoint.version, "plan": endpoint.plan}
+    manifest = target.folder / "manifest.json"
+    # the file's own hash, not the manifest's word; remembered since the export, so that nothing is read again
+    sha256 = Manifest(manifest).sha256(target.model) if manifest.is_file() and target.model.exists() else None
+    said = {"url": endpoint.url, "model": endpoint.model, "version": endpoint.version, "plan": endpoint.plan, "sha256": sha256}
     notes.write(target.servers, endpoint.engine, {**said, "ready_seconds": seconds}, artefact.of_file(target.model))
-    return replace(endpoint, ready_seconds=seconds)
+    return replace(endpoint, ready_seconds=seconds, sha256=sha256)

@@ -16,7 +16,7 @@ from pipeline.config import Settings, resolved
 from pipeline.errors import PipelineError, VerificationFailed
 from pipeline.hardware import Hardware
 from pipeline.injection import probe as probe_injection
-from pipeline.manifest import Manifest
+from pipeline.manifest import Manifest, sealed
 from pipeline.material import Material, read_material
 from pipeline.outcome import Outcome, absent, launched
 from pipeline.probe import Prober, Streamed, ask_all
@@ -67,7 +67,7 @@ def _verify(run: RunFolder, names: Sequence[str], settings: Settings, material: 
     report = _assemble(run, material, outcomes)
     with Manifest(run.manifest).changing() as data:
         data["served"] = {
-            name: {key: outcome.entry.get(key) for key in ("engine_version", "argv", "env", "status")}
+            name: sealed({key: outcome.entry.get(key) for key in ("engine_version", "argv", "env", "sha256", "status")})
             for name, outcome in outcomes.items()
         }
     return report

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.certify.custody import _JOINTS
 from pipeline.files import sha256_file, sha256_json, sha256_tree, tree_bytes, write_json
 from pipeline.gguf_header import read_gguf_header
-from pipeline.manifest import Manifest, _sealed
+from pipeline.manifest import Manifest, sealed
 from pipeline.runs import RunFolder
 
 
@@ -33,7 +33,9 @@ def reseal(run: RunFolder) -> None:
             data["data"][name] = sha256_file(Path(data["parameters"][parameter]))
     for stage in stages.values():
         stage["key"] = sha256_json(stage["inputs"])
-        stage["seal"] = _sealed({key: value for key, value in stage.items() if key != "seal"})
+    for group in (stages, manifest.data.get("served", {})):
+        for name, record in group.items():
+            group[name] = sealed({key: value for key, value in record.items() if key != "seal"})
     write_json(run.manifest, manifest.data)
 
 

@@ -43,9 +43,9 @@ def certify(
 
     The adapter moved; merged = base + adapter, weight by weight and as distributions; GGUF = merged; each backend = the
     in-process model; tuned is not the base; it stops; the hashes from dataset to launch hold. Writes certificate/ in the run
-    folder (certificate.json, junit.xml), adds it to the report, and writes the model card README.md; --offline writes offline.json instead where a certificate of
-    served models is there. Exit code 1 when a link
-    is broken; the message names it.
+    folder (certificate.json, junit.xml), adds it to the report, and writes the model card README.md. Exit code 1 when a link
+    is broken or nothing is proven for it; the message names it. --offline passes on what files prove, and says what they do not;
+    it writes offline.json where a certificate of served models is there.
 
     Your own checks: a YAML list of entries with a prompt (or messages) and a check, one of exact, contains, regex, json_schema; or
     module:function, which gets ask(prompt or messages) and returns names with true, false or a share. See docs/examples.

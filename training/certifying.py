@@ -10,21 +10,20 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from pipeline import backends, lock, serving
+from pipeline import backends, engines, lock, serving
 from pipeline.certify import adapter, custody, gguf_file, merged, signing, stopping, tuned
 from pipeline.certify.bounds import CAST, MEASURED, MERGE, Bound
-from pipeline.certify.cache import Cache
 from pipeline.certify.certificate import Certificate, make, save
 from pipeline.certify.distributions import ROWS, Reference
 from pipeline.certify.evidence import Plan, collect
-from pipeline.certify.finding import Finding, Status, held, skipped
+from pipeline.certify.finding import Finding, Status, guarded, held, skipped
 from pipeline.certify.harness import run_tasks
 from pipeline.certify.own import load as load_own
 from pipeline.certify.own import run_own
 from pipeline.certify.served import judge
-from pipeline.certify.subject import Data, Subject, hashes
+from pipeline.certify.subject import Data, Subject, hashes, training_inputs
 from pipeline.config import Settings
-from pipeline.errors import DataError, InputError, PipelineError
+from pipeline.errors import DataError, EnvironmentFailure, Interrupted, PipelineError
 from pipeline.files import read_json, write_json
 from pipeline.manifest import Manifest
 from pipeline.material import Material, read_material
@@ -69,6 +68,8 @@ def certify(run: RunFolder, settings: Settings, scope: Scope) -> Certificate:
     """
     for spec in scope.own:
         load_own(spec)  # a mistake in it shows before any server starts
+    for name in scope.backends:
+        engines.get(name)
     subject = read_subject(run)
     with lock.held(run, "certify"):
         return _certify(run, subject, settings, scope)
@@ -77,22 +78,36 @@ def certify(run: RunFolder, settings: Settings, scope: Scope) -> Certificate:
 def _certify(run: RunFolder, subject: Subject, settings: Settings, scope: Scope) -> Certificate:
     log.info("certify: files")
     findings = offline_findings(subject)
-    if not run.merged.is_dir():
-        raise InputError(f"run {run.name} has no {run.merged.name}", remedy=f"granite-pipeline export --run {run.name}")
-    log.info("certify: the models in process")
-    probes.probe(run)
-    reference = Reference.from_json(read_json(run.probes))
-    findings += in_process(reference)
-    material = read_material(run)
-    chosen = sorted({probe.row for probe in reference.held_out})
-    if scope.prompts > ROWS:
-        log.warning("certify: %d prompts have a reference in process and are asked, not %d", len(chosen), scope.prompts)
-    plan = Plan(tuple(chosen[i] for i in probes.spread(len(chosen), scope.prompts)), scope.positions)
+    asked: list[tuple[Reference, Material, Plan]] = []
+    findings += _models(subject, scope, asked)
     for name in scope.backends:
-        findings += _backend(name, subject, settings, (reference, material, plan), scope)
+        if asked:
+            findings += guarded(f"served.{name}", partial(_backend, name, subject, settings, asked[0], scope))
+        else:
+            findings.append(skipped(f"served.{name}", "there is no in-process reference to compare it with"))
     certificate = make(run, findings, described(subject), offline=False)
     save(certificate, run.certificate)
     return certificate
+
+
+def _models(subject: Subject, scope: Scope, asked: list[tuple[Reference, Material, Plan]]) -> list[Finding]:
+    """The findings of the models in process; what the backends are then asked is put into ``asked``, unless it cannot be had."""
+    if subject.base is None:
+        return [skipped("merge.logits", subject.missing["base"])]
+
+    def work() -> list[Finding]:
+        log.info("certify: the models in process")
+        probes.probe(subject.run)
+        reference, material = Reference.from_json(read_json(subject.run.probes)), read_material(subject.run)
+        chosen = sorted({probe.row for probe in reference.held_out})
+        if scope.prompts > ROWS:
+            log.warning("certify: %d prompts have a reference in process and are asked, not %d", len(chosen), scope.prompts)
+        plan = Plan(tuple(chosen[i] for i in probes.spread(len(chosen), scope.prompts)), scope.positions)
+        asked.append((reference, material, plan))
+        return in_process(reference)
+
+    # what the machine lacks (memory, a package) breaks no link
+    return guarded("merge.logits", work, fatal=(Interrupted, EnvironmentFailure))
 
 
 def in_process(reference: Reference) -> list[Finding]:
@@ -131,8 +146,6 @@ def _backend(
         log.info("certify: %s, %d prompts", name, len(plan.rows))
         evidence = wait_for(collect(started.endpoint, run, material, reference, plan))
         own = _own(started.endpoint, run, scope)
-    except PipelineError as error:
-        return [Finding(f"served.{name}", "failed", str(error))]
     finally:
         if not (scope.keep and attached):
             serving.stop(run.path, name)
@@ -172,19 +185,17 @@ def certify_offline(run: RunFolder, public_key: Path | None = None) -> Certifica
 def read_subject(run: RunFolder) -> Subject:
     """The run with hashes taken now, its base and its dataset; InputError when nothing was exported."""
     manifest = Manifest(run.manifest)
-    if not manifest.stage("finetune"):
-        raise InputError(f"run {run.name} has no manifest of a training", remedy=f"granite-pipeline run --name {run.name}")
     missing: dict[str, str] = {}
-    inputs = manifest.stage("finetune")["inputs"]
+    inputs = training_inputs(manifest)
     base = sha256 = data = None
     try:
         found = resolve(inputs["parameters"]["base"], run.output / ".base", inputs["base"]["revision"])
         base, sha256 = found.folder, found.sha256
-    except (PipelineError, KeyError) as error:
+    except (PipelineError, OSError, LookupError, TypeError, ValueError) as error:
         missing["base"] = f"the base model cannot be had here: {str(error).splitlines()[0]}"
     try:
         data = _data(run, FinetuneParameters(**inputs["parameters"]))
-    except (InputError, OSError, TypeError) as error:
+    except (PipelineError, OSError, LookupError, TypeError, ValueError) as error:
         missing["data"] = f"the dataset cannot be read here: {str(error).splitlines()[0]}"
     return Subject(run, manifest, base, sha256, data, missing, hashes(run))
 
@@ -211,20 +222,16 @@ def described(subject: Subject) -> dict[str, object]:
 def offline_findings(subject: Subject) -> list[Finding]:
     """Links 1, 2, 3, 5, 6 and 7 as far as files can tell."""
     run = subject.run
-    cache = Cache(run.certificate / "cache.json")
-    found = [*_adapter(subject, cache), *_merge(subject, cache)]
-    if run.gguf.is_file() and run.merged.is_dir():
-        pre = subject.stage("gguf").get("result", {}).get("pre")  # a manifest of an older version has none
-        keys = {name: subject.sha256[name] for name in (run.merged.name, run.gguf.name)} | {"pre": pre}
-        found += cache.get("gguf", keys, lambda: gguf_file.check_gguf(run.merged, run.gguf, pre))
-    else:
-        found.append(Finding("gguf.tensors", "failed", f"run {run.name} has no {run.gguf.name} or no {run.merged.name}"))
-    return [*found, *_answers(subject), *custody.check_custody(subject)]
+    found = [*_adapter(subject), *_merge(subject)]
+    pre = subject.stage("gguf").get("result", {}).get("pre")  # a manifest of an older version has none
+    found += guarded("gguf.tensors", lambda: gguf_file.check_gguf(run.merged, run.gguf, pre))
+    found += [*stopping.check_files(subject), *guarded("tuned.scores", lambda: _answers(subject))]
+    return [*found, *guarded("custody.chain", lambda: custody.check_custody(subject))]
 
 
-def _adapter(subject: Subject, cache: Cache) -> list[Finding]:
-    run, base = subject.run, subject.base
-    found = adapter.learnt(subject.stage("finetune")["result"])
+def _adapter(subject: Subject) -> list[Finding]:
+    base = subject.base
+    found = guarded("adapter.gradients", lambda: adapter.learnt(subject.stage("finetune")["result"]))
     if subject.data is not None:
         leaked = subject.data.leaked
         figure = f"{len(leaked)} held-out prompts are training rows too ({', '.join(leaked[:3])})" if leaked else ""
@@ -234,9 +241,7 @@ def _adapter(subject: Subject, cache: Cache) -> list[Finding]:
         found.append(skipped("adapter.held_out_unseen", subject.missing["data"]))
     if base is None:
         return [skipped("adapter.moved", subject.missing["base"]), *found]
-    keys = {"adapter": subject.sha256.get("adapter"), "base": subject.base_sha256}
-    moved = cache.get("adapter", keys, lambda: [_moved(run.adapter, base, full=subject.full)])
-    return [*moved, *found]
+    return [*guarded("adapter.moved", lambda: [_moved(subject.run.adapter, base, full=subject.full)]), *found]
 
 
 def _moved(folder: Path, base: Path, *, full: bool) -> Finding:
@@ -245,39 +250,28 @@ def _moved(folder: Path, base: Path, *, full: bool) -> Finding:
     return adapter.moved(folder, TensorFolder(base))
 
 
-def _merge(subject: Subject, cache: Cache) -> list[Finding]:
+def _merge(subject: Subject) -> list[Finding]:
     run, base = subject.run, subject.base
     if base is None:
         return [skipped("merge.tensors", subject.missing["base"])]
-    keys = {name: subject.sha256.get(name) for name in ("adapter", run.merged.name)} | {"base": subject.base_sha256}
 
-    def work() -> Sequence[Finding]:
-        try:
-            lora = None if subject.full else adapter.read_lora(run.adapter)
-            tuned_weights = TensorFolder(run.adapter)
-            weights = merged.compare_weights(TensorFolder(base), lora, tuned_weights, TensorFolder(run.merged))
-        except (PipelineError, OSError, KeyError) as error:
-            weights = [Finding("merge.tensors", "failed", str(error).splitlines()[0])]
-        return [*weights, *merged.compare_files(base, run.merged)]
+    def work() -> list[Finding]:
+        lora = None if subject.full else adapter.read_lora(run.adapter)
+        return merged.compare_weights(TensorFolder(base), lora, TensorFolder(run.adapter), TensorFolder(run.merged))
 
-    return cache.get("merge", keys, work)
+    return [*guarded("merge.tensors", work), *merged.compare_files(base, run.merged)]
 
 
 def _answers(subject: Subject) -> list[Finding]:
     """What the recorded in-process answers prove: the scores, the canaries and the stops."""
     run = subject.run
-    try:
-        rows = read_held_out(run.heldout)
-        base, after = (read_reference(run.reference(which)) for which in ("base", "tuned"))
-    except InputError as error:
-        return [skipped("tuned.scores", error.message), *stopping.check_files(subject)]
+    rows = read_held_out(run.heldout)
+    base, after = (read_reference(run.reference(which)) for which in ("base", "tuned"))
     if not len(rows) == len(base) == len(after):
-        wrong = Finding("tuned.scores", "failed", f"{len(base)} and {len(after)} reference answers to {len(rows)} held-out rows")
-        return [wrong, *stopping.check_files(subject)]
+        return [Finding("tuned.scores", "failed", f"{len(base)} and {len(after)} reference answers to {len(rows)} held-out rows")]
     return [
         tuned.check_canaries(base, after),
         *tuned.check_scores(rows, base, after),
-        *stopping.check_files(subject),
-        stopping.check_turns(run, rows),
+        *guarded("stops.turns", lambda: [stopping.check_turns(run, rows)]),
         stopping.check_answers("in_process", stopping.share_stopped(after), len(after), cut_short=subject.cut_short),
     ]

@@ -65,10 +65,7 @@ def read_lora(folder: Path) -> Lora:
 
 def moved(folder: Path, base: TensorFolder) -> Finding:
     """Every targeted module of the base has a delta that is finite and not zero."""
-    try:
-        lora = read_lora(folder)
-    except (ModelError, OSError, KeyError) as error:
-        return Finding("adapter.moved", "failed", f"the adapter cannot be read: {error}")
+    lora = read_lora(folder)
     sizes = {weight: delta_norm(*lora.read(weight)) * abs(lora.scale) for weight in lora.halves}
     missing = [n for n in base.names if len(base.info(n).shape) == 2 and lora.targeted(n) and n not in sizes]
     zero = [weight for weight, size in sizes.items() if size == 0]

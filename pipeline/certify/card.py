@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.answers import visible
 from pipeline.certify.current import changed_files
-from pipeline.errors import InputError
+from pipeline.certify.subject import training_inputs
 from pipeline.files import read_json, write_atomic
 from pipeline.manifest import Manifest
 from pipeline.runs import RunFolder
@@ -20,8 +20,7 @@ _MARKDOWN = str.maketrans({mark: f"\\{mark}" for mark in "\\`*_{}[]<>#|~"})
 def write_card(run: RunFolder) -> Path:
     """Write the card; InputError when the run has no training on record."""
     manifest = Manifest(run.manifest)
-    if not manifest.stage("finetune"):
-        raise InputError(f"run {run.name} has no manifest of a training", remedy=f"granite-pipeline run --name {run.name}")
+    training_inputs(manifest)
     path = run.certificate / "certificate.json"
     target = run.path / "README.md"
     held = read_json(path) if path.is_file() else None
@@ -85,7 +84,11 @@ def _front_matter(name: str, manifest: Manifest) -> str:
 def _certificate(certificate: Mapping[str, Any] | None, changed: Sequence[str]) -> str:
     if certificate is None:
         return "## Certificate\n\nNone yet: `granite-pipeline certify` makes one.\n"
-    verdict = "Every link holds" if certificate["passed"] else f"Broken: {', '.join(plain(one) for one in certificate['broken'])}"
+    verdict = "Every link holds"
+    if certificate["broken"]:
+        verdict = f"Broken: {', '.join(plain(one) for one in certificate['broken'])}"
+    elif certificate["unproven"]:
+        verdict = f"Incomplete, nothing is proven for: {', '.join(plain(one) for one in certificate['unproven'])}"
     if changed:
         files = ", ".join(plain(name) for name in changed)
         verdict = (

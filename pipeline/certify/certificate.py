@@ -13,13 +13,14 @@ from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
 from pipeline import __version__
 from pipeline.answers import visible
 from pipeline.certify.current import changed_files
-from pipeline.certify.finding import Finding, Link, by_link
+from pipeline.certify.finding import TITLES, Finding, Link, by_link
 from pipeline.errors import InputError, VerificationFailed
 from pipeline.files import read_json, sha256_json, write_atomic, write_json
 from pipeline.result import clean
 from pipeline.runs import RunFolder
 
 SCHEMA = 1
+_AGAIN = "granite-pipeline certify"
 _ESSENTIAL = ("adapter", "merge", "gguf", "served", "tuned", "stops", "custody")
 
 
@@ -35,8 +36,13 @@ class Certificate:
 
     @property
     def passed(self) -> bool:
-        """No finding failed."""
-        return not self.broken
+        """No finding failed and, unless only files were looked at, every link is proven."""
+        return not self.broken and (self.offline or not self.unproven)
+
+    @property
+    def state(self) -> str:
+        """``broken``, ``incomplete`` (nothing failed, but a link is unproven) or ``certified``."""
+        return "broken" if self.broken else "incomplete" if self.unproven else "certified"
 
     @property
     def broken(self) -> list[Finding]:
@@ -63,6 +69,7 @@ class Certificate:
             "id": self.id,
             "run": self.run,
             "passed": self.passed,
+            "state": self.state,
             "offline": self.offline,
             "unproven": self.unproven,
             "broken": [finding.id for finding in self.broken],
@@ -77,6 +84,17 @@ def make(run: RunFolder, findings: Sequence[Finding], subject: Mapping[str, Any]
     """Assemble a certificate; text and numbers are made fit for JSON first, so that its id can be checked on the file."""
     cleaned = [Finding(**clean(finding.to_json())) for finding in findings]
     return Certificate(run.name, by_link(cleaned), clean(subject), offline, datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+def read(path: Path) -> tuple[Certificate, str]:
+    """A certificate as its file says, verdict and id to be made anew from the content, and the id that the file claims."""
+    held = read_json(path)
+    try:
+        findings = [Finding(**finding) for link in held["links"] for finding in link["findings"]]
+        found = Certificate(held["run"], by_link(findings), held["subject"], held["offline"] is not False, held["created_at"])
+        return found, str(held["id"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not a certificate ({error!r})", remedy=f"{_AGAIN} makes one") from None
 
 
 def save(certificate: Certificate, folder: Path) -> Path:
@@ -106,7 +124,7 @@ def summary(run: RunFolder) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     held = read_json(path)
-    seen = {key: held.get(key) for key in ("id", "passed", "offline", "unproven", "broken", "created_at")}
+    seen = {key: held.get(key) for key in ("id", "passed", "state", "offline", "unproven", "broken", "created_at")}
     return {**seen, "current": not changed_files(run, held)}
 
 
@@ -150,7 +168,7 @@ def _case(run: str, finding: Finding) -> TestCase:
 
 
 def require_certified(certificate: Certificate) -> None:
-    """Raise VerificationFailed, naming the first broken link, when any finding failed."""
+    """Raise VerificationFailed, naming the first broken link or those that nothing was proven for."""
     if certificate.broken:
         first = certificate.broken[0]
         title = next(link for link in certificate.links if link.key == first.link)
@@ -159,3 +177,19 @@ def require_certified(certificate: Certificate) -> None:
             evidence="\n".join(f"{finding.id}: {finding.figure}" for finding in certificate.broken),
             remedy="export again from an untouched adapter (granite-pipeline export --force), or see the run's report",
         )
+    if not certificate.passed:
+        raise VerificationFailed(
+            f"not certified: nothing is proven for {not_proven(certificate)}",
+            evidence="\n".join(
+                f"{finding.id}: {finding.figure}"
+                for link in certificate.links
+                for finding in link.findings
+                if finding.status == "skipped"
+            ),
+            remedy=f"make available what was skipped, then {_AGAIN}; --offline certifies what files alone prove",
+        )
+
+
+def not_proven(certificate: Certificate) -> str:
+    """The links that nothing was measured for, in words."""
+    return ", ".join(f"link {list(TITLES).index(key) + 1}, {TITLES[key].lower()}" for key in certificate.unproven)

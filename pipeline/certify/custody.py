@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pipeline.certify.finding import Finding, held, skipped
+from pipeline.certify.finding import Finding, guarded, held, skipped
 from pipeline.certify.subject import Subject
 from pipeline.files import sha256_json
+from pipeline.manifest import seal_holds
 from pipeline.score import Answer, read_held_out, read_reference, score
 
 _SHA = "SHA-256, taken again now"
@@ -21,7 +24,8 @@ _JOINTS = (
     ("evaluate_tuned", "heldout", "finetune", "heldout.jsonl"),
     ("evaluate_base", "heldout", "finetune", "heldout.jsonl"),
 )
-_NEEDED = ("finetune", "merge", "gguf")
+_NEEDED = ("finetune", "merge", "gguf", "evaluate_base", "evaluate_tuned")
+_MODEL_FLAGS = ("--model", "--model-path")
 
 
 def check_custody(subject: Subject) -> list[Finding]:
@@ -31,7 +35,12 @@ def check_custody(subject: Subject) -> list[Finding]:
         return [
             Finding("custody.chain", "failed", f"the manifest has no record of {', '.join(lacking)}", "every stage recorded", "")
         ]
-    return [_artefacts(subject), _chain(subject), _base(subject), _dataset(subject), _records(subject), _scores(subject), _launch(subject)]  # fmt: skip
+    checks = {"artefacts": _artefacts, "chain": _chain, "base": _base, "dataset": _dataset, "records": _records, "scores": _scores, "launch": _launch}  # fmt: skip
+    return [found for name, check in checks.items() for found in guarded(f"custody.{name}", partial(_alone, check, subject))]
+
+
+def _alone(check: Callable[[Subject], Finding], subject: Subject) -> list[Finding]:
+    return [check(subject)]
 
 
 def _artefacts(subject: Subject) -> Finding:
@@ -46,22 +55,28 @@ def _artefacts(subject: Subject) -> Finding:
                     problems.append(
                         f"{path} is not what {name} made ({subject.sha256[path][:12]}, recorded {seen['sha256'][:12]})"
                     )
+    recorded = {path for stage in subject.manifest.data["stages"].values() for path in stage["artefacts"]}
+    problems += [f"{path} is no stage's artefact" for path in subject.sha256 if path not in recorded]
     figure = "; ".join(problems) or f"{count} artefacts unchanged"
     return held("custody.artefacts", not problems, figure, "equal hashes", _SHA, sha256=dict(subject.sha256))
 
 
 def _chain(subject: Subject) -> Finding:
-    problems = []
+    problems, count = [], 0
     for stage, key, maker, path in _JOINTS:
+        if not subject.stage(stage):  # a Modelfile that could not be derived; the file itself is then no stage's artefact
+            continue
+        count += 1
         want = subject.stage(maker).get("artefacts", {}).get(path, {}).get("sha256")
         have = subject.stage(stage).get("inputs", {}).get(key)
-        if subject.stage(stage) and have != want:
+        if have is None or have != want:
             problems.append(f"{stage} was made from another {path} ({str(have)[:12]}) than {maker} left ({str(want)[:12]})")
     base = subject.stage("finetune")["inputs"]["base"]["sha256"]
     for stage, key in (("merge", "base"), ("evaluate_base", "model")):
-        if subject.stage(stage) and subject.stage(stage)["inputs"].get(key) != base:
+        count += 1
+        if subject.stage(stage)["inputs"].get(key) != base:
             problems.append(f"{stage} used another base than the training did")
-    figure = "; ".join(problems) or f"{len(_JOINTS) + 2} joints hold"
+    figure = "; ".join(problems) or f"{count} joints hold"
     return held("custody.chain", not problems, figure, "each input is the stage before's output", _SHA)
 
 
@@ -88,8 +103,8 @@ def _records(subject: Subject) -> Finding:
     """The manifest says of itself that nobody edited it: every stage's key and seal."""
     stages = subject.manifest.data["stages"]
     wrong = [name for name, stage in stages.items() if stage["key"] != sha256_json(stage["inputs"])]
-    wrong += [name for name in stages if subject.manifest.seal(name) is False and name not in wrong]
-    unsealed = [name for name in stages if subject.manifest.seal(name) is None]
+    wrong += [name for name, stage in stages.items() if seal_holds(stage) is False and name not in wrong]
+    unsealed = [name for name, stage in stages.items() if seal_holds(stage) is None]
     bound, source = "every record as written", "SHA-256 of each stage's record, stored with it"
     if wrong:
         return Finding("custody.records", "failed", f"edited after they were written: {', '.join(wrong)}", bound, source)
@@ -101,12 +116,15 @@ def _records(subject: Subject) -> Finding:
 
 def _scores(subject: Subject) -> Finding:
     """The recorded held-out scores are those of the recorded answers."""
-    problems = []
+    problems, compared = [], 0
     for which in ("base", "tuned"):
         recorded = subject.stage(f"evaluate_{which}").get("result")
         if recorded and subject.run.reference(which).is_file():
+            compared += 1
             rows, answers = read_held_out(subject.run.heldout), read_reference(subject.run.reference(which))
             problems += [f"{which}: {text}" for text in _rescored(rows, answers, recorded)]
+    if not compared:
+        return skipped("custody.scores", "no recorded scores with their answers to compare")
     return held("custody.scores", not problems, "; ".join(problems) or "recorded scores follow from the answers", "equal", "scored again now")  # fmt: skip
 
 
@@ -121,15 +139,17 @@ def _rescored(rows: list[Any], answers: list[Answer], recorded: dict[str, Any]) 
 
 
 def _launch(subject: Subject) -> Finding:
-    """The last launches served this run's artefacts, with flags and version recorded."""
-    served = {name: entry for name, entry in subject.manifest.data.get("served", {}).items() if entry.get("argv")}
-    if not served:
+    """The last launches served this run's artefacts, with flags and version recorded, and these records are as written."""
+    records = subject.manifest.data.get("served", {})
+    served = {name: entry for name, entry in records.items() if entry.get("argv")}
+    edited = [name for name, entry in records.items() if not seal_holds(entry)]
+    if not served and not edited:
         return skipped("custody.launch", "no launch of this run is recorded yet")
-    names = {subject.run.merged.name, subject.run.gguf.name}
-    foreign = [name for name, entry in served.items() if not any(_of_run(word, subject, names) for word in entry["argv"])]
-    foreign = [name for name in foreign if name != "ollama"]  # its server is started without a model
+    # Ollama's server is started without a model
+    foreign = [name for name, entry in served.items() if name != "ollama" and not _of_run(entry, subject)]
     nameless = [name for name, entry in served.items() if not entry.get("engine_version")]
-    problems = [f"{name} was started with a model that is not this run's" for name in foreign]
+    problems = [f"the record of {name} is not as verify wrote it (granite-pipeline verify writes it anew)" for name in edited]
+    problems += [f"{name} was started with a model that is not this run's" for name in foreign]
     problems += [f"{name}: no engine version" for name in nameless]
     figure = ", ".join(
         f"{name} {entry.get('engine_version')} (flags {sha256_json(entry['argv'])[:12]})" for name, entry in served.items()
@@ -137,6 +157,12 @@ def _launch(subject: Subject) -> Finding:
     return held("custody.launch", not problems, "; ".join([figure, *problems]), "this run's files", "argv recorded at the start")
 
 
-def _of_run(word: str, subject: Subject, names: set[str]) -> bool:
-    path = Path(word)
-    return path.name in names and path.parent.name == subject.run.name
+def _of_run(entry: Mapping[str, Any], subject: Subject) -> bool:
+    """Whether the model that an engine was told to load (the last one counts) is this run's file, and was when it started."""
+    argv = entry["argv"]
+    told = [value for flag, value in pairwise(argv) if flag in _MODEL_FLAGS]
+    ours, known = (subject.run.merged, subject.run.gguf), entry.get("sha256")
+    if not told or known not in {None, *(subject.sha256.get(path.name) for path in ours)}:
+        return False
+    # a run folder that was moved since has its hash only
+    return Path(told[-1]).resolve() in {path.resolve() for path in ours} or bool(known and not Path(told[-1]).exists())

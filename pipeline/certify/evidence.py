@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything the links 3 to 6 are judged on, for one backend; ``problems`` says what it could not be asked."""
+    """Everything the links 3 to 6 are judged on, for one backend; ``problems`` says what it could not be asked.
+
+    ``loaded_sha256`` is the file's hash when the server had started, ``file_newer`` that the file was written after that.
+    """
 
     engine: str
     version: str | None
@@ -61,6 +65,8 @@ class Evidence:
     tokenised: tuple[int, int] | None
     seconds: float
     problems: Mapping[str, str] = field(default_factory=dict)
+    loaded_sha256: str | None = None
+    file_newer: bool = False
 
     def answer_to(self, row: int) -> Answer | None:
         """The answer to a held-out row, None when it was not asked."""
@@ -90,8 +96,15 @@ async def collect(endpoint: Endpoint, run: RunFolder, material: Material, refere
     sha256 = sha256_tree(Path(file)) if file and Path(file).exists() else None
     return Evidence(
         endpoint.engine, endpoint.version, served_dtype(endpoint), plan.rows, tuple(answers), parity, tops["probes"], tops["controls"],
-        file, sha256, tokenised, round(time.monotonic() - begun, 1), problems,
+        file, sha256, tokenised, round(time.monotonic() - begun, 1), problems, endpoint.sha256,
+        written_since(Path(file), endpoint.server.started_at) if file and endpoint.server else False,
     )  # fmt: skip
+
+
+def written_since(path: Path, started_at: str) -> bool:
+    """Whether a file, or one in a folder, was written after a server's start (ISO, whole seconds); False when it is not here."""
+    files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]
+    return max((one.stat().st_mtime for one in files), default=0.0) >= datetime.fromisoformat(started_at).timestamp() + 1
 
 
 def served_dtype(endpoint: Endpoint) -> str:
@@ -136,8 +149,6 @@ def _tokenised(client: httpx.Client, engine: str, run: RunFolder, texts: Sequenc
 
 def suite_texts(run: RunFolder) -> list[str]:
     """Every conversation of the suite as the run's chat template renders it; those it refuses are left out."""
-    from datetime import datetime
-
     from pipeline.chat import ChatTemplate
     from pipeline.conversation import load_suite
     from pipeline.errors import ModelError

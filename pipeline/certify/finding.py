@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+from pipeline.errors import Interrupted, PipelineError
 
 Status = Literal["passed", "failed", "skipped", "warning"]
 
@@ -85,6 +87,22 @@ def held(check_id: str, ok: bool, figure: str, bound: str, source: str, **data: 
 def skipped(check_id: str, why: str) -> Finding:
     """A finding that could not be made here, with the reason."""
     return Finding(check_id, "skipped", why)
+
+
+def guarded(
+    check_id: str, work: Callable[[], Sequence[Finding]], *, fatal: tuple[type[PipelineError], ...] = (Interrupted,)
+) -> list[Finding]:
+    """What ``work`` finds; when the files or the server it looks at are too damaged for that, one failed finding that says so.
+
+    An error of a ``fatal`` kind is nobody's damage, and raised.
+    """
+    try:
+        return list(work())
+    except fatal:
+        raise
+    except (PipelineError, OSError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        lines = str(error).splitlines() or ["no message"]
+        return [Finding(check_id, "failed", f"{type(error).__name__}: {lines[0]}")]
 
 
 def by_link(findings: Sequence[Finding]) -> tuple[Link, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.certify.finding import Finding, held
+from pipeline.certify.finding import Finding, guarded, held
 from pipeline.certify.gguf_metadata import metadata, rope_type
 from pipeline.certify.gguf_names import DERIVED, gguf_tensors
 from pipeline.chat import ChatTemplate
@@ -26,11 +26,13 @@ def check_gguf(merged: Path, gguf: Path, pre: str | None = None) -> list[Finding
 
     ``pre`` is the name of the text splitting rule that the converter gave at export, None where none was recorded.
     """
-    try:
-        header = read_gguf_header(gguf, whole_arrays=True)
-    except (ModelError, OSError) as error:
-        return [Finding("gguf.tensors", "failed", str(error))]
-    return [_tensors(merged, gguf, header), metadata(merged, header, pre), template(merged, header), _vocabulary(merged, header)]
+    header = read_gguf_header(gguf, whole_arrays=True)
+    return [
+        *guarded("gguf.tensors", lambda: [_tensors(merged, gguf, header)]),
+        *guarded("gguf.metadata", lambda: [metadata(merged, header, pre)]),
+        *guarded("gguf.template", lambda: [template(merged, header)]),
+        *guarded("gguf.vocabulary", lambda: [_vocabulary(merged, header)]),
+    ]
 
 
 def _tensors(merged: Path, gguf: Path, header: GgufHeader) -> Finding:

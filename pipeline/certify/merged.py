@@ -6,14 +6,12 @@ The sum is done here again with numpy, so a merge that ignored, doubled or mispl
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.certify.adapter import Lora
-from pipeline.certify.finding import Finding, held
+from pipeline.certify.finding import Finding, guarded, held
 from pipeline.chat import ChatTemplate
-from pipeline.errors import ModelError
 from pipeline.files import read_json, sha256_file
 from pipeline.tensors import TensorFolder
 
@@ -106,14 +104,13 @@ def _diagnosis(bad: list[Comparison], lora: Lora | None) -> str:
 
 def compare_files(base: Path, merged: Path) -> list[Finding]:
     """Tokenizer, chat template and configuration beside the merged weights are those of the base."""
-    return [_guarded("merge.tokenizer", base, merged, _tokenizer), _guarded("merge.config", base, merged, _config)]
+    return [
+        *guarded("merge.tokenizer", lambda: [_equal("merge.tokenizer", _tokenizer(base, merged))]),
+        *guarded("merge.config", lambda: [_equal("merge.config", _config(base, merged))]),
+    ]
 
 
-def _guarded(check_id: str, base: Path, merged: Path, compare: Callable[[Path, Path], list[str]]) -> Finding:
-    try:
-        problems = compare(base, merged)
-    except (ModelError, OSError) as error:
-        problems = [str(error)]
+def _equal(check_id: str, problems: list[str]) -> Finding:
     return held(
         check_id, not problems, "; ".join(problems) or "equal", "equal to the base's", "definition: LoRA changes weights only"
     )

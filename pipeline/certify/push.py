@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.certify.card import write_card
+from pipeline.certify.certificate import not_proven, read
 from pipeline.errors import EnvironmentFailure, InputError, MissingDependency
-from pipeline.files import read_json, sha256_tree, tree_bytes
+from pipeline.files import read_json, sha256_tree, tree_bytes, write_json
 from pipeline.runs import RunFolder
 
 PARTS = ("merged", "gguf", "adapter")
+_PRIVATE = frozenset({"argv", "env", "log", "starts", "cases"})
+# an absolute path, or one below the home folder, with at least two parts; not the path of a URL
+_PATH = re.compile(r"(?<![\w./:~-])(?:~|/[^\s/\"'`,;:()\[\]]+)(?:/[^\s/\"'`,;:()\[\]]+)+/?")
 
 
 @dataclass(frozen=True)
@@ -28,8 +34,8 @@ def plan(run: RunFolder, parts: tuple[str, ...] = PARTS) -> list[Upload]:
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
         raise InputError(f"no part {unknown[0]!r}", remedy=f"known: {', '.join(PARTS)}")
-    chosen: list[tuple[Path, str]] = [(write_card(run), "README.md"), (run.manifest, "manifest.json")]
-    chosen.append((run.certificate / "certificate.json", "certificate.json"))
+    chosen: list[tuple[Path, str]] = [(write_card(run), "README.md")]
+    chosen += [(_public(run, path), path.name) for path in (run.manifest, run.certificate / "certificate.json") if path.is_file()]
     if "merged" in parts:
         chosen += [(path, path.name) for path in sorted(run.merged.iterdir()) if path.is_file()]
     if "gguf" in parts:
@@ -40,16 +46,43 @@ def plan(run: RunFolder, parts: tuple[str, ...] = PARTS) -> list[Upload]:
     return [Upload(path, name, tree_bytes(path)) for path, name in chosen if path.is_file()]
 
 
+def redacted(value: Any) -> Any:
+    """A copy for others: without command lines, environments, logs and cases of own checks; a path of this machine is its name."""
+    if isinstance(value, str):
+        return _PATH.sub(lambda found: found[0].rstrip("/").rpartition("/")[2], value)
+    if isinstance(value, dict):
+        return {redacted(key): redacted(item) for key, item in value.items() if key not in _PRIVATE}
+    if isinstance(value, list):
+        return [redacted(item) for item in value]
+    return value
+
+
+def _public(run: RunFolder, path: Path) -> Path:
+    """The redacted copy of a JSON file; a certificate's keeps the id of the whole one, and its own checks only their verdicts."""
+    content = redacted(read_json(path))
+    for link in content.get("links", []):
+        if link["key"] == "own":  # figures quote prompts and answers
+            link["findings"] = [{**finding, "figure": "", "data": {}} for finding in link["findings"]]
+    target = run.certificate / "public" / path.name
+    write_json(target, {**content, "redacted": True})
+    return target
+
+
 def require_current_certificate(run: RunFolder) -> None:
-    """InputError unless the run has a certificate that passed and is about the files as they are now."""
+    """InputError unless every link is proven, by a certificate with servers that is about the files as they are now."""
     path = run.certificate / "certificate.json"
     remedy = f"granite-pipeline certify --run {run.name}, or push with --uncertified"
     if not path.is_file():
         raise InputError(f"run {run.name} has no certificate", remedy=remedy)
-    held = read_json(path)
-    if not held["passed"]:
-        raise InputError(f"run {run.name} is not certified: {', '.join(held['broken'])}", remedy=remedy)
-    for name, sha256 in held["subject"]["artefacts"].items():
+    held, claimed = read(path)
+    if held.id != claimed:
+        raise InputError(f"{path} was edited: its id is not that of its content", remedy=remedy)
+    if held.broken:
+        raise InputError(f"run {run.name} is not certified: {', '.join(one.id for one in held.broken)}", remedy=remedy)
+    if held.offline or held.unproven:
+        why = "it is from files alone" if held.offline else f"nothing is proven for {not_proven(held)}"
+        raise InputError(f"the certificate of run {run.name} is incomplete: {why}", remedy=remedy)
+    for name, sha256 in held.subject["artefacts"].items():
         if not (run.path / name).exists() or sha256_tree(run.path / name) != sha256:
             raise InputError(f"{name} has changed since the certificate was made", remedy=remedy)
 

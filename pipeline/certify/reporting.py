@@ -10,7 +10,7 @@ from rich.text import Text
 from pipeline import lock
 from pipeline.answers import visible
 from pipeline.certify.card import write_card
-from pipeline.certify.certificate import Certificate, place
+from pipeline.certify.certificate import Certificate, not_proven, place
 from pipeline.certify.finding import Link
 from pipeline.files import read_json
 from pipeline.report import ReportPaths, paths_in, write_report
@@ -60,9 +60,10 @@ def _check(link: Link) -> dict[str, str]:
 
 def table(certificate: Certificate) -> Table:
     """One line a finding, for the terminal, with the bound where it did not hold; untrusted text cannot style or control it."""
-    state = "certified" if certificate.passed else "not certified"
-    title = Text(f"{state}: run {certificate.run}, certificate {certificate.id[:12]}")
-    title.stylize("bold green" if certificate.passed else "bold red")
+    title = Text(f"{certificate.state}: run {certificate.run}, certificate {certificate.id[:12]}")
+    if certificate.unproven:
+        title.append(f"; nothing is proven for {not_proven(certificate)}")
+    title.stylize({"certified": "bold green", "incomplete": "bold yellow"}.get(certificate.state, "bold red"))
     shown = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     for column in ("", "", ""):
         shown.add_column(column, overflow="fold")

@@ -33,6 +33,12 @@ def judge(
 def _file(evidence: Evidence, subject: Subject) -> Finding:
     check_id = f"served.{evidence.engine}_file"
     want = subject.sha256.get(subject.run.gguf.name if evidence.dtype == "Q8_0" else subject.run.merged.name)
+    if evidence.loaded_sha256 not in (None, want):
+        figure = f"when it started, the file was another one: sha256 {str(evidence.loaded_sha256)[:12]}"
+        return Finding(check_id, "failed", figure, f"{str(want)[:12]}", "hash of the file, taken when the server had started")
+    if evidence.file_newer:
+        figure = f"{evidence.file} was written after the server had started, which serves what was there before"
+        return Finding(check_id, "failed", figure, "older than the server", "the file's time")
     if evidence.file is None:
         return skipped(check_id, "the engine does not tell which file it loaded")
     if evidence.file_sha256 is None:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from pipeline.certify.bounds import FINISH_SHARE, FINISH_SLACK
-from pipeline.certify.finding import Finding, held, skipped
+from pipeline.certify.finding import Finding, guarded, held, skipped
 from pipeline.certify.subject import Subject
 from pipeline.chat import ChatTemplate
 from pipeline.checks import allowed
@@ -24,19 +24,19 @@ _TEMPLATE = "the token the chat template writes after an answer"
 
 def check_files(subject: Subject) -> list[Finding]:
     """config, generation and tokenizer config, GGUF and Modelfile stop where the chat template ends a turn."""
+    return [*guarded("stops.files", lambda: [_files(subject)]), *guarded("stops.modelfile", lambda: [_modelfile(subject)])]
+
+
+def _files(subject: Subject) -> Finding:
     run = subject.run
-    try:
-        template, vocabulary = ChatTemplate.from_folder(run.merged), special_ids(run.merged)
-        end = turn_end(template, vocabulary)
-        parts = [run.merged / f"{name}.json" for name in ("config", "generation_config", "tokenizer_config")]
-        files = StopFiles(*(read_json(path) if path.is_file() else {} for path in parts))
-        problems = [*repair_stops(files, end, vocabulary)[1], *extra_ends(run.merged, subject.base, end, vocabulary)]
-        problems += gguf_problems(read_gguf_header(run.gguf).metadata, end) if run.gguf.is_file() else []
-    except (ModelError, OSError) as error:
-        return [Finding("stops.files", "failed", str(error), f"one end token: {_TEMPLATE}", "definition")]
+    template, vocabulary = ChatTemplate.from_folder(run.merged), special_ids(run.merged)
+    end = turn_end(template, vocabulary)
+    parts = [run.merged / f"{name}.json" for name in ("config", "generation_config", "tokenizer_config")]
+    files = StopFiles(*(read_json(path) if path.is_file() else {} for path in parts))
+    problems = [*repair_stops(files, end, vocabulary)[1], *extra_ends(run.merged, subject.base, end, vocabulary)]
+    problems += gguf_problems(read_gguf_header(run.gguf).metadata, end) if run.gguf.is_file() else []
     figure = "; ".join(problems) or f"{end.text} ({end.id}) in config, generation config, tokenizer config and GGUF"
-    found = [held("stops.files", not problems, figure, f"one end token: {_TEMPLATE}", "definition")]
-    return [*found, _modelfile(subject)]
+    return held("stops.files", not problems, figure, f"one end token: {_TEMPLATE}", "definition")
 
 
 def _modelfile(subject: Subject) -> Finding:
@@ -73,10 +73,7 @@ def modelfile_problems(made: Modelfile, wanted: Modelfile, *, licences: bool = T
 
 def check_turns(run: RunFolder, rows: Sequence[HeldOut]) -> Finding:
     """Rendered with their expected answers, held-out conversations have exactly one end token after each answer."""
-    try:
-        wrong, end = _wrong_turns(run, rows)
-    except ModelError as error:
-        return Finding("stops.turns", "failed", error.message, "1 a turn", "definition")
+    wrong, end = _wrong_turns(run, rows)
     figure = "; ".join(wrong[:3]) or f"exactly one {end} after each of {len(rows)} answers"
     return held("stops.turns", not wrong, figure, "1 a turn", "definition")
 

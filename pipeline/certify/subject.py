@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import InputError
 from pipeline.files import sha256_tree
 from pipeline.manifest import Manifest
 from pipeline.runs import RunFolder
@@ -47,6 +48,14 @@ class Subject:
     def stage(self, name: str) -> dict[str, Any]:
         """A stage's record in the manifest."""
         return self.manifest.stage(name)
+
+
+def training_inputs(manifest: Manifest) -> dict[str, Any]:
+    """What the recorded training was given; InputError when there is no whole record of one."""
+    run, inputs = manifest.path.parent.name, manifest.stage("finetune").get("inputs")
+    if not isinstance(inputs, dict) or not {"parameters", "base", "data"} <= set(inputs):
+        raise InputError(f"run {run} has no manifest of a training", remedy=f"granite-pipeline run --name {run}")
+    return inputs
 
 
 def hashes(run: RunFolder) -> dict[str, str]:

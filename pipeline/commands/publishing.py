@@ -38,14 +38,17 @@ def push(
     output: Annotated[Path, typer.Option("--output", help="Folder that holds the runs.")] = DEFAULT_OUTPUT,
     parts: Annotated[str, typer.Option("--parts", help="Comma-separated: merged,gguf,adapter.")] = "merged,gguf,adapter",
     public: Annotated[bool, typer.Option("--public", help="A new repository is public; else private.")] = False,
-    uncertified: Annotated[bool, typer.Option("--uncertified", help="Even without a certificate that passed.")] = False,
+    uncertified: Annotated[
+        bool, typer.Option("--uncertified", help="Even without a certificate that proves every link.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be uploaded.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
 ) -> None:
     """Upload a certified run to a model hub: merged weights, GGUF, Modelfile, adapter, card, manifest and certificate.
 
-    The certificate must have passed and be about the files as they are now. HF_TOKEN gives the right to write. With
-    --dry-run nothing leaves this machine.
+    The certificate must prove every link (not --offline) and be about the files as they are now. Manifest and certificate
+    go without command lines, environments, folders of this machine and the cases of your own checks. HF_TOKEN gives the
+    right to write. With --dry-run nothing leaves this machine.
 
     Example: granite-pipeline push me/granite-soc --run generic --dry-run
     """

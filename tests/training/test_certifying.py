@@ -49,7 +49,7 @@ def test_an_untouched_run_is_certified(made: RunFolder) -> None:
     assert {link.key for link in certificate.links} == {"adapter", "merge", "gguf", "tuned", "stops", "custody"}
     written = json.loads((made.certificate / "certificate.json").read_text())
     assert (written["id"], written["passed"], written["schema"]) == (certificate.id, True, 1)
-    # a second look uses what was kept for the same hashes, and comes to the same id
+    # a second look comes to the same id
     assert certify_offline(made).id == certificate.id
 
 
@@ -126,6 +126,9 @@ def test_other_parts_that_also_notice(run: RunFolder) -> None:
         (lambda d: d["stages"]["evaluate_tuned"]["result"].update(exact=0.99), "custody.scores"),
         (lambda d: d["stages"]["finetune"]["inputs"]["base"].update(sha256="0" * 64), "custody.base"),
         (lambda d: d["stages"].pop("merge"), "custody.chain"),
+        (lambda d: d["stages"].pop("evaluate_tuned"), "custody.chain"),
+        (lambda d: d["stages"].pop("modelfile"), "custody.artefacts"),
+        (lambda d: d["stages"]["gguf"].pop("inputs"), "custody.records"),
     ],
 )
 def test_an_edited_manifest_is_seen(run: RunFolder, edit: Callable[[dict[str, Any]], object], check: str) -> None:
@@ -141,6 +144,33 @@ def test_a_base_that_is_not_here_leaves_its_links_unproven_not_passed(run: RunFo
     assert (moved.status, "cannot be had here" in moved.figure) == ("skipped", True)
 
 
+DAMAGE: dict[str, tuple[Callable[[RunFolder], object], str]] = {
+    "merged gone": (lambda run: shutil.rmtree(run.merged), "merge.tensors"),
+    "config gone": (lambda run: (run.merged / "config.json").unlink(), "merge.config"),
+    "config broken": (lambda run: (run.merged / "config.json").write_text("{"), "merge.config"),
+    "tokenizer cut": (lambda run: (run.merged / "tokenizer.json").write_text("{"), "merge.tokenizer"),
+    "adapter gone": (lambda run: shutil.rmtree(run.adapter), "adapter.moved"),
+    "adapter config broken": (lambda run: (run.adapter / "adapter_config.json").write_text("[]"), "adapter.moved"),
+    "held-out rows gone": (lambda run: run.heldout.unlink(), "tuned.scores"),
+    "Modelfile broken": (lambda run: run.modelfile.write_text('FROM x\nTEMPLATE """a\n'), "stops.modelfile"),
+    "bad line of answers": (lambda run: run.reference("tuned").write_text("{\n"), "tuned.scores"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_named_by_its_link_and_raises_nothing(run: RunFolder, name: str) -> None:
+    spoil, link = DAMAGE[name]
+    spoil(run)
+    assert link in _broken(certify_offline(run))
+
+
+def test_a_dataset_on_a_hub_that_does_not_answer_is_skipped(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    tamper.change_json(run.manifest, lambda d: d["stages"]["finetune"]["inputs"]["parameters"].update(data="hub:nobody/nothing"))
+    found = {finding.id: finding.status for link in certify_offline(run).links for finding in link.findings}
+    assert found["custody.dataset"] == found["adapter.held_out_unseen"] == "skipped"
+
+
 SETTINGS = Settings()
 LLAMACPP = Scope(("llamacpp",), prompts=12, positions=2, keep=False)
 
@@ -153,6 +183,13 @@ def test_a_run_is_certified_on_a_real_llama_cpp(made: RunFolder) -> None:
         "merge.logits", "merge.cast_logits", "gguf.tokenizer", "gguf.logits", "served.llamacpp_file", "served.llamacpp_prompts",
         "served.llamacpp_answers", "served.llamacpp_logprobs", "tuned.llamacpp", "tuned.llamacpp_controls", "stops.llamacpp",
     } <= measured  # fmt: skip
+
+
+def test_online_without_its_base_a_run_is_not_certified(run: RunFolder) -> None:
+    shutil.rmtree(_base(run))
+    certificate = certify(run, SETTINGS, LLAMACPP)
+    assert (certificate.passed, certificate.state) == (False, "incomplete")
+    assert {"merge", "served"} <= set(certificate.unproven)
 
 
 @contextmanager

@@ -12,11 +12,13 @@ from typer.testing import CliRunner
 from pipeline.certify import certificate as made
 from pipeline.certify.card import plain, write_card
 from pipeline.certify.finding import held
-from pipeline.certify.push import plan, require_current_certificate
+from pipeline.certify.push import plan, redacted, require_current_certificate
 from pipeline.cli import app
 from pipeline.errors import InputError
 from pipeline.manifest import Manifest
 from pipeline.runs import RunFolder
+
+LINKS = ("adapter", "gguf", "served", "tuned", "stops", "custody")
 
 
 @pytest.fixture
@@ -38,11 +40,24 @@ def exported(run: RunFolder) -> RunFolder:
     return run
 
 
-def _certify(run: RunFolder, ok: bool = True) -> None:
+def _certify(run: RunFolder, ok: bool = True, *, offline: bool = False, links: tuple[str, ...] = LINKS) -> None:
     from pipeline.certify.subject import hashes
 
     finding = held("merge.tensors", ok, "a | b <script>", "1", "IEEE 754")
-    made.save(made.make(run, [finding], {"artefacts": hashes(run)}, offline=False), run.certificate)
+    others = [held(f"{key}.x", True, "", "", "") for key in links]
+    made.save(made.make(run, [finding, *others], {"artefacts": hashes(run)}, offline=offline), run.certificate)
+
+
+def _export_again(run: RunFolder) -> None:
+    _certify(run)
+    run.gguf.write_text("other")
+
+
+def _forge(run: RunFolder) -> None:
+    """A failed certificate made to say that it passed."""
+    _certify(run, ok=False)
+    path = run.certificate / "certificate.json"
+    path.write_text(path.read_text().replace('"failed"', '"passed"'))
 
 
 def test_the_card_has_front_matter_for_the_hub_and_no_path_of_this_machine(exported: RunFolder) -> None:
@@ -103,12 +118,42 @@ def test_the_plan_lists_weights_card_certificate_and_adapter(exported: RunFolder
         plan(exported, ("weights",))
 
 
+def test_what_is_uploaded_says_nothing_of_this_machine_nor_of_the_user_s_own_prompts(exported: RunFolder) -> None:
+    with Manifest(exported.manifest).changing() as data:
+        data["served"] = {"llamacpp": {"argv": ["/home/someone/llama-server"], "env": {"MINE": "private"}}}
+        data["starts"] = [{"attempts": [{"log": "/home/someone/logs/one.log", "failed": "private"}]}]
+    case = {"name": "private prompt", "passed": False, "answer": "private answer"}
+    own = held("own.llamacpp_mine", True, "first that is not: 'private prompt'", "", "/home/someone/mine.yaml", cases=[case])
+    subject = {"parameters": {"base": "/home/someone/models/base", "data": "hub:me/set"}}
+    whole = made.make(exported, [own, held("served.x", True, "it loaded /home/someone/a b", "", "")], subject, offline=False)
+    made.save(whole, exported.certificate)
+    sent = {
+        upload.path: upload.file.read_text()
+        for upload in plan(exported)
+        if upload.path.endswith("te.json") or upload.path == "manifest.json"
+    }
+    assert set(sent) == {"manifest.json", "certificate.json"}
+    for text in sent.values():
+        assert "/home" not in text
+        assert "private" not in text
+    assert f'"id": "{whole.id}"' in sent["certificate.json"]
+    assert "hub:me/set" in sent["certificate.json"]
+    # the run's own files stay whole
+    assert "private prompt" in (exported.certificate / "certificate.json").read_text()
+    assert redacted("see https://a.b/c/d or ./x/y, 1/2") == "see https://a.b/c/d or ./x/y, 1/2"
+    assert redacted("~/models/base and /srv/data.jsonl:3") == "base and data.jsonl:3"
+
+
 @pytest.mark.parametrize(
     ("prepare", "words"),
     [
         (lambda run: None, "has no certificate"),
         (lambda run: _certify(run, ok=False), r"not certified: merge\.tensors"),
-        (lambda run: (_certify(run), run.gguf.write_text("other")), r"unsloth\.Q8_0\.gguf has changed"),
+        (_forge, "its id is not that of its content"),
+        (lambda run: _certify(run, offline=True), "from files alone"),
+        (lambda run: _certify(run, links=LINKS[:-1]), "nothing is proven for link 7, chain of custody"),
+        (lambda run: (run.certificate.mkdir(), (run.certificate / "certificate.json").write_text("[]")), "is not a certificate"),
+        (_export_again, r"unsloth\.Q8_0\.gguf has changed"),
     ],
 )
 def test_only_what_is_certified_is_pushed(exported: RunFolder, prepare: Any, words: str) -> None:

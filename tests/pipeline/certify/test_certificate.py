@@ -11,9 +11,8 @@ import pytest
 
 from pipeline.certify import certificate as made
 from pipeline.certify import signing
-from pipeline.certify.cache import Cache
-from pipeline.certify.finding import Finding, by_link, held, skipped
-from pipeline.certify.reporting import rows, with_certificate
+from pipeline.certify.finding import by_link, held, skipped
+from pipeline.certify.reporting import rows, table, with_certificate
 from pipeline.errors import VerificationFailed
 from pipeline.report import render_html
 from pipeline.runs import RunFolder
@@ -23,6 +22,7 @@ GOOD = [
     held("merge.tensors", True, "all equal", "1", "IEEE 754", errors=[["a", 0.5], ["b", math.inf]]),
     skipped("served.ollama", "ollama is not on PATH"),
 ]
+WHOLE = [held(f"{key}.x", True, "", "", "") for key in ("adapter", "merge", "gguf", "served", "tuned", "stops", "custody")]
 BAD = held("gguf.tensors", False, "1 tensors differ, first <b>blk.1</b>", "1", "Q8_0")
 REPORT = Path(__file__).parents[1] / "sample_report.json"
 
@@ -47,7 +47,20 @@ def test_a_failed_finding_names_its_link(run: RunFolder) -> None:
     with pytest.raises(VerificationFailed, match="link 3, gguf = merged, is broken") as caught:
         made.require_certified(certificate)
     assert "gguf.tensors: 1 tensors differ" in str(caught.value)
-    made.require_certified(made.make(run, GOOD, {}, offline=False))
+    made.require_certified(made.make(run, WHOLE, {}, offline=False))
+
+
+def test_a_link_that_nothing_was_proven_for_is_no_certificate_but_offline_says_so_only(run: RunFolder) -> None:
+    online = made.make(run, GOOD, {}, offline=False)
+    assert (online.passed, online.state) == (False, "incomplete")
+    with pytest.raises(VerificationFailed, match="nothing is proven for link 3, gguf = merged, link 4") as caught:
+        made.require_certified(online)
+    assert "served.ollama: ollama is not on PATH" in str(caught.value)
+    offline = made.make(run, GOOD, {}, offline=True)
+    assert (offline.passed, offline.state) == (True, "incomplete")
+    made.require_certified(offline)
+    assert "nothing is proven for link 3" in str(table(offline).title)
+    assert made.make(run, WHOLE, {}, offline=False).state == "certified"
 
 
 def test_what_was_not_measured_is_unproven_not_passed(run: RunFolder) -> None:
@@ -91,24 +104,6 @@ def test_rows_for_a_table(run: RunFolder) -> None:
     assert rows(made.make(run, GOOD, {}, offline=False))[0] == {
         "link": "1 The adapter moved", "check": "adapter.moved", "status": "passed", "figure": "28 of 28 modules moved", "bound": "> 0",
     }  # fmt: skip
-
-
-def test_the_cache_keeps_what_passed_for_equal_files_only(tmp_path: Path) -> None:
-    calls: list[str] = []
-
-    def work(*found: Finding) -> list[Finding]:
-        calls.append("called")
-        return list(found)
-
-    path = tmp_path / "cache.json"
-    good = held("merge.tensors", True, "f", "b", "s")
-    assert Cache(path).get("merge", {"merged": "1"}, lambda: work(good)) == [good]
-    assert Cache(path).get("merge", {"merged": "1"}, lambda: work(good)) == [good]
-    assert Cache(path).get("merge", {"merged": "2"}, lambda: work(BAD)) == [BAD]
-    assert Cache(path).get("merge", {"merged": "2"}, lambda: work(BAD)) == [BAD]
-    assert len(calls) == 3
-    path.write_text("no json")
-    assert Cache(path).get("merge", {"merged": "1"}, lambda: work(good)) == [good]
 
 
 def test_a_signed_certificate_is_checked_with_the_public_key(run: RunFolder, tmp_path: Path) -> None:
