@@ -47,10 +47,9 @@ class Manifest:
         self, name: str, inputs: Mapping[str, Any], artefacts: list[Path], result: Mapping[str, Any], seconds: float
     ) -> None:
         """Store a finished stage: its inputs, the hash of each artefact and its results; written atomically."""
-        # sealed as it is written: without secrets
-        record = masked(self.entry(inputs, artefacts, result, seconds))
+        record = sealed(self.entry(inputs, artefacts, result, seconds))
         with self.changing() as data:
-            data["stages"][name] = sealed(record)
+            data["stages"][name] = record
 
     def entry(
         self, inputs: Mapping[str, Any], artefacts: list[Path], result: Mapping[str, Any], seconds: float
