@@ -1,18 +1,17 @@
 """Every bound of the certificate that is not a definition, and how it was measured (benchmarks/certify_bounds.py).
 
 Float32 reference on a 2-core AVX2 machine; largest figures of untampered runs: ten seeds of tiny models of random weights, and the
-embedded base after 3 and 213 steps.
+embedded base after 3, 20 (three seeds) and 213 steps.
 - Adapter at run time against the merged sum: KL 1e-7, largest difference 7e-5. Float16 cast: KL 5e-7, largest difference 0.025.
 - vLLM in float32: KL 6e-10, every answer equal.
 - Q8_0 in llama.cpp, held-out prompts: KL 2e-3 after 3 steps, 3e-5 after 213 (sharper distributions), log-probabilities 0.15 apart
-  (tiny 0.013), top-1 all equal; control prompts, which are flatter: KL 8e-3, 0.17 apart. Answers part at near ties: all equal for
-  the tiny models, 63 of 64 after 213 steps, 11 of 16 after 40, 9 of 16 after 3; for an engine that rounds, the distributions are
-  the proof.
+  (tiny 0.013), top-1 all equal; control prompts, which are flatter: KL 9e-3, 0.17 apart, top-1 30 of 32. Answers part at near ties:
+  all equal for the tiny models, 63 of 64 after 213 steps, 11 of 16 after 40, 10 of 16 after 20, 9 of 16 after 3; for an engine that
+  rounds, the distributions are the proof.
 Another training instead. The embedded base, other seed and steps, or other data: 2.4 and 3.3 apart, KL 3e-2 and 4e-2: eight times
 Q8_0's bound. 90 pairs of seeds of tiny models: 0.20 to 0.36 apart, KL 9e-4 to 3e-3, no answer equal: as flat as these are, only their
 answers tell them apart under Q8_0; a float32 engine's bound tells all 90.
-Bounds of float16, bfloat16 and quantised
-(8 or 4 bits, or an FP8 KV cache, made by the engine) are estimates from their precision.
+Bounds of float16, bfloat16 and quantised (8 or 4 bits, or an FP8 KV cache, made by the engine) are estimates from their precision.
 """
 
 from __future__ import annotations
@@ -41,9 +40,9 @@ class Bound:
 _DISTANCES = {
     "float32": Bound(1e-4, 0.01, 0.99),
     "float16": Bound(2e-3, 0.05, 0.97),
-    "bfloat16": Bound(1e-2, 0.25, 0.95),
-    "Q8_0": Bound(2e-2, 0.3, 0.95),
-    "quantised": Bound(0.1, 0.5, 0.9),
+    "bfloat16": Bound(1e-2, 0.25, 0.9),
+    "Q8_0": Bound(2e-2, 0.3, 0.85),
+    "quantised": Bound(0.1, 0.5, 0.8),
 }
 # base with the adapter applied at run time against the merged sum, both float32; and the sum against its float16 cast
 MERGE = Bound(1e-6, 1e-2, 0.99)
