@@ -58,9 +58,9 @@ def of_served_path(said: str, output: Path = DEFAULT_OUTPUT, since: float | None
 
 
 def written_after(path: Path, moment: float) -> bool:
-    """True when a file, or any file of a folder, was written after a moment (wall clock)."""
+    """True when a file, or any file of a folder, was written at a moment (wall clock) or later; False when it is not there."""
     files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    return any(file.stat().st_mtime > moment for file in files)
+    return any(file.stat().st_mtime >= moment for file in files)
 
 
 def manifest_hash(manifest: Manifest) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from pipeline import checks
+from pipeline.artefact import written_after
 from pipeline.certify.distributions import Reference
 from pipeline.certify.logprobs import next_tokens
 from pipeline.engines.base import ask
@@ -103,8 +104,7 @@ async def collect(endpoint: Endpoint, run: RunFolder, material: Material, refere
 
 def written_since(path: Path, started_at: str) -> bool:
     """Whether a file, or one in a folder, was written after a server's start (ISO, whole seconds); False when it is not here."""
-    files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]
-    return max((one.stat().st_mtime for one in files), default=0.0) >= datetime.fromisoformat(started_at).timestamp() + 1
+    return written_after(path, datetime.fromisoformat(started_at).timestamp() + 1)
 
 
 def served_dtype(endpoint: Endpoint) -> str:
