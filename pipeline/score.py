@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.errors import InputError
 from pipeline.files import read_utf8
@@ -15,6 +15,7 @@ from pipeline.files import read_utf8
 KEY_FIELDS = ("severity", "technique", "verdict")
 # room beyond the longest expected answer, in process and served alike, so that a model that does not stop is seen not to
 SPARE_TOKENS = 12
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -43,33 +44,36 @@ def read_held_out(path: Path) -> list[HeldOut]:
     """Read a run's ``heldout.jsonl``; the last assistant message of each line is the expected answer."""
     if not path.is_file():
         raise InputError(f"{path}: no held-out rows", remedy="run the training stage first: granite-pipeline train")
-    rows = []
-    for number, line in enumerate(read_utf8(path).split("\n"), 1):  # splitlines() would also split at U+2028
-        if not line:
-            continue
-        try:
-            entry = json.loads(line)
-            *messages, last = entry["messages"]
-            rows.append(HeldOut(tuple(messages), str(last.get("content") or ""), entry.get("tools")))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}:{number}: not a held-out row ({error!r})", remedy="train again to rewrite it") from None
-    return rows
+    return _each_line(path, _row, "a held-out row", "train again to rewrite it")
 
 
 def read_reference(path: Path) -> list[Answer]:
     """Answers recorded in process; InputError when there are none."""
     if not path.is_file():
         raise InputError(f"{path}: no reference answers", remedy="granite-pipeline export makes them after the merge")
-    answers = []
+    return _each_line(path, _recorded_answer, "an answer", "granite-pipeline export --force writes it anew")
+
+
+def _row(entry: Any) -> HeldOut:
+    *messages, last = entry["messages"]
+    return HeldOut(tuple(messages), str(last.get("content") or ""), entry.get("tools"))
+
+
+def _recorded_answer(entry: Any) -> Answer:
+    return Answer(str(entry["text"]), str(entry["finish_reason"]))
+
+
+def _each_line(path: Path, made: Callable[[Any], _T], what: str, remedy: str) -> list[_T]:
+    """What is made of each JSON line; InputError names the line that is not one."""
+    found = []
     for number, line in enumerate(read_utf8(path).split("\n"), 1):  # splitlines() would also split at U+2028
         if not line:
             continue
         try:
-            entry = json.loads(line)
-            answers.append(Answer(str(entry["text"]), str(entry["finish_reason"])))
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}:{number}: not an answer ({error!r})", remedy="granite-pipeline export --force writes it anew") from None  # fmt: skip
-    return answers
+            found.append(made(json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}:{number}: not {what} ({error!r})", remedy=remedy) from None
+    return found
 
 
 def parse(text: str) -> dict[str, Any] | None:
