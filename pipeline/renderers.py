@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Protocol
 
 import httpx
@@ -116,19 +116,18 @@ class EngineRenderer:
         """The engine of that name."""
         return engines.get(self.name)
 
+    @cached_property
+    def client(self) -> httpx.Client:
+        """The client, made with the server's key, which is read once and not for each prompt."""
+        return _client(self.url, key_for(self.engine.name))
+
     def render(self, conversation: Conversation) -> Prompt:
         """Ask the server what it would feed the model."""
-        return self.engine.prompt(_client(self.url, key_for(self.engine.name)), self.model, conversation)
+        return self.engine.prompt(self.client, self.model, conversation)
 
     def detokenize(self, prompt: Prompt) -> str:
         """A vLLM prompt's token IDs as text, by the server's own tokenizer."""
-        return str(
-            ask(
-                _client(self.url, key_for(self.engine.name)),
-                "/detokenize",
-                {"model": self.model, "tokens": list(prompt.ids or ())},
-            )["prompt"]
-        )
+        return str(ask(self.client, "/detokenize", {"model": self.model, "tokens": list(prompt.ids or ())})["prompt"])
 
 
 @lru_cache(maxsize=8)
