@@ -89,7 +89,7 @@ class Router:
         seen = self.observer.seen.get(deployment.backend)
         found = seen.artefact(deployment.model) if seen else None
         if found is None and not self.healthy(deployment):
-            return notes.last_served(root_url(deployment.url), deployment.model, self.observer.output)
+            return notes.last_served(root_url(deployment.url), deployment.model, notes.every(self.observer.output))
         return found
 
     def fine_tune(self, deployment: Deployment) -> str | None:

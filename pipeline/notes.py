@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,15 +43,15 @@ def every(output: Path) -> Iterator[Note]:
             yield note
 
 
-def last_served(url: str, model: str, output: Path) -> Artefact | None:
+def last_served(url: str, model: str, known: Iterable[Note]) -> Artefact | None:
     """What a note says of a model at a URL, whether or not its server still runs."""
-    found = (n for n in every(output) if same_place(n.url, url) and (same_name(n.model, model) or same_name(model, n.model)))
+    found = (n for n in known if same_place(n.url, url) and (same_name(n.model, model) or same_name(model, n.model)))
     return next((note.artefact for note in found if note.artefact), None)
 
 
-def up_since(url: str, output: Path) -> float | None:
+def up_since(url: str, known: Iterable[Note]) -> float | None:
     """Start (wall clock) of the server that was started from here and runs at this URL; None when it is someone else's."""
-    return next((n.process.started for n in every(output) if n.process and same_place(n.process.url, url)), None)
+    return next((n.process.started for n in known if n.process and same_place(n.process.url, url)), None)
 
 
 def same_name(served: str, asked: str) -> bool:

@@ -16,6 +16,7 @@ from pipeline.agents import Agents
 from pipeline.artefact import Artefact
 from pipeline.config import Address, Settings, root_url
 from pipeline.errors import InputError
+from pipeline.notes import Note
 from pipeline.reach import TIMEOUT, Reached, get_json, is_local, same_place
 from pipeline.runs import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 
@@ -49,11 +50,11 @@ async def check_ollama_models(
     if entries is None:
         return [_unreachable(model, tags)]
     running = {str(entry.get("name")): entry for entry in _entries(ps, "models") or []}
-    found = []
+    known, found = tuple(notes.every(output)), []
     for entry in entries:
         name = str(entry.get("name", ""))
         in_memory = running.get(name, {})
-        ours = _recorded(root, name, output, str(entry.get("digest") or ""))
+        ours = _recorded(root, name, known, str(entry.get("digest") or ""))
         context = _integer(in_memory.get("context_length"))
         found.append(
             ModelStatus(name, True, name in running, context, _integer(entry.get("size")), tags.latency_ms, artefact=ours)
@@ -96,7 +97,7 @@ async def check_llamacpp_models(
     said = props.data if props.ok and isinstance(props.data, dict) else {}
     slot = said.get("default_generation_settings")
     context = _integer(slot.get("n_ctx")) if isinstance(slot, dict) else None
-    ours = artefact.of_served_path(str(said.get("model_path", "")), output, notes.up_since(root, output))
+    ours = artefact.of_served_path(str(said.get("model_path", "")), output, notes.up_since(root, notes.every(output)))
     return [
         replace(s, context=context or s.context, artefact=s.artefact or ours, loaded=True) if s.available else s for s in statuses
     ]
@@ -217,7 +218,8 @@ def _openai_statuses(root: str, listed: Reached, model: str, output: Path) -> li
     entries = _entries(listed, "data")
     if entries is None:
         return [_unreachable(model, listed)]
-    found, since = [], notes.up_since(root, output)
+    known = tuple(notes.every(output))
+    found, since = [], notes.up_since(root, known)
     for entry in entries:
         name, meta = str(entry.get("id", "")), entry.get("meta")
         meta = meta if isinstance(meta, dict) else {}
@@ -225,7 +227,7 @@ def _openai_statuses(root: str, listed: Reached, model: str, output: Path) -> li
             _integer(entry.get("max_model_len")) or _integer(entry.get("context_length")) or _integer(meta.get("n_ctx_train"))
         )
         # an adapter is not the artefact the server was started with
-        started = None if entry.get("parent") else _recorded(root, name, output)
+        started = None if entry.get("parent") else _recorded(root, name, known)
         ours = started or artefact.of_served_path(str(entry.get("root") or ""), output, since)
         loaded = str(entry["state"]) == "loaded" if "state" in entry else True
         found.append(ModelStatus(name, True, loaded, context, _integer(meta.get("size")), listed.latency_ms, artefact=ours))
@@ -257,9 +259,9 @@ def _entries(reached: Reached, key: str) -> list[Mapping[str, Any]] | None:
     return [entry for entry in listed if isinstance(entry, dict)]
 
 
-def _recorded(root: str, model: str, output: Path, digest: str = "") -> Artefact | None:
+def _recorded(root: str, model: str, known: Sequence[Note], digest: str = "") -> Artefact | None:
     """What was loaded by a server that was started from here and still runs at this URL, or made in someone's Ollama."""
-    for note in notes.every(output):
+    for note in known:
         # what was made in an Ollama that is not ours is told by its digest, also when it was made again by someone else
         still = note.digest == digest if note.digest else note.process is not None
         if still and note.artefact and same_place(note.url, root) and notes.same_name(model, note.model):
