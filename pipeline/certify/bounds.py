@@ -8,9 +8,10 @@ embedded base after 3, 20 (three seeds) and 213 steps.
   (tiny 0.013), top-1 all equal; control prompts, which are flatter: KL 9e-3, 0.17 apart, top-1 30 of 32. Answers part at near ties:
   all equal for the tiny models, 63 of 64 after 213 steps, 11 of 16 after 40, 8 of 16 after 20, 9 of 16 after 3; for an engine that
   rounds, the distributions are the proof.
-Another training instead. The embedded base after 20 steps, 6 pairs of seeds: 1.0 to 1.7 apart, KL 2.5e-2 to 0.14; against 213 steps,
-other seed or data: 2.4 and 3.3 apart, KL 3e-2 and 4e-2: all beyond Q8_0's bound. 90 pairs of seeds of tiny models: 0.20 to 0.36 apart, KL 9e-4 to 3e-3, no answer equal: as flat as these are, only their
-answers tell them apart under Q8_0; a float32 engine's bound tells all 90.
+Another training instead. The embedded base after 20 steps, 6 pairs of seeds: 1.0 to 1.7 apart, KL 2.5e-2 to 0.14; against 213
+steps, other seed or data: 2.4 and 3.3 apart, KL 3e-2 and 4e-2: all beyond Q8_0's bound. 90 pairs of seeds of tiny models: 0.20 to
+0.36 apart, KL 9e-4 to 3e-3, no answer equal: as flat as these are, only their answers tell them apart under Q8_0; a float32
+engine's bound tells all 90.
 Bounds of float16, bfloat16 and quantised (8 or 4 bits, or an FP8 KV cache, made by the engine) are estimates from their precision.
 """
 
