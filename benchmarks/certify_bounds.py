@@ -16,19 +16,25 @@ import json
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
+sys.path[:0] = [
+    str(Path(__file__).parents[1]),
+    str(Path(__file__).parents[1] / "tests"),
+    str(Path(__file__).parents[1] / "tests" / "support"),
+]
 
 import certified
 
 from pipeline.certify.certificate import Certificate
-from pipeline.certify.distributions import Reference, compare_tops
 from pipeline.config import Settings
-from pipeline.files import read_json
-from pipeline.runs import RunFolder
-from training import evaluate, gguf, merge, package, probes, soc
-from training.certifying import Scope, certify
-from training.finetune import finetune
+from pipeline.runs.files import read_json
+from pipeline.runs.folder import RunFolder
+from pipeline.verify.distributions import Reference, compare_tops
+from training.certify import probes
+from training.certify.certify import Scope, certify
+from training.datasets import soc
+from training.export import evaluate, gguf, merge, package
 from training.parameters import FinetuneParameters
+from training.tuning.finetune import finetune
 
 KINDS = (
     "merge.logits",

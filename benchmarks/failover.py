@@ -26,13 +26,15 @@ from typing import Any
 
 import httpx
 
-from pipeline import config, engines, server, services, serving
-from pipeline.gateway import DEFAULT_PORT
-from pipeline.ports import claim
-from pipeline.runs import DEFAULT_OUTPUT, RunFolder
-from pipeline.score import read_held_out
-from pipeline.server import Server
-from pipeline.serving import Endpoint, Options, Target
+from pipeline import config, engines
+from pipeline.net.loopback import claim
+from pipeline.operate import services
+from pipeline.operate.routing import DEFAULT_PORT
+from pipeline.runs.folder import DEFAULT_OUTPUT, RunFolder
+from pipeline.serve import server, start
+from pipeline.serve.server import Server
+from pipeline.serve.start import Endpoint, Options, Target
+from pipeline.verify.score import read_held_out
 
 MODEL, SECOND_MODEL = "granite-soc-specialist", "granite-soc"
 SOON = 5.0
@@ -140,7 +142,7 @@ def _serve(engine: str, run: RunFolder, name: str, port: int, place: str, stack:
     overrides = config.load().overrides(engine) | ({"parallel": "8"} if engine == "llamacpp" else {})
     options = Options("verify" if engine == "vllm" else "serve", port=port, owner=os.getpid(), overrides=overrides)
     begun = time.monotonic()
-    endpoint = serving.serve(engines.get(engine).name, target, options, lambda _: None)
+    endpoint = start.serve(engines.get(engine).name, target, options, lambda _: None)
     sys.stderr.write(f"{place} ({engine}) ready after {time.monotonic() - begun:.0f} s\n")
     process = endpoint.server
     if process is not None:

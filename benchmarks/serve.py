@@ -23,14 +23,15 @@ from typing import Any
 import httpx
 
 from benchmarks.load import Load, put_load
-from pipeline import engines, server, serving
+from pipeline import engines
 from pipeline.engines.base import Engine
 from pipeline.errors import PipelineError
-from pipeline.plan import Plan, Request, Setting
-from pipeline.ports import claim
-from pipeline.runs import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
-from pipeline.score import read_held_out
-from pipeline.serving import Endpoint, Options, Target
+from pipeline.net.loopback import claim
+from pipeline.planning.plan import Plan, Request, Setting
+from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
+from pipeline.serve import server, start
+from pipeline.serve.start import Endpoint, Options, Target
+from pipeline.verify.score import read_held_out
 
 LEVELS = (1, 8, 32)
 IDENTITY = {"--model", "--served-model-name", "--alias"}
@@ -111,12 +112,12 @@ def swept(engine: str, plan: Plan) -> list[Variant]:
 def measure(engine: Engine, plan: Plan, variant: Variant, request: Request, work: Work) -> Result:
     """Start, load at every level, stop."""
     made = variant.of(plan)
-    launch = engine.launch(made, request, host=serving.LOOPBACK, port=claim(serving.LOOPBACK, 0))
+    launch = engine.launch(made, request, host=start.LOOPBACK, port=claim(start.LOOPBACK, 0))
     process = server.start(launch, work.folder / f"{engine.name}-{variant.name.replace(' ', '-')}.log", owner=os.getpid())
     begun = time.monotonic()
     try:
         server.wait_ready(process, launch.start_timeout, lambda _: None)
-        serving.first_token(Endpoint(engine.name, launch.url, launch.model, server=process))
+        start.first_token(Endpoint(engine.name, launch.url, launch.model, server=process))
         ready = time.monotonic() - begun
         # the first answers of a server pay for caches and lazy compilation that no later one pays for
         put_load(launch.url, launch.model, work.prompts[:2], 2, 8)
@@ -200,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     engine = engines.get(args.engine)
     target = Target.of_run(RunFolder(args.run, args.output), engine.name)
-    request = serving.request_for(target, Options(purpose=args.purpose))
+    request = start.request_for(target, Options(purpose=args.purpose))
     plan = engine.plan(request)
     rows = read_held_out(RunFolder(args.run, args.output).heldout)
     prompts = [[dict(m) for m in row.messages] for row in rows]

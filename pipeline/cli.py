@@ -6,7 +6,6 @@ import logging
 import signal
 import sys
 import traceback
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,28 +15,13 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from pipeline import __version__
-from pipeline.commands import (
-    deploying,
-    doctor,
-    line,
-    operating,
-    planning,
-    processes,
-    prompts,
-    publishing,
-    reporting,
-    runs,
-    serving,
-    verifying,
-)
-from pipeline.commands.agent_option import add_agent_option
+from pipeline.commands import data, deploy, doctor, operate, plan, prompts, publish, run, runs, serve, servers, verify
+from pipeline.commands.options import add_agent_option
 from pipeline.config import ENV_FILE, check_env_file
 from pipeline.errors import EnvironmentFailure, PipelineError
-from pipeline.files import disk_errors_named, path_refused
-from pipeline.proxy import spare_loopback
-from pipeline.secrets import MaskingFilter, mask
-
-_PLUGINS = "granite_pipeline.commands"
+from pipeline.net.loopback import spare_loopback
+from pipeline.runs.files import disk_errors_named, path_refused
+from pipeline.runs.text import MaskingFilter, mask
 
 app = typer.Typer(
     name="granite-pipeline",
@@ -73,10 +57,8 @@ def _handler() -> logging.Handler:
     return handler
 
 
-for _group in (line, planning, doctor, prompts, serving, processes, operating, deploying, verifying, reporting, publishing, runs):
+for _group in (run, plan, doctor, prompts, serve, servers, operate, deploy, verify, publish, runs, data):
     _group.register(app)
-for _entry in entry_points(group=_PLUGINS):
-    _entry.load()(app)
 add_agent_option(app)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -13,8 +12,8 @@ from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from pipeline.errors import InputError
-from pipeline.files import read_utf8
-from pipeline.secrets import mask
+from pipeline.runs.files import read_utf8
+from pipeline.runs.text import mask, without_password
 
 Backend = Literal["ollama", "vllm", "openai", "llamacpp", "sglang"]
 Strategy = Literal["local-first", "cloud-first", "cheapest"]
@@ -22,7 +21,6 @@ ENV_FILE = Path(".env")
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 # the servers' own names for their keys; SGLang and Ollama read none from the environment
 KEY_VARIABLES = {"openai": "OPENAI_COMPATIBLE_API_KEY", "vllm": "VLLM_API_KEY", "llamacpp": "LLAMA_API_KEY"}
-_USERINFO = re.compile(r"(\w+://)[^/@\s]+@")
 
 
 class Settings(BaseSettings):
@@ -189,8 +187,3 @@ def _source(environment: str | None, in_file: str | None) -> Literal["default", 
     if environment and environment != in_file:
         return "environment"
     return ".env" if in_file else "default"
-
-
-def without_password(text: str) -> str:
-    """A URL with the password or key in front of its host masked; any other text as it is."""
-    return _USERINFO.sub(r"\1********@", text)

@@ -11,9 +11,9 @@ from typing import Any
 
 from dotenv import find_dotenv, load_dotenv
 
-from pipeline.proxy import spare_loopback
-from pipeline.runs import RunFolder
-from pipeline.secrets import MaskingFilter
+from pipeline.net.loopback import spare_loopback
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.text import MaskingFilter
 
 OWNER_VARIABLE = "GRANITE_PIPELINE_OWNER"
 
@@ -51,7 +51,7 @@ def pairs(mapping: Mapping[str, Any]) -> Any:
 
 
 def chart(svg: str) -> Any:
-    """An SVG drawn by ``pipeline.charts``, shown inline."""
+    """An SVG drawn by ``pipeline.report.charts``, shown inline."""
     from IPython.display import HTML
 
     return HTML(f'<div style="max-width:760px;background:#fff;color:#111">{svg}</div>')

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.chat import EMBEDDED_TEMPLATE
-from pipeline.runs import RunFolder
+from pipeline.prompts.chat import EMBEDDED_TEMPLATE
+from pipeline.runs.folder import RunFolder
 
 
 @pytest.fixture

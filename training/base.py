@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import lock
 from pipeline.errors import EnvironmentFailure, ModelError
-from pipeline.files import leftovers, read_object, remove, require_free_space
-from pipeline.hashes import HashCache
+from pipeline.runs import lock
+from pipeline.runs.files import leftovers, read_object, remove, require_free_space
+from pipeline.runs.hashes import HashCache
 from training import embedded
 
 EMBEDDED = "embedded"

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.certify.gguf_names import checkpoint_tensor
-from pipeline.chat import EMBEDDED_TEMPLATE
 from pipeline.errors import MissingDependency
-from pipeline.files import staged, write_json
-from pipeline.gguf_header import GgufHeader, read_gguf_header
+from pipeline.model.gguf import GgufHeader, read_gguf_header
+from pipeline.model.gguf_names import checkpoint_tensor
+from pipeline.prompts.chat import EMBEDDED_TEMPLATE
+from pipeline.runs.files import staged, write_json
 
 # Bump when the recipe changes, so that a cached folder made by the old one is not used.
 RECIPE = 3

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from pipeline.errors import InputError
-from pipeline.files import absolute
+from pipeline.runs.files import absolute
 
 Method = Literal["lora", "qlora", "full"]
 Trainer = Literal["auto", "unsloth", "hf"]

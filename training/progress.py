@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
-from pipeline import interrupt
+from pipeline.runs import interrupt
 
 T = TypeVar("T")
 _EVERY_SECONDS = 10.0

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import interrupt, lock, runlog
 from pipeline.errors import InputError
-from pipeline.files import disk_errors_named
-from pipeline.manifest import Manifest
-from pipeline.runs import RunFolder
+from pipeline.runs import interrupt, lock
+from pipeline.runs import log as runlog
+from pipeline.runs.files import disk_errors_named
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.manifest import Manifest
 
 log = logging.getLogger(__name__)
 NAMES = ("finetune", "merge", "gguf", "modelfile", "evaluate_base", "evaluate_tuned", "verify")

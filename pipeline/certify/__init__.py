@@ -2,5 +2,5 @@
 
 Seven links, each a file here: ``adapter`` (it moved), ``merged`` (merge = base + adapter), ``gguf_file`` (GGUF = merged),
 ``served`` (served = exported), ``tuned`` (tuned is not the base), ``stopping`` (it stops), ``custody`` (hashes from dataset to
-engine). They work on files and on collected evidence, without torch; ``training.certifying`` adds what needs the model in process.
+engine). They work on files and on collected evidence, without torch; ``training.certify.certify`` adds what needs the model in process.
 """

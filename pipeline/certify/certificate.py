@@ -11,13 +11,12 @@ from typing import Any
 from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
 
 from pipeline import __version__
-from pipeline.answers import visible
-from pipeline.certify.current import changed_files
 from pipeline.certify.finding import TITLES, Finding, Link, by_link
 from pipeline.errors import InputError, VerificationFailed
-from pipeline.files import read_json, sha256_json, write_atomic, write_json
-from pipeline.result import clean
-from pipeline.runs import RunFolder
+from pipeline.runs.files import read_json, write_atomic, write_json
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.hashes import sha256_json
+from pipeline.runs.text import clean, visible
 
 SCHEMA = 1
 _AGAIN = "granite-pipeline certify"
@@ -113,32 +112,6 @@ def place(certificate: Certificate, folder: Path) -> Path:
     except (InputError, KeyError, TypeError):
         fuller = False
     return folder / "offline.json" if fuller else path
-
-
-def summary(run: RunFolder) -> dict[str, Any] | None:
-    """Id, result and time of a run's certificate, for a status page; None when there is none.
-
-    ``current`` is false once a file that it is about has changed: ``passed`` then says nothing about what is there now.
-    """
-    path = run.certificate / "certificate.json"
-    if not path.is_file():
-        return None
-    held = read_json(path)
-    seen = {key: held.get(key) for key in ("id", "passed", "state", "offline", "unproven", "broken", "created_at")}
-    return {**seen, "current": not changed_files(run, held)}
-
-
-def summaries(output: Path) -> dict[str, dict[str, Any]]:
-    """The certificates of every run below a folder, by run name; a file that cannot be read counts as none."""
-    found = {}
-    for path in sorted(output.glob("*/certificate/certificate.json")):
-        try:
-            seen = summary(RunFolder(path.parents[1].name, output))
-        except (InputError, AttributeError, KeyError, TypeError, OSError):
-            continue
-        if seen is not None:
-            found[path.parents[1].name] = seen
-    return found
 
 
 def junit_xml(certificate: Certificate) -> str:

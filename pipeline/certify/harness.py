@@ -14,8 +14,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipeline.certify.finding import Finding, skipped
-from pipeline.runs import RunFolder
-from pipeline.serving import Endpoint
+from pipeline.runs.folder import RunFolder
+from pipeline.serve.start import Endpoint
 
 _SECONDS = 3600
 

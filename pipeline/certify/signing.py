@@ -10,8 +10,9 @@ from types import ModuleType
 
 from pipeline.certify.finding import Finding, held
 from pipeline.errors import InputError, MissingDependency
-from pipeline.files import read_json, sha256_tree
-from pipeline.runs import RunFolder
+from pipeline.runs.files import read_json
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.hashes import sha256_tree
 
 SIGNATURE = "certificate.sig"
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.files import sha256_tree
-from pipeline.manifest import Manifest
-from pipeline.runs import RunFolder
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.hashes import sha256_tree
+from pipeline.runs.manifest import Manifest
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.runs import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
+from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 
 _STYLE = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
@@ -38,9 +38,9 @@ def doctor(
       granite-pipeline doctor
       granite-pipeline doctor --run mine --base ibm-granite/granite-4.0-350m --json
     """
-    from pipeline.doctor import examine
-    from pipeline.doctor_facts import Facts
-    from pipeline.troubleshoot import look
+    from pipeline.doctor.findings import Facts
+    from pipeline.doctor.machine import examine
+    from pipeline.doctor.services import look
 
     facts = Facts.gather(RunFolder(run, output), base)
     found = examine(facts) + look(facts.settings, facts.run)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from pipeline.errors import InputError
-from pipeline.runs import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
+from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 
 RunName = Annotated[str | None, typer.Option("--run", help="Name of a run; its merged model's chat template is used.")]
 Output = Annotated[Path, typer.Option("--output", help="Folder that holds the runs.")]
@@ -45,8 +45,8 @@ def render(
 
     Example: granite-pipeline render --run generic --messages chat.json --renderer go
     """
-    from pipeline.conversation import Conversation, read_messages, read_tools
-    from pipeline.prompt_sources import make_renderer, prompt_text, read_source
+    from pipeline.prompts.conversation import Conversation, read_messages, read_tools
+    from pipeline.verify.sources import make_renderer, prompt_text, read_source
 
     source = read_source(run, template, output, now)
     chat = Conversation("stdin", read_messages(messages), read_tools(tools) if tools else None, None, prefill)
@@ -80,10 +80,9 @@ def parity(
       granite-pipeline parity --start
       granite-pipeline parity --run generic --engines chat,gguf,llamacpp=http://127.0.0.1:8005
     """
-    from pipeline.parity import require_same
-    from pipeline.parity_report import print_matrix
-    from pipeline.parity_servers import compare_here
-    from pipeline.prompt_sources import read_source
+    from pipeline.prompts.parity import require_same
+    from pipeline.verify.parity_run import compare_here, print_matrix
+    from pipeline.verify.sources import read_source
 
     source = read_source(run, template, output, None)
     if start and source.run is None:
@@ -116,9 +115,9 @@ def modelfile(
     The TEMPLATE is derived from the model's chat template and gives the same prompts; a chat template for which none can be
     proven is refused. Example: granite-pipeline modelfile --run generic --num-ctx 8192
     """
-    from pipeline.files import write_atomic
-    from pipeline.modelfile import explain as explanations
-    from pipeline.modelfile import for_gguf, for_run, parse_modelfile
+    from pipeline.modelfile.modelfile import explain as explanations
+    from pipeline.modelfile.modelfile import for_gguf, for_run, parse_modelfile
+    from pipeline.runs.files import write_atomic
 
     if (run is None) == (gguf is None) and run is not None:
         raise InputError("give --run or --gguf, not both")

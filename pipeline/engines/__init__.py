@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipeline.engines.base import Availability, Engine, Launch, NotApplicable, Prompt
+from pipeline.engines.base import Availability, Engine, Launch
 from pipeline.errors import InputError
+from pipeline.prompts.conversation import NotApplicable, Prompt
 
 
 def _vllm() -> Engine:
-    from pipeline.engines.vllm import Vllm
+    from pipeline.engines.vllm.engine import Vllm
 
     return Vllm()
 

@@ -9,28 +9,12 @@ from typing import Any, Protocol
 
 import httpx
 
-from pipeline.conversation import Conversation
-from pipeline.errors import EngineError, ModelError, PipelineError
-from pipeline.plan import Plan, Request
-from pipeline.toolcalls import MARKS, Call
-
-# what a server says when the chat template, not the server, refuses the messages
-_REFUSED = (400, 422, 500)
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What an engine feeds the model: token IDs where it tells them, and the text where it tells that."""
-
-    text: str | None = None
-    ids: tuple[int, ...] | None = None
-
+from pipeline.errors import EngineError
+from pipeline.model.toolcalls import MARKS, Call
+from pipeline.planning.plan import Plan, Request
+from pipeline.prompts.conversation import Conversation, Prompt
 
 Body = dict[str, Any]
-
-
-class NotApplicable(Exception):
-    """The engine's API cannot express this conversation; the message says what it lacks."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +50,7 @@ class Engine(Protocol):
 
     name: str
     default_port: int
-    # forms of tool calls (``pipeline.toolcalls``) that the engine finds in an answer
+    # forms of tool calls (``pipeline.model.toolcalls``) that the engine finds in an answer
     call_forms: tuple[str, ...]
 
     def available(self) -> Availability:
@@ -121,19 +105,6 @@ def require_feasible(plan: Plan) -> None:
             evidence="\n".join(plan.warnings),
             remedy="; or ".join(plan.alternatives) or "use a larger machine",
         )
-
-
-def ask(client: httpx.Client, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    """POST JSON to a running server and return its JSON; ModelError or EngineError with the server's own words."""
-    try:
-        answer = client.post(path, json=dict(body))
-        if answer.is_error:
-            kind: type[PipelineError] = ModelError if answer.status_code in _REFUSED else EngineError
-            raise kind(f"POST {path} answered {answer.status_code}", evidence=answer.text[:2000])
-        found: dict[str, Any] = answer.json()
-    except (httpx.HTTPError, ValueError) as error:
-        raise EngineError(f"POST {client.base_url.join(path)} does not answer: {error!r}") from None
-    return found
 
 
 def openai_body(conversation: Conversation) -> dict[str, Any]:

@@ -10,11 +10,95 @@ import sys
 
 import httpx
 
-from pipeline.conversation import Conversation
-from pipeline.engines.base import Availability, Body, Launch, OpenAiRequests, Prompt, ask, openai_body, require_feasible
-from pipeline.engines.llamacpp_plan import plan as _plan
-from pipeline.plan import Plan, Request
-from pipeline.toolcalls import Call
+from pipeline.engines.base import Availability, Body, Launch, OpenAiRequests, openai_body, require_feasible
+from pipeline.engines.flags import LLAMACPP
+from pipeline.model.toolcalls import Call
+from pipeline.net.client import ask
+from pipeline.planning.gguf_fit import SHORT_SPIN, GgufFit, fit_gguf, gguf_that_fits, room
+from pipeline.planning.overrides import Overrides
+from pipeline.planning.plan import Plan, Request, Setting
+from pipeline.prompts.conversation import Conversation, Prompt
+
+_ALIASES = {
+    "--ctx-size": "-c", "--c": "-c", "--np": "--parallel", "--t": "--threads", "--ngl": "--n-gpu-layers", "--fa": "--flash-attn",
+    "--ctk": "--cache-type-k", "--ctv": "--cache-type-v", "--b": "--batch-size", "--ub": "--ubatch-size",
+    "--kvu": "--kv-unified", "--a": "--alias", "--tb": "--threads-batch", "--m": "--model",
+}  # fmt: skip
+
+
+def plan(request: Request) -> Plan:
+    """Flags for one GGUF; ``-c`` is the context of all slots together, so it is slots x context per request."""
+    user = Overrides.of(request.overrides, _ALIASES)
+    model = request.model
+    why_not = "" if model.format != "safetensors" else f"llama.cpp reads GGUF files, {model.path} is a safetensors folder"
+    fit = fit_gguf(request, user)
+    flags, env = user.lay_over(_settings(request, fit), LLAMACPP)
+    kind = model.quantization or ("Q8_0" if model.format == "shape" else None)
+    return Plan(
+        engine="llamacpp",
+        feasible=fit.feasible and not why_not,
+        flags=flags,
+        env=env,
+        dtype=model.dtype,
+        quantization=kind,
+        tensor_parallel=1,
+        max_model_len=fit.length,
+        max_num_seqs=fit.slots,
+        memory=fit.memory,
+        alternatives=_alternatives(request, fit, why_not),
+        warnings=_warnings(request, fit, why_not),
+    )
+
+
+def _settings(request: Request, fit: GgufFit) -> list[Setting]:
+    model, cpu = request.model, request.hardware.cpu
+    total = fit.slots * fit.length
+    settings = [
+        Setting("--model", str(model.path or f"{model.name}.Q8_0.gguf"), "the GGUF to serve"),
+        Setting("--alias", request.served_name or model.name, "the name clients ask for"),
+        Setting(
+            "-c",
+            str(total),
+            f"{fit.slots} slots x {fit.length} tokens; left out, the model's declared context is taken (hybrids: 1,048,576)",
+        ),
+        Setting("--parallel", str(fit.slots), "requests computed together; each slot owns an equal share of -c"),
+        Setting("--threads", str(cpu.cores), "the cores this process may use (affinity and container quota applied)"),
+        Setting("--jinja", None, "prompts come from the model's own chat template"),
+    ]
+    if cpu.numa_nodes > 1 and not fit.on_gpu:
+        settings.append(Setting("--numa", "distribute", f"threads and memory spread over {cpu.numa_nodes} NUMA nodes"))
+    if not fit.on_gpu:
+        settings.append(SHORT_SPIN)
+    return settings
+
+
+def _alternatives(request: Request, fit: GgufFit, why_not: str) -> tuple[str, ...]:
+    if why_not:
+        return ("granite-pipeline export makes a Q8_0 GGUF of it", "the vllm engine serves the folder as it is")
+    if fit.feasible and (fit.on_gpu or not request.hardware.gpus):
+        return ()
+    found = gguf_that_fits(request.model, request.hardware) if request.model.format == "shape" else None
+    words = [f"the {found[0]} GGUF ({found[1]:.1f} GiB), {found[2]}"] if found and found[0] != "Q8_0" else []
+    if not fit.feasible:
+        words += ["a GGUF with fewer bits per weight (Q4_K_M), or a smaller Granite"] if not words else []
+    return tuple(words)
+
+
+def _warnings(request: Request, fit: GgufFit, why_not: str) -> tuple[str, ...]:
+    m, found = fit.memory, [why_not] if why_not else []
+    if not fit.feasible:
+        found.append(
+            f"needs {m.total:.1f} GiB (weights {m.weights:.1f}, KV cache {m.kv_cache:.1f}, buffers {m.overhead:.1f}), {m.available:.1f} GiB are available"
+        )
+    elif request.hardware.gpus and not fit.on_gpu:
+        found.append(
+            f"{m.total:.1f} GiB do not fit on the GPU ({room(request.hardware).gpu:.1f} GiB usable): part of the layers run on the CPU"
+        )
+    if not request.model.has_chat_template:
+        found.append("the GGUF has no chat template: llama.cpp would guess a format; export it with its template")
+    if request.model.format == "shape":
+        found.append("planned for a Q8_0 GGUF; give --model FILE.gguf for another type")
+    return tuple(found)
 
 
 class LlamaCpp(OpenAiRequests):
@@ -42,13 +126,13 @@ class LlamaCpp(OpenAiRequests):
 
     def plan(self, request: Request) -> Plan:
         """Flags for this GGUF, machine and purpose."""
-        return _plan(request)
+        return plan(request)
 
     def launch(self, plan: Plan, request: Request, *, host: str, port: int) -> Launch:
         """The server process with the plan's flags; EngineError when the plan is not feasible."""
         require_feasible(plan)
         program = shutil.which("llama-server")
-        prefix = [program] if program else [sys.executable, "-m", "pipeline.engines.xllamacpp_server"]
+        prefix = [program] if program else [sys.executable, "-m", "pipeline.engines.llamacpp_server"]
         argv = (*prefix, *plan.arguments, "--host", host, "--port", str(port))
         name = request.served_name or request.model.name
         return Launch(self.name, argv, plan.environment, f"http://{host}:{port}", "/health", name, start_timeout=300.0)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import httpx
 
-from pipeline.conversation import Conversation
-from pipeline.engines.base import Availability, Launch, OpenAiRequests, Prompt
+from pipeline.engines.base import Availability, Launch, OpenAiRequests
 from pipeline.errors import EngineError, InputError
-from pipeline.plan import Memory, Plan, Request
+from pipeline.planning.plan import Memory, Plan, Request
+from pipeline.prompts.conversation import Conversation, Prompt
 
 _REMEDY = "set OPENAI_COMPATIBLE_BASE_URL to the running server"
 

@@ -5,14 +5,83 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import httpx
 
-from pipeline.conversation import Conversation
-from pipeline.engines.base import Availability, Launch, OpenAiRequests, Prompt, require_feasible
-from pipeline.engines.sglang_plan import plan as _plan
-from pipeline.errors import EngineError
-from pipeline.plan import Plan, Request
+from pipeline.engines.base import Availability, Launch, OpenAiRequests, require_feasible
+from pipeline.engines.flags import SGLANG
+from pipeline.errors import EngineError, InputError
+from pipeline.planning import alternatives
+from pipeline.planning.gpu_fit import Wish, alike, best, choices, hub_id, refusal
+from pipeline.planning.overrides import Overrides
+from pipeline.planning.plan import Memory, Plan, Purpose, Request, Setting
+from pipeline.prompts.conversation import Conversation, Prompt
+
+_SEQUENCES: dict[Purpose, int] = {"verify": 16, "serve": 64, "throughput": 256, "latency": 8}
+_ALIASES = {"--tensor-parallel-size": "--tp-size", "--tp": "--tp-size", "--max-model-len": "--context-length"}
+
+
+def plan(request: Request) -> Plan:
+    """Flags for SGLang, or a refusal: it needs a CUDA or ROCm GPU."""
+    user = Overrides.of(request.overrides, _ALIASES)
+    if not request.hardware.gpus:
+        return _no_gpu(request)
+    gpu, shape = request.hardware.gpus[0], request.model.shape
+    why_not = refusal(request, gpu).replace("vLLM", "SGLang")
+    dtype = "bfloat16" if gpu.vendor == "amd" or gpu.capability >= (8, 0) else "float16"
+    if user.values.get("--dtype") == "bfloat16" and dtype == "float16":
+        raise InputError(f"--dtype bfloat16 needs compute capability 8.0, {gpu.name} has {gpu.compute_capability}")
+    gpus = alike(request.hardware.gpus)
+    asked = user.integer("--tp-size", 1, len(gpus), f"GPUs that can work together here: {len(gpus)}")
+    found = choices(request.model, gpus, eager=request.purpose == "verify")
+    # SGLang has no bitsandbytes loader for Granite worth planning; fp8 is its online quantisation
+    usable = tuple(c for c in found if c.quantization != "bitsandbytes" and asked in (None, c.tensor_parallel))
+    if not usable:
+        raise InputError(f"--tp-size {asked} does not divide {shape.heads} heads and {shape.kv_heads} kv heads")
+    sequences = user.integer("--max-running-requests", 1, 4096) or _SEQUENCES[request.purpose]
+    length = user.integer("--context-length", 1, shape.max_positions, f"the model's own limit is {shape.max_positions}")
+    wish = Wish(request.purpose, dtype, sequences, usable, length)
+    fit = best(request.model, gpus, wish)
+    fit = replace(fit, feasible=fit.feasible and not why_not)
+    m, choice = fit.memory, fit.choice
+    short = f"needs {m.total:.1f} GiB per GPU (weights {m.weights:.1f}), {m.available:.1f} GiB are free"
+    settings = [
+        Setting("--model-path", str(request.model.path or hub_id(request.model.name)), "the model to serve"),
+        Setting("--served-model-name", request.served_name or request.model.name, "the name clients ask for"),
+        Setting("--dtype", dtype, f"compute capability {gpu.compute_capability or 'unknown'}"),
+        Setting(
+            "--context-length",
+            str(fit.length),
+            f"context per request that the KV cache holds; the model allows {shape.max_positions}",
+        ),
+        Setting("--max-running-requests", str(fit.sequences), f"purpose {request.purpose}"),
+    ]
+    if choice.quantization:
+        settings.append(Setting("--quantization", choice.quantization, "16-bit weights do not fit with activations and KV cache"))
+    if choice.kv_dtype == "fp8":
+        settings.append(Setting("--kv-cache-dtype", "fp8_e4m3", "halves the KV cache"))
+    if choice.tensor_parallel > 1:
+        settings.append(Setting("--tp-size", str(choice.tensor_parallel), "one GPU does not hold the model"))
+    if choice.eager:
+        settings.append(Setting("--disable-cuda-graph", None, "starts faster and leaves the memory to the KV cache"))
+    flags, env = user.lay_over(settings, SGLANG)
+    return Plan(
+        "sglang", fit.feasible, flags, env, dtype, request.model.quantization or choice.quantization, choice.tensor_parallel,
+        fit.length, fit.sequences, m, (), alternatives.nearest_gpu(request, fit, wish),
+        tuple([why_not] if why_not else [] if fit.feasible else [short]),
+    )  # fmt: skip
+
+
+def _no_gpu(request: Request) -> Plan:
+    model = request.model
+    memory = Memory(weights=model.weights_gib("float32"), available=request.hardware.ram_free_gib)
+    why_not = "SGLang's packages need a CUDA or ROCm GPU; its CPU build is compiled from source"
+    return Plan(
+        "sglang", False, (), (), "float32", model.quantization, 1, model.shape.max_positions, 0, memory, (),
+        ("the vllm engine's CPU build, or llamacpp",), (why_not,),
+    )  # fmt: skip
+
 
 _INSTALL = "python -m venv sglang-env && sglang-env/bin/pip install sglang, then SGLANG_PYTHON=sglang-env/bin/python"
 _VERSION_CODE = "import importlib.metadata as m; print(m.version('sglang'))"
@@ -37,7 +106,7 @@ class Sglang(OpenAiRequests):
 
     def plan(self, request: Request) -> Plan:
         """Flags for this model, these GPUs and this purpose."""
-        return _plan(request)
+        return plan(request)
 
     def launch(self, plan: Plan, request: Request, *, host: str, port: int) -> Launch:
         """``python -m sglang.launch_server`` with the plan's flags; EngineError when the plan is not feasible."""

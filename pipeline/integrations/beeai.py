@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config import Settings
 from pipeline.errors import InputError, MissingDependency
-from pipeline.registry import address_for
+from pipeline.operate.registry import address_for
 
 if TYPE_CHECKING:
     from beeai_framework.backend import ChatModel

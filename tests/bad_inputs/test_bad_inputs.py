@@ -15,11 +15,11 @@ from bad_inputs.case import Case
 from typer.testing import CliRunner
 
 from pipeline import config, errors
+from pipeline.batch import parameters_of
 from pipeline.cli import app
 from pipeline.errors import PipelineError
-from pipeline.modelfile import read_modelfile
-from pipeline.notebooks import parameters_of
-from pipeline.score import read_held_out
+from pipeline.modelfile.modelfile import read_modelfile
+from pipeline.verify.score import read_held_out
 
 CORPUS = [*datasets.CASES, *headers.CASES, *models.CASES, *others.CASES]
 FUNCTIONS: dict[str, Callable[[Path], object]] = {

@@ -9,13 +9,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from pipeline import artefact, server, serving
-from pipeline.adapters import base_folder, parse
-from pipeline.engines.vllm import Vllm
-from pipeline.registry import check_vllm_models
-from pipeline.runs import RunFolder
-from pipeline.score import read_held_out
-from pipeline.serving import Options, Target
+from pipeline.engines.vllm.engine import Vllm
+from pipeline.engines.vllm.lora import base_folder, parse
+from pipeline.operate.registry import check_vllm_models
+from pipeline.runs.folder import RunFolder
+from pipeline.serve import notes, server, start
+from pipeline.serve.start import Options, Target
+from pipeline.verify.score import read_held_out
 
 pytestmark = [pytest.mark.long, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ def test_two_agents_on_one_base(tmp_path: Path) -> None:
     loras = tuple(parse("triage=generic,second=generic", run.output))
     target = Target(base_folder(loras, None), "base", tmp_path)
     options = Options("verify", owner=os.getpid(), adapters=loras, overrides={"max-num-seqs": "8"})
-    endpoint = serving.serve("vllm", target, options, lambda _: None)
+    endpoint = start.serve("vllm", target, options, lambda _: None)
     assert endpoint.server is not None
     try:
         rows = read_held_out(run.heldout)[:4]
@@ -37,7 +37,7 @@ def test_two_agents_on_one_base(tmp_path: Path) -> None:
     finally:
         server.stop(endpoint.server)
     assert set(told) == {"base", "triage", "second"}
-    assert told["triage"].artefact == artefact.of_file(run.adapter)
+    assert told["triage"].artefact == notes.of_file(run.adapter)
     assert answers["triage"] == answers["second"]
     expected = [row.expected.strip() for row in rows]
     right = [sum(a.strip() == e for a, e in zip(answers[name], expected, strict=True)) for name in ("base", "triage")]

@@ -13,14 +13,14 @@ import certified
 import pytest
 import tamper
 
-from pipeline import serving
-from pipeline.backends import start
 from pipeline.certify.certificate import Certificate
 from pipeline.config import Settings
-from pipeline.engines.vllm import Vllm
-from pipeline.runs import RunFolder
-from pipeline.serving import Options
-from training.certifying import Scope, certify
+from pipeline.engines.vllm.engine import Vllm
+from pipeline.runs.folder import RunFolder
+from pipeline.serve import start as serving
+from pipeline.serve.backends import start
+from pipeline.serve.start import Options
+from training.certify.certify import Scope, certify
 
 pytestmark = [pytest.mark.long, pytest.mark.slow, pytest.mark.e2e]
 SCOPE = Scope(("vllm",), prompts=12, positions=2, keep=False)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from small_run import make_servable_run
 
-from pipeline.runs import RunFolder
+from pipeline.runs.folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 needs_gateway = pytest.mark.skipif(

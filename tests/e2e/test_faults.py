@@ -17,11 +17,12 @@ import psutil
 import pytest
 from serving_faults import Watched, cli, copy_of, embedded_gguf, nothing_left, processes_of, request_of, starts, target_of, until
 
-from pipeline import server, serving
+from pipeline.doctor.inventory import listing
 from pipeline.errors import EnvironmentFailure, StartFailure
-from pipeline.plan import Setting
-from pipeline.processes import listing
-from pipeline.serving import Options, Target
+from pipeline.planning.plan import Setting
+from pipeline.serve import server
+from pipeline.serve import start as serving
+from pipeline.serve.start import Options, Target
 
 pytestmark = [pytest.mark.slow]
 # holds Python, the weights and a KV cache of 32k tokens, not of 64k (23 KB a token)

@@ -16,11 +16,11 @@ import pytest
 import tiny
 from serving_faults import nothing_left, request_of, starts, target_of, until
 
-from pipeline import server, serving
-from pipeline.engines.vllm import Vllm
+from pipeline.engines.vllm.engine import Vllm
 from pipeline.errors import EngineError, StartFailure
-from pipeline.plan import Plan, Request, Setting
-from pipeline.serving import Options, Target
+from pipeline.planning.plan import Plan, Request, Setting
+from pipeline.serve import server, start
+from pipeline.serve.start import Options, Target
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Vllm().available().usable, reason="vLLM is not installed")]
 KV = "VLLM_CPU_KVCACHE_SPACE"
@@ -40,7 +40,7 @@ def target(model: Path, tmp_path: Path) -> Iterator[Target]:
     copy = tmp_path / "run" / "merged_fp16"
     shutil.copytree(model, copy)
     yield target_of(copy, tmp_path / "run")
-    serving.stop(tmp_path / "run", "vllm")
+    start.stop(tmp_path / "run", "vllm")
 
 
 class Misjudging(Vllm):
@@ -56,8 +56,8 @@ class Misjudging(Vllm):
         return replace(plan, flags=spoilt(plan.flags), env=spoilt(plan.env))
 
 
-def _start(engine: Vllm, target: Target, said: list[str]) -> serving.Endpoint:
-    return serving.start_planned(engine, request_of(target), target, Options(owner=os.getpid()), said.append)
+def _start(engine: Vllm, target: Target, said: list[str]) -> start.Endpoint:
+    return start.start_planned(engine, request_of(target), target, Options(owner=os.getpid()), said.append)
 
 
 def test_wrong_context_and_cache_are_mended_and_a_killed_engine_is_noticed(target: Target) -> None:
@@ -85,7 +85,7 @@ def test_wrong_context_and_cache_are_mended_and_a_killed_engine_is_noticed(targe
 def test_a_cache_larger_than_the_ram_that_the_user_asked_for_is_refused_before_a_start(target: Target) -> None:
     request = request_of(target, **{KV: "4000"})
     with pytest.raises(EngineError, match="vllm cannot serve this model on this machine") as caught:
-        serving.start_planned(Vllm(), request, target, Options(owner=os.getpid()), lambda _: None)
+        start.start_planned(Vllm(), request, target, Options(owner=os.getpid()), lambda _: None)
     assert "KV cache 4000.0" in caught.value.evidence
     assert "without your --set it fits" in caught.value.remedy
     nothing_left(target.folder, [])
@@ -119,7 +119,7 @@ def test_a_damaged_folder_is_refused_at_once(spoil: object, kind: str, target: T
     request = request_of(target)
     spoil(target.model)  # type: ignore[operator]
     with pytest.raises(StartFailure) as caught:
-        serving.start_planned(Vllm(), request, target, Options(owner=os.getpid()), lambda _: None, plan)
+        start.start_planned(Vllm(), request, target, Options(owner=os.getpid()), lambda _: None, plan)
     assert caught.value.kind == kind, str(caught.value)
     assert caught.value.remedy
     assert "last lines:" in caught.value.evidence

@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from pipeline.engines.ollama import Ollama
-from pipeline.engines.vllm import Vllm
-from pipeline.manifest import Manifest
-from training import soc
+from pipeline.engines.vllm.engine import Vllm
+from pipeline.runs.manifest import Manifest
+from training.datasets import soc
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 HELD_OUT = 24

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import leftovers, sha256_tree
-from pipeline.gguf_header import read_gguf_header
-from pipeline.runs import RunFolder
-from training import checkpoints
+from pipeline.model.gguf import read_gguf_header
+from pipeline.runs.files import leftovers
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.hashes import sha256_tree
+from training.tuning import checkpoints
 
 STAGES = ("finetune", "merge", "gguf", "modelfile", "evaluate_base", "evaluate_tuned")
 FINAL = (

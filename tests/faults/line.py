@@ -17,9 +17,10 @@ from typing import Any
 
 
 def line(request: dict[str, Any]) -> None:
-    from pipeline.runs import RunFolder
-    from training import evaluate, finetune, gguf, merge, package
+    from pipeline.runs.folder import RunFolder
+    from training.export import evaluate, gguf, merge, package
     from training.parameters import FinetuneParameters
+    from training.tuning import finetune
 
     run = RunFolder("t", Path(request["output"]))
     params = FinetuneParameters(
@@ -56,7 +57,7 @@ def preload() -> None:
     import transformers  # noqa: F401
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments  # noqa: F401
 
-    from training import evaluate, finetune, gguf, merge, package  # noqa: F401
+    from training.tuning import finetune  # noqa: F401
 
 
 def main() -> None:

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import tiny
 
-from pipeline import report
 from pipeline.errors import DiskFull
-from pipeline.files import leftovers, sha256_tree
-from pipeline.runs import RunFolder
-from training import finetune, gguf, merge
+from pipeline.report import write
+from pipeline.runs.files import leftovers
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.hashes import sha256_tree
+from training.export import gguf, merge
 from training.parameters import FinetuneParameters
+from training.tuning import finetune
 
 pytestmark = pytest.mark.slow
 SAMPLE = Path(__file__).parents[1] / "pipeline" / "sample_report.json"
@@ -51,7 +53,7 @@ def run(disk: Path, parameters: FinetuneParameters) -> RunFolder:
     finetune.finetune(run, parameters)
     merge.merge(run)
     gguf.export_gguf(run)
-    report.write_report(json.loads(SAMPLE.read_text()), run.report)
+    write.write_report(json.loads(SAMPLE.read_text()), run.report)
     return run
 
 
@@ -66,10 +68,10 @@ def _fill(disk: Path, left: int) -> Path:
 
 
 STAGES: dict[str, tuple[Callable[[RunFolder, FinetuneParameters], object], int, str]] = {
-    "training": (lambda run, p: finetune.finetune(run, p, force=True), 300_000, "training.finetune"),
-    "merge": (lambda run, p: merge.merge(run, force=True), 3 * MIB, "training.merge"),
-    "gguf": (lambda run, p: gguf.export_gguf(run, force=True), 2 * MIB, "training.gguf"),
-    "report": (lambda run, p: report.write_report(json.loads(SAMPLE.read_text()), run.report), 4096, "pipeline.report"),
+    "training": (lambda run, p: finetune.finetune(run, p, force=True), 300_000, "training.tuning.finetune"),
+    "merge": (lambda run, p: merge.merge(run, force=True), 3 * MIB, "training.export.merge"),
+    "gguf": (lambda run, p: gguf.export_gguf(run, force=True), 2 * MIB, "training.export.gguf"),
+    "report": (lambda run, p: write.write_report(json.loads(SAMPLE.read_text()), run.report), 4096, "pipeline.report.write"),
 }
 
 

@@ -18,9 +18,9 @@ import pytest
 import tiny
 from faults.harness import FINAL, STAGES, Line, Watcher, artefacts, require_tidy, round_of_kills
 
-from pipeline.manifest import Manifest
-from pipeline.runs import RunFolder
-from training import checkpoints
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.manifest import Manifest
+from training.tuning import checkpoints
 
 STEPS, SAVE = 24, 3
 SHORT = ["finetune", "finetune", "merge", "gguf", "evaluate_base", "evaluate_tuned"]

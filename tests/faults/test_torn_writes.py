@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.files import sweep
+from pipeline.runs.files import sweep
 
 KILLS = 25
 SEED = 7
@@ -20,7 +20,7 @@ SIZE = 2_000_000
 _WRITER = """
 import sys
 from pathlib import Path
-from pipeline.files import staged, write_atomic
+from pipeline.runs.files import staged, write_atomic
 folder, size = Path(sys.argv[1]), int(sys.argv[2])
 for turn in range(10**6):
     letter = "ab"[turn % 2]

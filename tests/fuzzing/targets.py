@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from pipeline import config
 from pipeline.errors import InputError, PipelineError
-from pipeline.gguf_header import read_gguf_header
-from pipeline.model import Model
-from pipeline.modelfile_grammar import parse_modelfile, quoted
-from pipeline.safetensors_header import read_header
-from training.data import read
+from pipeline.model.gguf import read_gguf_header
+from pipeline.model.model import Model
+from pipeline.model.safetensors import read_header
+from pipeline.modelfile.grammar import parse_modelfile, quoted
+from training.datasets.dataset import read
 
 _FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-"))
 

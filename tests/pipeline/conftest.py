@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.chat import EMBEDDED_TEMPLATE, ChatTemplate
-from pipeline.gorender import find_go
+from pipeline.prompts.chat import EMBEDDED_TEMPLATE, ChatTemplate
+from pipeline.prompts.gorender import find_go
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "granite" / "chat-templates"
 TOKENS = {"bos_token": "<|end_of_text|>", "eos_token": "<|end_of_text|>"}
@@ -91,7 +91,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def gguf(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("xllamacpp")
-    from training.gguf import convert
+    from training.export.gguf import convert
 
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     convert(base, path, name="tiny")

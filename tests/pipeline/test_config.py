@@ -6,9 +6,9 @@ import pytest
 
 from pipeline import config, engines
 from pipeline.errors import InputError
-from pipeline.machines import hardware_from
-from pipeline.model import Model
-from pipeline.plan import Request
+from pipeline.machine.named import hardware_from
+from pipeline.model.model import Model
+from pipeline.planning.plan import Request
 
 
 @pytest.fixture(autouse=True)

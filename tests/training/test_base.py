@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.runs import RunFolder
+from pipeline.runs.folder import RunFolder
 from training import base, embedded
-from training.finetune import finetune
 from training.parameters import FinetuneParameters
+from training.tuning.finetune import finetune
 
 
 def test_what_a_killed_build_left_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

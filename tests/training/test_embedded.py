@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.files import sha256_tree
+from pipeline.runs.hashes import sha256_tree
 from training import embedded
 
 QUESTION = (

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import InputError, Interrupted, PipelineError
-from pipeline.manifest import Manifest
-from pipeline.runs import RunFolder
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.manifest import Manifest
 from training.stages import forced, run_stage
 
 

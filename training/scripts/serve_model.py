@@ -8,11 +8,10 @@ The same code as ``granite-pipeline serve``: flags planned for this machine, in 
 
 from __future__ import annotations
 
+import os
 import sys
-
-from pipeline.cli import main
 
 if __name__ == "__main__":
     # --name is this program's word for what serve calls --served-model-name
-    sys.argv[1:] = ["serve", *("--served-model-name" if word == "--name" else word for word in sys.argv[1:])]
-    main()
+    words = ("--served-model-name" if word == "--name" else word for word in sys.argv[1:])
+    os.execv(sys.executable, [sys.executable, "-m", "pipeline", "serve", *words])

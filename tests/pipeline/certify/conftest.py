@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import recorded
 
-from pipeline.runs import RunFolder
+from pipeline.runs.folder import RunFolder
 
 
 @pytest.fixture

@@ -12,10 +12,11 @@ import pytest
 from pipeline.certify import certificate as made
 from pipeline.certify import signing
 from pipeline.certify.finding import by_link, held, skipped
-from pipeline.certify.reporting import rows, table, with_certificate
+from pipeline.certify.publish import rows, table, with_certificate
 from pipeline.errors import VerificationFailed
-from pipeline.report import render_html
-from pipeline.runs import RunFolder
+from pipeline.report import certificate as certificate_module
+from pipeline.report.write import render_html
+from pipeline.runs.folder import RunFolder
 
 GOOD = [
     held("adapter.moved", True, "28 of 28 modules moved", "> 0", "definition"),
@@ -69,14 +70,14 @@ def test_what_was_not_measured_is_unproven_not_passed(run: RunFolder) -> None:
 
 def test_the_files_are_json_and_junit(run: RunFolder) -> None:
     certificate = made.make(run, [*GOOD, BAD], {}, offline=False)
-    assert made.summary(run) is None
+    assert certificate_module.summary(run) is None
     made.save(certificate, run.certificate)
-    seen = made.summary(run)
+    seen = certificate_module.summary(run)
     assert seen is not None
     assert (seen["id"], seen["passed"], seen["broken"]) == (certificate.id, False, ["gguf.tensors"])
     (run.output / "broken" / "certificate").mkdir(parents=True)
     (run.output / "broken" / "certificate" / "certificate.json").write_text("{")
-    assert made.summaries(run.output) == {run.name: seen}
+    assert certificate_module.summaries(run.output) == {run.name: seen}
     # no number that JSON cannot hold
     json.loads((run.certificate / "certificate.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     junit = (run.certificate / "junit.xml").read_text()

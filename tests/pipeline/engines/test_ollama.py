@@ -9,13 +9,12 @@ import httpx
 import pytest
 
 from pipeline import engines
-from pipeline.conversation import Conversation
-from pipeline.engines.base import Prompt
 from pipeline.engines.ollama import Ollama
 from pipeline.errors import EngineError, InputError
-from pipeline.machines import hardware_from
-from pipeline.model import Model
-from pipeline.plan import Plan, Purpose, Request
+from pipeline.machine.named import hardware_from
+from pipeline.model.model import Model
+from pipeline.planning.plan import Plan, Purpose, Request
+from pipeline.prompts.conversation import Conversation, Prompt
 
 
 def _plan(machine: str, shape: str, purpose: Purpose = "serve", **overrides: str) -> Plan:

@@ -4,9 +4,9 @@ import pytest
 
 from pipeline.engines.sglang import Sglang
 from pipeline.errors import EngineError, InputError
-from pipeline.machines import hardware_from
-from pipeline.model import Model
-from pipeline.plan import Plan, Purpose, Request
+from pipeline.machine.named import hardware_from
+from pipeline.model.model import Model
+from pipeline.planning.plan import Plan, Purpose, Request
 
 
 def _request(machine: str, shape: str, purpose: Purpose = "serve", **overrides: str) -> Request:

@@ -6,12 +6,12 @@ import pytest
 
 from pipeline import engines
 from pipeline.engines.flags import LLAMACPP, OLLAMA, SGLANG, VLLM
-from pipeline.engines.gpu_fit import legal_tensor_parallel
-from pipeline.machines import NAMES, hardware_from
-from pipeline.model import Model
-from pipeline.model_shapes import SHAPES
-from pipeline.overrides import Known
-from pipeline.plan import Plan, Purpose, Request
+from pipeline.machine.named import NAMES, hardware_from
+from pipeline.model.model import Model
+from pipeline.model.shape import SHAPES
+from pipeline.planning.gpu_fit import legal_tensor_parallel
+from pipeline.planning.overrides import Known
+from pipeline.planning.plan import Plan, Purpose, Request
 
 _MORE = (
     *("2xt4", "2xa10g", "4xl4", "2xrtx3090", "2xa100-40", "4xh100", "2xmi300x", "3xl4"),

@@ -1,0 +1,243 @@
+"""Run the stage notebooks in order with papermill: parameters checked, copies kept, a failing cell shown."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import inspect
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import distributions
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from pipeline import config, errors
+from pipeline.errors import EnvironmentFailure, InputError, MissingDependency, PipelineError
+from pipeline.runs import interrupt, lock
+from pipeline.runs import log as runlog
+from pipeline.runs.files import write_atomic
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.hashes import HashCache, sha256_json, sha256_tree
+from pipeline.runs.manifest import Manifest
+from pipeline.runs.text import MaskingWriter, mask
+
+log = logging.getLogger(__name__)
+FOLDER = Path(__file__).parents[1] / "notebooks"
+STAGES = ("01_finetune", "02_export", "03_serve", "04_verify")
+
+
+@dataclass(frozen=True)
+class Executed:
+    """A notebook that ran: its copy with outputs, and the seconds it took."""
+
+    name: str
+    copy: Path
+    seconds: float
+
+
+def parameters_of(notebook: Path) -> dict[str, str]:
+    """Names and default source text of a notebook's parameters; InputError when no cell is tagged ``parameters``."""
+    import nbformat
+
+    try:
+        book = nbformat.read(str(notebook), as_version=4)
+    except FileNotFoundError:
+        raise EnvironmentFailure(f"{notebook}: no such notebook", remedy="run from a clone of the repository") from None
+    except Exception as error:  # nbformat raises whatever its JSON reader and validator raise
+        raise InputError(f"{notebook} is not a notebook: {error}") from None
+    cells = [c for c in book.cells if c.cell_type == "code" and "parameters" in c.metadata.get("tags", [])]
+    if not cells:
+        raise InputError(f"{notebook} has no cell tagged 'parameters'", remedy="tag its first code cell")
+    found: dict[str, str] = {}
+    try:
+        body = ast.parse(cells[0].source).body
+    except (SyntaxError, ValueError, RecursionError) as error:
+        line = getattr(error, "lineno", None) or 1
+        raise InputError(f"{notebook}, parameters cell, line {line}: not Python ({error})") from None
+    for node in body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            # A, B = 1, 2 is two parameters
+            names = target.elts if isinstance(target, ast.Tuple) else [target]
+            values = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
+            if len(names) != len(values):
+                raise InputError(f"{notebook}, parameters cell, line {node.lineno}: {len(names)} names for {len(values)} values")
+            found |= {n.id: ast.unparse(v) for n, v in zip(names, values, strict=True) if isinstance(n, ast.Name)}
+    return found
+
+
+def run_notebooks(run: RunFolder, stages: Sequence[str], parameters: Mapping[str, Any]) -> list[Executed]:
+    """Execute the notebooks; each gets the parameters it declares, and one that none declares is refused.
+
+    Raises the error that a cell raised (with the cell shown), so that the exit code is the stage's own.
+    """
+    try:
+        import papermill
+    except ImportError:
+        raise MissingDependency(
+            "papermill is not installed", remedy="make setup, or pip install 'granite-pipeline[notebook]'"
+        ) from None
+    declared = {stage: parameters_of(FOLDER / f"{stage}.ipynb") for stage in stages}
+    _refuse_unknown(parameters, declared)
+    done = []
+    with lock.held(run, "run"), runlog.written(run, "run"), _interrupts_kernel():
+        run.notebooks.mkdir(parents=True, exist_ok=True)
+        for stage in stages:
+            copy, begun = run.notebooks / f"{stage}.ipynb", time.monotonic()
+            log.info("notebook %s -> %s", stage, copy)
+            wanted = {name: value for name, value in parameters.items() if name in declared[stage]}
+            running = run.notebooks / f".{stage}.running.ipynb"
+            try:
+                _execute(FOLDER / f"{stage}.ipynb", running, wanted)
+            except papermill.PapermillExecutionError as error:
+                raise _as_ours(error, copy) from None
+            finally:
+                _publish(running, copy)
+            done.append(Executed(stage, copy, time.monotonic() - begun))
+            interrupt.leave_if_asked(f"notebook {stage} is finished, what it made is kept")
+    return done
+
+
+def _execute(notebook: Path, copy: Path, parameters: Mapping[str, Any]) -> None:
+    """Execute one notebook; what its cells print goes to stderr, or with ``--quiet`` only into the copy."""
+    import papermill
+
+    shown = MaskingWriter(sys.stderr) if log.isEnabledFor(logging.INFO) and not _quiet() else None
+    papermill.execute_notebook(
+        str(notebook),
+        str(copy),
+        parameters=dict(parameters),
+        kernel_name="python3",
+        cwd=str(FOLDER),
+        progress_bar=False,
+        stderr_file=shown,
+        stdout_file=shown,
+    )
+
+
+def _quiet() -> bool:
+    """Whether the terminal was asked to be quiet: its handler is, the run's own log never is."""
+    return all(
+        handler.level >= logging.WARNING
+        for handler in logging.getLogger().handlers
+        if not isinstance(handler, logging.FileHandler)
+    )
+
+
+def _publish(running: Path, copy: Path) -> None:
+    """Put the executed copy under its name, whole and without secrets: a cell may have printed one."""
+    if running.is_file():
+        write_atomic(copy, mask(running.read_text(encoding="utf-8")))
+        running.unlink()
+
+
+@contextmanager
+def _interrupts_kernel() -> Iterator[None]:
+    """Pass the first Ctrl-C on to the kernel, which lives in a session of its own; the second leaves at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with interrupt.graceful(log):
+        inner = signal.getsignal(signal.SIGINT)
+
+        def both(number: int, frame: FrameType | None) -> None:
+            if callable(inner):
+                inner(number, frame)
+            for child in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if any("ipykernel" in word for word in child.cmdline()):
+                        child.send_signal(signal.SIGINT)
+
+        signal.signal(signal.SIGINT, both)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, inner)
+
+
+def _refuse_unknown(parameters: Mapping[str, Any], declared: Mapping[str, Mapping[str, str]]) -> None:
+    from difflib import get_close_matches
+
+    known = {name for names in declared.values() for name in names}
+    for name in parameters:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise InputError(f"no notebook has a parameter {name!r}", remedy=f"{hint}Known: {', '.join(sorted(known))}")
+
+
+def _as_ours(error: Any, copy: Path) -> PipelineError:
+    """The cell's own error when it is one of ours, else an EnvironmentFailure; both show the failing cell."""
+    tree = {name: kind for name, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, PipelineError)}
+    if error.ename == "KeyboardInterrupt":
+        return errors.Interrupted("stopped; finished stages and sealed checkpoints are kept", remedy="run it again to go on")
+    kind = tree.get(error.ename, EnvironmentFailure)
+    source = "\n".join(f"    {line}" for line in str(error.source).strip().splitlines()[:12])
+    text = str(error.evalue).strip()
+    if error.ename not in tree:
+        text = f"{error.ename}: {text}"
+    return kind(text, evidence=f"in {copy}, cell {error.exec_count}:\n{source}")
+
+
+_SECTION = "finished"
+_CODE = Path(__file__).parents[1]
+_LOCAL = ("BASE", "DATA", "EVAL_DATA")
+
+
+def inputs(run: RunFolder, stages: Sequence[str], parameters: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the outcome of a run depends on; None when that cannot be told, as for a hub id that may have moved on."""
+    hashes, named = HashCache(run.output / ".base"), {}
+    for name in _LOCAL:
+        value = parameters.get(name)
+        if value is None or (name, value) in (("BASE", "embedded"), ("DATA", "soc")):
+            continue
+        path = Path(str(value))
+        if not path.exists():
+            return None
+        named[name] = hashes.tree(path)
+    return {
+        "stages": list(stages),
+        "parameters": {k: v for k, v in parameters.items() if k not in ("FORCE", "OUTPUT")},
+        "files": named,
+        "code": _code(),
+        "packages": sha256_json(sorted(f"{d.metadata['Name']} {d.version}" for d in distributions())),
+        "settings": sha256_json([asdict(setting) for setting in config.resolved()]),
+    }
+
+
+def is_current(run: RunFolder, wanted: Mapping[str, Any] | None) -> str | None:
+    """When the run was finished and verified with exactly these inputs, None when something is to do."""
+    manifest = Manifest(run.manifest)
+    before = manifest.data.get(_SECTION)
+    if wanted is None or not isinstance(before, dict) or not manifest.holds(before, wanted):
+        return None
+    return str(before["finished_at"])
+
+
+def record(run: RunFolder, wanted: Mapping[str, Any] | None, seconds: float) -> None:
+    """Note that a run was finished and verified."""
+    if wanted is None:
+        return
+    artefacts = [run.adapter, run.merged, run.gguf, run.modelfile, run.heldout, run.report / "report.json"]
+    artefacts += [run.reference("base"), run.reference("tuned")]
+    with lock.held(run, "run"):
+        manifest = Manifest(run.manifest)
+        entry = manifest.entry(wanted, artefacts, {"passed": True}, seconds)
+        with manifest.changing() as data:
+            data[_SECTION] = entry
+
+
+def _code() -> str:
+    """Hash of the product's own code, so that a change of it is not slept through."""
+    files = sorted(p for part in ("pipeline", "training", "notebooks") for p in (_CODE / part).rglob("*.*") if p.is_file())
+    kept = [p for p in files if "__pycache__" not in p.parts and p.relative_to(_CODE).parts[:2] != ("training", "output")]
+    return sha256_json([f"{p.relative_to(_CODE)} {sha256_tree(p)}" for p in kept])

@@ -1,0 +1,1 @@
+"""The certificate's links, a file each."""

@@ -1,0 +1,134 @@
+"""Link 5: the tuned model is not the base - held-out scores with intervals, per field and per class, and canary answers."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.certify.bounds import CANARY_SHARE
+from pipeline.certify.finding import Finding, held, skipped
+from pipeline.verify.score import Answer, HeldOut, fields_of, is_exact, parse
+
+_RESAMPLES = 2000
+_LEVEL = 0.95
+_SEED = 20261
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over rows and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1%} ({self.low:.1%} to {self.high:.1%})"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """The mean of at least one value (0 or 1 a row, or paired differences) and its 95 % interval; the seed is fixed."""
+    import numpy as np
+
+    sample = np.asarray(values, dtype=np.float64)
+    chosen = np.random.default_rng(_SEED).integers(0, len(sample), (_RESAMPLES, len(sample)))
+    low, high = np.quantile(sample[chosen].mean(axis=1), [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    return Interval(float(sample.mean()), float(low), float(high))
+
+
+_MOST_CLASSES = 20
+_SMALLEST_CLASS = 5
+# canary prompts that a near-tie may answer as the base does
+_BASE_SHARE = 0.02
+_BOOTSTRAP = "95 % bootstrap interval over the held-out rows, 2000 resamples"
+
+
+def check_scores(rows: Sequence[HeldOut], base: Sequence[Answer], tuned: Sequence[Answer]) -> list[Finding]:
+    """Scores before and after, by field and by class; a class that got worse is named."""
+    if not rows:
+        return [skipped("tuned.scores", "no held-out rows")]
+    fields = fields_of([row.expected for row in rows])
+    measures = {name: [_field_right(name, rows, answers) for answers in (base, tuned)] for name in fields}
+    measures["exact"] = [
+        [is_exact(r.expected, a.text, fields) for r, a in zip(rows, answers, strict=True)] for answers in (base, tuned)
+    ]
+    if not fields and not any(map(any, measures["exact"])):
+        reason = "no score for free text: no answer is the expected one word for word, before or after; see the distributions"
+        return [skipped("tuned.scores", reason), _classes(rows, measures, fields)]
+    before, after = (interval([float(v) for v in side]) for side in measures["exact"])
+    gain = interval([float(b) - float(a) for a, b in zip(*measures["exact"], strict=True)])
+    table = {name: _sides(before_, after_) for name, (before_, after_) in measures.items()}
+    found = [
+        held(
+            "tuned.scores", gain.high >= 0, f"exact {before} before, {after} after, {len(rows)} rows",
+            "not worse: the interval of the gain reaches 0", _BOOTSTRAP, fields=table,
+        )
+    ]  # fmt: skip
+    return [*found, _classes(rows, measures, fields)]
+
+
+def _field_right(name: str, rows: Sequence[HeldOut], answers: Sequence[Answer]) -> list[bool]:
+    pairs = ((parse(row.expected) or {}, parse(answer.text)) for row, answer in zip(rows, answers, strict=True))
+    return [got is not None and name in got and got[name] == want[name] for want, got in pairs]
+
+
+def _sides(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]:
+    return {"before": _listed(interval([float(v) for v in before])), "after": _listed(interval([float(v) for v in after]))}
+
+
+def _listed(found: Interval) -> list[float]:
+    return [round(found.mean, 4), round(found.low, 4), round(found.high, 4)]
+
+
+def _classes(rows: Sequence[HeldOut], measures: dict[str, list[list[bool]]], fields: Sequence[str]) -> Finding:
+    """Each value of each field as a class: the share of its rows with that field right, before and after."""
+    table, worse = [], []
+    for name in fields:
+        values = [str((parse(row.expected) or {}).get(name)) for row in rows]
+        counts = Counter(values)
+        if len(counts) > _MOST_CLASSES:
+            continue
+        for value, count in counts.most_common():
+            mine = [i for i, other in enumerate(values) if other == value]
+            before, after = ([float(side[i]) for i in mine] for side in measures[name])
+            gain = interval([b - a for a, b in zip(before, after, strict=True)])
+            row = {"field": name, "value": value, "n": count, **_sides([bool(v) for v in before], [bool(v) for v in after])}
+            table.append(row)
+            worse += [f"{name}={value} ({count} rows)"] if count >= _SMALLEST_CLASS and gain.high < 0 else []
+    if not table:
+        return skipped("tuned.classes", "the answers have no field with few enough values to be classes")
+    lowest = min(table, key=lambda row: row["after"][0])
+    figure = f"{len(table)} classes; weakest after: {lowest['field']}={lowest['value']} {lowest['after'][0]:.1%} of {lowest['n']}"
+    figure += f"; worse than before: {', '.join(worse)}" if worse else ""
+    bound = "no class worse: each interval of the gain reaches 0"
+    return held("tuned.classes", not worse, figure, bound, _BOOTSTRAP, classes=table)
+
+
+def canaries(base: Sequence[Answer], tuned: Sequence[Answer]) -> list[int]:
+    """Prompts that the base and the tuned model answer differently in process: they tell the two apart."""
+    return [i for i, (a, b) in enumerate(zip(base, tuned, strict=True)) if a.text.strip() != b.text.strip()]
+
+
+def check_canaries(base: Sequence[Answer], tuned: Sequence[Answer]) -> Finding:
+    """There are prompts that tell base and tuned apart."""
+    found = canaries(base, tuned)
+    figure = f"{len(found)} of {len(base)} held-out prompts answered differently from the base"
+    return held("tuned.canaries", bool(found), figure, "at least 1", "an identical model was not tuned")
+
+
+def check_served_canaries(engine: str, chosen: Sequence[int], base: Sequence[Answer], tuned: Sequence[Answer], answers: Sequence[Answer | None]) -> Finding:  # fmt: skip
+    """On the canary prompts a backend answers as the tuned model, not as the base."""
+    asked = [i for i in chosen if i < len(answers) and answers[i] is not None]
+    if not asked:
+        return skipped(f"tuned.{engine}", "no canary prompt was asked")
+    texts = {i: (answers[i] or Answer("", "")).text.strip() for i in asked}
+    like_tuned = sum(texts[i] == tuned[i].text.strip() for i in asked)
+    like_base = sum(texts[i] == base[i].text.strip() for i in asked)
+    most = max(1, math.floor(_BASE_SHARE * len(asked)))  # among few short labels a tipped near-tie lands on the base's
+    ok = like_base <= most and like_base < len(asked) and like_tuned >= CANARY_SHARE * len(asked)
+    figure = f"of {len(asked)} canary prompts {like_tuned} answered as the tuned model in process, {like_base} as the base"
+    bound = f"at least {CANARY_SHARE:.0%} as tuned, at most {most} as the base"
+    return held(f"tuned.{engine}", ok, figure, bound, "near-ties may tip by rounding; see bounds")

@@ -1,0 +1,83 @@
+"""``granite-pipeline certify``: prove each link from training to the served answer, or name the broken one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pipeline import config
+from pipeline.certify import signing
+from pipeline.certify.certificate import place, require_certified
+from pipeline.certify.publish import publish, table
+from pipeline.errors import InputError
+from pipeline.runs import lock
+from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
+from pipeline.verify.distributions import ROWS
+
+_BACKENDS = "vllm,llamacpp,ollama"
+
+
+def certify(
+    run: Annotated[str, typer.Option("--run", "--name", help="Name of the run.")] = DEFAULT_NAME,
+    output: Annotated[Path, typer.Option("--output", help="Folder that holds the runs.")] = DEFAULT_OUTPUT,
+    backends: Annotated[str, typer.Option("--backends", help="Comma-separated: vllm,llamacpp,ollama,openai.")] = _BACKENDS,
+    prompts: Annotated[
+        int, typer.Option("--prompts", min=1, help=f"Held-out prompts put to each backend, {ROWS} at most.")
+    ] = ROWS,
+    own: Annotated[
+        list[str] | None,
+        typer.Option("--eval", metavar="FILE.yaml|MODULE:FUNCTION", help="Your own checks of each backend. Repeatable."),
+    ] = None,
+    tasks: Annotated[str, typer.Option("--tasks", help="lm-evaluation-harness tasks to run against each backend.")] = "",
+    sign: Annotated[Path | None, typer.Option("--sign", metavar="KEY.pem", help="Sign the certificate (EC key).")] = None,
+    public_key: Annotated[
+        Path | None, typer.Option("--public-key", metavar="KEY.pem", help="With --offline: check the signed certificate too.")
+    ] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Only what files prove: no server, no model in memory.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the certificate as JSON.")] = False,
+) -> None:
+    """Certify that what is served is what was trained: seven links, each with its figure and the bound it is held to.
+
+    The adapter moved; merged = base + adapter, weight by weight and as distributions; GGUF = merged; each backend = the
+    in-process model; tuned is not the base; it stops; the hashes from dataset to launch hold. Writes certificate/ in the run
+    folder (certificate.json, junit.xml), adds it to the report, and writes the model card README.md. Exit code 1 when a link
+    is broken or nothing is proven for it; the message names it. --offline passes on what files prove, and says what they do not;
+    it writes offline.json where a certificate of served models is there.
+
+    Your own checks: a YAML list of entries with a prompt (or messages) and a check, one of exact, contains, regex, json_schema; or
+    module:function, which gets ask(prompt or messages) and returns names with true, false or a share. See docs/examples.
+
+    Examples:
+      granite-pipeline certify
+      granite-pipeline certify --offline --json
+      granite-pipeline certify --run mine --backends llamacpp --eval docs/examples/soc_checks.yaml
+    """
+    from training.certify import certify
+    from training.certify import offline as offline_module
+
+    if public_key is not None and not offline:
+        raise InputError("--public-key checks a signed certificate, which only --offline does", remedy="add --offline")
+    folder = RunFolder(run, output)
+    if offline:
+        certificate = offline_module.certify_offline(folder, public_key)
+    else:
+        names = tuple(name.strip() for name in backends.split(",") if name.strip())
+        scope = certify.Scope(names, prompts, own=tuple(own or ()), tasks=tasks)
+        certificate = certify.certify(folder, config.load(), scope)
+    if sign is not None:
+        with lock.held(folder, "certify"):
+            signing.sign(folder, sign)
+    # a check of a signed certificate changes nothing
+    paths = publish(folder, certificate) if public_key is None else None
+    if as_json:
+        typer.echo(json.dumps(certificate.to_json(), ensure_ascii=False, indent=2))
+    console = Console(stderr=True)
+    console.print(table(certificate))
+    console.print(f"certificate: {place(certificate, folder.certificate)}", soft_wrap=True)
+    if paths is not None:
+        console.print(f"report: {paths.html}", soft_wrap=True)
+    require_certified(certificate)

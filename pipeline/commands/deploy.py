@@ -1,0 +1,177 @@
+"""``gateway`` and ``status-api``: one address for applications, and one for those who watch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+from rich.console import Console
+
+from pipeline import config, engines
+from pipeline.commands.serve import attend
+from pipeline.config import Strategy
+from pipeline.errors import InputError, MissingDependency
+from pipeline.operate import services
+from pipeline.operate.routing import DEFAULT_PORT, REQUEST_TIMEOUT
+from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
+
+Output = Annotated[Path, typer.Option("--output", help="Folder that holds the runs.")]
+Host = Annotated[str, typer.Option("--host", help="Address to bind; anything but 127.0.0.1 is reachable by others.")]
+Detach = Annotated[bool, typer.Option("--detach", help="Leave it running and return; --stop ends it.")]
+Stop = Annotated[bool, typer.Option("--stop", help="Stop the one that was left running.")]
+STATUS_PORT = 8080
+# what the committed files are planned for
+COMPOSE_MODEL, COMPOSE_CPU, COMPOSE_GPU = "granite-4.0-350m", "cpu-4c-16g", "l4"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs."""
+    app.command("gateway")(gateway)
+    app.command("status-api")(status_api)
+    app.command("compose")(compose)
+    app.command("systemd")(systemd)
+
+
+def gateway(
+    strategy: Annotated[
+        str | None, typer.Option("--strategy", help="local-first, cloud-first or cheapest; default: GATEWAY_STRATEGY.")
+    ] = None,
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="Port; 0 picks a free one.")] = DEFAULT_PORT,
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds a backend may take for one answer.")] = REQUEST_TIMEOUT,
+    output: Output = DEFAULT_OUTPUT,
+    detach: Detach = False,
+    stop: Stop = False,
+) -> None:
+    """One OpenAI-compatible address for all backends, with health checks and fallback (LiteLLM's proxy).
+
+    A request goes to the first healthy backend of the strategy; when that one fails, to another one that serves the same
+    fine-tune - or a model that agents.yaml allows by name, and to nothing else. Answers say where they come from in the
+    headers x-granite-backend, x-granite-run, x-granite-manifest, x-granite-artefact and x-granite-fallback.
+
+    Examples:
+      granite-pipeline gateway --detach
+      curl http://127.0.0.1:4000/v1/models
+      granite-pipeline gateway --strategy cheapest --port 4100
+    """
+    if stop:
+        _stop("gateway", output)
+        return
+    settings = config.load()
+    strategy = strategy or settings.gateway_strategy
+    if strategy not in get_args(Strategy):
+        raise InputError(f"no strategy {strategy!r}", remedy="use " + ", ".join(get_args(Strategy)))
+    _require("litellm", "gateway")
+    options = ("--strategy", strategy, "--timeout", f"{timeout:g}")
+    _serve(services.gateway_launch(settings, host, port, output, options), output, detach=detach)
+
+
+def status_api(
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="Port; 0 picks a free one.")] = STATUS_PORT,
+    output: Output = DEFAULT_OUTPUT,
+    detach: Detach = False,
+    stop: Stop = False,
+) -> None:
+    """Serve the health of the backends: a page for people, JSON for applications, /metrics for Prometheus.
+
+    GET /api/v1/inference/status answers {"backend", "base_url", "model", "orchestrator_model", "healthy"}.
+    The backends are asked every second; requests read what was last seen.
+
+    Example: granite-pipeline status-api --port 8080
+    """
+    if stop:
+        _stop("status-api", output)
+        return
+    _require("fastapi", "gateway")
+    _serve(services.status_launch(host, port, output), output, detach=detach)
+
+
+def compose(
+    gpu: Annotated[bool, typer.Option("--gpu", help="The overlay for NVIDIA GPUs (docker-compose.gpu.yml).")] = False,
+    model_shape: Annotated[str, typer.Option("--model-shape", help="Plan for a published model's shape.")] = COMPOSE_MODEL,
+    machine: Annotated[str | None, typer.Option("--hardware", help="The machine it will run on, as in plan --hardware.")] = None,
+    run: Annotated[str | None, typer.Option("--run", "--name", help="Plan for what this run exported instead.")] = None,
+    output: Output = DEFAULT_OUTPUT,
+) -> None:
+    """Print docker-compose.yml, or with --gpu its overlay, with planned flags; the committed files are this verb's output.
+
+    Profiles: local-ollama (11434), local-vllm (8003), local-sglang (8004, GPU overlay only), local-llamacpp (8005); the status
+    API (8080) and the gateway (4000) come with each. Ports are published on 127.0.0.1. RUN chooses the run, and the
+    documented variables (VLLM_MAX_MODEL_LEN, LLAMACPP_PARALLEL, ...) override single flags. Give LLM_BACKEND the profile's
+    engine (default: vllm), GATEWAY_STRATEGY the order, and AGENTS_FILE the agents.yaml that the containers are to see.
+
+    Examples:
+      granite-pipeline compose > docker-compose.yml
+      granite-pipeline compose --gpu --hardware 2xa10g > docker-compose.gpu.yml
+      LLM_BACKEND=llamacpp docker compose --profile local-llamacpp up
+    """
+    from pipeline.deploy import compose as cpu_file
+    from pipeline.deploy import gpu_overlay, to_yaml
+    from pipeline.machine.named import hardware_from
+    from pipeline.model.model import Model
+
+    where = hardware_from(machine or (COMPOSE_GPU if gpu else COMPOSE_CPU))
+    shape = Model.open(RunFolder(run, output).merged) if run else Model.from_shape(model_shape)
+    given = [
+        *(["--gpu"] if gpu else []),
+        *(["--run", run] if run else ["--model-shape", model_shape] if model_shape != COMPOSE_MODEL else []),
+    ]
+    given += ["--hardware", machine] if machine else []
+    made = gpu_overlay(shape, where) if gpu else cpu_file(shape, where)
+    command = " ".join(["granite-pipeline compose", *given])
+    typer.echo(to_yaml(made, command, f"{run or model_shape} on {where.name}"), nl=False)
+
+
+def systemd(
+    service: Annotated[
+        str, typer.Argument(help="vllm, llamacpp, sglang, ollama, gateway or status-api; default: LLM_BACKEND.")
+    ] = "",
+    run: Annotated[str, typer.Option("--run", "--name", help="Name of the run.")] = DEFAULT_NAME,
+    output: Output = DEFAULT_OUTPUT,
+    name: Annotated[str | None, typer.Option("--served-model-name", help="Name that clients use.")] = None,
+) -> None:
+    """Print a systemd unit with the flags planned for this machine. Keys are read from .env, never written here.
+
+    Example: granite-pipeline systemd llamacpp > ~/.config/systemd/user/granite-llamacpp.service
+    """
+    from pipeline.deploy import planned_launch, unit
+
+    settings = config.load()
+    chosen = service or settings.llm_backend
+    out = output.resolve()
+    if chosen == "gateway":
+        launch = services.gateway_launch(settings, "127.0.0.1", DEFAULT_PORT, out, free=False)
+    elif chosen == "status-api":
+        launch = services.status_launch("127.0.0.1", STATUS_PORT, out, free=False)
+    else:
+        launch = planned_launch(chosen, RunFolder(run, out), settings, name)
+    writable = [out, Path.home() / ".cache"]
+    if chosen == "ollama":
+        writable += [Path.home() / ".ollama", *(Path(folder) for folder in [os.environ.get("OLLAMA_MODELS")] if folder)]
+    what = f"Granite {chosen}" + (f", run {run}" if chosen in engines.NAMES else "")
+    typer.echo(unit(launch, what, Path.cwd(), writable), nl=False)
+
+
+def _serve(launch: services.Launch, output: Path, *, detach: bool) -> None:
+    console = Console(stderr=True)
+    with console.status(f"starting {launch.engine}") as spinner:
+        owner = None if detach else os.getpid()
+        process = services.start(launch, output, owner, lambda text: spinner.update(text[:120]))
+    console.print(f"{launch.engine}: {launch.url}, log {process.log}", soft_wrap=True, markup=False, highlight=False)
+    if not detach:
+        attend(process, services.folder(output))
+
+
+def _stop(name: str, output: Path) -> None:
+    stopped = services.stop(name, output)
+    Console(stderr=True).print(f"stopped: {name}" if stopped else f"no {name} was left running")
+
+
+def _require(package: str, extra: str) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec(package) is None:
+        raise MissingDependency(f"{package} is not installed", remedy=f"pip install 'granite-pipeline[{extra}]'")

@@ -1,0 +1,98 @@
+"""What ``doctor`` looks at, and how it says what it found."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pipeline import engines
+from pipeline.config import Settings, load
+from pipeline.engines.base import Availability
+from pipeline.engines.vllm.engine import vllm_python
+from pipeline.errors import PipelineError
+from pipeline.machine import packages as installed
+from pipeline.machine.hardware import Hardware
+from pipeline.machine.packages import Installed
+from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
+from pipeline.runs.manifest import Manifest
+from pipeline.runs.text import mask
+
+Status = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at: what was seen, and what to do about it when it is not all right."""
+
+    check: str
+    status: Status
+    evidence: str
+    remedy: str = ""
+
+    def to_json(self) -> dict[str, str]:
+        """For ``doctor --json``."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the checks look at."""
+
+    hardware: Hardware
+    packages: Installed
+    server: Installed | None
+    engines: dict[str, Availability]
+    settings: Settings
+    run: RunFolder
+    base: str | None = None
+    token: str = field(default="", repr=False)
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def gather(run: RunFolder | None = None, base: str | None = None) -> Facts:
+        """Look at this machine; ``base`` is a hub id about to be trained, else the run's own."""
+        folder = run or RunFolder(DEFAULT_NAME, DEFAULT_OUTPUT)
+        settings = load()
+        return Facts(
+            hardware=Hardware.detect(folder.output),
+            packages=installed.here(),
+            server=installed.of(vllm_python()),
+            engines={name: engines.get(name).available() for name in engines.NAMES if name != "openai"},
+            settings=settings,
+            run=folder,
+            base=base or _base_of(folder),
+            token=hub_token(settings),
+            environment=dict(os.environ),
+        )
+
+
+def made(name: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
+    """What a check found; when it raises, what it met: a fault of ours is a warning, a damaged file is not."""
+    found: list[Finding] = []
+    try:
+        found.extend(check())
+    except PipelineError as error:
+        found.append(Finding(name, "fail", error.message, error.remedy or "mend what is named there"))
+    except Exception as error:
+        found.append(Finding(name, "warn", mask(f"this check could not be made: {error!r}")[:300], "please report it"))
+    return found
+
+
+def hub_token(settings: Settings) -> str:
+    """The token that the hub's client would send: HF_TOKEN, else that of the command line's login; "" when there is none."""
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    saved = Path(os.environ.get("HF_TOKEN_PATH") or home / "token")
+    with contextlib.suppress(OSError, ValueError):
+        return settings.hf_token.get_secret_value() or saved.read_text(encoding="utf-8").strip()
+    return ""
+
+
+def _base_of(run: RunFolder) -> str | None:
+    try:
+        return str(Manifest(run.manifest).stage("finetune")["inputs"]["base"]["id"])
+    except (PipelineError, KeyError, TypeError, ValueError, OSError):
+        return None

@@ -1,0 +1,1 @@
+"""vLLM: flags for GPUs and for CPUs, adapters, and the engine itself."""

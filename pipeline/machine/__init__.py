@@ -1,0 +1,1 @@
+"""The machine: detected, named, or described; and the packages on it."""

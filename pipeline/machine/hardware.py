@@ -1,0 +1,175 @@
+"""The machine: what may really be used of its CPU, memory, disk and GPUs - detected, named or described by the user.
+
+Not covered: network, interconnect topology (NVLink or PCIe) and per-process GPU quotas other than MIG.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipeline.machine import gpus
+from pipeline.machine.gpus import GIB, Gpu, Vendor
+
+# /proc/cpuinfo flag -> the name used in plans; ARM calls the line "Features" and NEON "asimd".
+_ISA = {
+    "avx2": "avx2",
+    "avx512f": "avx512",
+    "avx512_bf16": "avx512_bf16",
+    "amx_tile": "amx",
+    "amx_bf16": "amx_bf16",
+    "asimd": "neon",
+    "neon": "neon",
+    "bf16": "arm_bf16",
+}
+_FAST_BFLOAT16 = frozenset({"avx512_bf16", "amx", "amx_bf16", "arm_bf16"})
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """Cores this process may use (affinity and cgroup quota applied) and the instruction sets that matter for inference."""
+
+    cores: int
+    isa: tuple[str, ...] = ()
+    numa_nodes: int = 1
+    name: str = ""
+
+    @property
+    def fast_bfloat16(self) -> bool:
+        """True when bfloat16 products run in hardware; elsewhere float32 is faster."""
+        return bool(_FAST_BFLOAT16.intersection(self.isa))
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a launch may use; memory and disk in GiB. ``compiler`` says whether torch.compile finds a C++ compiler."""
+
+    cpu: Cpu
+    ram_gib: float
+    ram_free_gib: float
+    disk_free_gib: float = 0.0
+    gpus: tuple[Gpu, ...] = ()
+    driver: str | None = None
+    cuda: str | None = None
+    compiler: bool = True
+    name: str = "detected"
+    notes: tuple[str, ...] = ()
+
+    @property
+    def accelerator(self) -> Vendor | None:
+        """Vendor of the GPUs, or None on a CPU machine."""
+        return self.gpus[0].vendor if self.gpus else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The documented JSON object of ``granite-pipeline hardware --json``."""
+        return asdict(self)
+
+    @staticmethod
+    def detect(folder: Path = Path()) -> Hardware:
+        """Look at this machine; ``folder`` is where disk space is measured. Missing GPU libraries are normal, not errors."""
+        total, free = memory_bytes()
+        found = gpus.detect(total / GIB, free / GIB)
+        existing = next(p for p in [folder.resolve(), *folder.resolve().parents] if p.exists())
+        return Hardware(
+            cpu=detect_cpu(),
+            ram_gib=round(total / GIB, 2),
+            ram_free_gib=round(free / GIB, 2),
+            compiler=any(map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))),
+            gpus=found.gpus,
+            driver=found.driver,
+            cuda=found.cuda,
+            notes=found.notes,
+            disk_free_gib=round(shutil.disk_usage(existing).free / GIB, 2),
+        )
+
+
+def detect_cpu(root: Path = Path("/")) -> Cpu:
+    """Usable cores, ISA, NUMA nodes and name of this CPU; ``root`` is another file system root in tests."""
+    name, flags = _cpuinfo(root)
+    isa = tuple(sorted({_ISA[flag] for flag in flags if flag in _ISA}))
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        name, isa = platform.processor(), ("neon",)
+    nodes = [p for p in (root / "sys/devices/system/node").glob("node[0-9]*") if p.is_dir()]
+    return Cpu(cores=usable_cores(root), isa=isa, numa_nodes=max(1, len(nodes)), name=name)
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Cores allowed by scheduler affinity and by the cgroup CPU quota (v1 or v2), at least 1."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = [q for folder in _cgroup_folders(root, "cpu") if (q := _cpu_quota(folder)) is not None]
+    return max(1, min([allowed, *(int(q) for q in quotas)]))
+
+
+def memory_bytes(root: Path = Path("/")) -> tuple[int, int]:
+    """Total and available RAM in bytes, both bounded by the tightest cgroup memory limit above this process."""
+    machine = psutil.virtual_memory()
+    total, free = machine.total, machine.available
+    for folder in _cgroup_folders(root, "memory"):
+        limit = _integer(folder / "memory.max") or _integer(folder / "memory.limit_in_bytes")
+        used = _integer(folder / "memory.current") or _integer(folder / "memory.usage_in_bytes") or 0
+        if limit is not None and limit < total:
+            total = limit
+        if limit is not None:
+            free = min(free, max(0, limit - used + _reclaimable(folder)))
+    return total, free
+
+
+def _cgroup_folders(root: Path, controller: str) -> list[Path]:
+    """This process's cgroup and its ancestors, for v1 (one tree a controller) and v2 (one unified tree).
+
+    Inside a container the path of /proc/self/cgroup may lie outside the mounted tree; then only the mount's root is left.
+    """
+    folders: list[Path] = []
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / (controller if controllers else "")
+        relative = Path(path.lstrip("/"))
+        folders += [mount / part for part in [relative, *relative.parents] if (mount / part).is_dir()]
+    return folders
+
+
+def _cpu_quota(folder: Path) -> float | None:
+    quota, _, period = _text(folder / "cpu.max").strip().partition(" ")
+    if not quota:
+        quota, period = _text(folder / "cpu.cfs_quota_us").strip(), _text(folder / "cpu.cfs_period_us").strip()
+    if not quota or quota == "max" or int(quota) <= 0:
+        return None
+    return int(quota) / int(period or 100_000)
+
+
+def _reclaimable(folder: Path) -> int:
+    """Page cache the kernel gives back under pressure; counted as used by the cgroup but free in practice."""
+    stat = dict(line.split() for line in _text(folder / "memory.stat").splitlines() if len(line.split()) == 2)
+    return int(stat.get("inactive_file", stat.get("total_inactive_file", 0)))
+
+
+def _cpuinfo(root: Path) -> tuple[str, set[str]]:
+    name, flags = "", set[str]()
+    for line in _text(root / "proc/cpuinfo").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features") and not flags:
+            flags = set(value.split())
+        elif key.strip() == "model name" and not name:
+            name = value.strip()
+    return name, flags
+
+
+def _integer(path: Path) -> int | None:
+    text = _text(path).strip()
+    return int(text) if text.isdigit() else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,158 @@
+"""Read what a safetensors file holds from its header alone: names, dtypes, shapes, bytes (no torch, no weights read).
+
+Format: 8 bytes little-endian header length, a JSON object of that length, then the data
+(https://huggingface.co/docs/safetensors/index#format).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ModelError
+from pipeline.runs.files import read_object
+
+# The reference implementation refuses longer headers too; it keeps a hostile file from filling the memory.
+_MAX_HEADER = 100_000_000
+# bits per element of the dtypes that the format names
+_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint: dtype as the format writes it ("F16", "BF16", "F32", ...), shape, bytes and place on disk."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    offset: int = field(default=0, compare=False)
+
+    @property
+    def elements(self) -> int:
+        """Number of stored elements (of a packed quantised tensor: packed words)."""
+        return prod(self.shape)
+
+
+def read_header(path: Path) -> list[TensorInfo]:
+    """Tensors of one file; raises ModelError when it is truncated, not safetensors, or its sizes contradict themselves."""
+    size = path.stat().st_size
+    with path.open("rb") as handle:
+        prefix = handle.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= min(_MAX_HEADER, size - 8):
+            raise _broken(path, f"the header length {length} does not fit a file of {size} bytes")
+        try:
+            header = json.loads(handle.read(length))
+        except (ValueError, RecursionError) as error:
+            raise _broken(path, f"the header is not JSON ({error})") from None
+    try:
+        tensors = [_tensor(name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"]
+        end = _end([entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        raise _broken(path, f"a header entry is malformed ({error!r})") from None
+    if 8 + length + end > size:
+        raise _broken(path, f"the tensors need {8 + length + end} bytes, the file has {size}")
+    return tensors
+
+
+def read_folder(folder: Path) -> list[TensorInfo]:
+    """Tensors of every shard of a model folder; raises ModelError when a shard the index names is missing."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shard_of = read_object(index).get("weight_map")
+        if not isinstance(shard_of, dict) or not all(isinstance(name, str) for name in shard_of.values()):
+            raise ModelError(
+                f"{index}: weight_map is missing or no table of file names", remedy="copy or download the model again"
+            )
+        names = sorted(set(shard_of.values()))
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise ModelError(f"{index}: weight_map names {outside[0]!r}, which is not a file of this folder")
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise ModelError(
+                f"{folder} lacks {len(missing)} of {len(names)} weight shards: {', '.join(missing[:3])}",
+                remedy="copy or download the model again",
+            )
+        shards = [folder / name for name in names]
+    else:
+        shards = sorted(folder.glob("*.safetensors"))
+    return [tensor for shard in shards for tensor in read_header(shard)]
+
+
+def _tensor(name: str, entry: dict[str, list[int]], data: int) -> TensorInfo:
+    begin, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
+        raise ValueError(f"{name}: shape {shape} or offsets {begin}, {end} are not whole numbers from 0 up")
+    if begin > end:
+        raise ValueError(f"{name}: data ends before it begins")
+    dtype = str(entry["dtype"])
+    bits = _BITS.get(dtype)
+    if bits is not None and prod(shape) * bits != 8 * (end - begin):
+        raise ValueError(f"{name}: {dtype} of shape {shape} does not take {end - begin} bytes")
+    return TensorInfo(name, dtype, shape, end - begin, data + begin)
+
+
+def _end(spans: list[list[int]]) -> int:
+    """Where the data ends; ValueError when two tensors share bytes."""
+    end = 0
+    for begin, stop in sorted(spans):
+        if begin < end and stop > begin:
+            raise ValueError(f"two tensors share the bytes from {begin}")
+        end = max(end, stop)
+    return end
+
+
+def _broken(path: Path, why: str) -> ModelError:
+    return ModelError(
+        f"{path} is not a whole safetensors file: {why}",
+        remedy="copy, download or export the model again; the file was cut or overwritten",
+    )
+
+
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "BOOL": "?"}  # fmt: skip
+
+
+class TensorFolder:
+    """The tensors of every safetensors file of a folder (or of one file), by name."""
+
+    def __init__(self, path: Path) -> None:
+        files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+        if not files:
+            raise ModelError(f"{path} has no *.safetensors", remedy="export or copy the model again")
+        self._found: dict[str, tuple[Path, TensorInfo]] = {i.name: (file, i) for file in files for i in read_header(file)}
+
+    @property
+    def names(self) -> list[str]:
+        """Tensor names in file order."""
+        return list(self._found)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._found
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype, shape and place of a tensor."""
+        return self._found[name][1]
+
+    def read(self, name: str) -> Any:
+        """The tensor as a float32 array (float16 and bfloat16 widen exactly; integers and float64 keep their type)."""
+        import numpy as np
+
+        file, info = self._found[name]
+        if info.dtype not in _DTYPES:
+            raise ModelError(f"{file}: {name} is stored as {info.dtype}, which is not a plain number type")
+        raw = np.fromfile(file, dtype=_DTYPES[info.dtype], count=info.elements, offset=info.offset).reshape(info.shape)
+        if info.dtype == "BF16":  # the upper half of a float32
+            return (raw.astype("<u4") << 16).view("<f4")
+        return raw.astype("<f4") if info.dtype == "F16" else raw

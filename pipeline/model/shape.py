@@ -1,0 +1,275 @@
+"""Widths of a model and what follows from them: parameters, KV cache and mamba state - from a config or a GGUF header.
+
+Formulas are checked against ``granite/models.md`` (public configs) and against real headers in the tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ModelError
+from pipeline.model.gguf import GgufHeader
+
+_LARGEST_COUNT = 1 << 31
+_MOST_LAYERS = 4096
+_GGUF_ARCHITECTURE = {
+    "granite": "granite",
+    "granitemoe": "granitemoe",
+    "granitemoeshared": "granitemoe",
+    "granitemoehybrid": "granitehybrid",
+}
+
+
+@dataclass(frozen=True)
+class Mamba:
+    """Mamba-2 layers: their number and the widths that make up the state each running request holds."""
+
+    layers: int
+    heads: int
+    head_dim: int
+    state: int = 128
+    groups: int = 1
+    conv: int = 4
+
+    @property
+    def inner(self) -> int:
+        """Inner width, heads x head_dim."""
+        return self.heads * self.head_dim
+
+    @property
+    def conv_width(self) -> int:
+        """Channels of the short convolution: x, B and C."""
+        return self.inner + 2 * self.groups * self.state
+
+    def state_elements(self) -> int:
+        """Elements of state per request over all layers: SSM state plus the convolution's window (vLLM MambaStateShapeCalculator)."""
+        return self.layers * (self.inner * self.state + self.conv_width * (self.conv - 1))
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Mixture of experts in every layer: ``count`` experts of ``width``, ``active`` of them used per token, plus a shared one."""
+
+    count: int
+    active: int
+    width: int
+    shared: int = 0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Widths of a Granite model; ``intermediate`` is the dense feed-forward width (0 for a pure mixture of experts)."""
+
+    architecture: str
+    attention_layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    max_positions: int
+    mamba: Mamba | None = None
+    experts: Experts | None = None
+    tied: bool = True
+
+    @property
+    def layers(self) -> int:
+        """All decoder layers."""
+        return self.attention_layers + (self.mamba.layers if self.mamba else 0)
+
+    @property
+    def hybrid(self) -> bool:
+        """True when any layer is a mamba layer."""
+        return self.mamba is not None
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Parameters of the token embedding, and of the output head where it is not tied."""
+        return self.vocab * self.hidden * (1 if self.tied else 2)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole model, from its widths."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        total = self.attention_layers * attention + self.layers * (self._feed_forward() + 2 * self.hidden) + self.hidden
+        if self.mamba:
+            m = self.mamba
+            projections = self.hidden * (m.inner + m.conv_width + m.heads) + m.inner * self.hidden
+            total += m.layers * (projections + m.conv_width * (m.conv + 1) + 3 * m.heads + m.inner)
+        return total + self.embedding_parameters
+
+    def _feed_forward(self) -> int:
+        if not self.experts:
+            return 3 * self.hidden * self.intermediate
+        e = self.experts
+        return self.hidden * (e.count + 3 * (e.count * e.width + e.shared))
+
+    def kv_bytes_per_token(self, element_bytes: float = 2.0) -> float:
+        """KV cache bytes per token: 2 x attention layers x kv heads x head_dim x bytes (mamba layers hold none)."""
+        return 2 * self.attention_layers * self.kv_heads * self.head_dim * element_bytes
+
+    def mamba_bytes_per_request(self, element_bytes: float = 2.0) -> float:
+        """Mamba state bytes each running request holds; 0 for dense models."""
+        return self.mamba.state_elements() * element_bytes if self.mamba else 0.0
+
+
+def shape_from_config(config: dict[str, Any], source: Path) -> Shape:
+    """Shape from a transformers config; hybrid is decided by ``layer_types``, never by the presence of ``mamba_*`` keys."""
+    try:
+        heads, hidden, layers = config["num_attention_heads"], config["hidden_size"], config["num_hidden_layers"]
+        _require_counts({"num_attention_heads": heads, "hidden_size": hidden, "num_hidden_layers": layers})
+        _require_counts({key: config[key] for key in ("vocab_size", "max_position_embeddings")})
+        kinds = config.get("layer_types") or ["attention"] * layers
+        mamba_layers = sum(kind in ("mamba", "linear_attention") for kind in kinds)
+        experts = _experts_from_config(config)
+        kind = str(config.get("model_type", ""))
+        if len(kinds) != layers:
+            raise ValueError(f"layer_types has {len(kinds)} entries for {layers} layers")
+        return Shape(
+            architecture=_GGUF_ARCHITECTURE.get(kind, kind),
+            attention_layers=layers - mamba_layers,
+            hidden=hidden,
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or hidden // heads,
+            intermediate=0 if experts else config.get("shared_intermediate_size") or config["intermediate_size"],
+            vocab=config["vocab_size"],
+            max_positions=config["max_position_embeddings"],
+            mamba=_mamba_from_config(config, mamba_layers),
+            experts=experts,
+            tied=bool(config.get("tie_word_embeddings", True)),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise ModelError(f"{source}/config.json does not describe a decoder model: {error!r}") from None
+
+
+def _require_counts(values: Mapping[str, Any]) -> None:
+    """Refuse what cannot be a width or a number of layers before a list of that length is made."""
+    for name, value in values.items():
+        if type(value) is not int or not 0 < value <= _LARGEST_COUNT:
+            raise ValueError(f"{name} is {value!r}")
+    layers = next((value for name, value in values.items() if name.endswith(("layers", "block_count"))), 1)
+    if layers > _MOST_LAYERS:
+        raise ValueError(f"{layers} layers")
+
+
+def _experts_from_config(config: dict[str, Any]) -> Experts | None:
+    count = config.get("num_local_experts") or 0
+    if not count:
+        return None
+    return Experts(count, config["num_experts_per_tok"], config["intermediate_size"], config.get("shared_intermediate_size") or 0)
+
+
+def _mamba_from_config(config: dict[str, Any], layers: int) -> Mamba | None:
+    if not layers:
+        return None
+    heads = config["mamba_n_heads"]
+    head_dim = config.get("mamba_d_head")
+    if not isinstance(head_dim, int):  # "auto"
+        head_dim = config.get("mamba_expand", 2) * config["hidden_size"] // heads
+    return Mamba(layers, heads, head_dim, config["mamba_d_state"], config["mamba_n_groups"], config["mamba_d_conv"])
+
+
+def shape_from_gguf(header: GgufHeader, source: Path) -> Shape:
+    """Shape from a GGUF header; a layer without kv heads is a mamba layer."""
+    try:
+        layers, heads, hidden = (
+            header.get("block_count"),
+            header.get("attention.head_count"),
+            header.get("embedding_length"),
+        )
+        _require_counts({"block_count": layers, "embedding_length": hidden, "context_length": header.get("context_length")})
+        kv = header.get("attention.head_count_kv", heads)
+        per_layer = kv if isinstance(kv, list) else [kv] * layers
+        query = max(heads) if isinstance(heads, list) else heads
+        mamba_layers = per_layer.count(0)
+        vocab = header.get("vocab_size") or header.metadata.get("tokenizer.ggml.tokens", 0)
+        experts = header.get("expert_count") or 0
+        shared = header.get("expert_shared_feed_forward_length") or 0
+        width = header.get("feed_forward_length")
+        return Shape(
+            architecture=header.architecture,
+            attention_layers=layers - mamba_layers,
+            hidden=hidden,
+            heads=query,
+            kv_heads=max(per_layer),
+            head_dim=header.get("attention.key_length") or header.get("rope.dimension_count") or hidden // query,
+            intermediate=0 if experts else max(width) if isinstance(width, list) else width,
+            vocab=len(vocab) if isinstance(vocab, list) else vocab,
+            max_positions=header.get("context_length"),
+            mamba=_mamba_from_gguf(header, mamba_layers),
+            experts=Experts(experts, header.get("expert_used_count"), width, shared) if experts else None,
+            tied=all(t.name != "output.weight" for t in header.tensors),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise ModelError(f"{source} does not describe a decoder model: {error!r}") from None
+
+
+def _mamba_from_gguf(header: GgufHeader, layers: int) -> Mamba | None:
+    if not layers:
+        return None
+    heads = header.get("ssm.time_step_rank")
+    state, groups, conv = (header.get(f"ssm.{key}") for key in ("state_size", "group_count", "conv_kernel"))
+    return Mamba(layers, heads, header.get("ssm.inner_size") // heads, state, groups, conv)
+
+
+_V3, _V33, _V4 = 49155, 49159, 100352
+_LONG = 131072
+
+
+def _dense(layers: int, hidden: int, attention: tuple[int, int, int], intermediate: int, vocab: int) -> Shape:
+    heads, kv_heads, head_dim = attention
+    return Shape("granite", layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, _LONG)
+
+
+def _hybrid(
+    hidden: int, attention: tuple[int, int, int], intermediate: int, mamba: Mamba, experts: Experts | None = None
+) -> Shape:
+    heads, kv_heads, head_dim = attention
+    return Shape("granitehybrid", 4, hidden, heads, kv_heads, head_dim, intermediate, _V4, _LONG, mamba, experts)
+
+
+_2B = _dense(40, 2048, (32, 8, 64), 8192, _V3)
+_8B = _dense(40, 4096, (32, 8, 128), 12800, _V3)
+_1B_A400M = Shape("granitemoe", 24, 1024, 16, 8, 64, 0, _V3, _LONG, experts=Experts(32, 8, 512))
+_3B_A800M = Shape("granitemoe", 32, 1536, 24, 8, 64, 0, _V3, _LONG, experts=Experts(40, 8, 512))
+_4_DENSE = _dense(40, 2560, (40, 8, 64), 8192, _V4)
+
+SHAPES: dict[str, Shape] = {
+    "granite-3.0-2b": replace(_2B, max_positions=4096),
+    "granite-3.1-2b": _2B,
+    "granite-3.2-2b": _2B,
+    "granite-3.3-2b": replace(_2B, vocab=_V33),
+    "granite-3.0-8b": replace(_8B, max_positions=4096),
+    "granite-3.1-8b": _8B,
+    "granite-3.2-8b": _8B,
+    "granite-3.3-8b": replace(_8B, vocab=_V33),
+    "granite-3.0-1b-a400m": replace(_1B_A400M, max_positions=4096),
+    "granite-3.1-1b-a400m": _1B_A400M,
+    "granite-3.0-3b-a800m": replace(_3B_A800M, max_positions=4096),
+    "granite-3.1-3b-a800m": _3B_A800M,
+    "granite-4.0-350m": replace(_dense(28, 1024, (16, 4, 64), 2048, _V4), max_positions=32768),
+    "granite-4.0-1b": _dense(40, 2048, (16, 4, 128), 4096, _V4),
+    "granite-4.0-micro": _4_DENSE,
+    "granite-4.0-h-350m": replace(_hybrid(768, (12, 4, 64), 2048, Mamba(28, 48, 32)), max_positions=32768),
+    "granite-4.0-h-1b": _hybrid(1536, (12, 4, 128), 4096, Mamba(36, 48, 64)),
+    "granite-4.0-h-micro": _hybrid(2048, (32, 8, 64), 8192, Mamba(36, 64, 64)),
+    "granite-4.0-h-tiny": _hybrid(1536, (12, 4, 128), 0, Mamba(36, 48, 64), Experts(64, 6, 512, 1024)),
+    "granite-4.0-h-small": _hybrid(4096, (32, 8, 128), 0, Mamba(36, 128, 64), Experts(72, 10, 768, 1536)),
+    "granite-4.1-3b": _4_DENSE,
+    "granite-4.1-8b": _dense(40, 4096, (32, 8, 128), 12800, _V4),
+    "granite-4.1-30b": _dense(64, 4096, (32, 8, 128), 32768, _V4),
+}
+# The name written when the minor version does not matter: 3.x stands for its last release.
+ALIASES = {
+    "granite-3.x-2b": "granite-3.3-2b",
+    "granite-3.x-8b": "granite-3.3-8b",
+    "granite-3.x-1b-a400m": "granite-3.1-1b-a400m",
+    "granite-3.x-3b-a800m": "granite-3.1-3b-a800m",
+}
+# Every 4.0 model, the all-attention ones included, is of this class; the shape alone does not tell.
+HYBRID_CLASS = tuple(name for name in SHAPES if name.startswith("granite-4.0-"))

@@ -1,0 +1,105 @@
+"""Requests that only this machine should send: what a browser says of the page that asks, and of the name it asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterable
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+import psutil
+
+from pipeline.errors import EnvironmentFailure, InputError
+
+
+def from_here(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """False for a page of another site (``Origin``), and for a name that was made to point here (``Host``: DNS rebinding)."""
+    for name, value in headers:
+        text = value.decode("latin-1")
+        if name.lower() == b"origin" and not _loopback(text):
+            return False
+        if name.lower() == b"host" and not _loopback(f"http://{text}"):
+            return False
+    return True
+
+
+def _loopback(url: str) -> bool:
+    try:
+        return is_local(url)
+    except ValueError:
+        return False
+
+
+def claim(host: str, port: int) -> int:
+    """``port`` when nothing listens there, a free one for 0; EnvironmentFailure naming the holder, InputError for IPv6."""
+    if ":" in host:
+        raise InputError(
+            f"{host} is an IPv6 address, which nothing here binds", remedy="use --host 127.0.0.1, or 0.0.0.0 for others"
+        )
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise EnvironmentFailure(
+                f"port {port} on {host} is not free ({error.strerror})",
+                evidence=holder(port),
+                remedy="choose another with --port (0 picks a free one), or stop what holds it",
+            ) from None
+        return int(probe.getsockname()[1])
+
+
+def listening(host: str, port: int) -> bool:
+    """True when something accepts connections on a port."""
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex((host, port)) == 0
+
+
+def holder(port: int) -> str:
+    """Which process listens on a port, as a person would want to read it; empty when that cannot be seen."""
+    with contextlib.suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port and connection.pid:
+                process = psutil.Process(connection.pid)
+                return f"held by process {process.pid}: {' '.join(process.cmdline())[:160]}"
+    return ""
+
+
+_HERE = ("127.0.0.1", "localhost", "::1")
+_NAMES = ("NO_PROXY", "no_proxy")
+
+
+def spare_loopback() -> None:
+    """Add this machine to ``NO_PROXY`` and ``no_proxy``, for this process and what it starts; what they hold is kept."""
+    given = {name: os.environ.get(name, "") for name in _NAMES}
+    for name, other in zip(_NAMES, reversed(_NAMES), strict=True):
+        # most clients read only the lower-case name where both are set, so an absent one starts from the other
+        kept = [part.strip() for part in (given[name] or given[other]).split(",") if part.strip()]
+        # "*" means no proxy at all, and some clients know it only when it stands alone
+        if kept != ["*"]:
+            kept += [host for host in _HERE if host not in kept]
+        os.environ[name] = ",".join(kept)
+
+
+def is_local(url: str) -> bool:
+    """True for a URL on this machine."""
+    host = urlsplit(url).hostname or ""
+    with contextlib.suppress(ValueError):
+        # a name such as 127.0.0.1.example is no address: anyone may own it
+        return ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def same_place(url: str, other: str) -> bool:
+    """True for two URLs of one server: the names of this machine, and the address that means all of them, are equal."""
+    return _place(url) == _place(other)
+
+
+def _place(url: str) -> tuple[str, str, int | None, str]:
+    parts = urlsplit(url)
+    here = is_local(url) or parts.hostname in ("0.0.0.0", "::")
+    port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    return parts.scheme, "localhost" if here else parts.hostname or "", port, parts.path.rstrip("/")

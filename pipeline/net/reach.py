@@ -1,0 +1,143 @@
+"""One GET to someone else's server, with words for every way it can go wrong; nothing is raised and no redirect is followed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from pipeline.net.loopback import is_local
+from pipeline.runs.text import without_password
+
+TIMEOUT = 5.0
+_MOST_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What came back: parsed JSON when ``ok``, else ``detail`` says what happened and what to do. ``kind`` names the failure."""
+
+    ok: bool
+    data: Any = None
+    status: int | None = None
+    latency_ms: float | None = None
+    kind: str = ""
+    detail: str = ""
+
+
+async def get_json(root: str, path: str, api_key: str = "", timeout: float = TIMEOUT) -> Reached:
+    """GET ``root + path`` within ``timeout`` seconds in all; the key goes to this host only."""
+    begun = time.perf_counter()
+    shown = without_password(root)
+    try:
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        async with (
+            asyncio.timeout(timeout),
+            _client(root, timeout) as client,
+            client.stream("GET", root + path, headers=headers) as answer,
+        ):
+            body = await _read(answer)
+        return _judged(answer, body, shown, path, _ms(begun))
+    except (TimeoutError, httpx.TimeoutException):
+        return _failed(
+            "timeout", f"{shown} did not answer within {timeout:g} s: it hangs, is overloaded or still starting", begun
+        )
+    except httpx.ConnectError as error:
+        return _failed(*_not_connected(error, shown), begun)
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol):
+        return _failed("url", f"{shown!r} is not a URL: write http://host:port/v1", begun)
+    except (UnicodeError, httpx.LocalProtocolError, ValueError):
+        # the key is in the headers, so the exception's own words are not repeated
+        return _failed("key", "the request cannot be sent: the API key or URL has characters that HTTP does not allow", begun)
+    except httpx.HTTPError as error:
+        said = type(error).__name__
+        return _failed("protocol", f"{shown} broke off the answer ({said}): something else than HTTP may listen there", begun)
+
+
+@cache
+def _tls() -> ssl.SSLContext:
+    """Loading the certificates takes longer than the request, so it is done once."""
+    return ssl.create_default_context()
+
+
+def _client(root: str, timeout: float) -> httpx.AsyncClient:
+    """A proxy set in the environment is for other hosts, never for this machine."""
+    return httpx.AsyncClient(timeout=timeout, follow_redirects=False, trust_env=not is_local(root), verify=_tls())
+
+
+async def _read(answer: httpx.Response) -> bytes:
+    parts, size = [], 0
+    async for part in answer.aiter_bytes():
+        parts.append(part)
+        size += len(part)
+        if size > _MOST_BYTES:
+            break
+    return b"".join(parts)
+
+
+def _judged(answer: httpx.Response, body: bytes, root: str, path: str, latency: float) -> Reached:
+    status = answer.status_code
+    if answer.has_redirect_location or answer.is_redirect:
+        return Reached(False, None, status, latency, "redirect", _redirected(root, answer.headers))
+    if status in (401, 403):
+        return Reached(False, None, status, latency, "key", f"{root} refuses the API key ({status}): correct it, or set one")
+    if status == 404:
+        words = f"{root} has no {path} (404): another server listens there, or the base URL has a path too much"
+        return Reached(False, None, status, latency, "not_found", words)
+    if status == 503:
+        return Reached(
+            False, None, status, latency, "loading", f"{root} is up but not ready (503): the model may still be loading"
+        )
+    if status >= 400:
+        return Reached(False, None, status, latency, "status", f"{root}{path} answered {status}: look into that server's log")
+    try:
+        return Reached(True, json.loads(body) if body.strip() else None, status, latency)
+    except (ValueError, RecursionError):  # the second: nested a hundred thousand deep
+        words = f"{root}{path} answered something that is not JSON: another kind of server listens there"
+        return Reached(False, None, status, latency, "not_json", words)
+
+
+def _redirected(root: str, headers: Mapping[str, str]) -> str:
+    target = without_password(str(headers.get("location", "")))[:200]
+    host = urlsplit(target).netloc
+    if host and host != urlsplit(root).netloc:
+        return f"{root} redirects to another host ({target}); not followed, because the API key would go there: set that URL yourself"
+    return f"{root} redirects to {target}; not followed: set the URL it redirects to"
+
+
+def _not_connected(error: httpx.ConnectError, root: str) -> tuple[str, str]:
+    causes = _causes(error)
+    if any(isinstance(cause, ssl.SSLError) for cause in causes) or "SSL" in str(error):
+        return "tls", f"{root} does not speak TLS as asked: use http:// for a local server, or trust its certificate"
+    if any(isinstance(cause, ConnectionRefusedError) for cause in causes) or "refused" in str(error):
+        return "refused", f"nothing listens at {root} (connection refused): start the server there, or correct the port"
+    if "Name or service" in str(error) or "nodename" in str(error) or "resolution" in str(error):
+        return "name", f"the host name in {root} is not known: correct it, or check the network"
+    return "connect", f"no connection to {root}: check host, port and network"
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    found: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and len(found) < 10:
+        found.append(following)
+        if isinstance(following, BaseExceptionGroup):
+            found += list(following.exceptions)
+        following = following.__cause__ or following.__context__
+    return found
+
+
+def _failed(kind: str, detail: str, begun: float) -> Reached:
+    return Reached(False, None, None, _ms(begun), kind, detail)
+
+
+def _ms(begun: float) -> float:
+    return round((time.perf_counter() - begun) * 1000, 1)

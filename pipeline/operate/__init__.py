@@ -1,0 +1,1 @@
+"""What runs in daily use: registry, observer, routing, gateway, status API."""

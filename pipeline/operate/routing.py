@@ -1,0 +1,227 @@
+"""The gateway's routing: which deployments may answer for a model name, in which order, and what LiteLLM is told about them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from pipeline.config import BACKENDS, KEY_VARIABLES, Settings, Strategy, root_url
+from pipeline.errors import InputError
+from pipeline.net.loopback import is_local
+from pipeline.operate.agents import Agents
+from pipeline.operate.observer import Observer
+from pipeline.runs.files import write_atomic
+from pipeline.runs.folder import DEFAULT_OUTPUT, RunFolder
+from pipeline.runs.manifest import Manifest
+from pipeline.runs.text import without_password
+from pipeline.serve import notes
+from pipeline.serve import notes as artefact
+from pipeline.serve.notes import Artefact
+
+DEFAULT_PORT = 4000
+# seconds a request may take before the next backend is tried; a hanging backend is noticed sooner by the health checks
+REQUEST_TIMEOUT = 300.0
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """One model at one backend; ``id`` is ``model@backend``, ``price`` per million tokens."""
+
+    backend: str
+    model: str
+    url: str
+    local: bool
+    price: float
+
+    @property
+    def id(self) -> str:
+        """The name LiteLLM knows it by (a slash would name a provider), and that a client may ask for to have exactly this one."""
+        return f"{self.model}@{self.backend}"
+
+
+@dataclass(frozen=True)
+class Route:
+    """Deployments that may answer a request, first choice first; ``first`` is the one that would answer when all are healthy."""
+
+    first: Deployment
+    order: tuple[Deployment, ...]
+
+
+class Router:
+    """Turns a requested model name into a :class:`Route`, from what the observer has seen."""
+
+    def __init__(self, settings: Settings, observer: Observer, strategy: Strategy = "local-first") -> None:
+        self.settings = settings
+        self.observer = observer
+        self.strategy = strategy
+        self.agents = Agents.load(settings.agents_file)
+        self.deployments = deployments(settings, self.agents)
+
+    def names(self) -> list[str]:
+        """Every name a client may ask for: models, ``model@backend``, agents and their runs."""
+        models = [name for d in self.deployments for name in (d.model, d.id)]
+        agents = [name for key, agent in self.agents.agents.items() for name in (key, agent.run)]
+        return list(dict.fromkeys([*models, *agents, *(["orchestrator"] if self.deployments else [])]))
+
+    def route(self, name: str) -> Route | None:
+        """Who may answer for ``name``: the same fine-tune everywhere it is served, and what agents.yaml allows by name."""
+        exact = next((d for d in self.deployments if d.id == name), None)
+        if exact:
+            return Route(exact, (exact,))
+        named, wanted = self._named(name), self._wanted(name)
+        if not named:
+            named = [d for d in self.deployments if wanted and self.fine_tune(d) == wanted]
+        allowed = self._allowed(name)
+        if not named:
+            return None
+        first = min(named, key=self._rank)
+        wanted = wanted or self.fine_tune(first)
+        same = [d for d in self.deployments if d == first or (wanted and self.fine_tune(d) == wanted)]
+        # the first choice, though it bears the name, may by now serve another fine-tune than the agent's
+        same = [d for d in same if self.fine_tune(d) in (wanted, None)]
+        order = [*sorted(same, key=self._rank), *(d for d in allowed if d not in same)]
+        healthy = [d for d in order if self.healthy(d)]
+        return Route(order[0], tuple(healthy or order)) if order else None
+
+    def artefact(self, deployment: Deployment) -> Artefact | None:
+        """What this deployment serves, as last observed; of one that was never seen up, what its run's note says it served."""
+        seen = self.observer.seen.get(deployment.backend)
+        found = seen.artefact(deployment.model) if seen else None
+        if found is None and not self.healthy(deployment):
+            return notes.last_served(root_url(deployment.url), deployment.model, notes.every(self.observer.output))
+        return found
+
+    def fine_tune(self, deployment: Deployment) -> str | None:
+        """Manifest hash of what it serves, or None when that is not known to be ours."""
+        found = self.artefact(deployment)
+        return found.fine_tune if found else None
+
+    def healthy(self, deployment: Deployment) -> bool:
+        """True when the last observation lists the model as available, and is not an old one."""
+        seen = self.observer.seen.get(deployment.backend)
+        names = (deployment.model, f"{deployment.model}:latest")
+        if seen is None or self.observer.outdated(seen):
+            return False
+        return any(model.available and model.name in names for model in seen.models)
+
+    def headers(self, deployment_id: str, first: str) -> dict[str, str]:
+        """What every answer says about who gave it: backend, model, run, manifest hash, artefact, and whether it is a fallback."""
+        found = next((d for d in self.deployments if d.id == deployment_id), None)
+        if found is None:
+            return {}
+        ours = self.artefact(found)
+        values = {
+            "x-granite-backend": found.backend,
+            "x-granite-model": found.model,
+            "x-granite-fallback": "no" if found.id == first else "yes",
+            "x-granite-run": ours.run if ours else "unknown",
+            "x-granite-manifest": ours.fine_tune if ours else "unknown",
+            "x-granite-artefact": f"{ours.file} sha256:{ours.sha256}" if ours else "unknown",
+        }
+        return {name: quote(value, safe=" :/._-@+") for name, value in values.items()}
+
+    def _named(self, name: str) -> list[Deployment]:
+        if name == "orchestrator" and name not in self.agents.agents:
+            address = self.settings.address()
+            return [d for d in self.deployments if d.backend == address.backend and d.model == address.orchestrator_model]
+        agent = self.agents.agents.get(name)
+        if agent and (agent.backend or agent.model):
+            return [d for d in self.deployments if agent.backend in (None, d.backend) and agent.model in (None, d.model)]
+        return [d for d in self.deployments if d.model == name]
+
+    def _wanted(self, name: str) -> str | None:
+        """The fine-tune an agent's or run's name stands for, from the run's manifest."""
+        runs = [a.run for key, a in self.agents.agents.items() if name in (key, a.run, a.model)]
+        if not runs:
+            return None
+        try:
+            return artefact.manifest_hash(Manifest(RunFolder(runs[0], self.observer.output).manifest))
+        except (InputError, KeyError, TypeError):
+            return None
+
+    def _allowed(self, name: str) -> list[Deployment]:
+        wanted = self.agents.allow_fallback.get(name, [])
+        return [d for word in wanted for d in self.deployments if word in (d.model, d.id)]
+
+    def _rank(self, deployment: Deployment) -> tuple[float, ...]:
+        """Sorting key of the strategy; the selected backend goes first among equals."""
+        selected = 0.0 if deployment.backend == self.settings.llm_backend else 1.0
+        position = float(BACKENDS.index(deployment.backend))
+        first = {
+            "local-first": 0.0 if deployment.local else 1.0,
+            "cloud-first": 1.0 if deployment.local else 0.0,
+            "cheapest": deployment.price,
+        }
+        return first[self.strategy], selected, position
+
+
+def deployments(settings: Settings, agents: Agents) -> list[Deployment]:
+    """Every configured model of every backend that has a URL: the model, the orchestrator's and the agents'.
+
+    InputError for a URL with a password in it: LiteLLM's configuration would hold it in clear text.
+    """
+    found = []
+    for backend in BACKENDS:
+        address = settings.address(backend)
+        if not address.base_url:
+            continue
+        if without_password(address.base_url) != address.base_url:
+            raise InputError(
+                f"the gateway does not take a URL with a password: {backend} is {without_password(address.base_url)}",
+                remedy="leave user and password out of it, and send a key with OPENAI_COMPATIBLE_API_KEY",
+            )
+        named = [a.model for a in agents.agents.values() if a.model and (a.backend or settings.llm_backend) == backend]
+        for model in dict.fromkeys(filter(None, [address.model, address.orchestrator_model, *named])):
+            local = backend != "openai" or is_local(address.root)
+            found.append(Deployment(backend, model, address.v1, local, agents.prices.get(backend, 0.0)))
+    return found
+
+
+def litellm_config(found: Sequence[Deployment], timeout: float = REQUEST_TIMEOUT) -> dict[str, Any]:
+    """LiteLLM's configuration: one model group for each deployment, keys by reference, no cool-down, no database, no reports."""
+    entries = [
+        {
+            "model_name": d.id,
+            "litellm_params": {
+                "model": f"openai/{d.model}",
+                "api_base": d.url,
+                "api_key": f"os.environ/{KEY_VARIABLES[d.backend]}" if d.backend in KEY_VARIABLES else "none",
+                "timeout": timeout,
+                "stream_timeout": timeout,
+                "max_retries": 0,
+                "input_cost_per_token": d.price / 1e6,
+                "output_cost_per_token": d.price / 1e6,
+            },
+            "model_info": {"id": d.id},
+        }
+        for d in found
+    ]
+    return {
+        "model_list": entries,
+        "router_settings": {"num_retries": 0, "disable_cooldowns": True},
+        "litellm_settings": {"turn_off_message_logging": True, "num_retries": 0, "json_logs": False},
+        "general_settings": {
+            "disable_spend_logs": True,
+            "disable_error_logs": True,
+            "master_key": "os.environ/LITELLM_MASTER_KEY",
+        },
+    }
+
+
+def write_config(path: Path, found: Sequence[Deployment], timeout: float = REQUEST_TIMEOUT) -> None:
+    """Write the configuration (JSON is YAML); it holds variable names, never keys. InputError when nothing is configured."""
+    import json
+
+    if not found:
+        raise InputError(
+            "no backend has a URL and a model, so the gateway has nothing to route to", remedy="granite-pipeline config"
+        )
+    write_atomic(path, json.dumps(litellm_config(found, timeout), indent=2), 0o600)
+
+
+def gateway_folder(output: Path = DEFAULT_OUTPUT) -> Path:
+    """Where the gateway's configuration, log and server record live."""
+    return output / ".gateway"

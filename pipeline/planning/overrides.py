@@ -1,0 +1,121 @@
+"""The user's own settings (``--set key=value``): normalised, validated, and laid over what was planned."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline.errors import InputError
+from pipeline.planning.plan import Setting
+
+_VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*")
+# given elsewhere, or secrets that must not stand in a process list
+_RESERVED = {
+    "--host": "use --host",
+    "--port": "use --port",
+    "--model": "use --model or --run",
+    "--model-path": "use --model or --run",
+    "--alias": "use --served-name",
+    "--served-model-name": "use --served-name",
+    "--api-key": "put the key in the environment (VLLM_API_KEY, LLAMA_API_KEY): argv is visible to everyone on the machine",
+    "--hf-token": "put the token in the environment as HF_TOKEN: argv is visible to everyone on the machine",
+}
+_TRUE, _FALSE = ("true", "1", "yes", "on", ""), ("false", "0", "no", "off")
+
+
+@dataclass(frozen=True)
+class Known:
+    """What an engine version accepts: flags with a value, bare switches, environment variables; all by full name."""
+
+    flags: Collection[str] = ()
+    switches: Collection[str] = ()
+    variables: Collection[str] = ()
+
+    def require(self, name: str) -> None:
+        """Raise InputError, with the nearest known names, when a setting is unknown."""
+        every = {*self.flags, *self.switches, *self.variables}
+        if name not in every:
+            close = difflib.get_close_matches(name, sorted(every), n=3)
+            raise InputError(
+                f"the engine has no setting {name}",
+                remedy=f"did you mean {', '.join(close)}?" if close else "the engine's own --help lists its settings",
+            )
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """User settings by canonical name: ``--flag-name`` for flags, ``NAME`` for environment variables."""
+
+    values: Mapping[str, str]
+
+    @staticmethod
+    def of(raw: Mapping[str, str], aliases: Mapping[str, str] | None = None) -> Overrides:
+        """Accept ``max_model_len``, ``max-model-len``, ``--max-model-len`` alike; ``aliases`` maps other spellings to one."""
+        values = {}
+        for key, value in raw.items():
+            name = key if _VARIABLE.fullmatch(key) else "--" + key.lstrip("-").replace("_", "-")
+            name = (aliases or {}).get(name, name)
+            if name in _RESERVED:
+                raise InputError(f"{name} cannot be set with --set", remedy=_RESERVED[name])
+            values[name] = value.strip()
+        return Overrides(values)
+
+    def integer(self, name: str, low: int, high: int, why: str = "") -> int | None:
+        """The user's whole number for ``name``, or None; raises InputError outside low..high."""
+        if name not in self.values:
+            return None
+        text = self.values[name]
+        if not re.fullmatch(r"-?\d+", text) or not low <= int(text) <= high:
+            raise InputError(f"{name} is {text!r}; it must be a whole number from {low} to {high}{why and ': ' + why}")
+        return int(text)
+
+    def number(self, name: str, low: float, high: float) -> float | None:
+        """The user's number for ``name``, or None; raises InputError outside low..high."""
+        if name not in self.values:
+            return None
+        try:
+            value = float(self.values[name])
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise InputError(f"{name} is {self.values[name]!r}; it must be a number from {low} to {high}")
+        return value
+
+    def choice(self, name: str, allowed: Sequence[str]) -> str | None:
+        """The user's word for ``name``, or None; raises InputError when it is not one of ``allowed``."""
+        value = self.values.get(name)
+        if value is not None and value not in allowed:
+            raise InputError(f"{name} is {value!r}", remedy="allowed here: " + ", ".join(allowed))
+        return value
+
+    def switch(self, name: str) -> bool | None:
+        """The user's yes or no for a bare flag, or None."""
+        value = self.values.get(name)
+        if value is None:
+            return None
+        if value.lower() not in (*_TRUE, *_FALSE):
+            raise InputError(f"{name} is {value!r}; it takes true or false")
+        return value.lower() in _TRUE
+
+    def lay_over(self, planned: Sequence[Setting], known: Known) -> tuple[tuple[Setting, ...], tuple[Setting, ...]]:
+        """Planned settings with the user's put in their place and marked as such, split into (flags, environment).
+
+        Raises InputError for a flag or variable the engine does not know.
+        """
+        merged = {setting.name: setting for setting in planned}
+        for name, value in self.values.items():
+            known.require(name)
+            if name not in known.switches:
+                merged[name] = Setting(name, value, "set by the user", "user")
+                continue
+            opposite = name.replace("--no-", "--", 1) if name.startswith("--no-") else name.replace("--", "--no-", 1)
+            on = self.switch(name)
+            merged.pop(opposite, None)
+            merged.pop(name, None)
+            if on or opposite in known.switches:
+                word = name if on else opposite
+                merged[word] = Setting(word, None, "set by the user", "user")
+        settings = merged.values()
+        return tuple(s for s in settings if s.name[0] == "-"), tuple(s for s in settings if s.name[0] != "-")

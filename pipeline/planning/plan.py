@@ -1,0 +1,116 @@
+"""Launch plans: what an engine is told, and why; the memory each part will take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.machine.hardware import Hardware
+from pipeline.model.model import Model
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One LoRA adapter: the name clients ask for, its folder, its rank, what it changes, and the base it was trained on."""
+
+    name: str
+    path: Path
+    rank: int
+    targets: tuple[str, ...]
+    base: str
+
+
+Purpose = Literal["verify", "serve", "throughput", "latency"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be served, on what, for what; ``overrides`` are the user's own settings and win."""
+
+    model: Model
+    hardware: Hardware
+    purpose: Purpose = "serve"
+    served_name: str = ""
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    adapters: tuple[Adapter, ...] = ()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One flag (``--name``) or environment variable (``NAME``) with its reason; ``value`` None means a bare flag."""
+
+    name: str
+    value: str | None
+    reason: str
+    source: Literal["planned", "user", "retry"] = "planned"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Predicted memory in GiB, per device (per GPU, or the machine's RAM)."""
+
+    weights: float = 0.0
+    kv_cache: float = 0.0
+    activation: float = 0.0
+    graphs: float = 0.0
+    overhead: float = 0.0
+    available: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Sum of all parts, GiB."""
+        return self.weights + self.kv_cache + self.activation + self.graphs + self.overhead
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything an engine needs to be launched, each setting with its reason; ``parameters`` go into an Ollama Modelfile."""
+
+    engine: str
+    feasible: bool
+    flags: tuple[Setting, ...]
+    env: tuple[Setting, ...]
+    dtype: str
+    quantization: str | None
+    tensor_parallel: int
+    max_model_len: int
+    max_num_seqs: int
+    memory: Memory
+    parameters: tuple[Setting, ...] = ()
+    alternatives: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def arguments(self) -> list[str]:
+        """The flags as argv words, in order."""
+        return [word for flag in self.flags for word in ([flag.name] if flag.value is None else [flag.name, flag.value])]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment variables to add."""
+        return {setting.name: setting.value or "" for setting in self.env}
+
+    def to_json(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
+        """The documented JSON object of ``granite-pipeline plan --json``; ``argv`` is the whole command line where there is one."""
+        memory = {**asdict(self.memory), "total": self.memory.total}
+        return {
+            "engine": self.engine,
+            "feasible": self.feasible,
+            "argv": self.arguments if argv is None else list(argv),
+            "env": self.environment,
+            "dtype": self.dtype,
+            "quantization": self.quantization,
+            "tensor_parallel": self.tensor_parallel,
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": self.max_num_seqs,
+            "memory_gib": {name: round(value, 3) for name, value in memory.items()},
+            "parameters": {s.name: s.value for s in self.parameters},
+            "reasons": [
+                {"flag": s.name, "value": s.value, "reason": s.reason, "source": s.source}
+                for s in (*self.flags, *self.env, *self.parameters)
+            ],
+            "alternatives": list(self.alternatives),
+            "warnings": list(self.warnings),
+        }

@@ -1,0 +1,85 @@
+"""Conversations that prompts are compared on: the suite in ``conversations/`` and users' own message files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import InputError
+from pipeline.runs.files import read_json
+
+SUITE = Path(__file__).parent / "conversations"
+_KEYS = {"id", "messages", "tools", "documents", "continue"}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages, tools and documents as a client sends them; ``continued`` = the last (assistant) message goes on."""
+
+    id: str
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    documents: tuple[Mapping[str, Any], ...] | None = None
+    continued: bool = False
+
+
+def load_suite() -> list[Conversation]:
+    """Every conversation of the suite, in the order of the files' names."""
+    return [conversation for path in sorted(SUITE.glob("*.json")) for conversation in load_file(path)]
+
+
+def load_file(path: Path) -> list[Conversation]:
+    """Conversations of one JSON file; a content ``{"repeat": text, "times": n}`` stands for a long text."""
+    return [_conversation(entry, f"{path}, entry {number}") for number, entry in enumerate(read_json(path), 1)]
+
+
+def read_messages(path: Path) -> tuple[Mapping[str, Any], ...]:
+    """A user's own JSON file: a list of messages, or an object with ``messages``."""
+    value = read_json(path)
+    return _checked(value.get("messages") if isinstance(value, dict) else value, str(path))
+
+
+def read_tools(path: Path) -> tuple[Mapping[str, Any], ...]:
+    """A user's own JSON file: a list of tools in OpenAI's form, or an object with ``tools``."""
+    value = read_json(path)
+    tools = value.get("tools") if isinstance(value, dict) else value
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise InputError(f"{path}: expected a JSON list of tools")
+    return tuple(tools)
+
+
+def _conversation(entry: Mapping[str, Any], where: str) -> Conversation:
+    if unknown := set(entry) - _KEYS:
+        raise InputError(f"{where}: unknown key {', '.join(sorted(unknown))}")
+    messages = tuple({**m, "content": _expanded(m.get("content"))} for m in _checked(entry.get("messages"), where))
+    tools, documents = (tuple(entry[name]) if entry.get(name) else None for name in ("tools", "documents"))
+    return Conversation(entry["id"], messages, tools, documents, bool(entry.get("continue")))
+
+
+def _expanded(content: Any) -> Any:
+    if isinstance(content, dict):
+        return str(content["repeat"]) * int(content["times"])
+    return content
+
+
+def _checked(messages: Any, where: str) -> tuple[Mapping[str, Any], ...]:
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f"{where}: expected a JSON list of messages")
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise InputError(f"{where}: message {number} is not an object with a role")
+    return tuple(messages)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What an engine feeds the model: token IDs where it tells them, and the text where it tells that."""
+
+    text: str | None = None
+    ids: tuple[int, ...] | None = None
+
+
+class NotApplicable(Exception):
+    """The engine's API cannot express this conversation; the message says what it lacks."""

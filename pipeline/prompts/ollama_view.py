@@ -1,0 +1,198 @@
+"""What a conversation is by the time Ollama's Go path renders it: merged turns, re-made tool schemas, Go's JSON.
+
+Each change is a function from conversation to conversation, so that an expected deviation is not just tolerated but
+predicted: the chat template over the changed conversation must give the Go output to the byte.
+Sources: Ollama's api/types.go and template/template.go (August 2026), Go's encoding/json.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from pipeline.prompts.conversation import Conversation
+
+# A JSON string that stands for text which Go prints differently; swapped for it after rendering.
+_OPEN, _CLOSE = "\U000f0001", "\U000f0002"
+_MARK = re.compile(f'"{_OPEN}([0-9a-f]*){_CLOSE}"')
+_ESCAPED = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+_PROPERTY_KEYS = ("anyOf", "type", "items", "description", "enum", "properties", "required")
+
+
+def as_api(conversation: Conversation) -> Conversation:
+    """Only what /api/chat can carry: text content (parts joined by a line end) and arguments as objects."""
+    return replace(conversation, messages=tuple(_api_message(message) for message in conversation.messages))
+
+
+def merged(conversation: Conversation) -> Conversation:
+    """Neighbouring turns of one role become one, an empty line between; tool results stay apart."""
+    turns: list[dict[str, Any]] = []
+    for message in conversation.messages:
+        if turns and turns[-1]["role"] == message["role"] != "tool":
+            turns[-1]["content"] += "\n\n" + message["content"]
+        else:
+            turns.append(dict(message))
+    return replace(conversation, messages=tuple(turns))
+
+
+def remade_tools(conversation: Conversation) -> Conversation:
+    """Tools and call arguments after a pass through Ollama's types: known keys only, names sorted, Go's escapes."""
+    messages = tuple(_remade_calls(message) for message in conversation.messages)
+    tools = conversation.tools and tuple(_tool(tool) for tool in conversation.tools)
+    return replace(conversation, messages=messages, tools=tools)
+
+
+def reordered_tools(conversation: Conversation) -> Conversation:
+    """Tools after a pass through Ollama's types on the way to llama.cpp: known keys only, in its order."""
+    made = conversation.tools and tuple(_passed(tool) for tool in conversation.tools)
+    return replace(conversation, tools=made)
+
+
+def restored(text: str) -> str:
+    """Rendered text with each stand-in swapped for what Go prints."""
+    return _MARK.sub(lambda found: bytes.fromhex(found.group(1)).decode("utf-8"), text)
+
+
+def go_json(value: Any) -> str:
+    """``json.Marshal``: no spaces, ``<``, ``>`` and ``&`` escaped, whole numbers without a point."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{go_json(name)}:{go_json(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(go_json, value)) + "]"
+    text = json.dumps(_number(value), ensure_ascii=False)
+    return "".join(_ESCAPED.get(char, char) for char in text) if isinstance(value, str) else text
+
+
+def _raw(text: str) -> str:
+    return f"{_OPEN}{text.encode('utf-8').hex()}{_CLOSE}"
+
+
+def _number(value: Any) -> Any:
+    """Go reads every JSON number as a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    return int(float(value)) if float(value).is_integer() and abs(value) < 1e21 else float(value)
+
+
+def _api_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "\n".join(part["text"] for part in content if part.get("type") == "text")
+    made = {**message, "role": message["role"].lower(), "content": content or ""}
+    if calls := message.get("tool_calls"):
+        made["tool_calls"] = [_api_call(call) for call in calls]
+    return made
+
+
+def _api_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call.get("function", call)
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments)
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _remade_calls(message: Mapping[str, Any]) -> dict[str, Any]:
+    made = dict(message)
+    if calls := message.get("tool_calls"):
+        functions = [call.get("function", call) for call in calls]
+        made["tool_calls"] = [{"function": {**f, "arguments": _sorted(f["arguments"])}} for f in functions]
+    return made
+
+
+def _sorted(value: Any) -> Any:
+    """Maps sorted by name at every level, leaves as Go prints them; spaces come from the template."""
+    if isinstance(value, Mapping):
+        return {name: _sorted(item) for name, item in sorted(value.items())}
+    if isinstance(value, list):
+        return [_sorted(item) for item in value]
+    return _leaf(value)
+
+
+def _leaf(value: Any) -> Any:
+    """A value that prints as Go prints it: itself, or a stand-in."""
+    plain = json.dumps(value, ensure_ascii=False)
+    return value if go_json(value) == plain else _raw(go_json(value))
+
+
+def _tool(tool: Mapping[str, Any]) -> Any:
+    """A tool as TEMPLATE prints it: spaced like the tokenizer's JSON when nothing would be lost, else compact."""
+    function = tool.get("function", {})
+    given = function.get("parameters") or {}
+    extra = {name: given[name] for name in ("$defs", "items") if given.get(name)}
+    properties = {name: _property(item) for name, item in sorted((given.get("properties") or {}).items())}
+    if extra or tool.get("items"):
+        return _raw(go_json(_ollama_tool(tool, extra, properties)))
+    made: dict[str, Any] = {"name": _leaf(function.get("name", ""))}
+    if function.get("description"):
+        made["description"] = _leaf(function["description"])
+    if given.get("type"):
+        shown = {name: _shown(item) for name, item in properties.items()}
+        made["parameters"] = {"type": _leaf(given["type"]), "properties": shown}
+        if given.get("required"):
+            made["parameters"]["required"] = [_leaf(name) for name in given["required"]]
+    return {"type": _leaf(tool.get("type", "")), "function": made}
+
+
+def _passed(tool: Mapping[str, Any]) -> dict[str, Any]:
+    function = tool.get("function", {})
+    given = function.get("parameters") or {}
+    properties = {name: _property(item) for name, item in (given.get("properties") or {}).items()}
+    extra = {name: given[name] for name in ("$defs", "items") if given.get(name)}
+    made = _ollama_tool(tool, extra, properties if "properties" in given else None)
+    if not made["function"]["description"]:
+        del made["function"]["description"]
+    return made
+
+
+def _ollama_tool(tool: Mapping[str, Any], extra: Mapping[str, Any], properties: Any) -> dict[str, Any]:
+    function = tool.get("function", {})
+    given = function.get("parameters") or {}
+    required = {"required": given["required"]} if given.get("required") else {}
+    parameters = {"type": given.get("type", ""), **_deep(extra), **required, "properties": properties}
+    described = {
+        "name": function.get("name", ""),
+        "description": function.get("description", ""),
+        "parameters": parameters,
+    }
+    items = {"items": _deep(tool["items"])} if tool.get("items") else {}
+    return {"type": tool.get("type", ""), **items, "function": described}
+
+
+def _property(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A property as Ollama keeps it: its keys, in its order, empty ones left out."""
+    made: dict[str, Any] = {}
+    for name in _PROPERTY_KEYS:
+        value = given.get(name)
+        if not value:
+            continue
+        if name == "anyOf":
+            value = [_property(item) for item in value]
+        elif name == "properties":
+            value = {key: _property(item) for key, item in value.items()}
+        elif name == "type" and isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        made[name] = _deep(value) if name in ("items", "enum") else value
+    return made
+
+
+def _deep(value: Any) -> Any:
+    """A value of no known type: Go keeps it in maps, which print sorted."""
+    if isinstance(value, Mapping):
+        return {name: _deep(item) for name, item in sorted(value.items())}
+    return [_deep(item) for item in value] if isinstance(value, list) else value
+
+
+def _shown(kept: Mapping[str, Any]) -> Any:
+    """The simple properties (type, description, enum) print spaced, all others compact."""
+    if "type" not in kept or set(kept) - {"type", "description", "enum"}:
+        return _raw(go_json(kept))
+    made: dict[str, Any] = {"type": _leaf(kept["type"])}
+    if "description" in kept:
+        made["description"] = _leaf(kept["description"])
+    if "enum" in kept:
+        made["enum"] = [_leaf(value) for value in kept["enum"]]
+    return made

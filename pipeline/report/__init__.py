@@ -1,0 +1,1 @@
+"""report.json, and everything drawn from it: the page, its charts, JUnit, the certificate."""

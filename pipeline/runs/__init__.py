@@ -1,0 +1,1 @@
+"""A run on disk: its folder, files, hashes, manifest, lock and logs."""

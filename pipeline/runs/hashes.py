@@ -1,0 +1,83 @@
+"""File hashes remembered by what the file system says of a file, so that a model is read once and not by every stage.
+
+A hash is believed while device, inode, size, modification and change time are those it was made at. A file that changed
+less than two seconds before it was read is read again next time: a second change could fall into the same clock tick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.runs.files import _CHUNK, write_atomic
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while chunk := handle.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_tree(path: Path, file_hash: Callable[[Path], str] = sha256_file) -> str:
+    """Hex SHA-256 of a file, or of a folder: the digest of its sorted (relative path, file digest) lines."""
+    if path.is_file():
+        return file_hash(path)
+    lines = [f"{p.relative_to(path).as_posix()} {file_hash(p)}" for p in sorted(path.rglob("*")) if p.is_file()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex SHA-256 of a JSON-serialisable value in canonical form (sorted keys, no spaces)."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), default=str).encode()).hexdigest()
+
+
+NAME = ".hashes.json"
+_SETTLED_NS = 2_000_000_000
+
+
+class HashCache:
+    """Remembered hashes in ``folder/.hashes.json``; a missing or damaged file of them only costs time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / NAME
+        self._known: dict[str, list[object]] = {}
+        with contextlib.suppress(OSError, ValueError):
+            known = json.loads(self.path.read_text(encoding="utf-8"))
+            self._known = known if isinstance(known, dict) else {}
+        self._changed = False
+
+    def tree(self, path: Path) -> str:
+        """Hex SHA-256 of a file or folder, as :func:`pipeline.runs.hashes.sha256_tree` defines it."""
+        found = sha256_tree(path, self._file)
+        if self._changed and self.path.parent.parent.is_dir():
+            self._known = {name: entry for name, entry in self._known.items() if Path(name).exists()}
+            with contextlib.suppress(OSError):  # a full disk must not fail what only saves time
+                write_atomic(self.path, json.dumps(self._known))
+            self._changed = False
+        return found
+
+    def _file(self, path: Path) -> str:
+        name, before = str(path.resolve()), path.stat()
+        seen = [before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns]
+        entry = self._known.get(name)
+        if isinstance(entry, list) and len(entry) == 2 and entry[0] == seen:
+            return str(entry[1])
+        digest = sha256_file(path)
+        if time.time_ns() - max(before.st_mtime_ns, before.st_ctime_ns) > _SETTLED_NS and _same(path, before):
+            self._known[name] = [seen, digest]
+            self._changed = True
+        return digest
+
+
+def _same(path: Path, before: os.stat_result) -> bool:
+    after = path.stat()
+    return (after.st_ino, after.st_size, after.st_mtime_ns) == (before.st_ino, before.st_size, before.st_mtime_ns)

@@ -1,0 +1,57 @@
+"""What a run says, with date and time, in a file of its run folder, secrets masked."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.text import MaskingFilter
+
+_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class _Quiet(logging.FileHandler):
+    """A log that a full disk cuts short must not hide the error that says so."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
+        """Say nothing."""
+
+
+@contextmanager
+def written(run: RunFolder, verb: str) -> Iterator[Path]:
+    """Write everything logged inside (from INFO up, ``--quiet`` or not) to ``logs/<verb>-<date>-<time>.log``.
+
+    An error that ends the block is logged with its traceback.
+    """
+    run.logs.mkdir(parents=True, exist_ok=True)
+    path = run.logs / f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}.log"
+    handler = _Quiet(path, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter(_FORMAT))
+    handler.addFilter(MaskingFilter())
+    handler.setLevel(logging.INFO)
+    root = logging.getLogger()
+    level, others = root.level, {other: other.level for other in root.handlers}
+    for other in others:  # the root's level is lowered for the file alone
+        other.setLevel(max(other.level, level))
+    root.setLevel(min(level, logging.INFO) if level else logging.INFO)
+    root.addHandler(handler)
+    try:
+        yield path
+    except BaseException as error:
+        handler.handle(root.makeRecord(root.name, logging.ERROR, __file__, 0, f"ended by {error!r}", (), _exc(error)))
+        raise
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+        for other, was in others.items():
+            other.setLevel(was)
+        handler.close()
+
+
+def _exc(error: BaseException) -> tuple[type[BaseException], BaseException, TracebackType | None]:
+    return type(error), error, error.__traceback__

@@ -1,0 +1,129 @@
+"""Secrets: which values of the environment are secret, and text with them masked.
+
+Masked are the values of variables whose names say so - ordinary words apart, for they are no keys - and what looks like a
+token wherever it came from. Everything that leaves the process goes through here: logs, error messages, manifest, report, executed notebooks.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+MASK = "********"
+_NAMES = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)
+# shorter values are words and numbers ("none", "1234") that would black out ordinary text, and so would CACHE_KEY=training;
+# a password may be a word
+_SHORTEST = 8
+_WORD = re.compile(r"[A-Za-z]?[a-z]{1,14}|[A-Z]{1,15}")
+_PASSWORDS = re.compile(r"PASSW(OR)?D", re.IGNORECASE)
+# nothing that ends a word (task-, desk-), unless that is the n of an escaped line break
+_START = r"(?:(?<![a-z])|(?<=\\[nrt]))"
+_LOOKS = re.compile(
+    rf"{_START}hf_(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{{16,}}"  # Hugging Face
+    rf"|{_START}sk-(?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{{16,}}"  # OpenAI and those that copy its form
+    r"|(?:(?<=Bearer )|(?<=bearer ))[A-Za-z0-9._~+/=-]{8,}"
+    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # user:password in a URL
+)
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a variable's name says that its value is secret."""
+    return bool(_NAMES.search(name))
+
+
+def values() -> list[str]:
+    """The secret values of the environment, longest first."""
+    found = {value.strip() for name, value in os.environ.items() if _plausible(name, value.strip())}
+    return sorted(found, key=len, reverse=True)
+
+
+def _plausible(name: str, value: str) -> bool:
+    """Whether a variable holds a secret: by its name, and by a value that no ordinary text is made of."""
+    word = _WORD.fullmatch(value) and not _PASSWORDS.search(name)
+    return is_secret_name(name) and len(value) >= _SHORTEST and not word
+
+
+def mask(text: str, known: Sequence[str] | None = None) -> str:
+    """The text with every secret in it replaced; ``known`` spares a caller with many texts :func:`values` for each."""
+    for value in values() if known is None else known:
+        text = text.replace(value, MASK)
+    return _LOOKS.sub(MASK, text)
+
+
+def masked(value: Any, known: Sequence[str] | None = None) -> Any:
+    """A copy of JSON-like data with every text in it masked, keys too."""
+    known = values() if known is None else known
+    if isinstance(value, str):
+        return mask(value, known)
+    if isinstance(value, Mapping):
+        return {mask(str(key), known): masked(item, known) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [masked(item, known) for item in value]
+    return value
+
+
+class MaskingWriter:
+    """Writes to a text stream with secrets masked: what notebooks print on its way to the terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        """Write the masked text."""
+        self._stream.write(mask(text))
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        self._stream.flush()
+
+
+class MaskingFilter(logging.Filter):
+    """Masks a log record's text, and that of the exception it carries, before any handler writes it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Always lets the record through."""
+        record.msg, record.args = mask(record.getMessage()), None
+        if record.exc_info and not record.exc_text:
+            record.exc_text = mask(logging.Formatter().formatException(record.exc_info))
+        return True
+
+
+# C0/C1 controls except tab and newline, and the bidirectional overrides that can make text read as something else
+_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ufffe\uffff\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """The text with control and direction-changing characters spelled out, so that it shows what it holds."""
+    return _INVISIBLE.sub(lambda match: f"‹U+{ord(match.group()):04X}›", text)
+
+
+_USERINFO = re.compile(r"(\w+://)[^/@\s]+@")
+
+
+def without_password(text: str) -> str:
+    """A URL with the password or key in front of its host masked; any other text as it is."""
+    return _USERINFO.sub(r"\1********@", text)
+
+
+_SECRET = re.compile(r"(?:^|_)(?:KEY|TOKEN|SECRET|PASSWORD)$")
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def clean(value: Any, known: Sequence[str] | None = None) -> Any:
+    """A copy that JSON, HTML and XML can carry: NaN and infinity become null, lone surrogates U+FFFD, secrets are masked."""
+    known = values() if known is None else known
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, str):
+        return mask(_SURROGATE.sub("\ufffd", value), known)
+    if isinstance(value, Mapping):
+        return {clean(str(k), known): "(hidden)" if _SECRET.search(str(k)) and v else clean(v, known) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean(item, known) for item in value]
+    return value

@@ -1,0 +1,1 @@
+"""The one supervisor: start, watch, retry and stop servers, and note what they serve."""

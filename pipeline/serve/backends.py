@@ -1,0 +1,97 @@
+"""The backends of a run: attach to those that are up, start those that are installed, say why of the rest."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipeline import engines
+from pipeline.config import Settings
+from pipeline.errors import EngineError, InputError, PipelineError
+from pipeline.runs.folder import RunFolder
+from pipeline.serve import start as serving
+from pipeline.serve.start import Endpoint, Options, Target
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Started:
+    """What became of one backend: ``ready``, ``skipped`` (not installed) or ``failed``, with the reason."""
+
+    name: str
+    status: str
+    reason: str = ""
+    endpoint: Endpoint | None = None
+
+    def row(self) -> dict[str, Any]:
+        """For a table."""
+        e = self.endpoint
+        seen = {"version": e.version, "url": e.url, "model": e.model, "ready, s": e.ready_seconds} if e else {}
+        return {"backend": self.name, "status": self.status, **seen, "reason": self.reason}
+
+    @property
+    def reasons(self) -> list[dict[str, Any]]:
+        """The planned settings with their reasons."""
+        plan = self.endpoint.plan if self.endpoint else None
+        return list((plan or {}).get("reasons", []))
+
+    @property
+    def memory(self) -> dict[str, float]:
+        """Predicted parts and the measured resident memory, GiB."""
+        if self.endpoint is None or self.endpoint.plan is None or self.endpoint.server is None:
+            return {}
+        return {**self.endpoint.plan["memory_gib"], "measured": round(self.endpoint.server.memory_gib(), 2)}
+
+
+def find(run: RunFolder, name: str, settings: Settings) -> Endpoint | None:
+    """An endpoint that already runs: started for this run, or (openai) given by URL; None when there is none."""
+    if name != "openai":
+        return serving.attach(name, Target.of_run(run, name))
+    if not settings.openai_compatible_base_url:
+        raise InputError("openai: no endpoint given", remedy="set OPENAI_COMPATIBLE_BASE_URL and OPENAI_COMPATIBLE_MODEL")
+    there = settings.address(name)
+    return Endpoint(name, there.root, there.model, api_key=there.api_key.get_secret_value())
+
+
+def start(run: RunFolder, name: str, settings: Settings, options: Options) -> Started:
+    """Find or start one backend; a failure to start is a result here, not an exception."""
+    engine = engines.get(name)
+    try:
+        endpoint = find(run, name, settings)
+        available = engine.available()
+        if endpoint is None and not available.usable:
+            return Started(name, "skipped", f"{available.reason}; to have it: {available.remedy}")
+        if endpoint is None:
+            wanted = replace(options, overrides={**settings.overrides(name), **options.overrides})
+            endpoint = serving.serve(name, Target.of_run(run, name), wanted, _say)
+        return Started(name, "ready", endpoint=endpoint)
+    except InputError:
+        raise
+    except PipelineError as error:
+        return Started(name, "failed", str(error))
+
+
+def start_backends(
+    run: RunFolder, names: Sequence[str], settings: Settings, options: Options, ports: Mapping[str, int] | None = None
+) -> list[Started]:
+    """Find or start each backend in turn, on its port in ``ports`` or a free one; InputError for a name that is not an engine."""
+    for name in names:
+        engines.get(name)
+    return [start(run, name, settings, replace(options, port=(ports or {}).get(name, options.port))) for name in names]
+
+
+def require_any(started: Sequence[Started]) -> None:
+    """Raise EngineError with every reason when not one backend is up."""
+    if not any(s.endpoint for s in started):
+        raise EngineError(
+            "no backend could be started on this machine",
+            evidence="\n".join(f"{s.name} {s.status}: {s.reason}" for s in started),
+            remedy="granite-pipeline doctor names what is installed and what is missing",
+        )
+
+
+def _say(text: str) -> None:
+    log.info("%s", text[:160])

@@ -1,0 +1,71 @@
+"""An Ollama that already runs, as the system service it is on Linux: the model is made in it; nothing of it is started or stopped."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from pipeline import engines
+from pipeline.config import root_url
+from pipeline.engines.base import require_feasible
+from pipeline.errors import InputError
+from pipeline.net.client import wait_for
+from pipeline.net.loopback import is_local
+from pipeline.net.reach import get_json
+from pipeline.planning.plan import Plan
+from pipeline.serve import notes, server
+from pipeline.serve import notes as artefact
+from pipeline.serve.server import Progress
+from pipeline.serve.start import Endpoint, Options, Target, create_in_ollama, first_token, request_for, to_stop
+
+_ASK_SECONDS = 2.0
+
+
+def find(base_url: str) -> Endpoint | None:
+    """The Ollama that answers at a URL, without a model yet; None when nothing, or something else, answers."""
+    root = root_url(base_url)
+    if not root:
+        return None
+    seen = wait_for(get_json(root, "/api/version", timeout=_ASK_SECONDS))
+    version = seen.data.get("version") if seen.ok and isinstance(seen.data, dict) else None
+    return Endpoint("ollama", root, "", str(version)) if version else None
+
+
+def serve_there(there: Endpoint, target: Target, options: Options, progress: Progress) -> Endpoint:
+    """Make the target's model in that Ollama, wait for its first token, and note which artefact it is.
+
+    Raises EngineError when Ollama refuses, InputError for a server setting: those are its owner's.
+    """
+    begun = time.monotonic()
+    server.require_none("ollama", target.servers, to_stop(target))
+    plan = _plan(target, options) if is_local(there.url) else None
+    endpoint = replace(there, model=target.name, plan=plan.to_json([]) if plan else None)
+    progress(f"Ollama already runs at {there.url}: the model is made there")
+    create_in_ollama(endpoint, target, progress, plan)
+    first_token(endpoint)
+    endpoint = replace(endpoint, ready_seconds=round(time.monotonic() - begun, 1))
+    said = {name: getattr(endpoint, name) for name in ("url", "model", "version", "plan", "ready_seconds")}
+    notes.write(target.servers, "ollama", {**said, "digest": _digest(endpoint)}, artefact.of_file(target.model))
+    return endpoint
+
+
+def _plan(target: Target, options: Options) -> Plan:
+    """The model's own parameters; the variables of the server stay what its owner set."""
+    request = request_for(target, options)
+    plan = engines.get("ollama").plan(request)
+    require_feasible(plan)
+    given = [setting.name for setting in plan.env if setting.source == "user"]
+    if given:
+        raise InputError(
+            f"{', '.join(given)} is a setting of the server, and this Ollama already runs",
+            remedy="set it where that Ollama is started, or start another one with --port 0",
+        )
+    return replace(plan, env=())
+
+
+def _digest(endpoint: Endpoint) -> str:
+    """Ollama's digest of the model, which changes when someone makes another one of the same name."""
+    tags = wait_for(get_json(endpoint.url, "/api/tags", timeout=_ASK_SECONDS))
+    listed = tags.data.get("models") if tags.ok and isinstance(tags.data, dict) else None
+    found = (m for m in listed or [] if isinstance(m, dict) and notes.same_name(str(m.get("name")), endpoint.model))
+    return next((str(model.get("digest") or "") for model in found), "")

@@ -1,0 +1,203 @@
+"""The retry ladder: which one setting to change after a start that failed, and why - or that no retry can mend it.
+
+    failure                          change
+    context-exceeds-kv               --max-model-len to the number the engine computed
+    context-exceeds-model            --max-model-len to the model's own
+    cpu-kv-too-large                 VLLM_CPU_KVCACHE_SPACE planned anew with the free memory the engine saw
+    gpu-shared                       --gpu-memory-utilization to the free share less 0.02
+    no-kv-memory, out-of-memory      eager on a GPU, then half the sequences; llama.cpp and Ollama: half the context
+    sampler-memory                   half the sequences
+    compile-failed                   eager
+    no-bfloat16                      float16
+    port-taken                       the next free port, unless the user named the port
+
+Everything else is refused at once: a second start of a damaged file ends as the first did. What the user set is never changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from pipeline import engines
+from pipeline.engines.base import Engine
+from pipeline.errors import InputError, StartFailure
+from pipeline.planning.plan import Plan, Request, Setting
+
+MAX_RETRIES = 3
+_LEAST_CONTEXT = 512
+_KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One step down the ladder: settings to change (a bare flag has None) and why; none for another port."""
+
+    reason: str
+    settings: Mapping[str, str | None] = field(default_factory=dict)
+
+    @property
+    def words(self) -> str:
+        """The settings as a person would type them."""
+        return ", ".join(name if value is None else f"{name}={value}" for name, value in self.settings.items())
+
+
+@dataclass(frozen=True)
+class _Case:
+    failed: StartFailure
+    plan: Plan
+    request: Request
+
+
+def next_plan(engine: Engine, request: Request, plan: Plan, failed: StartFailure, changes: list[Change], *, port_given: bool) -> Plan:  # fmt: skip
+    """The plan for the next attempt, its change appended to ``changes``; raises the failure when no retry can mend it."""
+    change = propose(failed, plan, request, port_given=port_given) if len(changes) < MAX_RETRIES else None
+    if change is None:
+        tried = "".join(f"\nretried: {c.reason} {c.words}".rstrip() for c in changes)
+        raise StartFailure(
+            failed.message, evidence=failed.evidence + tried, remedy=failed.remedy, kind=failed.kind, cause=failed.cause
+        ) from None
+    if not change.settings:
+        changes.append(change)
+        return plan
+    try:
+        following = replan(engine, request, [*changes, change])
+    except InputError as error:
+        raise StartFailure(f"{failed.message}; {change.words} is not possible: {error.message}", evidence=failed.evidence, remedy=failed.remedy, kind=failed.kind) from None  # fmt: skip
+    if not following.feasible:
+        raise StartFailure(
+            f"{failed.message}; {change.words} would be the next try, but does not fit: {'; '.join(following.warnings)}",
+            evidence=failed.evidence,
+            remedy="; or ".join(following.alternatives) or failed.remedy,
+            kind=failed.kind,
+        ) from None
+    changes.append(change)
+    return following
+
+
+def propose(failed: StartFailure, plan: Plan, request: Request, *, port_given: bool) -> Change | None:
+    """The change that may mend this failure, or None; StartFailure when it would have to change what the user set."""
+    if failed.kind == "port-taken":
+        return None if port_given else Change("another process took the port first: the next free one")
+    rule = _RULES.get(failed.kind)
+    change = rule(_Case(failed, plan, request)) if rule else None
+    if change is None:
+        return None
+    for name, value in change.settings.items():
+        if mine := _set_by_user(plan, name):
+            given = mine.name if mine.value is None else f"{mine.name}={mine.value}"
+            raise StartFailure(
+                f"{failed.message}; your --set {given.lstrip('-')} is not changed by a retry",
+                evidence=failed.evidence,
+                remedy=f"--set {name.lstrip('-')}={value or 'true'} ({change.reason}), or leave it to the plan",
+                kind=failed.kind,
+            ) from None
+    return change
+
+
+def replan(engine: Engine, request: Request, changes: list[Change]) -> Plan:
+    """The plan with all changes so far laid over it, marked as retries with their reasons."""
+    asked = {name: "true" if value is None else value for change in changes for name, value in change.settings.items()}
+    reasons = {name: change.reason for change in changes for name in change.settings}
+    plan = engine.plan(replace(request, overrides={**request.overrides, **asked}))
+
+    def marked(settings: tuple[Setting, ...]) -> tuple[Setting, ...]:
+        parameters = {name.lstrip("-").replace("-", "_"): name for name in reasons}
+        found = []
+        for setting in settings:
+            key = setting.name if setting.name in reasons else parameters.get(setting.name)
+            found.append(replace(setting, source="retry", reason=f"retry: {reasons[key]}") if key else setting)
+        return tuple(found)
+
+    return replace(plan, flags=marked(plan.flags), env=marked(plan.env), parameters=marked(plan.parameters))
+
+
+def _set_by_user(plan: Plan, name: str) -> Setting | None:
+    opposite = name.replace("--", "--no-", 1)
+    parameter = name.lstrip("-").replace("-", "_")
+    every = (*plan.flags, *plan.env, *plan.parameters)
+    return next((s for s in every if s.source == "user" and s.name in (name, opposite, parameter)), None)
+
+
+def _value(plan: Plan, name: str) -> int | None:
+    found = next((s.value for s in plan.flags if s.name == name), None)
+    return int(found) if found and found.isdigit() else None
+
+
+def _length(case: _Case) -> Change | None:
+    if not case.failed.numbers or case.failed.numbers[0] < _LEAST_CONTEXT:
+        return None
+    length = min(int(case.failed.numbers[0]), case.request.model.shape.max_positions)
+    return Change(f"{case.failed.cause}: {length} tokens is what the engine says fits", {"--max-model-len": str(length)})
+
+
+def _kv_space(case: _Case) -> Change | None:
+    """What the plan would have been with the memory the engine saw, and less than it was: the cache is really written to."""
+    if not case.failed.numbers:
+        return None
+    free = case.failed.numbers[0]
+    # weights and processes were in memory already when the engine looked
+    machine = replace(case.request.hardware, ram_free_gib=free + case.plan.memory.total - case.plan.memory.kv_cache)
+    smaller = engines.get(case.plan.engine).plan(replace(case.request, hardware=machine)).environment.get(_KV_SPACE, "0")
+    was = case.plan.environment.get(_KV_SPACE, "0")
+    space = min(int(smaller), int(free * 0.9), int(was) - 1)
+    return Change(f"only {free:.1f} GiB were free when the KV cache was made", {_KV_SPACE: str(space)}) if space >= 1 else None
+
+
+def _share(case: _Case) -> Change | None:
+    if len(case.failed.numbers) < 2 or case.failed.numbers[0] / case.failed.numbers[1] < 0.1:
+        return None
+    free, total = case.failed.numbers[:2]
+    share = math.floor((free / total - 0.02) * 100) / 100
+    return Change(
+        f"another process holds part of the GPU: {free:.1f} of {total:.1f} GiB are free",
+        {"--gpu-memory-utilization": f"{share:.2f}"},
+    )
+
+
+def _eager(case: _Case) -> Change | None:
+    if case.plan.engine != "vllm" or any(s.name == "--enforce-eager" for s in case.plan.flags):
+        return None
+    return Change(f"{case.failed.cause}: without compilation and graphs", {"--enforce-eager": None})
+
+
+def _fewer(case: _Case) -> Change | None:
+    name = {"vllm": "--max-num-seqs", "sglang": "--max-running-requests"}.get(case.plan.engine)
+    now = _value(case.plan, name) if name else None
+    if name is None or now is None or now < 2:
+        return None
+    return Change(f"{case.failed.cause}: half the sequences at once", {name: str(now // 2)})
+
+
+def _smaller(case: _Case) -> Change | None:
+    """Less memory: eager on a GPU, then fewer sequences; for llama.cpp and Ollama half the context."""
+    if case.plan.engine == "llamacpp":
+        total, slots = _value(case.plan, "-c"), max(1, case.plan.max_num_seqs)
+        half = min((total or 0) // 2, slots * case.request.model.shape.max_positions)
+        if half // slots < _LEAST_CONTEXT:
+            return None
+        keep = {} if _set_by_user(case.plan, "--parallel") else {"--parallel": str(slots)}
+        return Change(f"{case.failed.cause}: half the context", {"-c": str(half), **keep})
+    if case.plan.engine == "ollama":
+        length = case.plan.max_model_len // 2
+        return Change(f"{case.failed.cause}: half the context", {"--num-ctx": str(length)}) if length >= _LEAST_CONTEXT else None
+    first = _eager(case) if case.request.hardware.gpus else None
+    return first or _fewer(case)
+
+
+def _half_precision(case: _Case) -> Change | None:
+    return Change(case.failed.cause, {"--dtype": "float16"})
+
+
+_RULES: dict[str, Callable[[_Case], Change | None]] = {
+    "context-exceeds-kv": _length,
+    "context-exceeds-model": _length,
+    "cpu-kv-too-large": _kv_space,
+    "gpu-shared": _share,
+    "no-kv-memory": _smaller,
+    "out-of-memory": _smaller,
+    "sampler-memory": _fewer,
+    "compile-failed": _eager,
+    "no-bfloat16": _half_precision,
+}

@@ -1,0 +1,297 @@
+"""The one supervisor: start a server in its own process group, wait until it answers, say why when it does not, stop the group."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from pipeline.config import KEY_VARIABLES
+from pipeline.engines.base import Launch
+from pipeline.errors import EnvironmentFailure, InputError, StartFailure
+from pipeline.runs import lock
+from pipeline.runs.files import read_json, write_json
+from pipeline.serve.logs import Failure, classify, phase
+
+_POLL_SECONDS = 0.5
+_STOP_SECONDS = 20.0
+# start times are read against the wall clock, which may be set; a pid that is used again starts much later
+_SAME_START = 120.0
+_TAIL_LINES = 12
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+# milestones are looked for in the end of a log only: it may be long
+_READ_BYTES = 1 << 16
+Progress = Callable[[str], None]
+# guards started by this process, kept so that their exit status can be collected; what they ended with
+_children: dict[int, subprocess.Popen[bytes]] = {}
+_codes: dict[int, int] = {}
+# how often the kernel had killed for memory when each server was started
+_kills: dict[int, int] = {}
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server started from here. ``pid`` is its guard, which leads the process group; ``started`` tells reused pids apart."""
+
+    engine: str
+    url: str
+    model: str
+    argv: tuple[str, ...]
+    env: dict[str, str]
+    pid: int
+    started: float
+    log: Path
+    started_at: str
+    ready_path: str
+
+    @property
+    def alive(self) -> bool:
+        """True while the guard runs, and with it the server."""
+        _reap(self.pid)
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(self.pid)
+            return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - self.started) < _SAME_START
+        return False
+
+    def to_json(self) -> dict[str, Any]:
+        """The record that ``ps``, ``stop`` and the report read."""
+        return {**asdict(self), "log": str(self.log)}
+
+    @classmethod
+    def from_json(cls, path: Path) -> Server:
+        """Read a record written by :func:`save`; InputError when it is not one."""
+        data = read_json(path)
+        try:
+            return cls(**{**data, "log": Path(data["log"]), "argv": tuple(data["argv"])})
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path} is not a server record ({error!r})", remedy="delete it") from None
+
+    def memory_gib(self) -> float:
+        """Resident memory of the whole process group, GiB, pages its processes share counted once; 0 when it is gone."""
+        with contextlib.suppress(psutil.Error):
+            guard = psutil.Process(self.pid)
+            return sum(_resident(process) for process in [guard, *guard.children(recursive=True)]) / 2**30
+        return 0.0
+
+
+def start(launch: Launch, log: Path, *, owner: int | None) -> Server:
+    """Start the process; it ends with process ``owner`` (None: it runs until :func:`stop`)."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    # the guard as a file, without its folder on the path: it needs no package of ours, and the engine must not find our packages
+    guard = str(Path(__file__).with_name("guard.py"))
+    command = [sys.executable, "-P", guard, "--owner", str(owner or 0), "--", *launch.argv]
+    # an empty key, as in a copied .env.example, means none; llama-server would ask for it
+    given = {name: value for name, value in os.environ.items() if value or name not in KEY_VARIABLES.values()}
+    environment = {**given, **launch.env, "PYTHONUNBUFFERED": "1"}
+    if launch.ours:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+    _children[process.pid] = process
+    _kills[process.pid] = oom_kills()
+    started, now = psutil.Process(process.pid).create_time(), datetime.now(UTC).isoformat(timespec="seconds")
+    said = (launch.engine, launch.url, launch.model, launch.argv, dict(launch.env))
+    return Server(*said, process.pid, started, log, now, launch.ready_path)
+
+
+def wait_ready(server: Server, timeout: float, progress: Progress) -> float:
+    """Wait until the health path answers 200; returns the seconds since the start.
+
+    ``progress`` is told what the server is doing, from its log. On an exit (whatever the code) or a time-out the group is
+    ended and StartFailure carries cause, remedy and log tail.
+    """
+    begun = time.monotonic()
+    shown = ""
+    while time.monotonic() - begun < timeout:
+        if not server.alive:
+            stop(server)
+            raise failure(server, "ended before it was ready")
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(server.url + server.ready_path, timeout=5).status_code == httpx.codes.OK:
+                return time.monotonic() - begun
+        doing = phase(_end_of(server.log))
+        if doing != shown:
+            shown = doing
+            progress(f"{server.engine}: {doing} ({time.monotonic() - begun:.0f} s)")
+        time.sleep(_POLL_SECONDS)
+    stop(server)
+    raise failure(server, f"was not ready after {timeout:.0f} s", ended=False)
+
+
+def stop(server: Server) -> None:
+    """End the process group: SIGTERM to the guard, which ends the rest; SIGKILL to whoever is left after that."""
+    if server.alive:
+        os.kill(server.pid, signal.SIGTERM)
+        deadline = time.monotonic() + _STOP_SECONDS
+        while server.alive and time.monotonic() < deadline:
+            time.sleep(0.1)
+    # a guard that was itself killed leaves its group behind
+    if server.alive or _group(server):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(server.pid, signal.SIGKILL)
+        deadline = time.monotonic() + _STOP_SECONDS
+        while (server.alive or _group(server)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+
+def failure(server: Server, what: str, *, ended: bool = True) -> StartFailure:
+    """The error for a server that did not start or stay: recognised cause, argv, last log lines, remedy.
+
+    ``ended`` False: it was still running and we ended it, so its exit status says nothing.
+    """
+    text = _COLOUR.sub("", server.log.read_text(encoding="utf-8", errors="replace")) if server.log.exists() else ""
+    known = (_by_exit(server) if ended else None) or classify(text)
+    tail = "\n".join(f"  {line[:300]}" for line in text.strip().splitlines()[-_TAIL_LINES:])
+    code = _codes.get(server.pid) if ended else None
+    evidence = [f"command: {' '.join(server.argv)}", f"log: {server.log}"]
+    evidence += [f"exit code: {code}"] if code is not None else []
+    evidence += [f"seen: {known.line}"] if known and known.line else []
+    evidence += [f"last lines:\n{tail}"] if tail else ["the log is empty"]
+    return StartFailure(
+        f"{server.engine} {what}{f': {known.cause}' if known else ''}",
+        evidence="\n".join(evidence),
+        remedy=known.remedy if known else "read the log named above",
+        kind=known.name if known else "",
+        cause=known.cause if known else "",
+        numbers=known.numbers if known else (),
+    )
+
+
+def oom_kills() -> int:
+    """How many processes the kernel has killed for lack of memory since boot; 0 where it does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
+def _by_exit(server: Server) -> Failure | None:
+    """What the exit status alone tells: killed for memory, or from outside; None when the log has to say why."""
+    code = _codes.get(server.pid)
+    if code not in (-signal.SIGKILL, 128 + signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM):
+        return None
+    if code == 128 + signal.SIGKILL and oom_kills() > _kills.get(server.pid, 0):
+        return Failure("out-of-memory", "the kernel killed it for lack of memory", "a smaller model, context or KV cache", "")
+    number = abs(code) % 128
+    cause = f"a process outside this pipeline killed it ({signal.Signals(number).name})"
+    return Failure("killed", cause, "find out who did (dmesg, the container's memory limit), then start it again", "")
+
+
+def save(server: Server, folder: Path) -> Path:
+    """Write the server's record to ``folder/<engine>.json``."""
+    path = folder / f"{server.engine}.json"
+    write_json(path, server.to_json())
+    return path
+
+
+def note_path(folder: Path, engine: str) -> Path:
+    """What is written beside a record once the server has answered: without it, the server is still loading."""
+    return folder / f"{engine}.endpoint"
+
+
+def begin(launch: Launch, log: Path, folder: Path, *, owner: int | None, remedy: str) -> Server:
+    """As :func:`start`, with a record in ``folder``; EnvironmentFailure, and nothing started, when :func:`require_none` says so."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # from the question to the record nobody else may start one
+    with lock.guarded(folder.parent):
+        require_none(launch.engine, folder, remedy)
+        process = start(launch, log, owner=owner)
+        try:
+            save(process, folder)
+            note_path(folder, launch.engine).unlink(missing_ok=True)
+        except BaseException:
+            stop(process)
+            raise
+    return process
+
+
+def require_none(engine: str, folder: Path, remedy: str) -> None:
+    """One server of a name in a folder: a second one would take the first one's record, and nobody could stop the first."""
+    for there in _recorded(folder):
+        if there.engine == engine and there.alive:
+            raise EnvironmentFailure(
+                f"{engine} already serves {there.model} from {folder.parent.name}",
+                evidence=f"{there.url}, process {there.pid}, log {there.log}",
+                remedy=f"use it, or stop it first: {remedy}",
+            )
+
+
+def running(folder: Path) -> list[Server]:
+    """The servers recorded in a folder that are alive; records of dead ones are removed."""
+    found = []
+    for server in _recorded(folder):
+        if server.alive:
+            found.append(server)
+        else:
+            forget(server, folder)
+    return found
+
+
+def end(server: Server, folder: Path) -> None:
+    """Stop this very server and remove its record; another one that bears its name by now is left alone."""
+    stop(server)
+    forget(server, folder)
+
+
+def forget(server: Server, folder: Path) -> None:
+    """Remove a server's record, unless it is another one's by now; its note stays, so that a gateway knows what was served."""
+    path = folder / f"{server.engine}.json"
+    with lock.guarded(folder.parent):
+        if path.is_file() and Server.from_json(path).pid == server.pid:
+            path.unlink()
+
+
+def _recorded(folder: Path) -> list[Server]:
+    """What the records say, dead or alive; one that is removed meanwhile is left out."""
+    return [Server.from_json(path) for path in sorted(folder.glob("*.json")) if path.is_file()]
+
+
+def _resident(process: psutil.Process) -> int:
+    """Proportional set size in bytes where the system tells it (Linux), else the resident set."""
+    with contextlib.suppress(psutil.Error, AttributeError):
+        return int(process.memory_full_info().pss)
+    with contextlib.suppress(psutil.Error):
+        return int(process.memory_info().rss)
+    return 0
+
+
+def _reap(pid: int) -> None:
+    """Collect the exit status when the guard is our own child, so that it does not stay a zombie."""
+    if pid in _children and (code := _children[pid].poll()) is not None:
+        _codes[pid] = code
+        del _children[pid]
+
+
+def _group(server: Server) -> list[int]:
+    """Living processes of the server's group or session, the guard not counted; its number cannot be reused while there are any."""
+    found = []
+    for process in psutil.process_iter(["pid", "status", "create_time"]):
+        with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
+            info = process.info
+            if info["pid"] == server.pid or info["status"] == psutil.STATUS_ZOMBIE:
+                continue
+            mine = server.pid in (os.getpgid(process.pid), os.getsid(process.pid))
+            if mine and info["create_time"] > server.started - _SAME_START:
+                found.append(process.pid)
+    return found
+
+
+def _end_of(log: Path) -> str:
+    with log.open("rb") as handle:
+        handle.seek(max(0, log.stat().st_size - _READ_BYTES))
+        return handle.read().decode("utf-8", errors="replace")

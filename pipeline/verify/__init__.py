@@ -1,0 +1,1 @@
+"""Question every backend and judge the answers."""

@@ -1,0 +1,151 @@
+"""Next-token distributions known by their most likely tokens, and how far two of them are apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from pipeline.errors import EngineError
+from pipeline.net.client import ask
+
+# tokens of the reference that are compared; servers are asked for twice as many, so that near-ties do not fall out
+COMPARED = 10
+ASKED = 20
+# held-out rows, evenly spread, that have a reference in process; a backend is asked no others
+ROWS = 52
+
+Top = Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Over many positions: Kullback-Leibler divergence (nats), mean |difference| of log-probabilities, same first choice."""
+
+    kl: float
+    kl_max: float
+    gap: float
+    top1: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"KL {self.kl:.2e} (largest {self.kl_max:.2e}), log-probabilities {self.gap:.4f} apart, top-1 {self.top1:.1%} of {self.n}"
+
+
+def compare_tops(reference: Sequence[Top], other: Sequence[Top]) -> tuple[Distance, list[float]]:
+    """Distance of ``other`` from ``reference``, position by position, and the divergence at each position.
+
+    The divergence is taken over the reference's COMPARED first tokens and one bin for all others, which can only make it
+    smaller (data-processing inequality). A first choice counts as the same when it is within TIE of the reference's best.
+    """
+    divergences, gaps, same = [], [], 0
+    for ours, theirs in zip(reference, other, strict=True):
+        first = sorted(ours, key=lambda token: -ours[token])[:COMPARED]
+        least = min(theirs.values())
+        pairs = [(ours[token], theirs.get(token, least)) for token in first]
+        divergences.append(max(_binned(pairs), 0.0))
+        gaps.append(sum(abs(p - q) for p, q in pairs) / len(pairs))
+        same += max(theirs, key=lambda token: theirs[token]) == first[0] or _tied(ours, theirs, first[0])
+    n = len(divergences)
+    if n == 0:
+        return Distance(math.nan, math.nan, math.nan, math.nan, 0), []
+    return Distance(sum(divergences) / n, max(divergences), sum(gaps) / n, same / n, n), divergences
+
+
+def _tied(ours: Top, theirs: Top, first: int) -> bool:
+    """Whether the other's first choice was a near-tie (within 0.05 nats) in the reference."""
+    chosen = max(theirs, key=lambda token: theirs[token])
+    return ours.get(chosen, -math.inf) >= ours[first] - 0.05
+
+
+def _binned(pairs: Sequence[tuple[float, float]]) -> float:
+    inside = sum(math.exp(p) * (p - q) for p, q in pairs)
+    rest_p = max(1 - sum(math.exp(p) for p, _ in pairs), 1e-9)
+    rest_q = max(1 - sum(math.exp(q) for _, q in pairs), 1e-9)
+    return inside + rest_p * math.log(rest_p / rest_q)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A position: the token IDs before it, and the tuned model's most likely next tokens there, in process."""
+
+    row: int
+    ids: tuple[int, ...]
+    top: Top
+
+
+@dataclass(frozen=True)
+class Reference:
+    """``reference/probes.json``: held-out and control positions, the base's view of the controls, and in-process figures."""
+
+    held_out: tuple[Probe, ...]
+    controls: tuple[Probe, ...]
+    controls_base: tuple[Top, ...]
+    figures: Mapping[str, Any]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Reference:
+        """Read what ``to_json`` wrote."""
+        held_out, controls = (
+            tuple(Probe(p["row"], tuple(p["ids"]), _top(p["top"])) for p in data[k]) for k in ("held_out", "controls")
+        )
+        return cls(held_out, controls, tuple(_top(top) for top in data["controls_base"]), data["figures"])
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {
+            "held_out": [{"row": p.row, "ids": list(p.ids), "top": dict(p.top)} for p in self.held_out],
+            "controls": [{"row": p.row, "ids": list(p.ids), "top": dict(p.top)} for p in self.controls],
+            "controls_base": [dict(top) for top in self.controls_base],
+            "figures": dict(self.figures),
+        }
+
+
+def _top(found: Mapping[Any, Any]) -> dict[int, float]:
+    return {int(token): float(value) for token, value in found.items()}
+
+
+_AT_A_TIME = 8
+# the engine's tag before a token's ID, where tokens would else be text
+_ID_TAG = "token_id:"
+
+
+def next_tokens(client: httpx.Client, engine: str, model: str, prompts: Sequence[Sequence[int]]) -> list[dict[int, float]]:
+    """Log-probabilities of the ASKED most likely next tokens, by token ID, for each prompt.
+
+    ``client`` has the server's base URL (without ``/v1``). Raises EngineError when the engine cannot take or give token IDs.
+    """
+    if engine == "ollama":
+        raise EngineError("ollama takes no token IDs", remedy="its prompts and answers are compared as text")
+    asked = _llamacpp if engine == "llamacpp" else _completions
+    try:
+        with ThreadPoolExecutor(_AT_A_TIME) as pool:
+            return list(pool.map(lambda ids: asked(client, model, list(ids)), prompts))
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise EngineError(f"{engine} gives no log-probabilities of token IDs ({error!r})") from None
+
+
+def _completions(client: httpx.Client, model: str, ids: list[int]) -> dict[int, float]:
+    """OpenAI's completions as vLLM extends them."""
+    body = {
+        "model": model,
+        "prompt": ids,
+        "max_tokens": 1,
+        "temperature": 0,
+        "logprobs": ASKED,
+        "return_tokens_as_token_ids": True,
+    }
+    answer = ask(client, "/v1/completions", body)
+    tops: dict[str, float] = answer["choices"][0]["logprobs"]["top_logprobs"][0]
+    return {int(token.removeprefix(_ID_TAG)): float(value) for token, value in tops.items()}
+
+
+def _llamacpp(client: httpx.Client, model: str, ids: list[int]) -> dict[int, float]:
+    body = {"model": model, "prompt": ids, "n_predict": 1, "temperature": 0, "n_probs": ASKED, "post_sampling_probs": False}
+    answer: dict[str, Any] = ask(client, "/completion", body)
+    tops = answer["completion_probabilities"][0]["top_logprobs"]
+    return {int(entry["id"]): float(entry["logprob"]) for entry in tops}

@@ -1,0 +1,49 @@
+"""One backend that fails must not hide what the others do."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from small_run import make_run
+
+from pipeline.config import Settings
+from pipeline.engines import Availability
+from pipeline.engines.llamacpp import LlamaCpp
+from pipeline.errors import StartFailure
+from pipeline.runs.folder import RunFolder
+from pipeline.serve.start import Endpoint
+from pipeline.verify import prober, verify
+from pipeline.verify.material import Material
+from pipeline.verify.score import HeldOut
+
+NOBODY = "http://127.0.0.1:9"  # no server listens on the discard port
+ROW = HeldOut(({"role": "user", "content": "hi"},), "x")
+
+
+def _verified(run: RunFolder, name: str, settings: Settings) -> dict[str, Any]:
+    material: Any = Material([ROW], [("hi", [1])], [], [], {}, 8, None)  # type: ignore[arg-type]
+    outcome = verify._backend(run, name, settings, material, lambda _: None, keep=False)
+    assert [check.status for check in outcome.checks] == ["failed"]
+    return outcome.entry
+
+
+def test_an_endpoint_that_does_not_answer_is_a_row_with_its_error_and_then_a_failed_check(run: RunFolder) -> None:
+    run.path.mkdir(parents=True)
+    run.heldout.write_text(json.dumps({"messages": [*ROW.messages, {"role": "assistant", "content": "x"}]}) + "\n")
+    asked = prober.ask_once(run, Endpoint("openai", NOBODY, "m"), None)
+    assert (asked["prompt"], "/v1/chat/completions failed" in asked["error"]) == ("hi", True), asked
+    settings = Settings(openai_compatible_base_url=f"{NOBODY}/v1", openai_compatible_model="m")
+    assert _verified(run, "openai", settings)["status"] == "failed"
+
+
+def test_a_backend_that_does_not_start_is_a_failed_check(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> Endpoint:
+        raise StartFailure("it ended with exit code 1")
+
+    make_run(run)
+    monkeypatch.setattr(LlamaCpp, "available", lambda _: Availability(True))
+    monkeypatch.setattr("pipeline.serve.start.serve", refuse)
+    entry = _verified(run, "llamacpp", Settings())
+    assert (entry["status"], entry["reason"]) == ("failed", "it ended with exit code 1")

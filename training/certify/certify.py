@@ -1,0 +1,160 @@
+"""Certify a run: gather its base, data and evidence, judge every link, write certificate and report."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+
+from pipeline import engines
+from pipeline.certify.bounds import CAST, MEASURED, MERGE, Bound
+from pipeline.certify.certificate import Certificate, make, save
+from pipeline.certify.finding import Finding, Status, guarded, held, skipped
+from pipeline.certify.harness import run_tasks
+from pipeline.certify.links.own import load as load_own
+from pipeline.certify.links.own import run_own
+from pipeline.certify.links.served import judge
+from pipeline.certify.subject import Subject
+from pipeline.config import Settings
+from pipeline.errors import EnvironmentFailure, Interrupted, PipelineError
+from pipeline.net.client import wait_for
+from pipeline.runs import lock
+from pipeline.runs.files import read_json, write_json
+from pipeline.runs.folder import RunFolder
+from pipeline.serve import backends, start
+from pipeline.serve.start import Endpoint, Options
+from pipeline.verify.distributions import ROWS, Reference
+from pipeline.verify.evidence import Plan, collect
+from pipeline.verify.material import Material, read_material
+from training.certify import probes
+from training.certify.offline import described, offline_findings, read_subject
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which backends are questioned, on how many held-out prompts, at how many positions of each; ``keep`` leaves servers up.
+
+    ``own`` are the user's own checks (YAML files, module:function), ``tasks`` those of lm-evaluation-harness.
+    """
+
+    backends: tuple[str, ...]
+    prompts: int = ROWS
+    positions: int = 2
+    keep: bool = True
+    own: tuple[str, ...] = ()
+    tasks: str = ""
+
+
+def quick(names: Sequence[str], *, keep: bool) -> Scope:
+    """Beside ``verify``, which asks every prompt already: enough to tell another model apart, in seconds."""
+    return Scope(tuple(names), prompts=16, positions=1, keep=keep)
+
+
+def certify(run: RunFolder, settings: Settings, scope: Scope) -> Certificate:
+    """Every link: from the files, with the models in process, and on each backend, which is attached to or started.
+
+    A server that was up stays up (with ``scope.keep``). A backend that cannot be had here is skipped with its reason.
+    """
+    for spec in scope.own:
+        load_own(spec)  # a mistake in it shows before any server starts
+    for name in scope.backends:
+        engines.get(name)
+    subject = read_subject(run)
+    with lock.held(run, "certify"):
+        return _certify(run, subject, settings, scope)
+
+
+def _certify(run: RunFolder, subject: Subject, settings: Settings, scope: Scope) -> Certificate:
+    log.info("certify: files")
+    findings = offline_findings(subject)
+    asked: list[tuple[Reference, Material, Plan]] = []
+    findings += _models(subject, scope, asked)
+    for name in scope.backends:
+        if asked:
+            findings += guarded(f"served.{name}", partial(_backend, name, subject, settings, asked[0], scope))
+        else:
+            findings.append(skipped(f"served.{name}", "there is no in-process reference to compare it with"))
+    certificate = make(run, findings, described(subject), offline=False)
+    save(certificate, run.certificate)
+    return certificate
+
+
+def _models(subject: Subject, scope: Scope, asked: list[tuple[Reference, Material, Plan]]) -> list[Finding]:
+    """The findings of the models in process; what the backends are then asked is put into ``asked``, unless it cannot be had."""
+    if subject.base is None:
+        return [skipped("merge.logits", subject.missing["base"])]
+
+    def work() -> list[Finding]:
+        log.info("certify: the models in process")
+        probes.probe(subject.run)
+        reference, material = Reference.from_json(read_json(subject.run.probes)), read_material(subject.run)
+        chosen = sorted({probe.row for probe in reference.held_out})
+        if scope.prompts > ROWS:
+            log.warning("certify: %d prompts have a reference in process and are asked, not %d", len(chosen), scope.prompts)
+        plan = Plan(tuple(chosen[i] for i in probes.spread(len(chosen), scope.prompts)), scope.positions)
+        asked.append((reference, material, plan))
+        return in_process(reference)
+
+    # what the machine lacks (memory, a package) breaks no link
+    return guarded("merge.logits", work, fatal=(Interrupted, EnvironmentFailure))
+
+
+def in_process(reference: Reference) -> list[Finding]:
+    """Base + adapter against the merged sum, and the sum against its float16 cast, as next-token distributions."""
+    found = []
+    for check_id, key, bound in (("merge.logits", "merge", MERGE), ("merge.cast_logits", "cast", CAST)):
+        seen = reference.figures.get(key)
+        if seen is None:
+            found.append(skipped(check_id, "full fine-tuning has no adapter to add"))
+            continue
+        ok = seen["kl"] <= bound.kl and seen["top1"] >= bound.top1 and seen["max_difference"] <= bound.gap
+        figure = f"KL {seen['kl']:.1e}, largest difference {seen['max_difference']:.1e}, top-1 {seen['top1']:.1%} at {seen['n']} positions"
+        found.append(held(check_id, ok, figure, _stated(bound), MEASURED, **seen))
+    drift = reference.figures["drift"]
+    figure = f"on control prompts outside the data: KL from the base {drift['kl']:.2f} nats, top-1 agreement {drift['top1']:.1%}"
+    return [
+        *found,
+        Finding("tuned.drift", "passed", figure, "stated, not bounded", "what this training does to other topics", drift),
+    ]
+
+
+def _stated(bound: Bound) -> str:
+    return f"KL {bound.kl:.0e}, difference {bound.gap:g}, top-1 {bound.top1:.0%}"
+
+
+def _backend(
+    name: str, subject: Subject, settings: Settings, asked: tuple[Reference, Material, Plan], scope: Scope
+) -> list[Finding]:
+    run, (reference, material, plan) = subject.run, asked
+    attached = backends.find(run, name, settings) is not None
+    started = backends.start(run, name, settings, Options(purpose="verify", owner=os.getpid()))
+    if started.endpoint is None:
+        status: Status = "skipped" if started.status == "skipped" else "failed"
+        return [Finding(f"served.{name}", status, started.reason.partition("; to have it: ")[0])]
+    try:
+        log.info("certify: %s, %d prompts", name, len(plan.rows))
+        evidence = wait_for(collect(started.endpoint, run, material, reference, plan))
+        own = _own(started.endpoint, run, scope)
+    finally:
+        if not (scope.keep and attached):
+            start.stop(run.path, name)
+    write_json(run.certificate / f"evidence-{name}.json", asdict(evidence))
+    log.info("certify: %s answered in %.0f s", name, evidence.seconds)
+    return [*judge(evidence, subject, reference, material.base, material.tuned), *own]
+
+
+def _own(endpoint: Endpoint, run: RunFolder, scope: Scope) -> list[Finding]:
+    """The user's checks and tasks; one that cannot be asked fails by itself and leaves the other evidence standing."""
+    asked: list[tuple[str, Callable[[], Finding]]] = [(spec, partial(run_own, spec, endpoint, run)) for spec in scope.own]
+    asked += [(scope.tasks, partial(run_tasks, endpoint, run, scope.tasks))] if scope.tasks else []
+    found = []
+    for name, ask in asked:
+        try:
+            found.append(ask())
+        except PipelineError as error:
+            found.append(Finding(f"own.{endpoint.engine}", "failed", f"{name} could not be asked: {error}"))
+    return found

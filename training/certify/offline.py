@@ -1,0 +1,130 @@
+"""The links of the certificate that need no server: adapter, merge and answers, recomputed from the files."""
+
+import contextlib
+from pathlib import Path
+
+from pipeline.certify import signing
+from pipeline.certify.certificate import Certificate, make, save
+from pipeline.certify.finding import Finding, guarded, held, skipped
+from pipeline.certify.links import adapter, custody, gguf, merged, stops, tuned
+from pipeline.certify.subject import Data, Subject, hashes, training_inputs
+from pipeline.errors import DataError, PipelineError
+from pipeline.model.safetensors import TensorFolder
+from pipeline.runs import lock
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.manifest import Manifest
+from pipeline.verify.score import read_held_out, read_reference
+from training.base import resolve
+from training.datasets.dataset import load, overlap
+from training.parameters import FinetuneParameters
+from training.tuning.finetune import read_split
+
+
+def certify_offline(run: RunFolder, public_key: Path | None = None) -> Certificate:
+    """Every link that files alone can prove, without a server and without loading a model.
+
+    With a ``public_key`` the signed certificate is checked too, and left in its place.
+    """
+    subject = read_subject(run)
+    signed = [signing.check_signed(run, public_key)] if public_key else []
+    # a check of a signed certificate changes nothing
+    with contextlib.nullcontext() if signed else lock.held(run, "certify"):
+        certificate = make(run, [*offline_findings(subject), *signed], described(subject), offline=True)
+        if not signed:
+            save(certificate, run.certificate)
+    return certificate
+
+
+def read_subject(run: RunFolder) -> Subject:
+    """The run with hashes taken now, its base and its dataset; InputError when nothing was exported."""
+    manifest = Manifest(run.manifest)
+    missing: dict[str, str] = {}
+    inputs = training_inputs(manifest)
+    base = sha256 = data = None
+    try:
+        found = resolve(inputs["parameters"]["base"], run.output / ".base", inputs["base"]["revision"])
+        base, sha256 = found.folder, found.sha256
+    except (PipelineError, OSError, LookupError, TypeError, ValueError) as error:
+        missing["base"] = f"the base model cannot be had here: {str(error).splitlines()[0]}"
+    try:
+        data = _data(run, FinetuneParameters(**inputs["parameters"]))
+    except (PipelineError, OSError, LookupError, TypeError, ValueError) as error:
+        missing["data"] = f"the dataset cannot be read here: {str(error).splitlines()[0]}"
+    return Subject(run, manifest, base, sha256, data, missing, hashes(run))
+
+
+def _data(run: RunFolder, params: FinetuneParameters) -> Data:
+    try:
+        split = read_split(params)
+    except DataError as error:
+        if "held-out prompts are also in the training rows" not in error.message:
+            raise
+        train = load(params.data)
+        hashes_now = {"train": train.sha256} | ({"eval": load(params.eval_data).sha256} if params.eval_data else {})
+        return Data(hashes_now, tuple(error.evidence.split(", ")), len(train.rows))
+    held_out = load(str(run.heldout)).rows
+    return Data(split.sha256, tuple(row.where for row in overlap(split.train, held_out)), len(split.train))
+
+
+def described(subject: Subject) -> dict[str, object]:
+    """What the certificate says it is about."""
+    inputs = subject.stage("finetune")["inputs"]
+    return {"base": inputs["base"], "data": inputs["data"], "artefacts": dict(subject.sha256), "parameters": inputs["parameters"]}
+
+
+def offline_findings(subject: Subject) -> list[Finding]:
+    """Links 1, 2, 3, 5, 6 and 7 as far as files can tell."""
+    run = subject.run
+    found = [*_adapter(subject), *_merge(subject)]
+    pre = subject.stage("gguf").get("result", {}).get("pre")  # a manifest of an older version has none
+    found += guarded("gguf.tensors", lambda: gguf.check_gguf(run.merged, run.gguf, pre))
+    found += [*stops.check_files(subject), *guarded("tuned.scores", lambda: _answers(subject))]
+    return [*found, *guarded("custody.chain", lambda: custody.check_custody(subject))]
+
+
+def _adapter(subject: Subject) -> list[Finding]:
+    base = subject.base
+    found = guarded("adapter.gradients", lambda: adapter.learnt(subject.stage("finetune")["result"]))
+    if subject.data is not None:
+        leaked = subject.data.leaked
+        figure = f"{len(leaked)} held-out prompts are training rows too ({', '.join(leaked[:3])})" if leaked else ""
+        figure = figure or f"no held-out prompt among {subject.data.train_rows} training rows"
+        found.append(held("adapter.held_out_unseen", not leaked, figure, "none", "a score on seen prompts proves nothing"))
+    else:
+        found.append(skipped("adapter.held_out_unseen", subject.missing["data"]))
+    if base is None:
+        return [skipped("adapter.moved", subject.missing["base"]), *found]
+    return [*guarded("adapter.moved", lambda: [_moved(subject.run.adapter, base, full=subject.full)]), *found]
+
+
+def _moved(folder: Path, base: Path, *, full: bool) -> Finding:
+    if full:
+        return adapter.moved_full(TensorFolder(folder), TensorFolder(base))
+    return adapter.moved(folder, TensorFolder(base))
+
+
+def _merge(subject: Subject) -> list[Finding]:
+    run, base = subject.run, subject.base
+    if base is None:
+        return [skipped("merge.tensors", subject.missing["base"])]
+
+    def work() -> list[Finding]:
+        lora = None if subject.full else adapter.read_lora(run.adapter)
+        return merged.compare_weights(TensorFolder(base), lora, TensorFolder(run.adapter), TensorFolder(run.merged))
+
+    return [*guarded("merge.tensors", work), *merged.compare_files(base, run.merged)]
+
+
+def _answers(subject: Subject) -> list[Finding]:
+    """What the recorded in-process answers prove: the scores, the canaries and the stops."""
+    run = subject.run
+    rows = read_held_out(run.heldout)
+    base, after = (read_reference(run.reference(which)) for which in ("base", "tuned"))
+    if not len(rows) == len(base) == len(after):
+        return [Finding("tuned.scores", "failed", f"{len(base)} and {len(after)} reference answers to {len(rows)} held-out rows")]
+    return [
+        tuned.check_canaries(base, after),
+        *tuned.check_scores(rows, base, after),
+        *guarded("stops.turns", lambda: [stops.check_turns(run, rows)]),
+        stops.check_answers("in_process", stops.share_stopped(after), len(after), cut_short=subject.cut_short),
+    ]

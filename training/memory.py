@@ -1,0 +1,78 @@
+"""Whether a stage fits the memory, said before it starts, with the setting to lower.
+
+Estimates, on purpose on the low side: a stage that surely does not fit is refused, one that may not is warned about.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import OutOfMemory
+from pipeline.machine.hardware import Hardware
+from pipeline.model.safetensors import read_folder
+from pipeline.runs.files import read_json
+from training.parameters import FinetuneParameters
+
+log = logging.getLogger(__name__)
+GIB = 2**30
+_LIBRARIES = 0.6  # GiB that torch and transformers take before any weight
+_TIGHT = 0.85
+# values a layer keeps for the backward pass, in multiples of batch x length x hidden, with fused attention
+_KEPT_PER_LAYER = 14
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a stage needs in GiB, and what it is made of."""
+
+    gib: float
+    made_of: str
+
+
+def finetune_need(base: Path, params: FinetuneParameters, longest: int) -> Need:
+    """Weights, gradients and optimizer, and the activations of one batch of the longest row."""
+    config = read_json(base / "config.json")
+    weights = sum(t.elements for t in read_folder(base))
+    per_weight = {"full": 16.0, "lora": 2.0, "qlora": 0.6}[params.method]  # full: float32 weight, gradient, two moments
+    layers, hidden = int(config.get("num_hidden_layers", 0)), int(config.get("hidden_size", 0))
+    tokens = params.batch_size * longest
+    activations = tokens * (layers * hidden * _KEPT_PER_LAYER * 2 + int(config.get("vocab_size", 0)) * 4 * 2)
+    fixed, moving = weights * per_weight / GIB, activations / GIB
+    return Need(_LIBRARIES + fixed + moving, f"{fixed:.2f} weights and optimizer, {moving:.2f} for {tokens} tokens a batch")
+
+
+def merge_need(base: Path, shard_bytes: int) -> Need:
+    """One shard of float16, and the largest weight in float32 twice."""
+    tensors = read_folder(base)
+    shard = min(shard_bytes, 2 * sum(t.elements for t in tensors)) / GIB
+    largest = 8 * max((prod(t.shape) for t in tensors), default=0) / GIB
+    return Need(_LIBRARIES + shard + largest, f"{shard:.2f} for a shard, {largest:.2f} for the largest weight")
+
+
+def evaluate_need(folder: Path, on_gpu: bool) -> Need:
+    """The weights in float32 on a CPU, float16 on a GPU."""
+    size = sum(t.elements for t in read_folder(folder)) * (2 if on_gpu else 4) / GIB
+    return Need(_LIBRARIES + size, f"{size:.2f} weights")
+
+
+def require_memory(stage: str, need: Need, lower: str, free: float | None = None) -> None:
+    """Say what a stage needs and what is free; raise OutOfMemory when it cannot fit. ``lower`` is the advice."""
+    where = "memory"
+    if free is None:
+        machine = Hardware.detect()
+        on_gpu = bool(machine.gpus) and stage != "merge"
+        free = max(gpu.free_gib for gpu in machine.gpus) if on_gpu else machine.ram_free_gib
+        where = "GPU memory" if on_gpu else "memory"
+    said = f"{stage} needs about {need.gib:.1f} GiB of {where} ({need.made_of}), {free:.1f} GiB are free"
+    if need.gib > free:
+        raise OutOfMemory(said, remedy=lower)
+    log.log(logging.WARNING if need.gib > _TIGHT * free else logging.INFO, "%s", said)
+
+
+def longest_row(examples: Any) -> int:
+    """Tokens of the longest example."""
+    return max((len(example.input_ids) for example in examples), default=0)

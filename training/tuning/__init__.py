@@ -1,0 +1,1 @@
+"""Fine-tuning: labels, trainers, checkpoints, the stage."""

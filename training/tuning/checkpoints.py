@@ -1,0 +1,123 @@
+"""Checkpoints that can be trusted: each is sealed with the hashes of its files, and only a whole one is resumed from."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from datetime import date, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import InputError
+from pipeline.runs.files import read_json, read_object, remove, sync_tree, write_json
+from pipeline.runs.hashes import sha256_file
+
+log = logging.getLogger(__name__)
+SEAL = "sealed.json"
+DAMAGED = "damaged-"
+EARLIER = "-of-other-inputs"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_INPUTS = "inputs.json"
+
+
+def seal(checkpoint: Path) -> None:
+    """Flush a checkpoint to disk, then write the size and SHA-256 of each of its files beside them."""
+    sync_tree(checkpoint)
+    files = {p.relative_to(checkpoint).as_posix(): p for p in sorted(checkpoint.rglob("*")) if p.is_file() and p.name != SEAL}
+    write_json(checkpoint / SEAL, {name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for name, p in files.items()})
+
+
+def problem(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None when every file is as it was sealed."""
+    path = checkpoint / SEAL
+    if not path.is_file():
+        return "it was not finished"
+    try:
+        sealed = read_json(path)
+        for name, seen in sealed.items():
+            file = checkpoint / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != seen["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes instead of {seen['bytes']}"
+            if sha256_file(file) != seen["sha256"]:
+                return f"{name} has changed"
+    except (InputError, AttributeError, KeyError, TypeError):
+        return f"{SEAL} cannot be read"
+    return None
+
+
+def found(folder: Path) -> list[Path]:
+    """Checkpoints of a folder, newest step first."""
+    numbered = [(int(match[1]), p) for p in folder.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(p.name))]
+    return [p for _, p in sorted(numbered, reverse=True)]
+
+
+def latest(folder: Path, inputs: dict[str, Any]) -> str | None:
+    """The newest whole checkpoint of exactly this fine-tune; damaged ones and those of another are set aside."""
+    note = folder / _INPUTS
+    if not _same(note, inputs):
+        _set_aside(folder)
+        write_json(note, inputs)
+        return None
+    for checkpoint in found(folder):
+        why = problem(checkpoint)
+        if why is None:
+            log.info("resuming from %s", checkpoint.name)
+            return str(checkpoint)
+        aside = folder / f"{DAMAGED}{checkpoint.name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)
+        log.warning("%s is not used (%s) and set aside as %s; trying the one before", checkpoint.name, why, aside.name)
+    return None
+
+
+def dated(folder: Path, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with the date that dated chat templates are given: today, or when exactly this fine-tune was begun."""
+    try:
+        note = read_object(folder / _INPUTS)
+        datetime.fromisoformat(note["date"])
+    except (InputError, KeyError, TypeError, ValueError):
+        note = {}
+    with_date = {**inputs, "date": note.get("date")}
+    return with_date if _same(folder / _INPUTS, with_date) else {**inputs, "date": date.today().isoformat()}
+
+
+def step(checkpoint: str | None) -> int:
+    """The step a checkpoint was written at; 0 for none."""
+    match = _CHECKPOINT.fullmatch(Path(checkpoint or "").name)
+    return int(match[1]) if match else 0
+
+
+def _set_aside(folder: Path) -> None:
+    """Keep one earlier training's checkpoints beside the folder: hours of work end by no change of a parameter unseen."""
+    kept = found(folder)
+    if kept:
+        aside = folder.with_name(f"{folder.name}{EARLIER}")
+        remove(aside)
+        folder.rename(aside)
+        log.warning("%s is of a training with other inputs: set aside as %s, training starts over", kept[0].name, aside)
+    remove(folder)
+
+
+def sealing_callback() -> Any:
+    """A Trainer callback that seals each checkpoint once the Trainer has written it."""
+    from transformers import TrainerCallback
+
+    class Sealing(TrainerCallback):  # type: ignore[misc,unused-ignore]
+        """Seals checkpoints."""
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            """Seal the checkpoint of this step."""
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    return Sealing()
+
+
+def _same(note: Path, inputs: dict[str, Any]) -> bool:
+    try:
+        return bool(read_json(note) == json.loads(json.dumps(inputs)))
+    except InputError:
+        return False
