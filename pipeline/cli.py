@@ -42,11 +42,7 @@ def _main(
     if version:
         typer.echo(__version__)
         raise typer.Exit
-    logging.basicConfig(
-        level=logging.WARNING if quiet else logging.INFO,
-        format="%(message)s",
-        handlers=[_handler()],
-    )
+    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", handlers=[_handler()])
     for noisy in ("httpx", "papermill", "torchao", "transformers", "asyncio", "torch.utils._pytree"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 

@@ -31,8 +31,7 @@ def register(app: typer.Typer) -> None:
 
 def data(
     source: Annotated[
-        str,
-        typer.Argument(metavar="FILE", help=".jsonl, .json, .csv, .tsv or .parquet file, or hub:owner/name[@rev][:split]."),
+        str, typer.Argument(metavar="FILE", help=".jsonl, .json, .csv, .tsv or .parquet file, or hub:owner/name[@rev][:split].")
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
     tokenizer: Annotated[

@@ -35,8 +35,7 @@ def register(app: typer.Typer) -> None:
 
 
 def hardware(
-    machine: MachineOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    machine: MachineOption = None, as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False
 ) -> None:
     """Show what may really be used here: cores, instruction sets, RAM, disk and GPUs.
 

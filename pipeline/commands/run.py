@@ -45,10 +45,7 @@ def run(
     parameter: Annotated[
         list[str] | None,
         typer.Option(
-            "--parameter",
-            "-p",
-            metavar="NAME=VALUE",
-            help="Any other notebook parameter, e.g. -p EPOCHS=2. Repeatable.",
+            "--parameter", "-p", metavar="NAME=VALUE", help="Any other notebook parameter, e.g. -p EPOCHS=2. Repeatable."
         ),
     ] = None,
     force: Annotated[

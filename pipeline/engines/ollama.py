@@ -48,9 +48,7 @@ def plan(request: Request) -> Plan:
     settings = [
         Setting("OLLAMA_NUM_PARALLEL", str(fit.slots), "requests computed together; each takes its own num_ctx of KV cache"),
         Setting(
-            "OLLAMA_MAX_LOADED_MODELS",
-            "1",
-            "the default loads up to three models a GPU; this plan counts on the memory for one",
+            "OLLAMA_MAX_LOADED_MODELS", "1", "the default loads up to three models a GPU; this plan counts on the memory for one"
         ),
         Setting("OLLAMA_KEEP_ALIVE", "30m", "the default unloads the model after five minutes without requests"),
         Setting(

@@ -27,8 +27,7 @@ class OpenAiCompatible(OpenAiRequests):
         model = request.model
         if request.overrides:
             raise InputError(
-                "--set does nothing for an OpenAI-compatible URL",
-                remedy="change the settings where that server is started",
+                "--set does nothing for an OpenAI-compatible URL", remedy="change the settings where that server is started"
             )
         warning = "nothing is launched: the flags of this server are its owner's"
         return Plan(
@@ -52,6 +51,5 @@ class OpenAiCompatible(OpenAiRequests):
     def prompt(self, client: httpx.Client, model: str, conversation: Conversation) -> Prompt:
         """Always raises EngineError: the OpenAI API has no way to ask for the rendered prompt."""
         raise EngineError(
-            "the OpenAI API does not tell the rendered prompt",
-            remedy="compare prompts with the vllm, llamacpp or ollama engine",
+            "the OpenAI API does not tell the rendered prompt", remedy="compare prompts with the vllm, llamacpp or ollama engine"
         )

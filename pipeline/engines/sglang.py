@@ -118,8 +118,7 @@ class Sglang(OpenAiRequests):
     def prompt(self, client: httpx.Client, model: str, conversation: Conversation) -> Prompt:
         """Always raises EngineError: SGLang's /tokenize takes text only and no route renders a chat."""
         raise EngineError(
-            "SGLang does not tell the rendered prompt",
-            remedy="compare prompts with the vllm, llamacpp or ollama engine",
+            "SGLang does not tell the rendered prompt", remedy="compare prompts with the vllm, llamacpp or ollama engine"
         )
 
 

@@ -153,8 +153,7 @@ def _gpu(value: Any, where: str) -> Gpu:
     capability = str(entry.get("compute_capability") or "")
     if vendor == "nvidia" and not re.fullmatch(r"\d{1,2}\.\d", capability):
         raise InputError(
-            f"{where}.compute_capability is {capability!r}",
-            remedy='write it as "8.9" (nvidia-smi --query-gpu=compute_cap)',
+            f"{where}.compute_capability is {capability!r}", remedy='write it as "8.9" (nvidia-smi --query-gpu=compute_cap)'
         )
     free = _number(entry.get("free_gib", round(memory * 0.98, 2)), f"{where}.free_gib", low=0, high=memory)
     return Gpu(str(entry.get("name", "GPU")), memory, free, capability, vendor, bool(entry.get("mig", False)))

@@ -13,11 +13,7 @@ NAME, ARGUMENTS = "lookup_host", {"host": "web-01"}
 _FUNCTION = {
     "name": NAME,
     "description": "Looks up the owner of a host",
-    "parameters": {
-        "type": "object",
-        "properties": {"host": {"type": "string", "enum": ["web-01"]}},
-        "required": ["host"],
-    },
+    "parameters": {"type": "object", "properties": {"host": {"type": "string", "enum": ["web-01"]}}, "required": ["host"]},
 }
 TOOL: Mapping[str, Any] = {"type": "function", "function": _FUNCTION}
 QUESTION: Mapping[str, Any] = {"role": "user", "content": "Who owns web-01? Look it up."}

@@ -153,11 +153,7 @@ def for_gguf(
 
 
 def write_modelfile(
-    run: RunFolder,
-    *,
-    system: str | None = None,
-    parameters: Mapping[str, Parameter] | None = None,
-    license: str | None = None,
+    run: RunFolder, *, system: str | None = None, parameters: Mapping[str, Parameter] | None = None, license: str | None = None
 ) -> Path:
     """Write the run's Modelfile atomically; its path."""
     write_atomic(run.modelfile, for_run(run, system, parameters, license).text)
@@ -209,20 +205,10 @@ def explain(modelfile: Modelfile, jinja: str) -> list[Choice]:
 
 def _prefers_jinja(go: str, jinja: str) -> tuple[bool, str]:
     """Whether Ollama 0.30 and later takes the jinja, and why."""
-    in_jinja = {
-        "tools": "tools" in jinja or "tool_call" in jinja,
-        "thinking": "<think>" in jinja and "</think>" in jinja,
-    }
+    in_jinja = {"tools": "tools" in jinja or "tool_call" in jinja, "thinking": "<think>" in jinja and "</think>" in jinja}
     names = {name.lower() for name in re.findall(r"\.([A-Za-z]+)", go)}
     in_go = {"tools": "tools" in names, "thinking": "thinking" in names}
-    results = (
-        "tool_response",
-        "tool_results",
-        "role'] == 'tool'",
-        "message.role == 'tool'",
-        'message.role == "tool"',
-        "ipython",
-    )
+    results = ("tool_response", "tool_results", "role'] == 'tool'", "message.role == 'tool'", 'message.role == "tool"', "ipython")
     jinja_round_trip = in_jinja["tools"] and "tool_calls" in jinja and any(mark in jinja for mark in results)
     go_marks = ('eq .Role "tool"', "tool_response", "TOOL_RESULTS")
     go_round_trip = {"tools", "toolcalls"} <= names and any(mark in go for mark in go_marks)
@@ -231,10 +217,7 @@ def _prefers_jinja(go: str, jinja: str) -> tuple[bool, str]:
         gained = ", ".join(name for name in in_jinja if in_jinja[name] and not in_go[name])
         return True, f"it declares more than TEMPLATE does ({gained}), and it is what the model was trained with"
     if equal and in_jinja["tools"] and jinja_round_trip and not go_round_trip:
-        return (
-            True,
-            "both declare tools, and only the chat template is recognised as handling tool results; it is exact",
-        )
+        return (True, "both declare tools, and only the chat template is recognised as handling tool results; it is exact")
     if more:
         return False, "TEMPLATE handles tools, tool calls and tool results, and the chat template is not recognised as doing so"
     return False, "the chat template in the GGUF declares nothing that TEMPLATE lacks"

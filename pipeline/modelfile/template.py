@@ -134,12 +134,7 @@ class _Probe:
 
     def check_frame(self) -> None:
         """A system, a user and an assistant turn, then the generation prompt, all framed as Granite frames them."""
-        messages = [
-            _message("system", _SYSTEM),
-            _message("user", _USER),
-            _message("assistant", _REPLY),
-            _message("user", _USER),
-        ]
+        messages = [_message("system", _SYSTEM), _message("user", _USER), _message("assistant", _REPLY), _message("user", _USER)]
         want = "".join(_turn(m["role"], m["content"]) for m in messages) + f"{START}assistant{MIDDLE}"
         if self._template.render(messages, add_generation_prompt=True, now=_CLOCKS[0]) != want:
             raise _unknown("its turns are not framed as Granite's")
@@ -206,10 +201,7 @@ class _Probe:
 
         if said("", 1) != _CALL_TEXT:
             raise _unknown("its tool calls are not in Granite 4's form")
-        return {
-            "before_call": _cut(said(_REPLY, 1), "", _CALL_TEXT),
-            "between_calls": _cut(said("", 2), _CALL_TEXT, _CALL_TEXT),
-        }
+        return {"before_call": _cut(said(_REPLY, 1), "", _CALL_TEXT), "between_calls": _cut(said("", 2), _CALL_TEXT, _CALL_TEXT)}
 
     def _result_texts(self) -> dict[str, str]:
         asked = [_message("user", _USER), _message("assistant", _REPLY)]

@@ -20,11 +20,7 @@ def nearest_gpu(request: Request, fit: Fit, wish: Wish) -> tuple[str, ...]:
         return ()
     found = [gguf(request)]
     if not fit.feasible and not refusal(request, request.hardware.gpus[0]):
-        found += [
-            _without_limits(request, wish),
-            _more_gpus(request, wish),
-            smaller(request, lambda m: _fits(request, m, wish)),
-        ]
+        found += [_without_limits(request, wish), _more_gpus(request, wish), smaller(request, lambda m: _fits(request, m, wish))]
     return tuple(words for words in found if words)
 
 

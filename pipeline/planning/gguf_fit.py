@@ -119,10 +119,7 @@ def _fit(request: Request, here: Room, size: tuple[int, int], kv_type: str, kind
     on_gpu = here.count > 0 and parts.total <= here.gpu
     available, share = (here.gpu / here.count, here.count) if on_gpu else (here.total, 1)
     memory = Memory(
-        weights=parts.weights / share,
-        kv_cache=parts.kv_cache / share,
-        overhead=parts.overhead / share,
-        available=available,
+        weights=parts.weights / share, kv_cache=parts.kv_cache / share, overhead=parts.overhead / share, available=available
     )
     return GgufFit(memory, slots, length, kv_type, on_gpu, parts.total <= here.total)
 

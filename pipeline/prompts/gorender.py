@@ -66,13 +66,7 @@ def _program() -> Path:
 
 
 def _run(argv: list[str], text: str, folder: Path | None = None) -> str:
-    environment = {
-        **os.environ,
-        "GOPROXY": "off",
-        "GOTOOLCHAIN": "local",
-        "GOFLAGS": "-buildvcs=false",
-        "CGO_ENABLED": "0",
-    }
+    environment = {**os.environ, "GOPROXY": "off", "GOTOOLCHAIN": "local", "GOFLAGS": "-buildvcs=false", "CGO_ENABLED": "0"}
     try:
         done = subprocess.run(
             argv, input=text, cwd=folder, env=environment, capture_output=True, encoding="utf-8", timeout=_TIMEOUT

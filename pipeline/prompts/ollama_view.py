@@ -153,11 +153,7 @@ def _ollama_tool(tool: Mapping[str, Any], extra: Mapping[str, Any], properties: 
     given = function.get("parameters") or {}
     required = {"required": given["required"]} if given.get("required") else {}
     parameters = {"type": given.get("type", ""), **_deep(extra), **required, "properties": properties}
-    described = {
-        "name": function.get("name", ""),
-        "description": function.get("description", ""),
-        "parameters": parameters,
-    }
+    described = {"name": function.get("name", ""), "description": function.get("description", ""), "parameters": parameters}
     items = {"items": _deep(tool["items"])} if tool.get("items") else {}
     return {"type": tool.get("type", ""), **items, "function": described}
 

@@ -22,14 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # role -> colour on white; templates/report.css holds the dark ones under the same names
-PALETTE = {
-    "ink": "#1c2530",
-    "muted": "#5a6674",
-    "grid": "#dfe4ea",
-    "before": "#8d99a8",
-    "after": "#1d5fd1",
-    "second": "#c2571a",
-}
+PALETTE = {"ink": "#1c2530", "muted": "#5a6674", "grid": "#dfe4ea", "before": "#8d99a8", "after": "#1d5fd1", "second": "#c2571a"}
 _ROLE = {colour: role for role, colour in PALETTE.items()}
 _RC = {"svg.fonttype": "none", "svg.hashsalt": "granite-pipeline", "text.parse_math": False, "font.size": 10.5}
 _WIDTH = 5.4  # inches; 72 SVG units each, so that text stays readable when a phone shrinks the chart to 350 pixels
@@ -124,13 +117,7 @@ def throughput(backends: Sequence[Backend]) -> str:
 
 def title(backend: str) -> str:
     """A backend's name as its makers write it; an unknown one as it is."""
-    known = {
-        "vllm": "vLLM",
-        "llamacpp": "llama.cpp",
-        "ollama": "Ollama",
-        "sglang": "SGLang",
-        "openai": "OpenAI-compatible",
-    }
+    known = {"vllm": "vLLM", "llamacpp": "llama.cpp", "ollama": "Ollama", "sglang": "SGLang", "openai": "OpenAI-compatible"}
     return known.get(backend, visible(backend))
 
 
@@ -160,11 +147,7 @@ class Canvas:
         height = 0.36 if offset else 0.5
         with self._rc(_RC):
             drawn = self.axes.barh(
-                [i + offset for i in range(len(rows))],
-                [v for _, v, _ in rows],
-                height,
-                color=PALETTE[role],
-                label=label,
+                [i + offset for i in range(len(rows))], [v for _, v, _ in rows], height, color=PALETTE[role], label=label
             )
             for bar, (_, value, tooltip) in zip(drawn, rows, strict=True):
                 self._tip(bar, tooltip)

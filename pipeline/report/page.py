@@ -127,13 +127,7 @@ def check_title(check: Check, result: Result) -> str:
 def figures(result: Result) -> list[Figure]:
     """The row of key figures under the verdict."""
     base, tuned = result.evaluation.base, result.evaluation.tuned
-    found = [
-        Figure(
-            "Exact, before → after",
-            f"{percent(base.exact)} → {percent(tuned.exact)}",
-            f"of {tuned.n} held-out rows",
-        )
-    ]
+    found = [Figure("Exact, before → after", f"{percent(base.exact)} → {percent(tuned.exact)}", f"of {tuned.n} held-out rows")]
     for backend in result.backends:
         if backend.exact is not None:
             note = f"{points(backend.exact - tuned.exact)} the trained model"
@@ -143,10 +137,7 @@ def figures(result: Result) -> list[Figure]:
         state = "passed" if all(parity) else "failed"
         found.append(
             Figure(
-                "Prompt parity",
-                f"{sum(parity)} of {len(parity)}",
-                "engines feed the model the tokenizer's exact prompt",
-                state,
+                "Prompt parity", f"{sum(parity)} of {len(parity)}", "engines feed the model the tokenizer's exact prompt", state
             )
         )
     stops = [b.finish_stop for b in result.backends if b.finish_stop is not None]
@@ -231,10 +222,7 @@ def _score_rows(result: Result) -> dict[str, Any]:
         tuned,
         *({**b.fields, "finish_stop": b.finish_stop, "exact": b.exact} for b in scored),
     ]
-    return {
-        "heads": heads,
-        "rows": [(words(name), [percent(column.get(name)) for column in columns]) for name in names],
-    }
+    return {"heads": heads, "rows": [(words(name), [percent(column.get(name)) for column in columns]) for name in names]}
 
 
 def _backend_table(backends: Sequence[Backend]) -> dict[str, Any]:

@@ -220,12 +220,7 @@ def create_in_ollama(endpoint: Endpoint, target: Target, progress: Progress, pla
 
 def first_token(endpoint: Endpoint, timeout: float = 300) -> None:
     """One-token chat; StartFailure when the model behind a healthy server does not answer, classified by its words and its log."""
-    body = {
-        "model": endpoint.model,
-        "messages": [{"role": "user", "content": "Hello"}],
-        "max_tokens": 1,
-        "temperature": 0,
-    }
+    body = {"model": endpoint.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1, "temperature": 0}
     try:
         answer = httpx.post(f"{endpoint.url}/v1/chat/completions", json=body, headers=endpoint.headers, timeout=timeout)
         answer.raise_for_status()

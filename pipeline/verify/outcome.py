@@ -54,9 +54,7 @@ _NOTHING = {
 def absent(name: str, status: str, reason: str, endpoint: Endpoint | None = None) -> Outcome:
     """A backend without figures: skipped because it is not installed, or failed."""
     check = Check(
-        f"{name}.available" if status == "skipped" else f"{name}.serving",
-        "skipped" if status == "skipped" else "failed",
-        reason,
+        f"{name}.available" if status == "skipped" else f"{name}.serving", "skipped" if status == "skipped" else "failed", reason
     )
     what, _, install = reason.partition("; to have it: ")
     known = launched(endpoint) if endpoint else {}

@@ -113,8 +113,7 @@ class Prober:
             found: dict[str, Any] = answer.json()
         except httpx.HTTPStatusError as error:
             raise EngineError(
-                f"{self.endpoint.engine}: {path} answered {error.response.status_code}",
-                evidence=error.response.text[:1000],
+                f"{self.endpoint.engine}: {path} answered {error.response.status_code}", evidence=error.response.text[:1000]
             ) from None
         except (httpx.HTTPError, ValueError) as error:
             raise EngineError(f"{self.endpoint.engine}: {path} failed: {error!r}") from None

@@ -239,9 +239,7 @@ def _line_checks(result: dict[str, Any], inputs: dict[str, Any], evaluation: dic
     if demo:
         found.append(
             checks.verdict(
-                "eval.exact",
-                tuned["exact"] >= DEMO_MIN_EXACT,
-                f"exact {tuned['exact']:.3f}, at least {DEMO_MIN_EXACT} expected",
+                "eval.exact", tuned["exact"] >= DEMO_MIN_EXACT, f"exact {tuned['exact']:.3f}, at least {DEMO_MIN_EXACT} expected"
             )
         )
     return found

@@ -102,11 +102,7 @@ def evaluate(run: RunFolder, *, force: Force = False) -> dict[str, StageResult]:
 
 
 def answer_all(
-    folder: Path,
-    rows: Sequence[HeldOut],
-    progress: bool = True,
-    partial: Partial | None = None,
-    now: datetime | None = None,
+    folder: Path, rows: Sequence[HeldOut], progress: bool = True, partial: Partial | None = None, now: datetime | None = None
 ) -> list[Answer]:
     """Greedy float32 answers of a model folder, in the rows' order; those in ``partial`` are taken, new ones added to it.
 

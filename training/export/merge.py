@@ -73,12 +73,7 @@ def merge(run: RunFolder, *, force: Force = False) -> StageResult:
     base = resolve(parameters["base"], run.output / ".base", tuned["inputs"]["base"]["revision"])
     if base.sha256 != tuned["inputs"]["base"]["sha256"]:
         raise ModelError(f"base {base.id} has changed since run {run.name} was trained on it", remedy="train again")
-    inputs = {
-        "recipe": _RECIPE,
-        "base": base.sha256,
-        "adapter": manifest.sha256(run.adapter),
-        "method": parameters["method"],
-    }
+    inputs = {"recipe": _RECIPE, "base": base.sha256, "adapter": manifest.sha256(run.adapter), "method": parameters["method"]}
     full = parameters["method"] == "full"
 
     def work() -> dict[str, Any]:

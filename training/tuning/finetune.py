@@ -282,6 +282,5 @@ def _check_learning(history: list[dict[str, Any]], model: Any, params: FinetuneP
     moved = [float(p.detach().abs().max()) for name, p in model.named_parameters() if "lora_B" in name]
     if not moved or not any(moved):
         raise EnvironmentFailure(
-            "the adapter is all zeros after training",
-            remedy="try --trainer hf, a higher --learning-rate, or more steps",
+            "the adapter is all zeros after training", remedy="try --trainer hf, a higher --learning-rate, or more steps"
         )

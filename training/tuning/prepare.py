@@ -93,8 +93,7 @@ class Preparer:
         kept = tuple(e for e in examples if len(e.input_ids) <= max_length)
         if not kept:
             raise DataError(
-                f"all {len(rows)} rows are longer than {max_length} tokens",
-                remedy="raise --max-length or shorten the rows",
+                f"all {len(rows)} rows are longer than {max_length} tokens", remedy="raise --max-length or shorten the rows"
             )
         return Prepared(
             kept,

@@ -131,14 +131,10 @@ def _settings(request: Request, sizes: _Sizes) -> list[Setting]:
         *identity(request),
         Setting("--dtype", sizes.dtype, why),
         Setting(
-            "--max-model-len",
-            str(sizes.length),
-            f"context per request; the model allows {request.model.shape.max_positions}",
+            "--max-model-len", str(sizes.length), f"context per request; the model allows {request.model.shape.max_positions}"
         ),
         Setting(
-            "--max-num-seqs",
-            str(sizes.sequences),
-            f"requests computed together on {cpu.cores} cores; purpose {request.purpose}",
+            "--max-num-seqs", str(sizes.sequences), f"requests computed together on {cpu.cores} cores; purpose {request.purpose}"
         ),
     ]
     if sizes.eager:

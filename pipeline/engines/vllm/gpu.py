@@ -147,11 +147,7 @@ def _settings(request: Request, wish: Wish, fit: Fit) -> list[Setting]:
         settings.append(Setting("--performance-mode", _MODES[request.purpose], f"purpose {request.purpose}"))
     if not wish.prefix_caching:
         settings.append(
-            Setting(
-                "--no-enable-prefix-caching",
-                None,
-                "a third of the mamba state per request, so three times the requests",
-            )
+            Setting("--no-enable-prefix-caching", None, "a third of the mamba state per request, so three times the requests")
         )
     return settings + tool_parser(request) + structured_outputs() + common_environment(request.model.path is not None)
 

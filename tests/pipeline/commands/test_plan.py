@@ -50,13 +50,7 @@ def test_the_table_shows_reasons_memory_and_the_command() -> None:
         "plan", "--engine", "llamacpp", "--model-shape", "granite-4.0-350m", "--hardware", "cpu-2c-24g", "--set", "parallel=2"
     )
     assert result.exit_code == 0, result.exception
-    for words in (
-        "granite-4.0-350m on cpu-2c-24g",
-        "--parallel",
-        "set by the user",
-        "predicted memory",
-        "GOMP_SPINCOUNT=1000",
-    ):
+    for words in ("granite-4.0-350m on cpu-2c-24g", "--parallel", "set by the user", "predicted memory", "GOMP_SPINCOUNT=1000"):
         assert words in result.stdout
     assert "-c 16384 --parallel 2" in result.stdout
 

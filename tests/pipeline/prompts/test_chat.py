@@ -151,11 +151,7 @@ class TestFolder:
     def test_reads_the_jinja_file_and_the_tokens(self, tokenizer_folder):
         template = ChatTemplate.from_folder(tokenizer_folder)
         assert template.source == EMBEDDED_TEMPLATE
-        assert template.variables == {
-            "bos_token": "<|end_of_text|>",
-            "eos_token": "<|end_of_text|>",
-            "pad_token": "<|pad|>",
-        }
+        assert template.variables == {"bos_token": "<|end_of_text|>", "eos_token": "<|end_of_text|>", "pad_token": "<|pad|>"}
 
     def test_reads_older_layouts(self, tmp_path):
         config = {"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}

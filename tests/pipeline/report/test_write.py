@@ -145,13 +145,7 @@ def test_a_passed_run_says_so_first(passed_page: str) -> None:
     text = Page(passed_page).text
     assert "Passed: what is served is what was trained" in text
     assert "vLLM and llama.cpp answer held-out prompts as the fine-tuned model does. Ollama was skipped, not tested." in text
-    for figure in (
-        "0 % → 86.3 %",
-        "of 204 held-out rows",
-        "0.5 points below the trained model",
-        "2 of 2",
-        "8 min 42 s",
-    ):
+    for figure in ("0 % → 86.3 %", "of 204 held-out rows", "0.5 points below the trained model", "2 of 2", "8 min 42 s"):
         assert figure in text
     assert "curl -fsSL https://ollama.com/install.sh | sh" in text
     assert "VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=auto python -m vllm.entrypoints.openai.api_server" in text

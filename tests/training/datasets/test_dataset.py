@@ -118,8 +118,7 @@ def test_unknown_columns_name_those_seen_and_those_understood(write):
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
-    [("a.jsonl", ""), ("a.jsonl", " \n\n"), ("a.json", "[]"), ("a.csv", "prompt,completion\n"), ("a.csv", "")],
+    ("name", "text"), [("a.jsonl", ""), ("a.jsonl", " \n\n"), ("a.json", "[]"), ("a.csv", "prompt,completion\n"), ("a.csv", "")]
 )
 def test_an_empty_file(tmp_path, name, text):
     path = tmp_path / name

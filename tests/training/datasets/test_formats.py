@@ -40,13 +40,7 @@ def test_openai_messages_pass_through():
 
 
 def test_sharegpt_names_are_mapped():
-    row = {
-        "conversations": [
-            {"from": "system", "value": "s"},
-            {"from": "human", "value": "q"},
-            {"from": "gpt", "value": "a"},
-        ]
-    }
+    row = {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
     assert _pairs(convert("conversations", row).messages) == [("system", "s"), ("user", "q"), ("assistant", "a")]
 
 
@@ -105,10 +99,7 @@ def test_a_flat_tool_call_takes_openai_shape():
 
 
 def test_columns_holding_json_text_are_parsed():
-    row = {
-        "messages": '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]',
-        "tools": '[{"name": "f"}]',
-    }
+    row = {"messages": '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]', "tools": '[{"name": "f"}]'}
     made = convert("messages", row)
     assert (made.messages, made.tools) == ((USER, ANSWER), ({"name": "f"},))
 
@@ -138,10 +129,7 @@ REFUSED = {
     "no role": ([{"content": "x"}], "turn 1 has no 'role' (keys: content)"),
     "no answer": ([USER], "has no assistant turn, so there is nothing to learn from"),
     "ends with user": ([USER, ANSWER, USER], "ends with a user turn; the last turn must be the assistant's"),
-    "role is a list": (
-        [{"role": ["user"], "content": "x"}],
-        f"turn 1 has the unknown role ['user']; {KNOWN}",
-    ),
+    "role is a list": ([{"role": ["user"], "content": "x"}], f"turn 1 has the unknown role ['user']; {KNOWN}"),
     "system later": (
         [USER, {"role": "system", "content": "s"}, ANSWER],
         "turn 2 is system after a user turn; expected assistant",

@@ -18,10 +18,7 @@ def table(tmp_path):
 
 def test_csv_with_quotes_newlines_bom_and_crlf(table):
     raw = b'\xef\xbb\xbfprompt,completion\r\n"a ""b""\r\nc",d\r\n\r\ne,f\r\n'
-    assert table(raw) == [
-        ("2", {"prompt": 'a "b"\r\nc', "completion": "d"}),
-        ("5", {"prompt": "e", "completion": "f"}),
-    ]
+    assert table(raw) == [("2", {"prompt": 'a "b"\r\nc', "completion": "d"}), ("5", {"prompt": "e", "completion": "f"})]
 
 
 def test_csv_with_semicolons_and_tsv(table):

@@ -40,12 +40,7 @@ def test_summary_counts(write):
     assert summary.refused[0][0] == f"{path}:5"
     # 8 characters are 2 tokens, the first answer's 45 are 12; 6 more a turn; the tools' 15 characters are 4
     assert summary.tokens is not None
-    assert (summary.tokens.minimum, summary.tokens.median, summary.tokens.p95, summary.tokens.maximum) == (
-        21,
-        22,
-        26,
-        26,
-    )
+    assert (summary.tokens.minimum, summary.tokens.median, summary.tokens.p95, summary.tokens.maximum) == (21, 22, 26, 26)
     assert (summary.tokens.total, summary.tokens.how) == (95, "estimated as characters / 4")
     assert summary.over_length == 4
 
