@@ -1,4 +1,4 @@
-"""The same client code - OpenAI, LangChain, BeeAI, as README prints it - over each LLM_BACKEND, against real servers: llama.cpp and vLLM."""
+"""The same client code - OpenAI, LangChain, BeeAI, as docs/operating.md prints it - over each LLM_BACKEND, against real servers: llama.cpp and vLLM."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipeline.serve import server, start
 from pipeline.serve.start import Endpoint, Options, Target
 from training import base
 
-README = Path(__file__).parents[3] / "README.md"
+PAGE = Path(__file__).parents[3] / "docs" / "operating.md"
 # all three pull in their own HTTP stacks; their deprecations are not ours
 pytestmark = pytest.mark.filterwarnings("ignore")
 SNIPPETS = {
@@ -59,16 +59,16 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def _snippet(mark: str) -> str:
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     found = [block for block in blocks if mark in block]
-    assert len(found) == 1, f"README has {len(found)} snippets with {mark!r}"
+    assert len(found) == 1, f"{PAGE.name} has {len(found)} snippets with {mark!r}"
     return str(found[0])
 
 
 def _run(code: str) -> str:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(code, str(README), "exec"), {"__name__": "snippet"})
+        exec(compile(code, str(PAGE), "exec"), {"__name__": "snippet"})
     return printed.getvalue().strip()
 
 
