@@ -117,20 +117,19 @@ def exited_containers() -> list[Finding]:
 def _remedy(settings: Settings, run: RunFolder, status: ModelStatus) -> str:
     """The next step for an unavailable model; a server of the run at another address is the likeliest mistake."""
     address = settings.address()
-    prefix = "OPENAI_COMPATIBLE" if address.backend == "openai" else address.backend.upper()
+    engine = engines.get(address.backend)
+    prefix = engine.prefix
     if status.kind == "refused":
         here = [p for p in server.running(run.path / "servers") if p.engine == address.backend] if run.path.is_dir() else []
         if here:
             return f"{address.backend} of run {run.name} runs at {here[0].url}: set {prefix}_BASE_URL={here[0].url}/v1"
-        return (
-            f"granite-pipeline serve {address.backend} --run {run.name}" if address.backend != "openai" else "start that server"
-        )
-    if status.kind == "model" and address.backend == "ollama":
-        return f"granite-pipeline serve ollama --run {run.name} creates it; or set OLLAMA_MODEL to one of these"
+        return f"granite-pipeline serve {address.backend} --run {run.name}" if engine.serves != "url" else "start that server"
+    if status.kind == "model" and engine.creates_model:
+        return f"granite-pipeline serve {engine.name} --run {run.name} creates it; or set {prefix}_MODEL to one of these"
     if status.kind == "model":
         return f"set {prefix}_MODEL to a name that is served, or serve the run as --served-model-name {address.model}"
     if status.kind == "key":
-        return "correct OPENAI_COMPATIBLE_API_KEY"
+        return f"correct {engine.key_variable or 'OPENAI_COMPATIBLE_API_KEY'}"
     return f"correct {prefix}_BASE_URL, or look into that server's log"
 
 

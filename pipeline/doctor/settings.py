@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from pipeline.config import BACKENDS, ENV_FILE, Settings, root_url
-from pipeline.engines.flags import LLAMACPP, OLLAMA, SGLANG, VLLM
+from pipeline import engines
+from pipeline.config import ENV_FILE, Settings, root_url
+from pipeline.engines.base import Engine
 from pipeline.runs.text import without_password
 
-_PREFIXES = ("LLM", "OLLAMA", "VLLM", "OPENAI_COMPATIBLE", "OPENAI", "SGLANG", "LLAMACPP", "GATEWAY", "AGENTS")
+_PREFIXES = ("LLM", "OPENAI", "GATEWAY", "AGENTS")
 # what other programs read under the same prefixes, so not misspelt
-_FOREIGN = frozenset({"VLLM_PYTHON", "SGLANG_PYTHON", "OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_API_BASE"}).union(
-    *(known.variables for known in (VLLM, LLAMACPP, OLLAMA, SGLANG))
-)
+_FOREIGN = frozenset({"VLLM_PYTHON", "SGLANG_PYTHON", "OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_API_BASE"})
 _OURS = re.compile(r"(BASE_?URL|MODEL(_?NAME)?|API_?KEY|BACKEND|URL|MODEL_LEN|CTX_SIZE|PARALLEL|MEMORY_UTIL)$")
 _SIMILAR = 0.84
 
@@ -44,13 +43,15 @@ def check(settings: Settings, env_file: Path = ENV_FILE, environment: Mapping[st
 
 def misspelt(variables: Mapping[str, str], in_file: Mapping[str, str]) -> list[Notice]:
     """Variables that look like one of the documented ones and are not read by anything."""
-    known = [field.upper() for field in Settings.model_fields]
+    known = [field.upper() for field in Settings.model_fields] + [v for engine in engines.every() for v in engine.variables()]
+    read = _FOREIGN.union(*(engine.flags.variables for engine in engines.every()))
+    prefixes = (*_PREFIXES, *(engine.prefix for engine in engines.every()))
     found = []
     for name in sorted(variables):
-        if name in known or name in _FOREIGN:
+        if name in known or name in read:
             continue
         near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=_SIMILAR)
-        ours = name.startswith(_PREFIXES) and _OURS.search(name)
+        ours = name.startswith(prefixes) and _OURS.search(name)
         if not near and ours:
             near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.6)
         if near and (name in in_file or ours or _ratio(name, near[0]) >= _SIMILAR):
@@ -62,21 +63,19 @@ def contradictions(settings: Settings) -> list[Notice]:
     """Settings that cannot both be meant; each notice names both sides."""
     chosen = settings.address()
     found = []
-    if not chosen.base_url:
-        variable = f"{_prefix(chosen.backend)}_BASE_URL"
+    missing = "BASE_URL" if not chosen.base_url else "MODEL" if not chosen.model else ""
+    if missing:
+        variable = f"{engines.get(chosen.backend).prefix}_{missing}"
         found.append(Notice("error", f"LLM_BACKEND={chosen.backend}, but {variable} is empty: set {variable}"))
-    elif not chosen.model:
-        variable = f"{_prefix(chosen.backend)}_MODEL"
-        found.append(Notice("error", f"LLM_BACKEND={chosen.backend}, but {variable} is empty: set {variable}"))
-    found += [n for name in BACKENDS if (n := _not_a_url(f"{_prefix(name)}_BASE_URL", settings.address(name).base_url))]
-    seen: dict[str, str] = {}
-    for name in BACKENDS:
-        url = root_url(settings.address(name).base_url)
-        variable = f"{_prefix(name)}_BASE_URL"
-        if url and url in seen and "openai" not in (name, seen[url]):
-            both = f"{_prefix(seen[url])}_BASE_URL and {variable}"
-            found.append(Notice("error", f"{both} are both {without_password(url)}: two engines cannot answer there"))
-        seen.setdefault(url, name)
+    seen: dict[str, Engine] = {}
+    for engine in engines.every():
+        url, variable = settings.address(engine.name).base_url, f"{engine.prefix}_BASE_URL"
+        if wrong := _not_a_url(variable, url):
+            found.append(wrong)
+        other = seen.setdefault(root_url(url), engine)
+        if url and other is not engine and "url" not in (engine.serves, other.serves):
+            both = f"{other.prefix}_BASE_URL and {variable}"
+            found.append(Notice("error", f"{both} are both {without_password(root_url(url))}: two engines cannot answer there"))
     return found
 
 
@@ -95,14 +94,15 @@ def hidden(in_file: Mapping[str, str], env: Mapping[str, str], env_file: Path) -
 def served_contradiction(settings: Settings, served: list[str]) -> Notice | None:
     """The selected backend is up but does not serve the configured model."""
     chosen = settings.address()
-    names = served if chosen.backend != "ollama" else [*served, *(n.removesuffix(":latest") for n in served)]
+    engine = engines.get(chosen.backend)
+    names = [*served, *(name.removesuffix(engine.tag) for name in served)]
     wrong = next(
         ((v, m) for v, m in (("MODEL", chosen.model), ("ORCHESTRATOR_MODEL", chosen.orchestrator_model)) if m and m not in names),
         None,
     )
     if wrong is None:
         return None
-    variable = f"{_prefix(chosen.backend)}_{wrong[0]}"
+    variable = f"{engine.prefix}_{wrong[0]}"
     return Notice(
         "error",
         f"{variable}={wrong[1]}, but {chosen.backend} at {without_password(chosen.base_url)} serves {', '.join(served) or 'nothing'}: "
@@ -121,10 +121,6 @@ def _not_a_url(variable: str, value: str) -> Notice | None:
     if good:
         return None
     return Notice("error", f"{variable}={without_password(value)} is not a URL: write http://host:port/v1")
-
-
-def _prefix(backend: str) -> str:
-    return "OPENAI_COMPATIBLE" if backend == "openai" else backend.upper()
 
 
 def _ratio(name: str, other: str) -> float:
