@@ -55,7 +55,7 @@ def check_signed(run: RunFolder, public_key: Path) -> Finding:
 
 
 def _paths(run: RunFolder) -> tuple[Path, Path]:
-    return run.certificate / "certificate.json", run.certificate / SIGNATURE
+    return run.certificate_file, run.certificate / SIGNATURE
 
 
 def _library() -> ModuleType:

@@ -221,7 +221,7 @@ def summary(run: RunFolder) -> dict[str, Any] | None:
 
     ``current`` is false once a file that it is about has changed: ``passed`` then says nothing about what is there now.
     """
-    path = run.certificate / "certificate.json"
+    path = run.certificate_file
     if not path.is_file():
         return None
     held = read_json(path)

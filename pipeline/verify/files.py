@@ -65,11 +65,12 @@ def stop_problems(run: RunFolder, template: ChatTemplate) -> list[str]:
 
 def system_problems(run: RunFolder) -> list[str]:
     """A Modelfile whose SYSTEM is only the beginning of the system message that all training rows share."""
-    trained = Manifest(run.manifest).stage("finetune").get("result", {}).get("system")
+    training = Manifest(run.manifest).training
+    trained = training and training.system
     if not trained or not run.modelfile.is_file():
         return []
     written = parse_modelfile(run.modelfile.read_text(encoding="utf-8")).system
-    if written and written != trained and str(trained).startswith(written):
+    if written and written != trained and trained.startswith(written):
         return [f"the Modelfile's SYSTEM is cut: {written!r}, trained with {trained!r}"]
     return []
 
@@ -110,5 +111,5 @@ def _template_verdict(run: RunFolder, trained: Trained) -> tuple[bool, str]:
 
 
 def _recorded(run: RunFolder) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = Manifest(run.manifest).stage("merge").get("result", {}).get("tokenizer", {})
-    return found
+    merge = Manifest(run.manifest).stage("merge")
+    return merge.result.get("tokenizer", {}) if merge else {}

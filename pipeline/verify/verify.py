@@ -17,7 +17,7 @@ from pipeline.report.write import ReportPaths, write_report
 from pipeline.runs import interrupt, lock
 from pipeline.runs import log as runlog
 from pipeline.runs.folder import RunFolder
-from pipeline.runs.manifest import Manifest, sealed
+from pipeline.runs.manifest import Manifest, ServedRecord, TrainingRecord
 from pipeline.serve import backends, start
 from pipeline.serve.start import Endpoint, Options
 from pipeline.verify import checks
@@ -68,11 +68,7 @@ def _verify(run: RunFolder, names: Sequence[str], settings: Settings, material: 
             kept.write(name, outcome)
             interrupt.leave_if_asked(f"what {', '.join(outcomes)} answered is kept where it passed")
     report = _assemble(run, material, outcomes)
-    with Manifest(run.manifest).changing() as data:
-        data["served"] = {
-            name: sealed({key: outcome.entry.get(key) for key in ("engine_version", "argv", "env", "sha256", "status")})
-            for name, outcome in outcomes.items()
-        }
+    Manifest(run.manifest).record_served({name: ServedRecord.from_json(one.entry) for name, one in outcomes.items()})
     return report
 
 
@@ -186,10 +182,9 @@ def require_passed(report: Mapping[str, Any]) -> None:
 
 def _assemble(run: RunFolder, material: Material, outcomes: dict[str, Outcome]) -> dict[str, Any]:
     manifest = Manifest(run.manifest)
-    tuning = manifest.stage("finetune")
-    result, inputs = tuning["result"], tuning["inputs"]
+    training = manifest.require_training()
     evaluation = {"base": score(material.rows, material.base), "tuned": material.tuned_score}
-    found = [*_line_checks(result, inputs, evaluation), *run_checks(run), *(c for o in outcomes.values() for c in o.checks)]
+    found = [*_line_checks(training, evaluation), *run_checks(run), *(c for o in outcomes.values() for c in o.checks)]
     served = [o for o in outcomes.values() if o.entry["status"] != "skipped"]
     if not served:
         found.append(Check("backends", "failed", "no backend could be started on this machine"))
@@ -198,19 +193,19 @@ def _assemble(run: RunFolder, material: Material, outcomes: dict[str, Outcome]) 
         "run": run.name,
         "passed": all(check.status != "failed" for check in found),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "base_model": inputs["base"],
+        "base_model": asdict(training.base),
         "eval": evaluation,
         "training": {
-            **{key: result[key] for key in ("method", "trainer", "dtype", "steps", "tokens_per_second", "history")},
-            "seconds": result["train_seconds"],
-            "parameters": inputs["parameters"],
+            **{key: getattr(training, key) for key in ("method", "trainer", "dtype", "steps", "tokens_per_second", "history")},
+            "seconds": training.train_seconds,
+            "parameters": training.parameters,
         },
         "backends": [outcome.entry for outcome in outcomes.values()],
         "checks": [check.to_json() for check in found],
         "examples": _examples(material, outcomes),
         "manifest": {
-            name: {key: stage[key] for key in ("artefacts", "seconds", "finished_at")}
-            for name, stage in manifest.data["stages"].items()
+            name: {key: stage.raw[key] for key in ("artefacts", "seconds", "finished_at")}
+            for name, stage in manifest.stages.items()
         },
         "hardware": Hardware.detect().to_json(),
         "settings": [asdict(setting) for setting in resolved()],
@@ -218,12 +213,11 @@ def _assemble(run: RunFolder, material: Material, outcomes: dict[str, Outcome]) 
     }
 
 
-def _line_checks(result: dict[str, Any], inputs: dict[str, Any], evaluation: dict[str, Any]) -> list[Check]:
-    loss, base, tuned = result["eval_loss"], evaluation["base"], evaluation["tuned"]
-    asked = inputs["parameters"]
+def _line_checks(training: TrainingRecord, evaluation: dict[str, Any]) -> list[Check]:
+    loss, base, tuned = training.eval_loss, evaluation["base"], evaluation["tuned"]
+    asked = training.parameters
     # a run cut short on purpose (a test, a try-out) is not held to what the whole one reaches
-    whole = asked["max_steps"] is None and asked["max_rows"] is None and asked["epochs"] >= 1
-    demo = asked["base"] == "embedded" and asked["data"] == "soc" and whole
+    demo = asked["base"] == "embedded" and asked["data"] == "soc" and not training.cut_short
     found = [
         checks.verdict(
             "training.learned",

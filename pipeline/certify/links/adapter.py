@@ -16,6 +16,7 @@ from pipeline.certify.finding import Finding, held, skipped
 from pipeline.errors import ModelError
 from pipeline.model.safetensors import TensorFolder
 from pipeline.runs.files import read_json
+from pipeline.runs.manifest import TrainingRecord
 
 _PREFIX = "base_model.model."
 _DEFINITION = "definition: LoRA's B starts at zero, so an untrained module's delta is exactly 0"
@@ -111,10 +112,10 @@ def delta_norm(a: Any, b: Any) -> float:
     )
 
 
-def learnt(training: Mapping[str, Any]) -> list[Finding]:
+def learnt(training: TrainingRecord) -> list[Finding]:
     """Gradients and held-out loss, from the manifest's record of the training (see custody for its seal)."""
-    norms = [float(entry["grad_norm"]) for entry in training.get("history", []) if entry.get("grad_norm") is not None]
-    loss = training.get("eval_loss") or {}
+    norms = [float(entry["grad_norm"]) for entry in training.history if entry.get("grad_norm") is not None]
+    loss = training.eval_loss
     found = [skipped("adapter.gradients", "the trainer logged no gradient norms")]
     if norms:
         ok = all(math.isfinite(norm) for norm in norms) and any(norms)

@@ -26,7 +26,7 @@ def judge(
     found.append(tuned.check_served_canaries(name, chosen, base, after, by_row))
     in_process = stops.share_stopped([after[i] for i in evidence.rows])
     share = stops.share_stopped(evidence.answers)
-    found.append(stops.check_answers(name, share, len(evidence.answers), in_process, cut_short=subject.cut_short))
+    found.append(stops.check_answers(name, share, len(evidence.answers), in_process, cut_short=subject.training.cut_short))
     return found
 
 

@@ -40,13 +40,13 @@ def _files(subject: Subject) -> Finding:
 
 
 def _modelfile(subject: Subject) -> Finding:
-    run, tuned = subject.run, subject.stage("finetune")
+    run = subject.run
     if not run.modelfile.is_file():
         return skipped("stops.modelfile", "the run has no Modelfile")
-    base = tuned.get("inputs", {}).get("base", {})
     try:
+        training = subject.training
         made = parse_modelfile(read_utf8(run.modelfile))
-        wanted = for_run(run, tuned.get("result", {}).get("system"), license=base_license(base), proof=False)
+        wanted = for_run(run, training.system, license=base_license(training.base), proof=False)
         problems = modelfile_problems(made, parse_modelfile(wanted.text), licences=subject.base is not None)
     except (InputError, ModelError) as error:
         problems = [f"no Modelfile can be made again to compare with: {error.message}"]
