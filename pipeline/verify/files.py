@@ -18,9 +18,9 @@ from pipeline.prompts.conversation import load_suite
 from pipeline.prompts.parity import Reference, compare
 from pipeline.prompts.renderers import JinjaRenderer
 from pipeline.prompts.stops import Token, folder_problems, gguf_problems, special_ids, turn_end
+from pipeline.report.check import Check, held
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
-from pipeline.verify.checks import Check, verdict
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def run_checks(run: RunFolder) -> list[Check]:
     trained = trained_template(run)
     problems = stop_problems(run, trained.template) + system_problems(run)
     return [
-        verdict("export.chat_template", *_template_verdict(run, trained)),
-        verdict("export.stops", not problems, "; ".join(problems) or "end and pad tokens agree in every file"),
+        held("export.chat_template", *_template_verdict(run, trained)),
+        held("export.stops", not problems, "; ".join(problems) or "end and pad tokens agree in every file"),
     ]
 
 

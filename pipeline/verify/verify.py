@@ -13,6 +13,7 @@ from pipeline.config import Settings, resolved
 from pipeline.errors import PipelineError, VerificationFailed
 from pipeline.machine.hardware import Hardware
 from pipeline.net.client import wait_for
+from pipeline.report.check import Check, held
 from pipeline.report.write import ReportPaths, write_report
 from pipeline.runs import interrupt, lock
 from pipeline.runs import log as runlog
@@ -22,7 +23,6 @@ from pipeline.serve import backends, start
 from pipeline.serve.start import Endpoint, Options
 from pipeline.verify import checks
 from pipeline.verify import outcome as verify_kept
-from pipeline.verify.checks import Check
 from pipeline.verify.files import run_checks
 from pipeline.verify.material import Material, read_material
 from pipeline.verify.outcome import Kept, Outcome, absent, key_of, launched
@@ -115,7 +115,7 @@ async def _question(endpoint: Endpoint, material: Material, progress: Callable[[
     entry = {
         **launched(endpoint),
         "status": status,
-        "reason": "; ".join(f"{c.id}: {c.detail}" for c in found if c.status == "failed") or None,
+        "reason": "; ".join(f"{c.id}: {c.figure}" for c in found if c.status == "failed") or None,
         # a prompt passes when the served answer is the one the trained model gives in process
         "prompts": {"total": len(rows), "passed": same},
         "exact": scores["exact"],
@@ -125,7 +125,7 @@ async def _question(endpoint: Endpoint, material: Material, progress: Callable[[
         "ttft_ms": _first_tokens(streams),
         "tokens_per_second": round(speed, 1),
         **facts,
-        "checks": [check.to_json() for check in found],
+        "checks": [{"id": c.id, "status": c.status, "detail": c.figure} for c in found],
     }
     return Outcome(entry, found, answers)
 
@@ -201,7 +201,7 @@ def _assemble(run: RunFolder, material: Material, outcomes: dict[str, Outcome]) 
             "parameters": training.parameters,
         },
         "backends": [outcome.entry for outcome in outcomes.values()],
-        "checks": [check.to_json() for check in found],
+        "checks": [{"id": c.id, "status": c.status, "detail": c.figure} for c in found],
         "examples": _examples(material, outcomes),
         "manifest": {
             name: {key: stage.raw[key] for key in ("artefacts", "seconds", "finished_at")}
@@ -219,12 +219,12 @@ def _line_checks(training: TrainingRecord, evaluation: dict[str, Any]) -> list[C
     # a run cut short on purpose (a test, a try-out) is not held to what the whole one reaches
     demo = asked["base"] == "embedded" and asked["data"] == "soc" and not training.cut_short
     found = [
-        checks.verdict(
+        held(
             "training.learned",
             loss["after"] < loss["before"],
             f"held-out loss {loss['before']:.3f} before, {loss['after']:.3f} after",
         ),
-        checks.verdict(
+        held(
             "eval.not_worse",
             tuned["exact"] >= base["exact"],
             f"exact {base['exact']:.3f} before, {tuned['exact']:.3f} after, {tuned['n']} rows",
@@ -232,7 +232,7 @@ def _line_checks(training: TrainingRecord, evaluation: dict[str, Any]) -> list[C
     ]
     if demo:
         found.append(
-            checks.verdict(
+            held(
                 "eval.exact", tuned["exact"] >= DEMO_MIN_EXACT, f"exact {tuned['exact']:.3f}, at least {DEMO_MIN_EXACT} expected"
             )
         )

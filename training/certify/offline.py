@@ -6,11 +6,11 @@ from pathlib import Path
 
 from pipeline.certify import signing
 from pipeline.certify.certificate import Certificate, make, save
-from pipeline.certify.finding import Finding, guarded, held, skipped
 from pipeline.certify.links import adapter, custody, gguf, merged, stops, tuned
 from pipeline.certify.subject import Data, Subject, hashes
 from pipeline.errors import DataError, PipelineError
 from pipeline.model.safetensors import TensorFolder
+from pipeline.report.check import Check, guarded, held, skipped
 from pipeline.runs import lock
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
@@ -78,7 +78,7 @@ def described(subject: Subject) -> dict[str, object]:
     }
 
 
-def offline_findings(subject: Subject) -> list[Finding]:
+def offline_findings(subject: Subject) -> list[Check]:
     """Links 1, 2, 3, 5, 6 and 7 as far as files can tell."""
     run = subject.run
     found = [*_adapter(subject), *_merge(subject)]
@@ -89,7 +89,7 @@ def offline_findings(subject: Subject) -> list[Finding]:
     return [*found, *guarded("custody.chain", lambda: custody.check_custody(subject))]
 
 
-def _adapter(subject: Subject) -> list[Finding]:
+def _adapter(subject: Subject) -> list[Check]:
     base = subject.base
     found = guarded("adapter.gradients", lambda: adapter.learnt(subject.training))
     if subject.data is not None:
@@ -104,31 +104,31 @@ def _adapter(subject: Subject) -> list[Finding]:
     return [*guarded("adapter.moved", lambda: [_moved(subject.run.adapter, base, full=subject.training.full)]), *found]
 
 
-def _moved(folder: Path, base: Path, *, full: bool) -> Finding:
+def _moved(folder: Path, base: Path, *, full: bool) -> Check:
     if full:
         return adapter.moved_full(TensorFolder(folder), TensorFolder(base))
     return adapter.moved(folder, TensorFolder(base))
 
 
-def _merge(subject: Subject) -> list[Finding]:
+def _merge(subject: Subject) -> list[Check]:
     run, base = subject.run, subject.base
     if base is None:
         return [skipped("merge.tensors", subject.missing["base"])]
 
-    def work() -> list[Finding]:
+    def work() -> list[Check]:
         lora = None if subject.training.full else adapter.read_lora(run.adapter)
         return merged.compare_weights(TensorFolder(base), lora, TensorFolder(run.adapter), TensorFolder(run.merged))
 
     return [*guarded("merge.tensors", work), *merged.compare_files(base, run.merged)]
 
 
-def _answers(subject: Subject) -> list[Finding]:
+def _answers(subject: Subject) -> list[Check]:
     """What the recorded in-process answers prove: the scores, the canaries and the stops."""
     run = subject.run
     rows = read_held_out(run.heldout)
     base, after = (read_reference(run.reference(which)) for which in ("base", "tuned"))
     if not len(rows) == len(base) == len(after):
-        return [Finding("tuned.scores", "failed", f"{len(base)} and {len(after)} reference answers to {len(rows)} held-out rows")]
+        return [Check("tuned.scores", "failed", f"{len(base)} and {len(after)} reference answers to {len(rows)} held-out rows")]
     return [
         tuned.check_canaries(base, after),
         *tuned.check_scores(rows, base, after),

@@ -8,8 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pipeline.certify.finding import Finding, guarded, held, skipped
 from pipeline.certify.subject import Subject
+from pipeline.report.check import Check, guarded, held, skipped
 from pipeline.runs.hashes import sha256_json
 from pipeline.runs.manifest import ServedRecord
 from pipeline.verify.score import Answer, read_held_out, read_reference, score
@@ -28,22 +28,22 @@ _NEEDED = ("finetune", "merge", "gguf", "evaluate_base", "evaluate_tuned")
 _MODEL_FLAGS = ("--model", "--model-path")
 
 
-def check_custody(subject: Subject) -> list[Finding]:
+def check_custody(subject: Subject) -> list[Check]:
     """Artefacts, joints, base, dataset, the manifest's own records, recorded scores and launches."""
     lacking = [name for name in _NEEDED if name not in subject.manifest.stages]
     if lacking:
         return [
-            Finding("custody.chain", "failed", f"the manifest has no record of {', '.join(lacking)}", "every stage recorded", "")
+            Check("custody.chain", "failed", f"the manifest has no record of {', '.join(lacking)}", "every stage recorded", "")
         ]
     checks = {"artefacts": _artefacts, "chain": _chain, "base": _base, "dataset": _dataset, "records": _records, "scores": _scores, "launch": _launch}  # fmt: skip
     return [found for name, check in checks.items() for found in guarded(f"custody.{name}", partial(_alone, check, subject))]
 
 
-def _alone(check: Callable[[Subject], Finding], subject: Subject) -> list[Finding]:
+def _alone(check: Callable[[Subject], Check], subject: Subject) -> list[Check]:
     return [check(subject)]
 
 
-def _artefacts(subject: Subject) -> Finding:
+def _artefacts(subject: Subject) -> Check:
     problems, count = [], 0
     stages = subject.manifest.stages
     for name, stage in stages.items():
@@ -60,7 +60,7 @@ def _artefacts(subject: Subject) -> Finding:
     return held("custody.artefacts", not problems, figure, "equal hashes", _SHA, sha256=dict(subject.sha256))
 
 
-def _chain(subject: Subject) -> Finding:
+def _chain(subject: Subject) -> Check:
     problems, count, stages = [], 0, subject.manifest.stages
     for stage, key, maker, path in _JOINTS:
         if stage not in stages:  # a Modelfile that could not be derived; the file itself is then no stage's artefact
@@ -79,7 +79,7 @@ def _chain(subject: Subject) -> Finding:
     return held("custody.chain", not problems, figure, "each input is the stage before's output", _SHA)
 
 
-def _base(subject: Subject) -> Finding:
+def _base(subject: Subject) -> Check:
     recorded = subject.training.base
     if subject.base_sha256 is None:
         return skipped("custody.base", subject.missing.get("base", "the base model is not here"))
@@ -88,7 +88,7 @@ def _base(subject: Subject) -> Finding:
     return held("custody.base", same, figure, "equal hashes", _SHA)
 
 
-def _dataset(subject: Subject) -> Finding:
+def _dataset(subject: Subject) -> Check:
     recorded = subject.training.data
     if subject.data is None:
         return skipped("custody.dataset", subject.missing.get("data", "the dataset is not here"))
@@ -98,21 +98,21 @@ def _dataset(subject: Subject) -> Finding:
     return held("custody.dataset", not changed, figure + problem, "equal hashes", _SHA)
 
 
-def _records(subject: Subject) -> Finding:
+def _records(subject: Subject) -> Check:
     """The manifest says of itself that nobody edited it: every stage's key and seal."""
     stages = subject.manifest.stages
     wrong = [n for n, stage in stages.items() if stage.intact is False or stage.key != sha256_json(stage.inputs)]
     unsealed = [name for name, stage in stages.items() if stage.intact is None]
     bound, source = "every record as written", "SHA-256 of each stage's record, stored with it"
     if wrong:
-        return Finding("custody.records", "failed", f"edited after they were written: {', '.join(wrong)}", bound, source)
+        return Check("custody.records", "failed", f"edited after they were written: {', '.join(wrong)}", bound, source)
     if unsealed:
         figure = f"no seal on {', '.join(unsealed)}: written by an older version"
-        return Finding("custody.records", "warning", figure, bound, source)
-    return Finding("custody.records", "passed", f"{len(stages)} records as written", bound, source)
+        return Check("custody.records", "warning", figure, bound, source)
+    return Check("custody.records", "passed", f"{len(stages)} records as written", bound, source)
 
 
-def _scores(subject: Subject) -> Finding:
+def _scores(subject: Subject) -> Check:
     """The recorded held-out scores are those of the recorded answers."""
     problems, compared = [], 0
     for which in ("base", "tuned"):
@@ -136,7 +136,7 @@ def _rescored(rows: list[Any], answers: list[Answer], recorded: dict[str, Any]) 
     )
 
 
-def _launch(subject: Subject) -> Finding:
+def _launch(subject: Subject) -> Check:
     """The last launches served this run's artefacts, with flags and version recorded, and these records are as written."""
     records = subject.manifest.served
     served = {name: record for name, record in records.items() if record.argv}
