@@ -93,6 +93,7 @@ def hub_token(settings: Settings) -> str:
 
 def _base_of(run: RunFolder) -> str | None:
     try:
-        return str(Manifest(run.manifest).stage("finetune")["inputs"]["base"]["id"])
-    except (PipelineError, KeyError, TypeError, ValueError, OSError):
+        training = Manifest(run.manifest).training
+        return training.base.id if training else None
+    except (PipelineError, TypeError, ValueError, OSError):
         return None

@@ -197,7 +197,7 @@ def _runs(output: Path) -> list[RunFolder]:
 def _info(run: RunFolder) -> RunInfo:
     there = lock.holder(run)
     try:
-        names = tuple(s.engine for s in server.running(run.path / "servers"))
+        names = tuple(s.engine for s in server.running(run.servers))
     except PipelineError:
         names = ()
     sizes = {part: tree_bytes(run.path / part) for part in _PARTS if (run.path / part).exists()}
@@ -212,7 +212,7 @@ def _state(run: RunFolder) -> str:
         manifest = Manifest(run.manifest)
     except InputError:
         return "damaged"
-    stages = manifest.data["stages"]
+    stages = manifest.stages
     verdict = _passed(run)
     if "evaluate_tuned" in stages and verdict is not None:
         return "verified" if verdict else "failed verification"
@@ -226,7 +226,7 @@ def _state(run: RunFolder) -> str:
 
 def _passed(run: RunFolder) -> bool | None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return bool(json.loads((run.report / "report.json").read_text(encoding="utf-8"))["passed"])
+        return bool(json.loads((run.report_file).read_text(encoding="utf-8"))["passed"])
     return None
 
 

@@ -79,7 +79,7 @@ def old_backend(settings: Settings, output: Path = DEFAULT_OUTPUT) -> list[Findi
 
 def last_failures(run: RunFolder) -> list[Finding]:
     """Known causes (CUDA out of memory, a taken port, ...) in the newest log of each engine that is not running now."""
-    alive = {process.engine for process in server.running(run.path / "servers")} if run.path.is_dir() else set()
+    alive = {process.engine for process in server.running(run.servers)} if run.path.is_dir() else set()
     found = []
     for engine in engines.NAMES:
         logs = [] if engine in alive else inventory.start_logs(run.path, (engine,))
@@ -119,7 +119,7 @@ def _remedy(settings: Settings, run: RunFolder, status: ModelStatus) -> str:
     address = settings.address()
     prefix = "OPENAI_COMPATIBLE" if address.backend == "openai" else address.backend.upper()
     if status.kind == "refused":
-        here = [p for p in server.running(run.path / "servers") if p.engine == address.backend] if run.path.is_dir() else []
+        here = [p for p in server.running(run.servers) if p.engine == address.backend] if run.path.is_dir() else []
         if here:
             return f"{address.backend} of run {run.name} runs at {here[0].url}: set {prefix}_BASE_URL={here[0].url}/v1"
         return (

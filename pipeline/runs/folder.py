@@ -36,7 +36,7 @@ class RunFolder:
         """Raise InputError when the run folder, or what is in it under a name of ours, is a link to somewhere else."""
         parts = (self.adapter, self.merged, self.gguf, self.modelfile, self.manifest, self.report, self.logs)
         more = (self.checkpoints, self.heldout, self.notebooks, self.certificate)
-        for path in (self.path, *parts, *more, self.path / "reference", self.path / "servers"):
+        for path in (self.path, *parts, *more, self.path / "reference", self.servers):
             if path.is_symlink():
                 raise InputError(
                     f"{path} is a symbolic link (to {path.readlink()})",
@@ -97,6 +97,26 @@ class RunFolder:
     def certificate(self) -> Path:
         """certificate.json, its JUnit file, and the evidence it was judged on."""
         return self.path / "certificate"
+
+    @property
+    def certificate_file(self) -> Path:
+        """The certificate itself."""
+        return self.certificate / "certificate.json"
+
+    @property
+    def servers(self) -> Path:
+        """Records of the servers that were started for this run."""
+        return self.path / "servers"
+
+    @property
+    def base_cache(self) -> Path:
+        """Where the embedded base is built, beside the runs that share it."""
+        return self.output / ".base"
+
+    @property
+    def report_file(self) -> Path:
+        """The report as other programs read it."""
+        return self.report / "report.json"
 
     @property
     def probes(self) -> Path:
