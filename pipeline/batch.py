@@ -27,7 +27,7 @@ from pipeline.runs import log as runlog
 from pipeline.runs.files import write_atomic
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import HashCache, sha256_json, sha256_tree
-from pipeline.runs.manifest import Manifest
+from pipeline.runs.manifest import Manifest, StageRecord
 from pipeline.runs.text import MaskingWriter, mask
 
 log = logging.getLogger(__name__)
@@ -195,7 +195,7 @@ _LOCAL = ("BASE", "DATA", "EVAL_DATA")
 
 def inputs(run: RunFolder, stages: Sequence[str], parameters: Mapping[str, Any]) -> dict[str, Any] | None:
     """What the outcome of a run depends on; None when that cannot be told, as for a hub id that may have moved on."""
-    hashes, named = HashCache(run.output / ".base"), {}
+    hashes, named = HashCache(run.base_cache), {}
     for name in _LOCAL:
         value = parameters.get(name)
         if value is None or (name, value) in (("BASE", "embedded"), ("DATA", "soc")):
@@ -218,16 +218,17 @@ def is_current(run: RunFolder, wanted: Mapping[str, Any] | None) -> str | None:
     """When the run was finished and verified with exactly these inputs, None when something is to do."""
     manifest = Manifest(run.manifest)
     before = manifest.data.get(_SECTION)
-    if wanted is None or not isinstance(before, dict) or not manifest.holds(before, wanted):
+    if wanted is None or not isinstance(before, dict):
         return None
-    return str(before["finished_at"])
+    finished = StageRecord.from_json(before)
+    return finished.finished_at if manifest.holds(finished, wanted) else None
 
 
 def record(run: RunFolder, wanted: Mapping[str, Any] | None, seconds: float) -> None:
     """Note that a run was finished and verified."""
     if wanted is None:
         return
-    artefacts = [run.adapter, run.merged, run.gguf, run.modelfile, run.heldout, run.report / "report.json"]
+    artefacts = [run.adapter, run.merged, run.gguf, run.modelfile, run.heldout, run.report_file]
     artefacts += [run.reference("base"), run.reference("tuned")]
     with lock.held(run, "run"):
         manifest = Manifest(run.manifest)

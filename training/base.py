@@ -10,7 +10,9 @@ from typing import Any
 from pipeline.errors import EnvironmentFailure, ModelError
 from pipeline.runs import lock
 from pipeline.runs.files import leftovers, read_object, remove, require_free_space
+from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import HashCache
+from pipeline.runs.manifest import Manifest
 from training import embedded
 
 EMBEDDED = "embedded"
@@ -31,6 +33,12 @@ class BaseModel:
     def to_json(self) -> dict[str, Any]:
         """The record kept in the manifest; the folder is left out because it differs between machines."""
         return {name: value for name, value in asdict(self).items() if name != "folder"}
+
+    @classmethod
+    def of_run(cls, run: RunFolder) -> BaseModel:
+        """The base that a run was trained on, at the revision recorded then; InputError without a finished fine-tune."""
+        training = Manifest(run.manifest).require_training()
+        return resolve(training.parameters["base"], run.base_cache, training.base.revision)
 
 
 def resolve(base: str, cache: Path, revision: str | None = None) -> BaseModel:

@@ -59,10 +59,10 @@ def run_stage(
     again = forced(force, name)
     with lock.held(run, name), disk_errors_named(run.path):
         manifest = Manifest(run.manifest)
-        if not again and manifest.is_current(name, inputs):
-            stage = manifest.stage(name)
-            log.info("%s: nothing changed since %s, skipped", name, stage["finished_at"])
-            return StageResult(name, True, stage["result"], stage["seconds"])
+        before = manifest.stage(name)
+        if before and not again and manifest.holds(before, inputs):
+            log.info("%s: nothing changed since %s, skipped", name, before.finished_at)
+            return StageResult(name, True, before.result, before.seconds)
         with runlog.written(run, name), interrupt.graceful(log):
             log.info("%s: started", name)
             started = time.monotonic()

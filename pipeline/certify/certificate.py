@@ -3,24 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
-
 from pipeline import __version__
-from pipeline.certify.finding import TITLES, Finding, Link, by_link
 from pipeline.errors import InputError, VerificationFailed
+from pipeline.report.check import Check, Status
+from pipeline.report.junit import junit_xml
 from pipeline.runs.files import read_json, write_atomic, write_json
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import sha256_json
-from pipeline.runs.text import clean, visible
+from pipeline.runs.text import clean
 
 SCHEMA = 1
+# the links by key, in the chain's order; a check's id starts with the key and a dot
+TITLES: dict[str, str] = {
+    "adapter": "The adapter moved",
+    "merge": "Merged = base + adapter",
+    "gguf": "GGUF = merged",
+    "served": "Served = exported",
+    "tuned": "Tuned is not the base",
+    "stops": "It stops",
+    "custody": "Chain of custody",
+    "own": "Your own checks",
+}
+_ESSENTIAL = tuple(key for key in TITLES if key != "own")
 _AGAIN = "granite-pipeline certify"
-_ESSENTIAL = ("adapter", "merge", "gguf", "served", "tuned", "stops", "custody")
+_KEYS = {field.name for field in fields(Check)}
+
+
+@dataclass(frozen=True)
+class Link:
+    """One link with its checks."""
+
+    key: str
+    findings: tuple[Check, ...]
+
+    @property
+    def number(self) -> int:
+        """Place in the chain, from 1."""
+        return list(TITLES).index(self.key) + 1
+
+    @property
+    def title(self) -> str:
+        """The link in words."""
+        return TITLES[self.key]
+
+    @property
+    def status(self) -> Status:
+        """Failed when any check failed, skipped when nothing was measured, a warning when only that is left to say."""
+        seen = {check.status for check in self.findings}
+        order: tuple[Status, ...] = ("failed", "warning", "passed")
+        return next((status for status in order if status in seen), "skipped")
+
+    def to_json(self) -> dict[str, Any]:
+        """As in certificate.json."""
+        stated = {"number": self.number, "key": self.key, "title": self.title, "status": self.status}
+        return {**stated, "findings": [check.to_json() for check in self.findings]}
+
+
+def by_link(checks: Sequence[Check]) -> tuple[Link, ...]:
+    """Checks grouped into links, in the chain's order; a link without a check is left out."""
+    return tuple(Link(key, mine) for key in TITLES if (mine := tuple(c for c in checks if c.about == key)))
 
 
 @dataclass(frozen=True)
@@ -35,7 +81,7 @@ class Certificate:
 
     @property
     def passed(self) -> bool:
-        """No finding failed and, unless only files were looked at, every link is proven."""
+        """No check failed and, unless only files were looked at, every link is proven."""
         return not self.broken and (self.offline or not self.unproven)
 
     @property
@@ -44,15 +90,20 @@ class Certificate:
         return "broken" if self.broken else "incomplete" if self.unproven else "certified"
 
     @property
-    def broken(self) -> list[Finding]:
-        """Failed findings, in the chain's order: the first one names the broken link."""
-        return [finding for link in self.links for finding in link.findings if finding.status == "failed"]
+    def checks(self) -> list[Check]:
+        """Every check, in the chain's order."""
+        return [check for link in self.links for check in link.findings]
+
+    @property
+    def broken(self) -> list[Check]:
+        """Failed checks, in the chain's order: the first one names the broken link."""
+        return [check for check in self.checks if check.status == "failed"]
 
     @property
     def unproven(self) -> list[str]:
-        """Titles of links that nothing was measured for."""
-        known = {link.key: link for link in self.links}
-        return [key for key in _ESSENTIAL if key not in known or known[key].status == "skipped"]
+        """Keys of links that nothing was measured for."""
+        measured = {link.key for link in self.links if link.status != "skipped"}
+        return [key for key in _ESSENTIAL if key not in measured]
 
     @property
     def id(self) -> str:
@@ -71,17 +122,18 @@ class Certificate:
             "state": self.state,
             "offline": self.offline,
             "unproven": self.unproven,
-            "broken": [finding.id for finding in self.broken],
+            "broken": [check.id for check in self.broken],
             "created_at": self.created_at,
             "made_by": f"granite-pipeline {__version__}",
             "subject": dict(self.subject),
+            "titles": TITLES,
             "links": [link.to_json() for link in self.links],
         }
 
 
-def make(run: RunFolder, findings: Sequence[Finding], subject: Mapping[str, Any], *, offline: bool) -> Certificate:
+def make(run: RunFolder, checks: Sequence[Check], subject: Mapping[str, Any], *, offline: bool) -> Certificate:
     """Assemble a certificate; text and numbers are made fit for JSON first, so that its id can be checked on the file."""
-    cleaned = [Finding(**clean(finding.to_json())) for finding in findings]
+    cleaned = [Check(**clean(check.to_json())) for check in checks]
     return Certificate(run.name, by_link(cleaned), clean(subject), offline, datetime.now(UTC).isoformat(timespec="seconds"))
 
 
@@ -89,17 +141,22 @@ def read(path: Path) -> tuple[Certificate, str]:
     """A certificate as its file says, verdict and id to be made anew from the content, and the id that the file claims."""
     held = read_json(path)
     try:
-        findings = [Finding(**finding) for link in held["links"] for finding in link["findings"]]
-        found = Certificate(held["run"], by_link(findings), held["subject"], held["offline"] is not False, held["created_at"])
-        return found, str(held["id"])
-    except (KeyError, TypeError, AttributeError) as error:
+        written = [check for link in held["links"] for check in link["findings"]]
+        if unknown := {key for check in written for key in check} - _KEYS:
+            raise KeyError(*unknown)
+        links = by_link([Check(**check) for check in written])
+        made = Certificate(held["run"], links, held["subject"], held["offline"] is not False, held["created_at"])
+        return made, str(held["id"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{path} is not a certificate ({error!r})", remedy=f"{_AGAIN} makes one") from None
 
 
 def save(certificate: Certificate, folder: Path) -> Path:
     """Write ``certificate.json`` and ``junit.xml`` (see :func:`place` for ``offline.json``); returns the first."""
-    path = place(certificate, folder)
-    write_atomic(folder / ("offline.xml" if path.stem == "offline" else "junit.xml"), junit_xml(certificate))
+    path, run = place(certificate, folder), certificate.run
+    suites = [(f"{link.number} {link.title}", f"{run}.certificate.{link.key}", link.findings) for link in certificate.links]
+    xml = junit_xml(f"certificate of {run}", suites)
+    write_atomic(folder / ("offline.xml" if path.stem == "offline" else "junit.xml"), xml)
     write_json(path, certificate.to_json())
     return path
 
@@ -114,55 +171,27 @@ def place(certificate: Certificate, folder: Path) -> Path:
     return folder / "offline.json" if fuller else path
 
 
-def junit_xml(certificate: Certificate) -> str:
-    """One suite a link, one test case a finding."""
-    report = JUnitXml(visible(f"certificate of {certificate.run}"))
-    for link in certificate.links:
-        suite = TestSuite(visible(f"{link.number} {link.title}"))
-        for finding in link.findings:
-            suite.add_testcase(_case(certificate.run, finding))
-        report.add_testsuite(suite)
-    report.update_statistics()
-    text = report.tostring()
-    body = text.decode("utf-8") if isinstance(text, bytes) else str(text)
-    return f'<?xml version="1.0" encoding="UTF-8"?>\n{body}\n'
-
-
-def _case(run: str, finding: Finding) -> TestCase:
-    case = TestCase(visible(finding.id), classname=visible(f"{run}.certificate.{finding.link}"))
-    detail = visible(f"{finding.figure} (bound: {finding.bound})" if finding.bound else finding.figure)
-    if finding.status == "failed":
-        case.result = [Failure(detail)]
-    elif finding.status == "skipped":
-        case.result = [Skipped(detail)]
-    else:
-        case.system_out = detail if finding.status == "passed" else f"warning: {detail}"
-    return case
-
-
 def require_certified(certificate: Certificate) -> None:
     """Raise VerificationFailed, naming the first broken link or those that nothing was proven for."""
     if certificate.broken:
-        first = certificate.broken[0]
-        title = next(link for link in certificate.links if link.key == first.link)
+        title = _title(certificate.broken[0].about)
         raise VerificationFailed(
-            f"not certified: link {title.number}, {title.title.lower()}, is broken",
-            evidence="\n".join(f"{finding.id}: {finding.figure}" for finding in certificate.broken),
+            f"not certified: {title}, is broken",
+            evidence="\n".join(f"{check.id}: {check.figure}" for check in certificate.broken),
             remedy="export again from an untouched adapter (granite-pipeline export --force), or see the run's report",
         )
     if not certificate.passed:
         raise VerificationFailed(
             f"not certified: nothing is proven for {not_proven(certificate)}",
-            evidence="\n".join(
-                f"{finding.id}: {finding.figure}"
-                for link in certificate.links
-                for finding in link.findings
-                if finding.status == "skipped"
-            ),
+            evidence="\n".join(f"{check.id}: {check.figure}" for check in certificate.checks if check.status == "skipped"),
             remedy=f"make available what was skipped, then {_AGAIN}; --offline certifies what files alone prove",
         )
 
 
 def not_proven(certificate: Certificate) -> str:
     """The links that nothing was measured for, in words."""
-    return ", ".join(f"link {list(TITLES).index(key) + 1}, {TITLES[key].lower()}" for key in certificate.unproven)
+    return ", ".join(map(_title, certificate.unproven))
+
+
+def _title(key: str) -> str:
+    return f"link {list(TITLES).index(key) + 1}, {TITLES[key].lower()}"

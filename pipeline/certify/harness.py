@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pipeline.certify.finding import Finding, skipped
+from pipeline.report.check import Check, skipped
 from pipeline.runs.folder import RunFolder
 from pipeline.serve.start import Endpoint
 
@@ -33,7 +33,7 @@ def command(endpoint: Endpoint, run: RunFolder, tasks: str, target: Path) -> lis
     return [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", joined, "--tasks", tasks, "--output_path", str(target)]  # fmt: skip
 
 
-def run_tasks(endpoint: Endpoint, run: RunFolder, tasks: str) -> Finding:
+def run_tasks(endpoint: Endpoint, run: RunFolder, tasks: str) -> Check:
     """Scores of the tasks; skipped, with the reason, when the harness is not installed or fails."""
     check_id = f"own.{endpoint.engine}_tasks"
     if importlib.util.find_spec("lm_eval") is None:
@@ -53,7 +53,7 @@ def run_tasks(endpoint: Endpoint, run: RunFolder, tasks: str) -> Finding:
         return read_results(check_id, json.loads(found[-1].read_text(encoding="utf-8")))
 
 
-def read_results(check_id: str, results: dict[str, Any]) -> Finding:
+def read_results(check_id: str, results: dict[str, Any]) -> Check:
     """The harness's results file as a finding; its scores are stated, not bounded."""
     scores = {
         f"{task} {metric.partition(',')[0]}": value
@@ -62,4 +62,4 @@ def read_results(check_id: str, results: dict[str, Any]) -> Finding:
         if isinstance(value, int | float) and "stderr" not in metric
     }
     figure = ", ".join(f"{name} {value:.4g}" for name, value in scores.items()) or "no score"
-    return Finding(check_id, "passed", figure, "stated, not bounded", "lm-evaluation-harness", scores)
+    return Check(check_id, "passed", figure, "stated, not bounded", "lm-evaluation-harness", scores)

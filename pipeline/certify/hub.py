@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.certify.certificate import not_proven, read
-from pipeline.certify.subject import training_inputs
 from pipeline.errors import EnvironmentFailure, InputError, MissingDependency
 from pipeline.report.certificate import changed_files
 from pipeline.runs.files import read_json, tree_bytes, write_atomic, write_json
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import sha256_tree
-from pipeline.runs.manifest import Manifest
+from pipeline.runs.manifest import BaseRecord, Manifest
 from pipeline.runs.text import visible
 
 _MARKS = {"passed": "proven", "failed": "**broken**", "skipped": "not tested", "warning": "with a note"}
@@ -26,8 +25,8 @@ _MARKDOWN = str.maketrans({mark: f"\\{mark}" for mark in "\\`*_{}[]<>#|~"})
 def write_card(run: RunFolder) -> Path:
     """Write the card; InputError when the run has no training on record."""
     manifest = Manifest(run.manifest)
-    training_inputs(manifest)
-    path = run.certificate / "certificate.json"
+    manifest.require_training()
+    path = run.certificate_file
     target = run.path / "README.md"
     held = read_json(path) if path.is_file() else None
     write_atomic(target, card(run.name, manifest, held, changed_files(run, held) if held else ()))
@@ -39,12 +38,11 @@ def card(name: str, manifest: Manifest, certificate: Mapping[str, Any] | None, c
 
     ``changed`` are the files that are no longer those that the certificate is about.
     """
-    tuned = manifest.stage("finetune")
-    base = tuned["inputs"]["base"]
+    training = manifest.require_training()
     sections = [
         f"---\n{_front_matter(name, manifest)}---\n",
-        f"# {plain(name)}\n\n{plain(_title(base))} fine-tuned with {plain(tuned['inputs']['parameters']['method'])} on "
-        f"{tuned['result']['rows']['train']} rows, exported to float16 and Q8_0 GGUF by granite-pipeline.\n",
+        f"# {plain(name)}\n\n{plain(_title(training.base))} fine-tuned with {plain(training.parameters['method'])} on "
+        f"{training.rows['train']} rows, exported to float16 and Q8_0 GGUF by granite-pipeline.\n",
         _certificate(certificate, changed),
         _scores(manifest),
         _usage(name),
@@ -58,23 +56,22 @@ def plain(text: object) -> str:
     return " ".join(visible(str(text)).split()).translate(_MARKDOWN)
 
 
-def _title(base: Mapping[str, Any]) -> str:
-    known = str(base["id"])
+def _title(base: BaseRecord) -> str:
     # a folder's path is its owner's business
-    return Path(known).name if known.startswith((".", "/", "~")) else known
+    return Path(base.id).name if base.id.startswith((".", "/", "~")) else base.id
 
 
 def _front_matter(name: str, manifest: Manifest) -> str:
     import yaml
 
-    tuned, evaluated = manifest.stage("finetune"), manifest.stage("evaluate_tuned").get("result", {})
-    base = tuned["inputs"]["base"]
+    training, evaluated = manifest.require_training(), _evaluated(manifest, "tuned")
+    base = training.base
     fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if base.get("revision"):  # only a hub id has one
-        fields["base_model"] = base["id"]
-    if "Apache-2.0" in base.get("note", ""):
+    if base.revision:  # only a hub id has one
+        fields["base_model"] = base.id
+    if "Apache-2.0" in base.note:
         fields["license"] = "apache-2.0"
-    fields["tags"] = ["granite", "gguf", tuned["inputs"]["parameters"]["method"], "granite-pipeline"]
+    fields["tags"] = ["granite", "gguf", training.parameters["method"], "granite-pipeline"]
     if evaluated:
         metrics = [
             {"type": key, "value": evaluated[key]}
@@ -108,8 +105,13 @@ def _certificate(certificate: Mapping[str, Any] | None, changed: Sequence[str]) 
     return "\n".join([*lines, ""])
 
 
+def _evaluated(manifest: Manifest, which: str) -> dict[str, Any]:
+    stage = manifest.stage(f"evaluate_{which}")
+    return stage.result if stage else {}
+
+
 def _scores(manifest: Manifest) -> str:
-    before, after = (manifest.stage(f"evaluate_{which}").get("result", {}) for which in ("base", "tuned"))
+    before, after = _evaluated(manifest, "base"), _evaluated(manifest, "tuned")
     if not after:
         return ""
     rows = [
@@ -132,12 +134,10 @@ llama-server -m unsloth.Q8_0.gguf --jinja -c 4096 --port 8005
 
 
 def _making(manifest: Manifest) -> str:
-    tuned = manifest.stage("finetune")
-    chosen = {k: v for k, v in tuned["inputs"]["parameters"].items() if v is not None and k not in ("base", "data", "eval_data")}
-    hashes = {path: seen["sha256"] for stage in manifest.data["stages"].values() for path, seen in stage["artefacts"].items()}
-    hashes |= {f"dataset ({part})": sha256 for part, sha256 in tuned["inputs"]["data"].items()} | {
-        "base": tuned["inputs"]["base"]["sha256"]
-    }
+    training = manifest.require_training()
+    chosen = {k: v for k, v in training.parameters.items() if v is not None and k not in ("base", "data", "eval_data")}
+    hashes = {path: seal.sha256 for stage in manifest.stages.values() for path, seal in stage.artefacts.items()}
+    hashes |= {f"dataset ({part})": sha256 for part, sha256 in training.data.items()} | {"base": training.base.sha256}
     lines = ["## How it was made", "", ", ".join(f"{plain(k)} {plain(v)}" for k, v in chosen.items()) + ".", ""]
     return "\n".join([*lines, "| part | sha256 |", "| --- | --- |", *(f"| {plain(k)} | `{v}` |" for k, v in hashes.items()), ""])
 
@@ -163,7 +163,7 @@ def plan(run: RunFolder, parts: tuple[str, ...] = PARTS) -> list[Upload]:
     if unknown:
         raise InputError(f"no part {unknown[0]!r}", remedy=f"known: {', '.join(PARTS)}")
     chosen: list[tuple[Path, str]] = [(write_card(run), "README.md")]
-    chosen += [(_public(run, path), path.name) for path in (run.manifest, run.certificate / "certificate.json") if path.is_file()]
+    chosen += [(_public(run, path), path.name) for path in (run.manifest, run.certificate_file) if path.is_file()]
     if "merged" in parts:
         chosen += [(path, path.name) for path in sorted(run.merged.iterdir()) if path.is_file()]
     if "gguf" in parts:
@@ -198,7 +198,7 @@ def _public(run: RunFolder, path: Path) -> Path:
 
 def require_current_certificate(run: RunFolder) -> None:
     """InputError unless every link is proven, by a certificate with servers that is about the files as they are now."""
-    path = run.certificate / "certificate.json"
+    path = run.certificate_file
     remedy = f"granite-pipeline certify --run {run.name}, or push with --uncertified"
     if not path.is_file():
         raise InputError(f"run {run.name} has no certificate", remedy=remedy)

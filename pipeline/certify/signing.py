@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
-from pipeline.certify.finding import Finding, held
 from pipeline.errors import InputError, MissingDependency
+from pipeline.report.check import Check, held
 from pipeline.runs.files import read_json
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import sha256_tree
@@ -41,7 +41,7 @@ def verify(run: RunFolder, public_key: Path) -> str | None:
     return None
 
 
-def check_signed(run: RunFolder, public_key: Path) -> Finding:
+def check_signed(run: RunFolder, public_key: Path) -> Check:
     """The signed certificate is the one on disk, and it is about the files as they are now."""
     reason = verify(run, public_key)
     if reason is None:
@@ -55,7 +55,7 @@ def check_signed(run: RunFolder, public_key: Path) -> Finding:
 
 
 def _paths(run: RunFolder) -> tuple[Path, Path]:
-    return run.certificate / "certificate.json", run.certificate / SIGNATURE
+    return run.certificate_file, run.certificate / SIGNATURE
 
 
 def _library() -> ModuleType:

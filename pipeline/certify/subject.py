@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pipeline.errors import InputError
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import sha256_tree
-from pipeline.runs.manifest import Manifest
+from pipeline.runs.manifest import Manifest, TrainingRecord
 
 
 @dataclass(frozen=True)
@@ -35,27 +33,9 @@ class Subject:
     sha256: Mapping[str, str]
 
     @property
-    def full(self) -> bool:
-        """True after full fine-tuning: ``adapter/`` is then a whole model."""
-        return bool(self.stage("finetune").get("inputs", {}).get("parameters", {}).get("method") == "full")
-
-    @property
-    def cut_short(self) -> bool:
-        """True for a training that was limited on purpose (steps, rows, less than one epoch): a try-out or a test."""
-        asked = self.stage("finetune").get("inputs", {}).get("parameters", {})
-        return asked.get("max_steps") is not None or asked.get("max_rows") is not None or asked.get("epochs", 1) < 1
-
-    def stage(self, name: str) -> dict[str, Any]:
-        """A stage's record in the manifest."""
-        return self.manifest.stage(name)
-
-
-def training_inputs(manifest: Manifest) -> dict[str, Any]:
-    """What the recorded training was given; InputError when there is no whole record of one."""
-    run, inputs = manifest.path.parent.name, manifest.stage("finetune").get("inputs")
-    if not isinstance(inputs, dict) or not {"parameters", "base", "data"} <= set(inputs):
-        raise InputError(f"run {run} has no manifest of a training", remedy=f"granite-pipeline run --name {run}")
-    return inputs
+    def training(self) -> TrainingRecord:
+        """What the fine-tune recorded; InputError when it never finished."""
+        return self.manifest.require_training()
 
 
 def hashes(run: RunFolder) -> dict[str, str]:

@@ -103,7 +103,7 @@ def _execute(folder: RunFolder, chosen: list[str], given: dict[str, Any]) -> tup
     """
     # servers started by a notebook end with this process, however it ends
     os.environ[OWNER_VARIABLE] = str(os.getpid())
-    records, executed, refused = folder.path / "servers", list[Executed](), False
+    records, executed, refused = folder.servers, list[Executed](), False
     before = {(process.engine, process.pid) for process in server.running(records)}
     if before and "04_verify" in chosen:  # it stops what it used, unless told not to
         given = {"KEEP_SERVERS": True, **given}

@@ -54,7 +54,7 @@ def detect(ram_gib: float, ram_free_gib: float, root: Path = Path("/")) -> Found
     if found.gpus:
         return found
     if gpus := detect_amd(root):
-        return Found(gpus, driver=_read(root / "sys/module/amdgpu/version") or None)
+        return Found(gpus, driver=read(root / "sys/module/amdgpu/version") or None)
     if sys.platform == "darwin" and platform.machine() == "arm64":
         return Found((_apple(ram_gib, ram_free_gib),))
     return found
@@ -155,12 +155,12 @@ def detect_amd(root: Path = Path("/")) -> tuple[Gpu, ...]:
     gpus: list[Gpu] = []
     for card in sorted((root / "sys/class/drm").glob("card[0-9]*")):
         device = card / "device"
-        total = _read(device / "mem_info_vram_total")
-        if _read(device / "vendor") != _AMD or not total.isdigit():
+        total = read(device / "mem_info_vram_total")
+        if read(device / "vendor") != _AMD or not total.isdigit():
             continue
-        used = _read(device / "mem_info_vram_used")
+        used = read(device / "mem_info_vram_used")
         capability = versions[len(gpus)] if len(gpus) < len(versions) else ""
-        name = _read(device / "product_name") or f"AMD {_read(device / 'device')}"
+        name = read(device / "product_name") or f"AMD {read(device / 'device')}"
         free = int(total) - int(used or 0)
         gpus.append(Gpu(name, round(int(total) / GIB, 2), round(free / GIB, 2), capability, "amd"))
     return tuple(gpus)
@@ -171,7 +171,7 @@ def _gfx_versions(root: Path) -> list[str]:
     found = []
     nodes = (root / "sys/class/kfd/kfd/topology/nodes").glob("[0-9]*")
     for node in sorted(nodes, key=lambda p: int(p.name)):
-        words = dict(line.split(maxsplit=1) for line in _read(node / "properties").splitlines() if " " in line)
+        words = dict(line.split(maxsplit=1) for line in read(node / "properties").splitlines() if " " in line)
         version = int(words.get("gfx_target_version", "0"))
         if version:
             found.append(f"{version // 10000}.{version // 100 % 100}")
@@ -184,7 +184,8 @@ def _apple(ram_gib: float, ram_free_gib: float) -> Gpu:
     return Gpu(asked.stdout.strip() or "Apple GPU", share, min(share, ram_free_gib), "", "apple")
 
 
-def _read(path: Path) -> str:
+def read(path: Path) -> str:
+    """A file of the kernel as text without surrounding white space; "" where there is none."""
     try:
         return path.read_text().strip()
     except OSError:

@@ -127,7 +127,7 @@ def _cgroup_folders(root: Path, controller: str) -> list[Path]:
     Inside a container the path of /proc/self/cgroup may lie outside the mounted tree; then only the mount's root is left.
     """
     folders: list[Path] = []
-    for line in _text(root / "proc/self/cgroup").splitlines():
+    for line in gpus.read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
@@ -138,9 +138,9 @@ def _cgroup_folders(root: Path, controller: str) -> list[Path]:
 
 
 def _cpu_quota(folder: Path) -> float | None:
-    quota, _, period = _text(folder / "cpu.max").strip().partition(" ")
+    quota, _, period = gpus.read(folder / "cpu.max").partition(" ")
     if not quota:
-        quota, period = _text(folder / "cpu.cfs_quota_us").strip(), _text(folder / "cpu.cfs_period_us").strip()
+        quota, period = gpus.read(folder / "cpu.cfs_quota_us"), gpus.read(folder / "cpu.cfs_period_us")
     if not quota or quota == "max" or int(quota) <= 0:
         return None
     return int(quota) / int(period or 100_000)
@@ -148,13 +148,13 @@ def _cpu_quota(folder: Path) -> float | None:
 
 def _reclaimable(folder: Path) -> int:
     """Page cache the kernel gives back under pressure; counted as used by the cgroup but free in practice."""
-    stat = dict(line.split() for line in _text(folder / "memory.stat").splitlines() if len(line.split()) == 2)
+    stat = dict(line.split() for line in gpus.read(folder / "memory.stat").splitlines() if len(line.split()) == 2)
     return int(stat.get("inactive_file", stat.get("total_inactive_file", 0)))
 
 
 def _cpuinfo(root: Path) -> tuple[str, set[str]]:
     name, flags = "", set[str]()
-    for line in _text(root / "proc/cpuinfo").splitlines():
+    for line in gpus.read(root / "proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")
         if key.strip() in ("flags", "Features") and not flags:
             flags = set(value.split())
@@ -164,12 +164,5 @@ def _cpuinfo(root: Path) -> tuple[str, set[str]]:
 
 
 def _integer(path: Path) -> int | None:
-    text = _text(path).strip()
+    text = gpus.read(path)
     return int(text) if text.isdigit() else None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""

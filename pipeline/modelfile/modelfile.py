@@ -16,6 +16,7 @@ from pipeline.modelfile.template import derive, prove
 from pipeline.prompts.chat import ChatTemplate
 from pipeline.runs.files import read_json, read_utf8, write_atomic
 from pipeline.runs.folder import RunFolder
+from pipeline.runs.manifest import BaseRecord
 
 log = logging.getLogger(__name__)
 __all__ = [
@@ -160,11 +161,11 @@ def write_modelfile(
     return run.modelfile
 
 
-def base_license(base: Mapping[str, Any]) -> str | None:
+def base_license(base: BaseRecord) -> str | None:
     """A base's licence: the LICENSE file of a folder, or what is known of the embedded base; None when it cannot be written."""
-    file = Path(base.get("id", "")) / "LICENSE"
+    file = Path(base.id) / "LICENSE"
     if not file.is_file():
-        return base.get("note") or None
+        return base.note or None
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
     except OSError as error:

@@ -1,4 +1,7 @@
-"""The status API: what the selected backend is, whether it answers, which fine-tune it serves; for applications, Prometheus and people."""
+"""The status API: what the selected backend is, whether it answers, which fine-tune it serves; for applications, Prometheus and people.
+
+``python -m pipeline.operate.status --port N`` serves it.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,20 @@ import argparse
 import base64
 import hashlib
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fastapi import FastAPI, Response
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse
 from markupsafe import Markup
+from prometheus_client import generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from pipeline import __version__, config
 from pipeline.config import Settings
@@ -27,7 +33,29 @@ from pipeline.report.certificate import summaries
 from pipeline.runs.folder import DEFAULT_OUTPUT
 from pipeline.runs.text import without_password
 
-DEFAULT_PORT = 8080
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve until SIGTERM."""
+    import uvicorn
+
+    spare_loopback()
+    parser = argparse.ArgumentParser(prog="status_server")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
+    args = parser.parse_args(argv)
+    app = create_app(config.load(), args.output)
+    if is_local(f"http://{args.host}"):
+        app.middleware("http")(only_from_here)
+    uvicorn.run(app, host=args.host, port=args.port, log_level="warning", access_log=False)
+    return 0
+
+
+async def only_from_here(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
+    """Refuse a page of another site, and a name that was made to point here."""
+    if not from_here(request.scope["headers"]):
+        return JSONResponse({"detail": "only this machine is answered: ask as 127.0.0.1 or localhost"}, 403)
+    return await answer(request)
 
 
 def create_app(settings: Settings, output: Path = DEFAULT_OUTPUT) -> FastAPI:
@@ -61,7 +89,7 @@ def add_routes(app: FastAPI, settings: Settings, observer: Observer) -> None:
         return {name: backend_json(seen) for name, seen in observer.seen.items()}
 
     def metrics() -> Response:
-        return PlainTextResponse(exposition(settings, observer), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(exposition(settings, observer), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
 
     def page() -> Response:
         page, policy = status_page(settings, observer)
@@ -101,18 +129,41 @@ def backend_json(seen: Seen) -> dict[str, Any]:
 
 
 def exposition(settings: Settings, observer: Observer) -> str:
-    """Prometheus text: health, latency and selected backend; labels are escaped as the format asks."""
-    lines = []
-    for name, kind, words in (
-        ("granite_backend_healthy", "gauge", "1 when the backend's configured model answers"),
-        ("granite_backend_selected", "gauge", "1 for the backend in LLM_BACKEND"),
-        ("granite_backend_check_age_seconds", "gauge", "seconds since the backend was last asked"),
-        ("granite_model_available", "gauge", "1 when the model is served; run and fine_tune are set for this project's own"),
-        ("granite_model_check_latency_seconds", "gauge", "seconds the last status request took"),
-    ):
-        lines += [f"# HELP {name} {words}", f"# TYPE {name} {kind}"]
-        lines += [f"{name}{_labels(labels)} {value:g}" for labels, value in _samples(name, settings, observer)]
-    return "\n".join(lines) + "\n"
+    """Prometheus text: health, latency and selected backend."""
+    return str(generate_latest(Metrics(settings, observer)).decode())
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What was last seen, as a Prometheus collector: nothing is kept between two requests."""
+
+    settings: Settings
+    observer: Observer
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """The documented gauges."""
+        now = datetime.now(UTC).timestamp()
+        healthy = _gauge("backend_healthy", "1 when the backend's configured model answers", "backend")
+        selected = _gauge("backend_selected", "1 for the backend in LLM_BACKEND", "backend")
+        age = _gauge("backend_check_age_seconds", "seconds since the backend was last asked", "backend")
+        labels = ("backend", "model", "run")
+        words = "1 when the model is served; run and fine_tune are set for this project's own"
+        available = _gauge("model_available", words, *labels, "fine_tune")
+        latency = _gauge("model_check_latency_seconds", "seconds the last status request took", *labels)
+        for backend, seen in self.observer.seen.items():
+            healthy.add_metric([backend], seen.healthy)
+            selected.add_metric([backend], backend == self.settings.llm_backend)
+            age.add_metric([backend], now - seen.checked_at if seen.checked_at else float("inf"))
+            for model in seen.models:
+                run, fine_tune = (model.artefact.run, model.artefact.fine_tune) if model.artefact else ("", "")
+                available.add_metric([backend, model.name, run, fine_tune], model.available)
+                if model.latency_ms is not None:
+                    latency.add_metric([backend, model.name, run], model.latency_ms / 1000)
+        yield from (healthy, selected, age, available, latency)
+
+
+def _gauge(name: str, words: str, *labels: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"granite_{name}", words, labels=labels)
 
 
 def status_page(settings: Settings, observer: Observer) -> tuple[str, str]:
@@ -127,35 +178,6 @@ def status_page(settings: Settings, observer: Observer) -> tuple[str, str]:
     return page, policy
 
 
-def _samples(name: str, settings: Settings, observer: Observer) -> list[tuple[dict[str, str], float]]:
-    now = datetime.now(UTC).timestamp()
-    values: dict[str, Any] = {
-        "granite_backend_healthy": lambda s: float(s.healthy),
-        "granite_backend_selected": lambda s: float(s.address.backend == settings.llm_backend),
-        "granite_backend_check_age_seconds": lambda s: now - s.checked_at if s.checked_at else float("inf"),
-    }
-    if name in values:
-        return [({"backend": backend}, values[name](seen)) for backend, seen in observer.seen.items()]
-    found = []
-    for backend, seen in observer.seen.items():
-        for model in seen.models:
-            ours = model.artefact
-            labels = {"backend": backend, "model": model.name, "run": ours.run if ours else ""}
-            if name == "granite_model_available":
-                found.append(({**labels, "fine_tune": ours.fine_tune if ours else ""}, float(model.available)))
-            elif model.latency_ms is not None:
-                found.append((labels, model.latency_ms / 1000))
-    return found
-
-
-def _labels(labels: Mapping[str, str]) -> str:
-    escaped = (
-        (name, value.replace("\\", r"\\").replace('"', r"\"").replace("\r", r"\r").replace("\n", r"\n"))
-        for name, value in labels.items()
-    )
-    return "{" + ",".join(f'{name}="{value}"' for name, value in escaped) + "}"
-
-
 def _moment(timestamp: float) -> str | None:
     return datetime.fromtimestamp(timestamp, UTC).isoformat(timespec="seconds") if timestamp else None
 
@@ -163,36 +185,6 @@ def _moment(timestamp: float) -> str | None:
 @cache
 def _template() -> Any:
     return html.environment().get_template("status.html.j2")
-
-
-if TYPE_CHECKING:
-    from fastapi import Request, Response
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Serve until SIGTERM."""
-    import uvicorn
-
-    spare_loopback()
-    parser = argparse.ArgumentParser(prog="status_server")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
-    args = parser.parse_args(argv)
-    app = create_app(config.load(), args.output)
-    if is_local(f"http://{args.host}"):
-        app.middleware("http")(only_from_here)
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning", access_log=False)
-    return 0
-
-
-async def only_from_here(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
-    """Refuse a page of another site, and a name that was made to point here."""
-    from fastapi.responses import JSONResponse
-
-    if not from_here(request.scope["headers"]):
-        return JSONResponse({"detail": "only this machine is answered: ask as 127.0.0.1 or localhost"}, 403)
-    return await answer(request)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ from pipeline import __version__
 from pipeline.report import charts, html
 from pipeline.report.answers import Comparison, compare, show
 from pipeline.report.certificate import view
+from pipeline.report.check import Check
 from pipeline.report.phrases import NONE, duration, first_line, flatten, listing, moment, percent, plain, points, was, words
-from pipeline.report.schema import Backend, Check, Example, Feature, Result
+from pipeline.report.schema import Backend, Example, Feature, Result
 from pipeline.runs.text import visible
 
 _OPEN_EXAMPLES = 3
@@ -75,6 +76,7 @@ class Sheet:
 
 def render(result: Result) -> str:
     """The whole page."""
+    titles = {backend.name: backend.shown for backend in result.backends}
     css = (html.TEMPLATES / "report.css").read_text(encoding="utf-8")
     return (
         _environment()
@@ -85,13 +87,13 @@ def render(result: Result) -> str:
             css=Markup(css),
             css_hash=base64.b64encode(hashlib.sha256(css.encode()).digest()).decode(),
             verdict=verdict(result),
-            certificate=view(result.certificate) if result.certificate else None,
+            certificate=view(result.certificate, titles) if result.certificate else None,
             figures=figures(result),
             groups=groups(result),
             charts=_charts(result),
             scores=_score_rows(result),
             table=_backend_table(result.backends),
-            sheets=sheets(result.examples),
+            sheets=sheets(result.examples, titles),
             facts_run=flatten({"run": result.run, "written": result.created_at, "base model": result.base_model.model_dump()}),
         )
     )
@@ -99,14 +101,14 @@ def render(result: Result) -> str:
 
 def verdict(result: Result) -> Verdict:
     """Passed, failed (naming the broken check) or unverified (no engine answered)."""
-    served = [charts.title(b.name) for b in result.backends if b.status == "passed"]
-    skipped = [charts.title(b.name) for b in result.backends if b.status == "skipped"]
+    served = [b.shown for b in result.backends if b.status == "passed"]
+    skipped = [b.shown for b in result.backends if b.status == "skipped"]
     tail = f" {listing(skipped)} {was(skipped)} skipped, not tested." if skipped else ""
     if result.broken or not result.passed:
         broken = tuple(result.broken)
         name = f"Failed: {check_title(broken[0], result)}" if broken else "Failed"
         more = f" {len(broken) - 1} more {'check' if len(broken) == 2 else 'checks'} failed." if len(broken) > 1 else ""
-        text = first_line(broken[0].detail) if broken else "The run did not pass, and no check says why."
+        text = first_line(broken[0].figure) if broken else "The run did not pass, and no check says why."
         return Verdict("failed", name, f"{text}{more}{tail}", broken)
     if not served:
         return Verdict("unverified", "Not verified: no engine answered", f"Nothing was served, so nothing was proven.{tail}")
@@ -118,9 +120,9 @@ def check_title(check: Check, result: Result) -> str:
     """``vllm.prompt_parity`` as 'vLLM, prompt parity'."""
     for backend in result.backends:
         if check.id == backend.name:
-            return charts.title(backend.name)
+            return backend.shown
         if check.id.startswith(f"{backend.name}."):
-            return f"{charts.title(backend.name)}, {words(check.id.removeprefix(f'{backend.name}.'))}"
+            return f"{backend.shown}, {words(check.id.removeprefix(f'{backend.name}.'))}"
     return words(check.id)
 
 
@@ -131,7 +133,7 @@ def figures(result: Result) -> list[Figure]:
     for backend in result.backends:
         if backend.exact is not None:
             note = f"{points(backend.exact - tuned.exact)} the trained model"
-            found.append(Figure(f"Exact, {charts.title(backend.name)}", percent(backend.exact), note, backend.status))
+            found.append(Figure(f"Exact, {backend.shown}", percent(backend.exact), note, backend.status))
     parity = [b.prompt_parity for b in result.backends if b.prompt_parity is not None]
     if parity:
         state = "passed" if all(parity) else "failed"
@@ -156,16 +158,16 @@ def groups(result: Result) -> list[Group]:
     line = [check for check in result.line_checks if not (result.certificate and check.id.startswith("certificate."))]
     found = [_group("Training and export", "", line, "")] if line else []
     for backend in result.backends:
-        name = " ".join(filter(None, [charts.title(backend.name), backend.engine_version]))
+        name = " ".join(filter(None, [backend.shown, backend.engine_version]))
         found.append(_group(name, backend.status, result.checks_of(backend), backend.reason or ""))
     return sorted(found, key=lambda group: group.status != "failed")
 
 
-def sheets(examples: Sequence[Example]) -> list[Sheet]:
-    """Each example with identical answers shown once."""
+def sheets(examples: Sequence[Example], titles: Mapping[str, str]) -> list[Sheet]:
+    """Each example with identical answers shown once; ``titles`` are those of the backends, by name."""
     found = []
     for i, example in enumerate(examples):
-        served = {charts.title(name): text for name, text in example.answers.items()}
+        served = {titles.get(name, visible(name)): text for name, text in example.answers.items()}
         after: dict[str, list[str]] = {}
         for label, text in {"Fine-tuned, in process": example.tuned, **served}.items():
             if text is not None:
@@ -181,14 +183,7 @@ def sheets(examples: Sequence[Example]) -> list[Sheet]:
 def _environment() -> Environment:
     environment = html.environment()
     environment.filters.update(
-        percent=percent,
-        duration=duration,
-        moment=moment,
-        flatten=flatten,
-        words=words,
-        title=charts.title,
-        shell=shlex.join,
-        plain=plain,
+        percent=percent, duration=duration, moment=moment, flatten=flatten, words=words, shell=shlex.join, plain=plain
     )
     return environment
 
@@ -215,7 +210,7 @@ def _charts(result: Result) -> list[tuple[str, Markup]]:
 def _score_rows(result: Result) -> dict[str, Any]:
     base, tuned = result.evaluation.base.shares, result.evaluation.tuned.shares
     scored = [b for b in result.backends if b.exact is not None or b.fields]
-    heads = ["Before", "After", *(charts.title(b.name) for b in scored)]
+    heads = ["Before", "After", *(b.shown for b in scored)]
     names = [n for n in dict.fromkeys([*tuned, *base]) if n != "exact"] + ["exact"]
     columns: list[Mapping[str, float | None]] = [
         base,

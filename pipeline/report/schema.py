@@ -6,13 +6,15 @@ Only the keys of the contract are required; everything else may be missing, and 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 
 from pipeline.errors import InputError
+from pipeline.report.check import Check
+from pipeline.runs.text import visible
 
-Status = Literal["passed", "failed", "skipped", "warning"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -77,12 +79,11 @@ class Training(_Open):
     parameters: dict[str, Any] = {}
 
 
-class Check(_Open):
-    """One thing that was checked; ``id`` starts with the backend's name and a dot where it is about one backend."""
+def _written(checks: list[Check]) -> list[dict[str, str]]:
+    return [{"id": check.id, "status": check.status, "detail": check.figure} for check in checks]
 
-    id: str
-    status: Status
-    detail: str
+
+Checks = Annotated[list[Check], PlainSerializer(_written)]
 
 
 class PromptCount(_Open):
@@ -128,6 +129,7 @@ class Backend(_Open):
     """One engine: how it was started and what it answered."""
 
     name: str
+    title: str | None = None
     status: Literal["passed", "failed", "skipped"]
     reason: str | None
     engine_version: str | None
@@ -144,11 +146,17 @@ class Backend(_Open):
     reasons: list[Reason] = []
     memory_gib: dict[str, float | None] | None = None
     memory_measured_gib: float | None = None
-    checks: list[Check] = []
+    checks: Checks = []
     install: str | None = None
     injection: Injection | None = None
     structured_output: Feature | None = None
     tool_calls: Feature | None = None
+    sha256: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """The engine's name as its makers write it; the name that it is given with where the report does not say."""
+        return visible(self.title or self.name)
 
 
 class Example(_Open):
@@ -178,7 +186,7 @@ class Result(_Open):
     base_model: BaseModelId
     evaluation: Evaluation = Field(alias="eval")
     backends: list[Backend]
-    checks: list[Check]
+    checks: Checks
     created_at: str | None = None
     training: Training = Training()
     examples: list[Example] = []
@@ -197,7 +205,7 @@ class Result(_Open):
             short = check.id.removeprefix(prefix)
             known = found.get(short)
             if known is None or (check.status == "failed" and known.status != "failed"):
-                found[short] = check.model_copy(update={"id": short})
+                found[short] = replace(check, id=short)
         return list(found.values())
 
     @property
@@ -212,10 +220,10 @@ class Result(_Open):
         found = [c for c in self.line_checks if c.status == "failed"]
         for backend in self.backends:
             failed = [c for c in self.checks_of(backend) if c.status == "failed"]
-            found += [c.model_copy(update={"id": f"{backend.name}.{c.id}"}) for c in failed]
+            found += [replace(c, id=f"{backend.name}.{c.id}") for c in failed]
             if backend.status == "failed" and not failed:
                 detail = backend.reason or "the backend failed without naming a check"
-                found.append(Check(id=backend.name, status="failed", detail=detail))
+                found.append(Check(backend.name, "failed", detail))
         return found
 
 
@@ -232,7 +240,7 @@ def parse(data: Mapping[str, Any]) -> Result:
         ) from None
     if result.passed and result.broken:
         first = result.broken[0]
-        raise InputError(f"the result says passed, but {first.id} failed: {first.detail}")
+        raise InputError(f"the result says passed, but {first.id} failed: {first.figure}")
     return result
 
 

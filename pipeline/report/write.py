@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.report import charts, page
+from pipeline.report import junit, page
+from pipeline.report.check import Check
 from pipeline.report.phrases import NONE, percent
-from pipeline.report.schema import Backend, Check, Result, parse
+from pipeline.report.schema import Backend, Result, parse
 from pipeline.runs.files import disk_errors_named, require_free_space, write_atomic, write_json
 from pipeline.runs.text import clean, visible
 
@@ -68,14 +68,8 @@ def render_html(result: Mapping[str, Any]) -> str:
 def junit_xml(result: Mapping[str, Any]) -> str:
     """One suite for the line and one per backend, one test case per check."""
     run = parse(clean(result))
-    report = JUnitXml(visible(run.run))
-    report.add_testsuite(_suite(run.run, "line", run.line_checks))
-    for backend in run.backends:
-        report.add_testsuite(_suite(run.run, backend.name, _backend_checks(run.checks_of(backend), backend)))
-    report.update_statistics()
-    text = report.tostring()
-    body = text.decode("utf-8") if isinstance(text, bytes) else str(text)
-    return f'<?xml version="1.0" encoding="UTF-8"?>\n{body}\n'
+    suites = [("line", run.line_checks), *((b.name, _backend_checks(run.checks_of(b), b)) for b in run.backends)]
+    return junit.junit_xml(run.run, [(name, f"{run.run}.{name}", checks) for name, checks in suites])
 
 
 def summary_table(result: Mapping[str, Any]) -> Table:
@@ -108,7 +102,7 @@ def _probe_lines(run: Result) -> list[str]:
         if backend.injection:
             parts.insert(0, backend.injection.detail)
         if parts:
-            found.append(visible(f"{charts.title(backend.name)}: {'; '.join(parts)}"))
+            found.append(visible(f"{backend.shown}: {'; '.join(parts)}"))
     return found
 
 
@@ -118,26 +112,11 @@ def _row(backend: Backend) -> list[Text]:
     speed = f"{backend.tokens_per_second:.1f}" if backend.tokens_per_second is not None else NONE
     status = Text(backend.status, style=_STYLES[backend.status])
     figures = [percent(backend.exact), parity, percent(backend.finish_stop), first, speed]
-    return [Text(charts.title(backend.name)), status, *(Text(figure) for figure in figures)]
+    return [Text(backend.shown), status, *(Text(figure) for figure in figures)]
 
 
 def _backend_checks(checks: Sequence[Check], backend: Backend) -> list[Check]:
     """The backend's checks, plus one for the backend itself when no check tells its status."""
     if backend.status == "passed" or any(c.status == backend.status for c in checks):
         return list(checks)
-    return [*checks, Check(id="backend", status=backend.status, detail=backend.reason or "no reason given")]
-
-
-def _suite(run: str, name: str, checks: Sequence[Check]) -> TestSuite:
-    suite = TestSuite(visible(name))
-    for check in checks:
-        case = TestCase(visible(check.id), classname=visible(f"{run}.{name}"))
-        detail = visible(check.detail)
-        if check.status == "failed":
-            case.result = [Failure(detail)]
-        elif check.status == "skipped":
-            case.result = [Skipped(detail)]
-        else:
-            case.system_out = f"warning: {detail}" if check.status == "warning" else detail
-        suite.add_testcase(case)
-    return suite
+    return [*checks, Check("backend", backend.status, backend.reason or "no reason given")]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,124 @@ SCHEMA = 1
 _KEPT = 20
 
 
+@dataclass(frozen=True)
+class Seal:
+    """An artefact as its stage left it."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What a finished stage recorded; ``key`` is the hash of ``inputs``, artefacts are named relative to the run folder."""
+
+    key: str
+    inputs: Mapping[str, Any]
+    artefacts: Mapping[str, Seal]
+    result: dict[str, Any]
+    seconds: float
+    finished_at: str
+    raw: Mapping[str, Any] = field(repr=False, compare=False)
+
+    @property
+    def intact(self) -> bool | None:
+        """Whether the record is as it was written; None when an older version wrote no seal."""
+        return seal_holds(self.raw)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> StageRecord:
+        """Read what the manifest holds of a stage; KeyError, TypeError or AttributeError when it is something else."""
+        return cls(
+            key=raw["key"],
+            inputs={**raw.get("inputs", {})},
+            artefacts={name: Seal(seen["sha256"], seen["bytes"]) for name, seen in raw["artefacts"].items()},
+            result={**raw["result"]},
+            seconds=raw["seconds"],
+            finished_at=raw["finished_at"],
+            raw=raw,
+        )
+
+
+@dataclass(frozen=True)
+class BaseRecord:
+    """The base model a training began with: id or folder, hub revision (None for a folder), hash of its files, what it is."""
+
+    id: str = ""
+    revision: str | None = None
+    sha256: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What the fine-tune recorded: what it was given (``base``, ``data`` hashes by part, ``parameters``), then what came of it.
+
+    ``history`` has a record a logged step, ``eval_loss`` is the held-out loss ``before`` and ``after``, ``system`` the system
+    message that all rows share, ``date`` what dated chat templates were told. What an older version did not record is empty.
+    """
+
+    base: BaseRecord
+    data: Mapping[str, str]
+    parameters: Mapping[str, Any]
+    method: str = ""
+    trainer: str = ""
+    dtype: str = ""
+    steps: int = 0
+    train_seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    rows: Mapping[str, Any] = field(default_factory=dict)
+    eval_loss: Mapping[str, float] = field(default_factory=dict)
+    history: Sequence[Mapping[str, Any]] = ()
+    system: str | None = None
+    date: str | None = None
+
+    @classmethod
+    def of(cls, record: StageRecord) -> TrainingRecord:
+        """Take the fields from the fine-tune's record."""
+        given, base = record.inputs, record.inputs.get("base", {})
+        known = {name: record.result[name] for name in cls.__dataclass_fields__ if name in record.result}
+        what = BaseRecord(**{name: base[name] for name in BaseRecord.__dataclass_fields__ if name in base})
+        return cls(**known | {"base": what, "data": given.get("data", {}), "parameters": given.get("parameters", {})})
+
+    @property
+    def full(self) -> bool:
+        """True after full fine-tuning: ``adapter/`` is then a whole model."""
+        return bool(self.parameters.get("method") == "full")
+
+    @property
+    def cut_short(self) -> bool:
+        """True for a training that was limited on purpose (steps, rows, less than one epoch): a try-out or a test."""
+        asked = self.parameters
+        return asked.get("max_steps") is not None or asked.get("max_rows") is not None or asked.get("epochs", 1) < 1
+
+
+@dataclass(frozen=True)
+class ServedRecord:
+    """One backend of the last verification: what was started, with which flags, on which file; None where it is not known."""
+
+    engine_version: str | None = None
+    argv: Sequence[str] | None = None
+    env: Mapping[str, str] | None = None
+    sha256: str | None = None
+    status: str | None = None
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def intact(self) -> bool:
+        """Whether the record has a seal and is as it was written."""
+        return bool(seal_holds(self.raw))
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> ServedRecord:
+        """Read what the manifest holds of a backend, or what a report entry says of it."""
+        return cls(**{name: raw.get(name) for name in cls.__dataclass_fields__ if name != "raw"}, raw=raw)
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest keeps it, with its seal."""
+        return sealed({name: value for name, value in vars(self).items() if name != "raw"})
+
+
 class Manifest:
     """``manifest.json`` of one run; artefact paths are stored relative to its folder."""
 
@@ -28,20 +147,49 @@ class Manifest:
         if path.exists():
             self.data = _checked(read_json(path), path)
 
-    def stage(self, name: str) -> dict[str, Any]:
-        """What a stage recorded, or an empty dict."""
-        found: dict[str, Any] = self.data["stages"].get(name, {})
-        return found
+    @property
+    def run(self) -> str:
+        """Name of the run."""
+        return str(self.data["run"])
+
+    @property
+    def stages(self) -> dict[str, StageRecord]:
+        """What every finished stage recorded, by its name."""
+        return {name: StageRecord.from_json(raw) for name, raw in self.data["stages"].items()}
+
+    def stage(self, name: str) -> StageRecord | None:
+        """What a stage recorded; None when it never finished."""
+        raw = self.data["stages"].get(name)
+        return None if raw is None else StageRecord.from_json(raw)
+
+    @property
+    def training(self) -> TrainingRecord | None:
+        """What the fine-tune recorded; None when it never finished."""
+        record = self.stage("finetune")
+        return TrainingRecord.of(record) if record else None
+
+    def require_training(self) -> TrainingRecord:
+        """As :attr:`training`; InputError when no whole record of a fine-tune is there."""
+        record = self.stage("finetune")
+        if record is None or not {"parameters", "base", "data"} <= set(record.inputs):
+            name = self.path.parent.name
+            raise InputError(f"run {name} has no finished fine-tune", remedy=f"granite-pipeline train --name {name}")
+        return TrainingRecord.of(record)
+
+    @property
+    def served(self) -> dict[str, ServedRecord]:
+        """What the last verification served, by backend."""
+        return {name: ServedRecord.from_json(raw) for name, raw in self.data.get("served", {}).items()}
 
     def is_current(self, name: str, inputs: Mapping[str, Any]) -> bool:
         """True when the stage ran with exactly these inputs and its artefacts are on disk unchanged."""
         return self.holds(self.stage(name), inputs)
 
-    def holds(self, entry: Mapping[str, Any], inputs: Mapping[str, Any]) -> bool:
-        """True when an entry was made with exactly these inputs and its artefacts are on disk unchanged."""
-        if not entry or entry["key"] != sha256_json(inputs):
+    def holds(self, record: StageRecord | None, inputs: Mapping[str, Any]) -> bool:
+        """True when a record was made with exactly these inputs and its artefacts are on disk unchanged."""
+        if record is None or record.key != sha256_json(inputs):
             return False
-        return all(self._unchanged(relative, seen) for relative, seen in entry["artefacts"].items())
+        return all(self._unchanged(relative, seen) for relative, seen in record.artefacts.items())
 
     def record(
         self, name: str, inputs: Mapping[str, Any], artefacts: list[Path], result: Mapping[str, Any], seconds: float
@@ -58,7 +206,7 @@ class Manifest:
         return {
             "key": sha256_json(inputs),
             "inputs": dict(inputs),
-            "artefacts": {p.relative_to(self.path.parent).as_posix(): self._seal(p) for p in artefacts if p.exists()},
+            "artefacts": {p.relative_to(self.path.parent).as_posix(): asdict(self.seal(p)) for p in artefacts if p.exists()},
             "result": dict(result),
             "seconds": round(seconds, 1),
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -66,16 +214,21 @@ class Manifest:
 
     def artefact_sha256(self, stage: str, relative: str) -> str:
         """Recorded hash of an artefact; KeyError when the stage has not made it."""
-        return str(self.data["stages"][stage]["artefacts"][relative]["sha256"])
+        return self.stages[stage].artefacts[relative].sha256
 
     def changed(self) -> list[tuple[str, str, str]]:
         """(stage, artefact, "missing" or "changed") for every artefact that is not as its stage recorded it."""
-        found = []
-        for name, stage in self.data["stages"].items():
-            for relative, seen in stage["artefacts"].items():
-                if not self._unchanged(relative, seen):
-                    found.append((name, relative, "changed" if (self.path.parent / relative).exists() else "missing"))
-        return found
+        return [
+            (name, relative, "changed" if (self.path.parent / relative).exists() else "missing")
+            for name, stage in self.stages.items()
+            for relative, seen in stage.artefacts.items()
+            if not self._unchanged(relative, seen)
+        ]
+
+    def record_served(self, served: Mapping[str, ServedRecord]) -> None:
+        """Store what a verification served, in place of what the one before did; written atomically."""
+        with self.changing() as data:
+            data["served"] = {name: one.to_json() for name, one in served.items()}
 
     def append(self, key: str, entry: Mapping[str, Any]) -> None:
         """Add a dated entry to a list in the manifest, of which the last twenty are kept; written atomically."""
@@ -96,16 +249,17 @@ class Manifest:
             yield self.data
             write_json(self.path, masked(self.data))
 
-    def _unchanged(self, relative: str, seen: Mapping[str, Any]) -> bool:
+    def _unchanged(self, relative: str, seen: Seal) -> bool:
         path = self.path.parent / relative
-        return path.exists() and tree_bytes(path) == seen["bytes"] and self.sha256(path) == seen["sha256"]
+        return path.exists() and tree_bytes(path) == seen.bytes and self.sha256(path) == seen.sha256
 
     def sha256(self, path: Path) -> str:
         """Hash of a file or folder, read again only when the file system says that it changed."""
         return HashCache(self.path.parent).tree(path)
 
-    def _seal(self, path: Path) -> dict[str, Any]:
-        return {"sha256": self.sha256(path), "bytes": tree_bytes(path)}
+    def seal(self, path: Path) -> Seal:
+        """Hash and size of a file or folder as it is now."""
+        return Seal(self.sha256(path), tree_bytes(path))
 
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,12 +276,13 @@ def seal_holds(record: Mapping[str, Any]) -> bool | None:
 
 def _checked(data: Any, path: Path) -> dict[str, Any]:
     """The manifest when it has the form that every stage relies on; InputError otherwise."""
-    stages = data.get("stages") if isinstance(data, dict) else None
-    whole = isinstance(stages, dict) and all(
-        isinstance(stage, dict) and {"key", "artefacts", "result", "seconds", "finished_at"} <= set(stage)
-        for stage in stages.values()
-    )
-    if not whole or data.get("schema") != SCHEMA:
+    try:
+        whole = data["schema"] == SCHEMA and isinstance(data["stages"], dict)
+        for raw in data["stages"].values():
+            StageRecord.from_json(raw)
+    except (KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
         raise InputError(f"{path} is not a run's manifest", remedy="move it away; the stages then run again")
     return dict(data)
 

@@ -80,16 +80,16 @@ def manifest_hash(manifest: Manifest) -> str:
 
 
 def _sealed(manifest: Manifest, path: Path) -> Artefact | None:
-    for stage in manifest.data["stages"].values():
-        seal = stage["artefacts"].get(path.name)
+    for stage in manifest.stages.values():
+        seal = stage.artefacts.get(path.name)
         if seal is None:
             continue
-        if tree_bytes(path) != seal["bytes"]:
+        if tree_bytes(path) != seal.bytes:
             return None
-        made_from = stage["inputs"].get("merged")
+        made_from = stage.inputs.get("merged")
         if path.suffix == ".gguf" and made_from != manifest.artefact_sha256("merge", "merged_fp16"):
             return None
-        return Artefact(str(manifest.data["run"]), manifest_hash(manifest), path.name, str(seal["sha256"]))
+        return Artefact(manifest.run, manifest_hash(manifest), path.name, seal.sha256)
     return None
 
 
@@ -111,7 +111,7 @@ def write(servers: Path, engine: str, said: Mapping[str, Any], loaded: Artefact 
 
 def of_run(run: RunFolder, engine: str) -> Note | None:
     """What this engine serves of a run, or served last; None when that was never started from here."""
-    return _read(note_path(run.path / "servers", engine))
+    return _read(note_path(run.servers, engine))
 
 
 def every(output: Path) -> Iterator[Note]:

@@ -3,50 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from pipeline import engines
 from pipeline.errors import PipelineError
 from pipeline.prompts.conversation import Conversation
+from pipeline.report.check import Check, held
 from pipeline.verify.prober import Prober, Streamed
 from pipeline.verify.score import HeldOut
-
-Status = Literal["passed", "failed", "skipped", "warning"]
 
 # served answers may differ from the reference by rounding (Q8_0, another kernel); this much of ``exact`` is allowed
 EXACT_TOLERANCE = 0.05
 FINISH_TOLERANCE = 0.05
 
 
-@dataclass(frozen=True)
-class Check:
-    """The outcome of one check; ``detail`` holds the figures, for people."""
-
-    id: str
-    status: Status
-    detail: str
-
-    def to_json(self) -> dict[str, str]:
-        """As in report.json."""
-        return asdict(self)
-
-
-def verdict(check_id: str, passed: bool, detail: str) -> Check:
-    """A check that can only pass or fail."""
-    return Check(check_id, "passed" if passed else "failed", detail)
-
-
 def chat(engine: str, answer: str, reference: str) -> Check:
     """The engine answers at all, where the model in this process does."""
     silent = "; the trained model itself answers nothing here" if not reference.strip() else ""
-    return verdict(f"{engine}.chat", bool(answer.strip() or silent), f"answered {len(answer)} characters{silent}")
+    return held(f"{engine}.chat", bool(answer.strip() or silent), f"answered {len(answer)} characters{silent}")
 
 
 def listed(engine: str, model: str, names: Sequence[str]) -> Check:
     """The model is among those the server lists."""
     known = model in names or f"{model}:latest" in names
-    return verdict(f"{engine}.model_listed", known, f"{model} among {', '.join(names) or 'no models'}")
+    return held(f"{engine}.model_listed", known, f"{model} among {', '.join(names) or 'no models'}")
 
 
 def streamed(engine: str, answers: Sequence[Streamed], whole: Sequence[str]) -> Check:
@@ -54,7 +34,7 @@ def streamed(engine: str, answers: Sequence[Streamed], whole: Sequence[str]) -> 
     same = sum(a.text.strip() == text.strip() for a, text in zip(answers, whole, strict=True))
     pieces = all(a.chunks > 1 for a in answers if len(a.text) > 20)
     ok = bool(answers) and pieces and same >= len(answers) - 1  # batches of another size may tip one near-tie
-    return verdict(f"{engine}.streaming", ok, f"{same} of {len(answers)} streamed answers equal the unstreamed ones")
+    return held(f"{engine}.streaming", ok, f"{same} of {len(answers)} streamed answers equal the unstreamed ones")
 
 
 def allowed(tolerance: float, count: int) -> float:
@@ -67,13 +47,13 @@ def exact(engine: str, served: float, reference: float, count: int) -> Check:
     most = allowed(EXACT_TOLERANCE, count)
     detail = f"exact {served:.3f} served, {reference:.3f} in process (allowed difference {most:.2g})"
     # scores are rounded to four digits
-    return verdict(f"{engine}.exact", abs(served - reference) <= most + 1e-4, detail)
+    return held(f"{engine}.exact", abs(served - reference) <= most + 1e-4, detail)
 
 
 def finish(engine: str, served: float, reference: float, count: int) -> Check:
     """Answers end by themselves as often as they do in process, within FINISH_TOLERANCE or one of ``count`` answers."""
     detail = f"{served:.1%} of answers ended with stop, {reference:.1%} in process"
-    return verdict(f"{engine}.finish_stop", served >= reference - allowed(FINISH_TOLERANCE, count) - 1e-4, detail)
+    return held(f"{engine}.finish_stop", served >= reference - allowed(FINISH_TOLERANCE, count) - 1e-4, detail)
 
 
 async def parity(prober: Prober, rows: Sequence[HeldOut], expected: Sequence[tuple[str, list[int]]]) -> Check:

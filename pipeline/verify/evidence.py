@@ -14,6 +14,7 @@ from pipeline import engines
 from pipeline.engines.base import Engine
 from pipeline.errors import PipelineError
 from pipeline.model.tokenizer import Tokenizer
+from pipeline.report.check import Check
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import sha256_tree
 from pipeline.serve.notes import written_after
@@ -57,7 +58,7 @@ class Evidence:
     dtype: str
     rows: tuple[int, ...]
     answers: tuple[Answer, ...]
-    parity: checks.Check | None
+    parity: Check | None
     probes: Mapping[int, Mapping[int, float]]
     controls: Mapping[int, Mapping[int, float]]
     file: str | None

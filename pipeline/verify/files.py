@@ -18,9 +18,9 @@ from pipeline.prompts.conversation import load_suite
 from pipeline.prompts.parity import Reference, compare
 from pipeline.prompts.renderers import JinjaRenderer
 from pipeline.prompts.stops import Token, folder_problems, gguf_problems, special_ids, turn_end
+from pipeline.report.check import Check, held
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
-from pipeline.verify.checks import Check, verdict
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,12 @@ def stop_problems(run: RunFolder, template: ChatTemplate) -> list[str]:
 
 def system_problems(run: RunFolder) -> list[str]:
     """A Modelfile whose SYSTEM is only the beginning of the system message that all training rows share."""
-    trained = Manifest(run.manifest).stage("finetune").get("result", {}).get("system")
+    training = Manifest(run.manifest).training
+    trained = training and training.system
     if not trained or not run.modelfile.is_file():
         return []
     written = parse_modelfile(run.modelfile.read_text(encoding="utf-8")).system
-    if written and written != trained and str(trained).startswith(written):
+    if written and written != trained and trained.startswith(written):
         return [f"the Modelfile's SYSTEM is cut: {written!r}, trained with {trained!r}"]
     return []
 
@@ -88,8 +89,8 @@ def run_checks(run: RunFolder) -> list[Check]:
     trained = trained_template(run)
     problems = stop_problems(run, trained.template) + system_problems(run)
     return [
-        verdict("export.chat_template", *_template_verdict(run, trained)),
-        verdict("export.stops", not problems, "; ".join(problems) or "end and pad tokens agree in every file"),
+        held("export.chat_template", *_template_verdict(run, trained)),
+        held("export.stops", not problems, "; ".join(problems) or "end and pad tokens agree in every file"),
     ]
 
 
@@ -110,5 +111,5 @@ def _template_verdict(run: RunFolder, trained: Trained) -> tuple[bool, str]:
 
 
 def _recorded(run: RunFolder) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = Manifest(run.manifest).stage("merge").get("result", {}).get("tokenizer", {})
-    return found
+    merge = Manifest(run.manifest).stage("merge")
+    return merge.result.get("tokenizer", {}) if merge else {}

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Settings
+from pipeline.report.check import Check
 from pipeline.runs.files import write_json
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import sha256_json
 from pipeline.runs.manifest import Manifest
 from pipeline.serve.start import Endpoint
-from pipeline.verify.checks import Check
 from pipeline.verify.score import Answer
 
 
@@ -66,7 +66,7 @@ def absent(name: str, status: str, reason: str, endpoint: Endpoint | None = None
         "reason": what,
         "install": install or None,
         "prompts": {"total": 0, "passed": 0},
-        "checks": [check.to_json()],
+        "checks": [{"id": check.id, "status": check.status, "detail": check.figure}],
     }
     return Outcome(entry, [check])
 

@@ -68,7 +68,7 @@ def run_servers(run: RunFolder, names: Sequence[str], *, start: bool) -> Iterato
     found, mine, settings = Running(), list[str](), config.load()
     try:
         for name in names:
-            endpoint = serving.attach(name, Target.of_run(run, name)) if (run.path / "servers").is_dir() else None
+            endpoint = serving.attach(name, Target.of_run(run, name)) if (run.servers).is_dir() else None
             if endpoint is None and start:
                 log.info("parity: starting %s", name)
                 begun = backends.start(run, name, settings, Options(purpose="verify", owner=os.getpid()))

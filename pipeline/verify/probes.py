@@ -18,7 +18,7 @@ from pipeline.errors import EngineError, PipelineError
 from pipeline.model.toolcalls import ARGUMENTS, MARKS, NAME, QUESTION, example_call, tool_format
 from pipeline.prompts.conversation import Conversation
 from pipeline.prompts.neutralise import neutralise
-from pipeline.verify.checks import Check
+from pipeline.report.check import Check
 from pipeline.verify.material import Yardstick, _user
 from pipeline.verify.prober import Prober
 from pipeline.verify.score import HeldOut

@@ -13,16 +13,16 @@ from pipeline.config import Settings, resolved
 from pipeline.errors import PipelineError, VerificationFailed
 from pipeline.machine.hardware import Hardware
 from pipeline.net.client import wait_for
+from pipeline.report.check import Check, held
 from pipeline.report.write import ReportPaths, write_report
 from pipeline.runs import interrupt, lock
 from pipeline.runs import log as runlog
 from pipeline.runs.folder import RunFolder
-from pipeline.runs.manifest import Manifest, sealed
+from pipeline.runs.manifest import Manifest, ServedRecord, TrainingRecord
 from pipeline.serve import backends, start
 from pipeline.serve.start import Endpoint, Options
 from pipeline.verify import checks
 from pipeline.verify import outcome as verify_kept
-from pipeline.verify.checks import Check
 from pipeline.verify.files import run_checks
 from pipeline.verify.material import Material, read_material
 from pipeline.verify.outcome import Kept, Outcome, absent, key_of, launched
@@ -68,11 +68,7 @@ def _verify(run: RunFolder, names: Sequence[str], settings: Settings, material: 
             kept.write(name, outcome)
             interrupt.leave_if_asked(f"what {', '.join(outcomes)} answered is kept where it passed")
     report = _assemble(run, material, outcomes)
-    with Manifest(run.manifest).changing() as data:
-        data["served"] = {
-            name: sealed({key: outcome.entry.get(key) for key in ("engine_version", "argv", "env", "sha256", "status")})
-            for name, outcome in outcomes.items()
-        }
+    Manifest(run.manifest).record_served({name: ServedRecord.from_json(one.entry) for name, one in outcomes.items()})
     return report
 
 
@@ -119,7 +115,7 @@ async def _question(endpoint: Endpoint, material: Material, progress: Callable[[
     entry = {
         **launched(endpoint),
         "status": status,
-        "reason": "; ".join(f"{c.id}: {c.detail}" for c in found if c.status == "failed") or None,
+        "reason": "; ".join(f"{c.id}: {c.figure}" for c in found if c.status == "failed") or None,
         # a prompt passes when the served answer is the one the trained model gives in process
         "prompts": {"total": len(rows), "passed": same},
         "exact": scores["exact"],
@@ -129,7 +125,7 @@ async def _question(endpoint: Endpoint, material: Material, progress: Callable[[
         "ttft_ms": _first_tokens(streams),
         "tokens_per_second": round(speed, 1),
         **facts,
-        "checks": [check.to_json() for check in found],
+        "checks": [{"id": c.id, "status": c.status, "detail": c.figure} for c in found],
     }
     return Outcome(entry, found, answers)
 
@@ -186,10 +182,9 @@ def require_passed(report: Mapping[str, Any]) -> None:
 
 def _assemble(run: RunFolder, material: Material, outcomes: dict[str, Outcome]) -> dict[str, Any]:
     manifest = Manifest(run.manifest)
-    tuning = manifest.stage("finetune")
-    result, inputs = tuning["result"], tuning["inputs"]
+    training = manifest.require_training()
     evaluation = {"base": score(material.rows, material.base), "tuned": material.tuned_score}
-    found = [*_line_checks(result, inputs, evaluation), *run_checks(run), *(c for o in outcomes.values() for c in o.checks)]
+    found = [*_line_checks(training, evaluation), *run_checks(run), *(c for o in outcomes.values() for c in o.checks)]
     served = [o for o in outcomes.values() if o.entry["status"] != "skipped"]
     if not served:
         found.append(Check("backends", "failed", "no backend could be started on this machine"))
@@ -198,19 +193,19 @@ def _assemble(run: RunFolder, material: Material, outcomes: dict[str, Outcome]) 
         "run": run.name,
         "passed": all(check.status != "failed" for check in found),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "base_model": inputs["base"],
+        "base_model": asdict(training.base),
         "eval": evaluation,
         "training": {
-            **{key: result[key] for key in ("method", "trainer", "dtype", "steps", "tokens_per_second", "history")},
-            "seconds": result["train_seconds"],
-            "parameters": inputs["parameters"],
+            **{key: getattr(training, key) for key in ("method", "trainer", "dtype", "steps", "tokens_per_second", "history")},
+            "seconds": training.train_seconds,
+            "parameters": training.parameters,
         },
         "backends": [outcome.entry for outcome in outcomes.values()],
-        "checks": [check.to_json() for check in found],
+        "checks": [{"id": c.id, "status": c.status, "detail": c.figure} for c in found],
         "examples": _examples(material, outcomes),
         "manifest": {
-            name: {key: stage[key] for key in ("artefacts", "seconds", "finished_at")}
-            for name, stage in manifest.data["stages"].items()
+            name: {key: stage.raw[key] for key in ("artefacts", "seconds", "finished_at")}
+            for name, stage in manifest.stages.items()
         },
         "hardware": Hardware.detect().to_json(),
         "settings": [asdict(setting) for setting in resolved()],
@@ -218,19 +213,18 @@ def _assemble(run: RunFolder, material: Material, outcomes: dict[str, Outcome]) 
     }
 
 
-def _line_checks(result: dict[str, Any], inputs: dict[str, Any], evaluation: dict[str, Any]) -> list[Check]:
-    loss, base, tuned = result["eval_loss"], evaluation["base"], evaluation["tuned"]
-    asked = inputs["parameters"]
+def _line_checks(training: TrainingRecord, evaluation: dict[str, Any]) -> list[Check]:
+    loss, base, tuned = training.eval_loss, evaluation["base"], evaluation["tuned"]
+    asked = training.parameters
     # a run cut short on purpose (a test, a try-out) is not held to what the whole one reaches
-    whole = asked["max_steps"] is None and asked["max_rows"] is None and asked["epochs"] >= 1
-    demo = asked["base"] == "embedded" and asked["data"] == "soc" and whole
+    demo = asked["base"] == "embedded" and asked["data"] == "soc" and not training.cut_short
     found = [
-        checks.verdict(
+        held(
             "training.learned",
             loss["after"] < loss["before"],
             f"held-out loss {loss['before']:.3f} before, {loss['after']:.3f} after",
         ),
-        checks.verdict(
+        held(
             "eval.not_worse",
             tuned["exact"] >= base["exact"],
             f"exact {base['exact']:.3f} before, {tuned['exact']:.3f} after, {tuned['n']} rows",
@@ -238,7 +232,7 @@ def _line_checks(result: dict[str, Any], inputs: dict[str, Any], evaluation: dic
     ]
     if demo:
         found.append(
-            checks.verdict(
+            held(
                 "eval.exact", tuned["exact"] >= DEMO_MIN_EXACT, f"exact {tuned['exact']:.3f}, at least {DEMO_MIN_EXACT} expected"
             )
         )

@@ -6,9 +6,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.certify.finding import Finding
 from pipeline.certify.links.custody import check_custody
 from pipeline.certify.subject import Data, Subject, hashes
+from pipeline.report.check import Check
 from pipeline.runs.files import write_json
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest, sealed
@@ -41,7 +41,7 @@ def make(run: RunFolder) -> RunFolder:
     return run
 
 
-def judged(run: RunFolder) -> dict[str, Finding]:
+def judged(run: RunFolder) -> dict[str, Check]:
     subject = Subject(run, Manifest(run.manifest), None, "b", Data({"train": "d"}), {}, hashes(run))
     return {finding.id: finding for finding in check_custody(subject)}
 

@@ -59,7 +59,7 @@ def test_a_failing_stage_is_not_recorded_and_its_log_says_why(run: RunFolder) ->
 
     with pytest.raises(PipelineError, match="the merge broke"):
         run_stage(run, "merge", {}, [], work)
-    assert Manifest(run.manifest).stage("merge") == {}
+    assert Manifest(run.manifest).stage("merge") is None
     (logged,) = run.logs.iterdir()
     assert "the merge broke" in logged.read_text()
 

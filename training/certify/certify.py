@@ -11,7 +11,6 @@ from functools import partial
 from pipeline import engines
 from pipeline.certify.bounds import CAST, MEASURED, MERGE, Bound
 from pipeline.certify.certificate import Certificate, make, save
-from pipeline.certify.finding import Finding, Status, guarded, held, skipped
 from pipeline.certify.harness import run_tasks
 from pipeline.certify.links.own import load as load_own
 from pipeline.certify.links.own import run_own
@@ -20,6 +19,7 @@ from pipeline.certify.subject import Subject
 from pipeline.config import Settings
 from pipeline.errors import EnvironmentFailure, Interrupted, PipelineError
 from pipeline.net.client import wait_for
+from pipeline.report.check import Check, Status, guarded, held, skipped
 from pipeline.runs import lock
 from pipeline.runs.files import read_json, write_json
 from pipeline.runs.folder import RunFolder
@@ -83,12 +83,12 @@ def _certify(run: RunFolder, subject: Subject, settings: Settings, scope: Scope)
     return certificate
 
 
-def _models(subject: Subject, scope: Scope, asked: list[tuple[Reference, Material, Plan]]) -> list[Finding]:
+def _models(subject: Subject, scope: Scope, asked: list[tuple[Reference, Material, Plan]]) -> list[Check]:
     """The findings of the models in process; what the backends are then asked is put into ``asked``, unless it cannot be had."""
     if subject.base is None:
         return [skipped("merge.logits", subject.missing["base"])]
 
-    def work() -> list[Finding]:
+    def work() -> list[Check]:
         log.info("certify: the models in process")
         probes.probe(subject.run)
         reference, material = Reference.from_json(read_json(subject.run.probes)), read_material(subject.run)
@@ -103,7 +103,7 @@ def _models(subject: Subject, scope: Scope, asked: list[tuple[Reference, Materia
     return guarded("merge.logits", work, fatal=(Interrupted, EnvironmentFailure))
 
 
-def in_process(reference: Reference) -> list[Finding]:
+def in_process(reference: Reference) -> list[Check]:
     """Base + adapter against the merged sum, and the sum against its float16 cast, as next-token distributions."""
     found = []
     for check_id, key, bound in (("merge.logits", "merge", MERGE), ("merge.cast_logits", "cast", CAST)):
@@ -118,7 +118,7 @@ def in_process(reference: Reference) -> list[Finding]:
     figure = f"on control prompts outside the data: KL from the base {drift['kl']:.2f} nats, top-1 agreement {drift['top1']:.1%}"
     return [
         *found,
-        Finding("tuned.drift", "passed", figure, "stated, not bounded", "what this training does to other topics", drift),
+        Check("tuned.drift", "passed", figure, "stated, not bounded", "what this training does to other topics", drift),
     ]
 
 
@@ -128,13 +128,13 @@ def _stated(bound: Bound) -> str:
 
 def _backend(
     name: str, subject: Subject, settings: Settings, asked: tuple[Reference, Material, Plan], scope: Scope
-) -> list[Finding]:
+) -> list[Check]:
     run, (reference, material, plan) = subject.run, asked
     attached = backends.find(run, name, settings) is not None
     started = backends.start(run, name, settings, Options(purpose="verify", owner=os.getpid()))
     if started.endpoint is None:
         status: Status = "skipped" if started.status == "skipped" else "failed"
-        return [Finding(f"served.{name}", status, started.reason.partition("; to have it: ")[0])]
+        return [Check(f"served.{name}", status, started.reason.partition("; to have it: ")[0])]
     try:
         log.info("certify: %s, %d prompts", name, len(plan.rows))
         evidence = wait_for(collect(started.endpoint, run, material, reference, plan))
@@ -147,14 +147,14 @@ def _backend(
     return [*judge(evidence, subject, reference, material.base, material.tuned), *own]
 
 
-def _own(endpoint: Endpoint, run: RunFolder, scope: Scope) -> list[Finding]:
+def _own(endpoint: Endpoint, run: RunFolder, scope: Scope) -> list[Check]:
     """The user's checks and tasks; one that cannot be asked fails by itself and leaves the other evidence standing."""
-    asked: list[tuple[str, Callable[[], Finding]]] = [(spec, partial(run_own, spec, endpoint, run)) for spec in scope.own]
+    asked: list[tuple[str, Callable[[], Check]]] = [(spec, partial(run_own, spec, endpoint, run)) for spec in scope.own]
     asked += [(scope.tasks, partial(run_tasks, endpoint, run, scope.tasks))] if scope.tasks else []
     found = []
     for name, ask in asked:
         try:
             found.append(ask())
         except PipelineError as error:
-            found.append(Finding(f"own.{endpoint.engine}", "failed", f"{name} could not be asked: {error}"))
+            found.append(Check(f"own.{endpoint.engine}", "failed", f"{name} could not be asked: {error}"))
     return found

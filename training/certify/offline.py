@@ -1,20 +1,21 @@
 """The links of the certificate that need no server: adapter, merge and answers, recomputed from the files."""
 
 import contextlib
+from dataclasses import asdict
 from pathlib import Path
 
 from pipeline.certify import signing
 from pipeline.certify.certificate import Certificate, make, save
-from pipeline.certify.finding import Finding, guarded, held, skipped
 from pipeline.certify.links import adapter, custody, gguf, merged, stops, tuned
-from pipeline.certify.subject import Data, Subject, hashes, training_inputs
+from pipeline.certify.subject import Data, Subject, hashes
 from pipeline.errors import DataError, PipelineError
 from pipeline.model.safetensors import TensorFolder
+from pipeline.report.check import Check, guarded, held, skipped
 from pipeline.runs import lock
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
 from pipeline.verify.score import read_held_out, read_reference
-from training.base import resolve
+from training.base import BaseModel
 from training.datasets.dataset import load, overlap
 from training.parameters import FinetuneParameters
 from training.tuning.finetune import read_split
@@ -39,15 +40,15 @@ def read_subject(run: RunFolder) -> Subject:
     """The run with hashes taken now, its base and its dataset; InputError when nothing was exported."""
     manifest = Manifest(run.manifest)
     missing: dict[str, str] = {}
-    inputs = training_inputs(manifest)
+    training = manifest.require_training()
     base = sha256 = data = None
     try:
-        found = resolve(inputs["parameters"]["base"], run.output / ".base", inputs["base"]["revision"])
+        found = BaseModel.of_run(run)
         base, sha256 = found.folder, found.sha256
     except (PipelineError, OSError, LookupError, TypeError, ValueError) as error:
         missing["base"] = f"the base model cannot be had here: {str(error).splitlines()[0]}"
     try:
-        data = _data(run, FinetuneParameters(**inputs["parameters"]))
+        data = _data(run, FinetuneParameters(**training.parameters))
     except (PipelineError, OSError, LookupError, TypeError, ValueError) as error:
         missing["data"] = f"the dataset cannot be read here: {str(error).splitlines()[0]}"
     return Subject(run, manifest, base, sha256, data, missing, hashes(run))
@@ -68,23 +69,29 @@ def _data(run: RunFolder, params: FinetuneParameters) -> Data:
 
 def described(subject: Subject) -> dict[str, object]:
     """What the certificate says it is about."""
-    inputs = subject.stage("finetune")["inputs"]
-    return {"base": inputs["base"], "data": inputs["data"], "artefacts": dict(subject.sha256), "parameters": inputs["parameters"]}
+    training = subject.training
+    return {
+        "base": asdict(training.base),
+        "data": training.data,
+        "artefacts": dict(subject.sha256),
+        "parameters": training.parameters,
+    }
 
 
-def offline_findings(subject: Subject) -> list[Finding]:
+def offline_findings(subject: Subject) -> list[Check]:
     """Links 1, 2, 3, 5, 6 and 7 as far as files can tell."""
     run = subject.run
     found = [*_adapter(subject), *_merge(subject)]
-    pre = subject.stage("gguf").get("result", {}).get("pre")  # a manifest of an older version has none
+    stage = subject.manifest.stage("gguf")
+    pre = stage.result.get("pre") if stage else None  # a manifest of an older version has none
     found += guarded("gguf.tensors", lambda: gguf.check_gguf(run.merged, run.gguf, pre))
     found += [*stops.check_files(subject), *guarded("tuned.scores", lambda: _answers(subject))]
     return [*found, *guarded("custody.chain", lambda: custody.check_custody(subject))]
 
 
-def _adapter(subject: Subject) -> list[Finding]:
+def _adapter(subject: Subject) -> list[Check]:
     base = subject.base
-    found = guarded("adapter.gradients", lambda: adapter.learnt(subject.stage("finetune")["result"]))
+    found = guarded("adapter.gradients", lambda: adapter.learnt(subject.training))
     if subject.data is not None:
         leaked = subject.data.leaked
         figure = f"{len(leaked)} held-out prompts are training rows too ({', '.join(leaked[:3])})" if leaked else ""
@@ -94,37 +101,37 @@ def _adapter(subject: Subject) -> list[Finding]:
         found.append(skipped("adapter.held_out_unseen", subject.missing["data"]))
     if base is None:
         return [skipped("adapter.moved", subject.missing["base"]), *found]
-    return [*guarded("adapter.moved", lambda: [_moved(subject.run.adapter, base, full=subject.full)]), *found]
+    return [*guarded("adapter.moved", lambda: [_moved(subject.run.adapter, base, full=subject.training.full)]), *found]
 
 
-def _moved(folder: Path, base: Path, *, full: bool) -> Finding:
+def _moved(folder: Path, base: Path, *, full: bool) -> Check:
     if full:
         return adapter.moved_full(TensorFolder(folder), TensorFolder(base))
     return adapter.moved(folder, TensorFolder(base))
 
 
-def _merge(subject: Subject) -> list[Finding]:
+def _merge(subject: Subject) -> list[Check]:
     run, base = subject.run, subject.base
     if base is None:
         return [skipped("merge.tensors", subject.missing["base"])]
 
-    def work() -> list[Finding]:
-        lora = None if subject.full else adapter.read_lora(run.adapter)
+    def work() -> list[Check]:
+        lora = None if subject.training.full else adapter.read_lora(run.adapter)
         return merged.compare_weights(TensorFolder(base), lora, TensorFolder(run.adapter), TensorFolder(run.merged))
 
     return [*guarded("merge.tensors", work), *merged.compare_files(base, run.merged)]
 
 
-def _answers(subject: Subject) -> list[Finding]:
+def _answers(subject: Subject) -> list[Check]:
     """What the recorded in-process answers prove: the scores, the canaries and the stops."""
     run = subject.run
     rows = read_held_out(run.heldout)
     base, after = (read_reference(run.reference(which)) for which in ("base", "tuned"))
     if not len(rows) == len(base) == len(after):
-        return [Finding("tuned.scores", "failed", f"{len(base)} and {len(after)} reference answers to {len(rows)} held-out rows")]
+        return [Check("tuned.scores", "failed", f"{len(base)} and {len(after)} reference answers to {len(rows)} held-out rows")]
     return [
         tuned.check_canaries(base, after),
         *tuned.check_scores(rows, base, after),
         *guarded("stops.turns", lambda: [stops.check_turns(run, rows)]),
-        stops.check_answers("in_process", stops.share_stopped(after), len(after), cut_short=subject.cut_short),
+        stops.check_answers("in_process", stops.share_stopped(after), len(after), cut_short=subject.training.cut_short),
     ]

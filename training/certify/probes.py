@@ -24,7 +24,7 @@ from pipeline.runs.hashes import sha256_file
 from pipeline.runs.manifest import Manifest
 from pipeline.verify.distributions import ROWS, Probe, Reference
 from pipeline.verify.score import read_held_out, read_reference
-from training.base import resolve
+from training.base import BaseModel
 from training.export.merge import Adapter, merged_weights, read_adapter
 from training.memory import evaluate_need, require_memory
 from training.stages import StageResult, run_stage
@@ -49,9 +49,7 @@ class Passage:
 def probe(run: RunFolder, *, force: bool = False) -> StageResult:
     """Leave ``reference/probes.json``; skipped when base, adapter, merged folder and held-out rows are unchanged."""
     manifest = Manifest(run.manifest)
-    tuned = manifest.stage("finetune")
-    parameters = tuned["inputs"]["parameters"]
-    base = resolve(parameters["base"], run.output / ".base", tuned["inputs"]["base"]["revision"])
+    base = BaseModel.of_run(run)
     inputs = {
         "recipe": _RECIPE,
         "heldout": sha256_file(run.heldout),
@@ -62,7 +60,7 @@ def probe(run: RunFolder, *, force: bool = False) -> StageResult:
     }
 
     def work() -> dict[str, Any]:
-        found = reference(run, base.folder, full=parameters["method"] == "full")
+        found = reference(run, base.folder, full=manifest.require_training().full)
         write_json(run.probes, found.to_json())
         return {name: {key: value for key, value in one.items() if key != "divergences"} for name, one in found.figures.items()}
 

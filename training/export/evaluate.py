@@ -18,7 +18,7 @@ from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import sha256_file, sha256_json
 from pipeline.runs.manifest import Manifest
 from pipeline.verify.score import Answer, HeldOut, answer_budget, fields_of, read_held_out, score
-from training.base import resolve
+from training.base import BaseModel
 from training.memory import evaluate_need, require_memory
 from training.stages import Force, StageResult, run_stage
 
@@ -73,10 +73,9 @@ _BATCH_TOKENS = 16384
 def evaluate(run: RunFolder, *, force: Force = False) -> dict[str, StageResult]:
     """Answer the held-out prompts with the base and with ``merged_fp16``; each half is skipped when unchanged."""
     manifest = Manifest(run.manifest)
-    tuned = manifest.stage("finetune")
-    base = resolve(tuned["inputs"]["parameters"]["base"], run.output / ".base", tuned["inputs"]["base"]["revision"])
+    date = manifest.require_training().date
+    base = BaseModel.of_run(run)
     rows = read_held_out(run.heldout)
-    date = tuned["result"].get("date")
     dated = {"date": date} if date and "strftime_now" in ChatTemplate.from_folder(base.folder).source else {}
     # answers in free text were once cut shorter than they are served now
     free = {} if fields_of([row.expected for row in rows]) else {"budget": "free text"}

@@ -15,8 +15,8 @@ from pipeline.prompts.chat import ChatTemplate
 from pipeline.prompts.stops import repair_folder, special_ids, turn_end
 from pipeline.runs.files import read_json, require_free_space, staged, write_atomic, write_json
 from pipeline.runs.folder import RunFolder
-from pipeline.runs.manifest import Manifest
-from training.base import resolve
+from pipeline.runs.manifest import Manifest, TrainingRecord
+from training.base import BaseModel
 from training.memory import merge_need, require_memory
 from training.stages import Force, StageResult, run_stage
 
@@ -68,26 +68,25 @@ class Adapter:
 def merge(run: RunFolder, *, force: Force = False) -> StageResult:
     """Write ``merged_fp16/`` from the run's base and adapter; skipped when both are unchanged."""
     manifest = Manifest(run.manifest)
-    tuned = require_trained(run)
-    parameters = tuned["inputs"]["parameters"]
-    base = resolve(parameters["base"], run.output / ".base", tuned["inputs"]["base"]["revision"])
-    if base.sha256 != tuned["inputs"]["base"]["sha256"]:
+    training = require_trained(run)
+    base = BaseModel.of_run(run)
+    if base.sha256 != training.base.sha256:
         raise ModelError(f"base {base.id} has changed since run {run.name} was trained on it", remedy="train again")
-    inputs = {"recipe": _RECIPE, "base": base.sha256, "adapter": manifest.sha256(run.adapter), "method": parameters["method"]}
-    full = parameters["method"] == "full"
+    method = training.parameters["method"]
+    inputs = {"recipe": _RECIPE, "base": base.sha256, "adapter": manifest.sha256(run.adapter), "method": method}
 
     def work() -> dict[str, Any]:
-        return merge_folder(base.folder, run.adapter, run.merged, full=full)
+        return merge_folder(base.folder, run.adapter, run.merged, full=training.full)
 
     return run_stage(run, STAGE, inputs, [run.merged], work, force=force)
 
 
-def require_trained(run: RunFolder) -> dict[str, Any]:
+def require_trained(run: RunFolder) -> TrainingRecord:
     """What fine-tuning recorded; PipelineError when the run has no adapter yet."""
-    tuned = Manifest(run.manifest).stage("finetune")
-    if not tuned or not run.adapter.is_dir():
+    training = Manifest(run.manifest).training
+    if not training or not run.adapter.is_dir():
         raise PipelineError(f"run {run.name} has no adapter yet", remedy=f"granite-pipeline train --name {run.name}")
-    return tuned
+    return training
 
 
 def merge_folder(base: Path, adapter: Path, merged: Path, *, full: bool = False) -> dict[str, Any]:

@@ -23,8 +23,8 @@ def package(run: RunFolder, *, force: Force = False) -> StageResult:
     """Write ``Modelfile`` beside the GGUF; skipped when neither artefact nor system message changed."""
     skeletons = sha256_tree(Path(pipeline.__file__).parent / "modelfile" / "skeletons")
     manifest = Manifest(run.manifest)
-    tuned = manifest.stage("finetune")
-    system = tuned.get("result", {}).get("system")
+    training = manifest.require_training()
+    system = training.system
     template = sha256_file(run.merged / "chat_template.jinja")
     inputs = {
         "recipe": _RECIPE,
@@ -36,7 +36,7 @@ def package(run: RunFolder, *, force: Force = False) -> StageResult:
 
     def work() -> dict[str, Any]:
         try:
-            write_modelfile(run, system=system, license=base_license(tuned.get("inputs", {}).get("base", {})))
+            write_modelfile(run, system=system, license=base_license(training.base))
         except ModelError as error:
             # every other backend can still serve the run
             run.modelfile.unlink(missing_ok=True)

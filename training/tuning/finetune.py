@@ -73,7 +73,7 @@ def read_split(params: FinetuneParameters) -> Split:
 def finetune(run: RunFolder, params: FinetuneParameters, *, force: Force = False) -> StageResult:
     """Train as ``params`` say and leave ``adapter/`` and ``heldout.jsonl`` in the run folder; skip when already done."""
     data = read_split(params)
-    base = resolve(params.base, run.output / ".base", params.revision)
+    base = resolve(params.base, run.base_cache, params.revision)
     _require_apart(run, base)
     inputs = {"recipe": _RECIPE, "parameters": params.to_json(), "data": data.sha256, "base": base.to_json()}
 

@@ -106,7 +106,7 @@ def trained_tokens(params: FinetuneParameters, run: RunFolder, row: Row) -> Any:
     """The row as the model sees it, token by token; tokens that carry loss are marked."""
     from IPython.display import HTML
 
-    preparer = Preparer(resolve(params.base, run.output / ".base", params.revision).folder)
+    preparer = Preparer(resolve(params.base, run.base_cache, params.revision).folder)
     example = preparer.example(preparer.clean(row))
     pieces = []
     for token, label in zip(example.input_ids, example.labels, strict=True):

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.certify.finding import Finding, held, skipped
 from pipeline.errors import ModelError
 from pipeline.model.safetensors import TensorFolder
+from pipeline.report.check import Check, held, skipped
 from pipeline.runs.files import read_json
+from pipeline.runs.manifest import TrainingRecord
 
 _PREFIX = "base_model.model."
 _DEFINITION = "definition: LoRA's B starts at zero, so an untrained module's delta is exactly 0"
@@ -63,7 +64,7 @@ def read_lora(folder: Path) -> Lora:
     return Lora(pairs, scale, targets if isinstance(targets, str) else tuple(targets), tensors)
 
 
-def moved(folder: Path, base: TensorFolder) -> Finding:
+def moved(folder: Path, base: TensorFolder) -> Check:
     """Every targeted module of the base has a delta that is finite and not zero."""
     lora = read_lora(folder)
     sizes = {weight: delta_norm(*lora.read(weight)) * abs(lora.scale) for weight in lora.halves}
@@ -81,7 +82,7 @@ def moved(folder: Path, base: TensorFolder) -> Finding:
     return held("adapter.moved", not problems, "; ".join([figure, *problems]), "all, each > 0 and finite", _DEFINITION)
 
 
-def moved_full(tuned: TensorFolder, base: TensorFolder) -> Finding:
+def moved_full(tuned: TensorFolder, base: TensorFolder) -> Check:
     """After full fine-tuning: the weights are finite and not the base's."""
     import numpy as np
 
@@ -111,10 +112,10 @@ def delta_norm(a: Any, b: Any) -> float:
     )
 
 
-def learnt(training: Mapping[str, Any]) -> list[Finding]:
+def learnt(training: TrainingRecord) -> list[Check]:
     """Gradients and held-out loss, from the manifest's record of the training (see custody for its seal)."""
-    norms = [float(entry["grad_norm"]) for entry in training.get("history", []) if entry.get("grad_norm") is not None]
-    loss = training.get("eval_loss") or {}
+    norms = [float(entry["grad_norm"]) for entry in training.history if entry.get("grad_norm") is not None]
+    loss = training.eval_loss
     found = [skipped("adapter.gradients", "the trainer logged no gradient norms")]
     if norms:
         ok = all(math.isfinite(norm) for norm in norms) and any(norms)

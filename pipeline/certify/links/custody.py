@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from pipeline import engines
-from pipeline.certify.finding import Finding, guarded, held, skipped
 from pipeline.certify.subject import Subject
+from pipeline.report.check import Check, guarded, held, skipped
 from pipeline.runs.hashes import sha256_json
-from pipeline.runs.manifest import seal_holds
+from pipeline.runs.manifest import ServedRecord
 from pipeline.verify.score import Answer, read_held_out, read_reference, score
 
 _SHA = "SHA-256, taken again now"
@@ -29,69 +29,68 @@ _NEEDED = ("finetune", "merge", "gguf", "evaluate_base", "evaluate_tuned")
 _MODEL_FLAGS = ("--model", "--model-path")
 
 
-def check_custody(subject: Subject) -> list[Finding]:
+def check_custody(subject: Subject) -> list[Check]:
     """Artefacts, joints, base, dataset, the manifest's own records, recorded scores and launches."""
-    lacking = [name for name in _NEEDED if not subject.stage(name)]
+    lacking = [name for name in _NEEDED if name not in subject.manifest.stages]
     if lacking:
         return [
-            Finding("custody.chain", "failed", f"the manifest has no record of {', '.join(lacking)}", "every stage recorded", "")
+            Check("custody.chain", "failed", f"the manifest has no record of {', '.join(lacking)}", "every stage recorded", "")
         ]
     checks = {"artefacts": _artefacts, "chain": _chain, "base": _base, "dataset": _dataset, "records": _records, "scores": _scores, "launch": _launch}  # fmt: skip
     return [found for name, check in checks.items() for found in guarded(f"custody.{name}", partial(_alone, check, subject))]
 
 
-def _alone(check: Callable[[Subject], Finding], subject: Subject) -> list[Finding]:
+def _alone(check: Callable[[Subject], Check], subject: Subject) -> list[Check]:
     return [check(subject)]
 
 
-def _artefacts(subject: Subject) -> Finding:
+def _artefacts(subject: Subject) -> Check:
     problems, count = [], 0
-    for name, stage in subject.manifest.data["stages"].items():
-        for path, seen in stage["artefacts"].items():
+    stages = subject.manifest.stages
+    for name, stage in stages.items():
+        for path, seal in stage.artefacts.items():
             if path not in subject.sha256 and not (subject.run.path / path).exists():
                 problems.append(f"{path} is gone")
             elif path in subject.sha256:
                 count += 1
-                if subject.sha256[path] != seen["sha256"]:
-                    problems.append(
-                        f"{path} is not what {name} made ({subject.sha256[path][:12]}, recorded {seen['sha256'][:12]})"
-                    )
-    recorded = {path for stage in subject.manifest.data["stages"].values() for path in stage["artefacts"]}
+                if subject.sha256[path] != seal.sha256:
+                    problems.append(f"{path} is not what {name} made ({subject.sha256[path][:12]}, recorded {seal.sha256[:12]})")
+    recorded = {path for stage in stages.values() for path in stage.artefacts}
     problems += [f"{path} is no stage's artefact" for path in subject.sha256 if path not in recorded]
     figure = "; ".join(problems) or f"{count} artefacts unchanged"
     return held("custody.artefacts", not problems, figure, "equal hashes", _SHA, sha256=dict(subject.sha256))
 
 
-def _chain(subject: Subject) -> Finding:
-    problems, count = [], 0
+def _chain(subject: Subject) -> Check:
+    problems, count, stages = [], 0, subject.manifest.stages
     for stage, key, maker, path in _JOINTS:
-        if not subject.stage(stage):  # a Modelfile that could not be derived; the file itself is then no stage's artefact
+        if stage not in stages:  # a Modelfile that could not be derived; the file itself is then no stage's artefact
             continue
         count += 1
-        want = subject.stage(maker).get("artefacts", {}).get(path, {}).get("sha256")
-        have = subject.stage(stage).get("inputs", {}).get(key)
+        made = stages[maker].artefacts.get(path)
+        have, want = stages[stage].inputs.get(key), made and made.sha256
         if have is None or have != want:
             problems.append(f"{stage} was made from another {path} ({str(have)[:12]}) than {maker} left ({str(want)[:12]})")
-    base = subject.stage("finetune")["inputs"]["base"]["sha256"]
+    base = subject.training.base.sha256
     for stage, key in (("merge", "base"), ("evaluate_base", "model")):
         count += 1
-        if subject.stage(stage)["inputs"].get(key) != base:
+        if stages[stage].inputs.get(key) != base:
             problems.append(f"{stage} used another base than the training did")
     figure = "; ".join(problems) or f"{count} joints hold"
     return held("custody.chain", not problems, figure, "each input is the stage before's output", _SHA)
 
 
-def _base(subject: Subject) -> Finding:
-    recorded = subject.stage("finetune")["inputs"]["base"]
+def _base(subject: Subject) -> Check:
+    recorded = subject.training.base
     if subject.base_sha256 is None:
         return skipped("custody.base", subject.missing.get("base", "the base model is not here"))
-    same = subject.base_sha256 == recorded["sha256"]
-    figure = f"{recorded['id']} {subject.base_sha256[:12]}" + ("" if same else f", trained on {recorded['sha256'][:12]}")
+    same = subject.base_sha256 == recorded.sha256
+    figure = f"{recorded.id} {subject.base_sha256[:12]}" + ("" if same else f", trained on {recorded.sha256[:12]}")
     return held("custody.base", same, figure, "equal hashes", _SHA)
 
 
-def _dataset(subject: Subject) -> Finding:
-    recorded = subject.stage("finetune")["inputs"]["data"]
+def _dataset(subject: Subject) -> Check:
+    recorded = subject.training.data
     if subject.data is None:
         return skipped("custody.dataset", subject.missing.get("data", "the dataset is not here"))
     changed = [name for name, sha256 in recorded.items() if subject.data.sha256.get(name) != sha256]
@@ -100,30 +99,29 @@ def _dataset(subject: Subject) -> Finding:
     return held("custody.dataset", not changed, figure + problem, "equal hashes", _SHA)
 
 
-def _records(subject: Subject) -> Finding:
+def _records(subject: Subject) -> Check:
     """The manifest says of itself that nobody edited it: every stage's key and seal."""
-    stages = subject.manifest.data["stages"]
-    wrong = [name for name, stage in stages.items() if stage["key"] != sha256_json(stage["inputs"])]
-    wrong += [name for name, stage in stages.items() if seal_holds(stage) is False and name not in wrong]
-    unsealed = [name for name, stage in stages.items() if seal_holds(stage) is None]
+    stages = subject.manifest.stages
+    wrong = [n for n, stage in stages.items() if stage.intact is False or stage.key != sha256_json(stage.inputs)]
+    unsealed = [name for name, stage in stages.items() if stage.intact is None]
     bound, source = "every record as written", "SHA-256 of each stage's record, stored with it"
     if wrong:
-        return Finding("custody.records", "failed", f"edited after they were written: {', '.join(wrong)}", bound, source)
+        return Check("custody.records", "failed", f"edited after they were written: {', '.join(wrong)}", bound, source)
     if unsealed:
         figure = f"no seal on {', '.join(unsealed)}: written by an older version"
-        return Finding("custody.records", "warning", figure, bound, source)
-    return Finding("custody.records", "passed", f"{len(stages)} records as written", bound, source)
+        return Check("custody.records", "warning", figure, bound, source)
+    return Check("custody.records", "passed", f"{len(stages)} records as written", bound, source)
 
 
-def _scores(subject: Subject) -> Finding:
+def _scores(subject: Subject) -> Check:
     """The recorded held-out scores are those of the recorded answers."""
     problems, compared = [], 0
     for which in ("base", "tuned"):
-        recorded = subject.stage(f"evaluate_{which}").get("result")
-        if recorded and subject.run.reference(which).is_file():
+        stage = subject.manifest.stage(f"evaluate_{which}")
+        if stage and stage.result and subject.run.reference(which).is_file():
             compared += 1
             rows, answers = read_held_out(subject.run.heldout), read_reference(subject.run.reference(which))
-            problems += [f"{which}: {text}" for text in _rescored(rows, answers, recorded)]
+            problems += [f"{which}: {text}" for text in _rescored(rows, answers, stage.result)]
     if not compared:
         return skipped("custody.scores", "no recorded scores with their answers to compare")
     return held("custody.scores", not problems, "; ".join(problems) or "recorded scores follow from the answers", "equal", "scored again now")  # fmt: skip
@@ -139,31 +137,28 @@ def _rescored(rows: list[Any], answers: list[Answer], recorded: dict[str, Any]) 
     )
 
 
-def _launch(subject: Subject) -> Finding:
+def _launch(subject: Subject) -> Check:
     """The last launches served this run's artefacts, with flags and version recorded, and these records are as written."""
-    records = subject.manifest.data.get("served", {})
-    served = {name: entry for name, entry in records.items() if entry.get("argv")}
-    edited = [name for name, entry in records.items() if not seal_holds(entry)]
+    records = subject.manifest.served
+    served = {name: record for name, record in records.items() if record.argv}
+    edited = [name for name, record in records.items() if not record.intact]
     if not served and not edited:
         return skipped("custody.launch", "no launch of this run is recorded yet")
     # a server in which the model is made is started without one
     told = [name for name in served if name not in engines.NAMES or not engines.get(name).creates_model]
     foreign = [name for name in told if not _of_run(served[name], subject)]
-    nameless = [name for name, entry in served.items() if not entry.get("engine_version")]
+    nameless = [name for name, record in served.items() if not record.engine_version]
     problems = [f"the record of {name} is not as verify wrote it (granite-pipeline verify writes it anew)" for name in edited]
     problems += [f"{name} was started with a model that is not this run's" for name in foreign]
     problems += [f"{name}: no engine version" for name in nameless]
-    figure = ", ".join(
-        f"{name} {entry.get('engine_version')} (flags {sha256_json(entry['argv'])[:12]})" for name, entry in served.items()
-    )
+    figure = ", ".join(f"{name} {one.engine_version} (flags {sha256_json(one.argv)[:12]})" for name, one in served.items())
     return held("custody.launch", not problems, "; ".join([figure, *problems]), "this run's files", "argv recorded at the start")
 
 
-def _of_run(entry: Mapping[str, Any], subject: Subject) -> bool:
+def _of_run(record: ServedRecord, subject: Subject) -> bool:
     """Whether the model that an engine was told to load (the last one counts) is this run's file, and was when it started."""
-    argv = entry["argv"]
-    told = [value for flag, value in pairwise(argv) if flag in _MODEL_FLAGS]
-    ours, known = (subject.run.merged, subject.run.gguf), entry.get("sha256")
+    told = [value for flag, value in pairwise(record.argv or ()) if flag in _MODEL_FLAGS]
+    ours, known = (subject.run.merged, subject.run.gguf), record.sha256
     if not told or known not in {None, *(subject.sha256.get(path.name) for path in ours)}:
         return False
     # a run folder that was moved since has its hash only

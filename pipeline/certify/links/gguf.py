@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.certify.finding import Finding, guarded, held
 from pipeline.errors import ModelError
 from pipeline.model.gguf import GgufHeader, GgufTensor, read_gguf_header
 from pipeline.model.gguf_names import DERIVED, gguf_tensors
 from pipeline.model.safetensors import TensorFolder
 from pipeline.prompts.chat import ChatTemplate
 from pipeline.prompts.stops import gguf_problems, special_ids, turn_end
+from pipeline.report.check import Check, guarded, held
 from pipeline.runs.files import read_json
 
 # config.json key -> GGUF key; both hold the same number
@@ -46,7 +46,7 @@ _SCALED = {"linear": ("factor",), "yarn": tuple(_SCALING)}
 _HEAD = ("rope.dimension_count", "attention.key_length", "attention.value_length")
 
 
-def metadata(merged: Path, header: GgufHeader, pre: str | None = None) -> Finding:
+def metadata(merged: Path, header: GgufHeader, pre: str | None = None) -> Check:
     """Sizes, multipliers, context, positions, text splitting and end token of the GGUF are the merged folder's."""
     config = read_json(merged / "config.json")
     numbers = dict(_numbers(config))
@@ -153,7 +153,7 @@ _Q8_SOURCE = "Q8_0's definition: half a step of max|block|/127, plus the float16
 _CONTROL = 3
 
 
-def check_gguf(merged: Path, gguf: Path, pre: str | None = None) -> list[Finding]:
+def check_gguf(merged: Path, gguf: Path, pre: str | None = None) -> list[Check]:
     """Tensors, metadata, template and vocabulary of a GGUF against the merged folder it was made from.
 
     ``pre`` is the name of the text splitting rule that the converter gave at export, None where none was recorded.
@@ -167,7 +167,7 @@ def check_gguf(merged: Path, gguf: Path, pre: str | None = None) -> list[Finding
     ]
 
 
-def _tensors(merged: Path, gguf: Path, header: GgufHeader) -> Finding:
+def _tensors(merged: Path, gguf: Path, header: GgufHeader) -> Check:
     config, folder = read_json(merged / "config.json"), TensorFolder(merged)
     stored = {tensor.name: tensor for tensor in header.tensors}
     unknown: list[str] = []
@@ -234,7 +234,7 @@ def read_gguf_tensor(gguf: Path, tensor: GgufTensor) -> Any:
     return raw.view("<f4" if tensor.type == "F32" else "<f2").astype(np.float32)
 
 
-def template(merged: Path, header: GgufHeader) -> Finding:
+def template(merged: Path, header: GgufHeader) -> Check:
     """The chat template inside the GGUF is the merged folder's."""
     ours, theirs = ChatTemplate.from_folder(merged).source, str(header.metadata.get("tokenizer.chat_template") or "")
     # converters may drop line ends at the very end of the file; jinja drops the first of them too
@@ -248,7 +248,7 @@ def _where(ours: str, theirs: str) -> str:
     return f"differs at character {at}: merged {ours[at : at + 30]!r}, GGUF {theirs[at : at + 30]!r}"
 
 
-def _vocabulary(merged: Path, header: GgufHeader) -> Finding:
+def _vocabulary(merged: Path, header: GgufHeader) -> Check:
     tokens, merges, kinds = (header.metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "merges", "token_type"))
     problems = vocabulary_problems(read_json(merged / "tokenizer.json"), tokens or [], merges, kinds)
     figure = "; ".join(problems) or f"{len(tokens or [])} tokens and {len(merges or [])} merges equal"

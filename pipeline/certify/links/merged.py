@@ -9,10 +9,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.certify.finding import Finding, guarded, held
 from pipeline.certify.links.adapter import Lora
 from pipeline.model.safetensors import TensorFolder
 from pipeline.prompts.chat import ChatTemplate
+from pipeline.report.check import Check, guarded, held
 from pipeline.runs.files import read_json
 from pipeline.runs.hashes import sha256_file
 
@@ -41,7 +41,7 @@ class Comparison:
     vanished: int
 
 
-def compare_weights(base: TensorFolder, lora: Lora | None, tuned: TensorFolder, merged: TensorFolder) -> list[Finding]:
+def compare_weights(base: TensorFolder, lora: Lora | None, tuned: TensorFolder, merged: TensorFolder) -> list[Check]:
     """Every merged tensor against base + scale * B @ A (or, with no ``lora``, against the fully tuned weights)."""
     source = base if lora else tuned
     missing = sorted(set(source.names) ^ set(merged.names))
@@ -61,7 +61,7 @@ def compare_weights(base: TensorFolder, lora: Lora | None, tuned: TensorFolder, 
     return [tensors, _cast(seen)]
 
 
-def _cast(seen: list[Comparison]) -> Finding:
+def _cast(seen: list[Comparison]) -> Check:
     error, size = sum(one.squared_error for one in seen), sum(one.squared_size for one in seen)
     share = (error / size) ** 0.5 if size else 0.0
     vanished = sum(one.vanished for one in seen)
@@ -103,7 +103,7 @@ def _diagnosis(bad: list[Comparison], lora: Lora | None) -> str:
     return f"{len(bad)} tensors differ, first {bad[0].name}; in {where}"
 
 
-def compare_files(base: Path, merged: Path) -> list[Finding]:
+def compare_files(base: Path, merged: Path) -> list[Check]:
     """Tokenizer, chat template and configuration beside the merged weights are those of the base."""
     return [
         *guarded("merge.tokenizer", lambda: [_equal("merge.tokenizer", _tokenizer(base, merged))]),
@@ -111,7 +111,7 @@ def compare_files(base: Path, merged: Path) -> list[Finding]:
     ]
 
 
-def _equal(check_id: str, problems: list[str]) -> Finding:
+def _equal(check_id: str, problems: list[str]) -> Check:
     return held(
         check_id, not problems, "; ".join(problems) or "equal", "equal to the base's", "definition: LoRA changes weights only"
     )

@@ -18,9 +18,9 @@ from typing import Any
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.certify.finding import Finding, held
 from pipeline.errors import EngineError, InputError
 from pipeline.prompts.neutralise import control_tokens, neutralise_message
+from pipeline.report.check import Check, held
 from pipeline.runs.folder import RunFolder
 from pipeline.serve.start import Endpoint
 
@@ -29,7 +29,7 @@ _TOKENS = 256
 _SHOWN = 120
 
 
-class Check(BaseModel):
+class Rule(BaseModel):
     """Exactly one way to judge an answer."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -40,7 +40,7 @@ class Check(BaseModel):
     json_schema: dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def _one(self) -> Check:
+    def _one(self) -> Rule:
         given = [name for name in type(self).model_fields if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"a check is one of exact, contains, regex, json_schema; this has {', '.join(given) or 'none'}")
@@ -67,7 +67,7 @@ class Entry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    check: Check
+    check: Rule
     name: str | None = None
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
@@ -144,7 +144,7 @@ def load(spec: str) -> Suite | Callable[[Ask], Mapping[str, bool | float]]:
     return read_suite(Path(spec)) if spec.endswith((".yaml", ".yml")) else load_function(spec)
 
 
-def run_own(spec: str, endpoint: Endpoint, run: RunFolder) -> Finding:
+def run_own(spec: str, endpoint: Endpoint, run: RunFolder) -> Check:
     """Put one ``--eval`` to an endpoint."""
     loaded, ask = load(spec), asker(endpoint, run)
     name = re.sub(r"[^A-Za-z0-9_]+", "_", Path(spec).stem if isinstance(loaded, Suite) else spec)
@@ -156,13 +156,13 @@ def run_own(spec: str, endpoint: Endpoint, run: RunFolder) -> Finding:
     except EngineError:
         raise
     except Exception as error:  # the user's own code may raise anything
-        return Finding(check_id, "failed", f"{spec} raised {error!r}", "every result true, or a share of 1")
+        return Check(check_id, "failed", f"{spec} raised {error!r}", "every result true, or a share of 1")
     wrong = {key: value for key, value in results.items() if value < 1}
     figure = f"{len(results) - len(wrong)} of {len(results)} hold" + "".join(f"; {key} {value:g}" for key, value in wrong.items())
     return held(check_id, bool(results) and not wrong, figure, "every result true, or a share of 1", spec, results=results)
 
 
-def _suite(check_id: str, suite: Suite, ask: Ask) -> Finding:
+def _suite(check_id: str, suite: Suite, ask: Ask) -> Check:
     start = [{"role": "system", "content": suite.system}] if suite.system else []
     cases = []
     for entry in suite.prompts:

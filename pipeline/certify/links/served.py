@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pipeline.certify.bounds import ANSWER_SHARE, MEASURED, distance_bound
-from pipeline.certify.finding import Finding, held, skipped
 from pipeline.certify.links import stops, tuned
 from pipeline.certify.subject import Subject
+from pipeline.report.check import Check, held, skipped
 from pipeline.verify.distributions import Distance, Reference, compare_tops
 from pipeline.verify.evidence import Evidence
 from pipeline.verify.score import Answer
@@ -17,7 +17,7 @@ from pipeline.verify.score import Answer
 
 def judge(
     evidence: Evidence, subject: Subject, reference: Reference, base: Sequence[Answer], after: Sequence[Answer]
-) -> list[Finding]:
+) -> list[Check]:
     """Every finding about one backend."""
     name = evidence.engine
     found = [_file(evidence, subject), _prompts(evidence), _answers(evidence, after), *_distributions(evidence, reference)]
@@ -26,19 +26,19 @@ def judge(
     found.append(tuned.check_served_canaries(name, chosen, base, after, by_row))
     in_process = stops.share_stopped([after[i] for i in evidence.rows])
     share = stops.share_stopped(evidence.answers)
-    found.append(stops.check_answers(name, share, len(evidence.answers), in_process, cut_short=subject.cut_short))
+    found.append(stops.check_answers(name, share, len(evidence.answers), in_process, cut_short=subject.training.cut_short))
     return found
 
 
-def _file(evidence: Evidence, subject: Subject) -> Finding:
+def _file(evidence: Evidence, subject: Subject) -> Check:
     check_id = f"served.{evidence.engine}_file"
     want = subject.sha256.get(subject.run.gguf.name if evidence.dtype == "Q8_0" else subject.run.merged.name)
     if evidence.loaded_sha256 not in (None, want):
         figure = f"when it started, the file was another one: sha256 {str(evidence.loaded_sha256)[:12]}"
-        return Finding(check_id, "failed", figure, f"{str(want)[:12]}", "hash of the file, taken when the server had started")
+        return Check(check_id, "failed", figure, f"{str(want)[:12]}", "hash of the file, taken when the server had started")
     if evidence.file_newer:
         figure = f"{evidence.file} was written after the server had started, which serves what was there before"
-        return Finding(check_id, "failed", figure, "older than the server", "the file's time")
+        return Check(check_id, "failed", figure, "older than the server", "the file's time")
     if evidence.file is None:
         return skipped(check_id, "the engine does not tell which file it loaded")
     if evidence.file_sha256 is None:
@@ -49,14 +49,14 @@ def _file(evidence: Evidence, subject: Subject) -> Finding:
     return held(check_id, same, figure, f"{str(want)[:12]}", "hash of the file the server names, taken now")
 
 
-def _prompts(evidence: Evidence) -> Finding:
+def _prompts(evidence: Evidence) -> Check:
     check_id, source = f"served.{evidence.engine}_prompts", "the tokenizer's own rendering"
     if evidence.parity is None or evidence.parity.status == "skipped":
-        return skipped(check_id, evidence.parity.detail if evidence.parity else "not asked")
-    return held(check_id, evidence.parity.status == "passed", evidence.parity.detail, "every token ID equal", source)
+        return skipped(check_id, evidence.parity.figure if evidence.parity else "not asked")
+    return held(check_id, evidence.parity.status == "passed", evidence.parity.figure, "every token ID equal", source)
 
 
-def _answers(evidence: Evidence, after: Sequence[Answer]) -> Finding:
+def _answers(evidence: Evidence, after: Sequence[Answer]) -> Check:
     same = sum(a.text.strip() == after[i].text.strip() for i, a in zip(evidence.rows, evidence.answers, strict=True))
     figure = f"{same} of {len(evidence.rows)} greedy answers are the in-process model's, word for word"
     least = ANSWER_SHARE.get(evidence.dtype, min(ANSWER_SHARE.values()))
@@ -65,7 +65,7 @@ def _answers(evidence: Evidence, after: Sequence[Answer]) -> Finding:
     return held(f"served.{evidence.engine}_answers", ok, figure, f"at least {least:.0%} ({evidence.dtype})", MEASURED, **data)
 
 
-def _distributions(evidence: Evidence, reference: Reference) -> list[Finding]:
+def _distributions(evidence: Evidence, reference: Reference) -> list[Check]:
     check_id = f"served.{evidence.engine}_logprobs"
     if not evidence.probes:
         return [skipped(check_id, evidence.problems.get("logprobs", "not asked"))]
@@ -80,7 +80,7 @@ def _distributions(evidence: Evidence, reference: Reference) -> list[Finding]:
     return [*found, *_drift(evidence, reference)]
 
 
-def _distance(check_id: str, distance: Distance, divergences: list[float], dtype: str) -> Finding:
+def _distance(check_id: str, distance: Distance, divergences: list[float], dtype: str) -> Check:
     bound = distance_bound(dtype)
     ok = distance.kl <= bound.kl and distance.gap <= bound.gap and distance.top1 >= bound.top1
     stated = f"KL {bound.kl:.0e}, log-probabilities {bound.gap:g}, top-1 {bound.top1:.0%} ({dtype})"
@@ -88,7 +88,7 @@ def _distance(check_id: str, distance: Distance, divergences: list[float], dtype
     return held(check_id, ok, str(distance), stated, MEASURED, **data)
 
 
-def _drift(evidence: Evidence, reference: Reference) -> list[Finding]:
+def _drift(evidence: Evidence, reference: Reference) -> list[Check]:
     """On control prompts, outside the data, the served model is the trained one too; its distance from the base is stated."""
     if not evidence.controls:
         return []

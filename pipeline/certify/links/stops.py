@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 from pipeline.certify.bounds import FINISH_SHARE, FINISH_SLACK
-from pipeline.certify.finding import Finding, guarded, held, skipped
 from pipeline.certify.subject import Subject
 from pipeline.errors import InputError, ModelError
 from pipeline.model.gguf import read_gguf_header
@@ -14,6 +13,7 @@ from pipeline.model.tokenizer import Tokenizer
 from pipeline.modelfile.modelfile import Modelfile, base_license, for_run, parse_modelfile
 from pipeline.prompts.chat import ChatTemplate
 from pipeline.prompts.stops import StopFiles, extra_ends, gguf_problems, repair_stops, special_ids, turn_end
+from pipeline.report.check import Check, guarded, held, skipped
 from pipeline.runs.files import read_json, read_utf8
 from pipeline.runs.folder import RunFolder
 from pipeline.verify.checks import allowed
@@ -22,12 +22,12 @@ from pipeline.verify.score import Answer, HeldOut
 _TEMPLATE = "the token the chat template writes after an answer"
 
 
-def check_files(subject: Subject) -> list[Finding]:
+def check_files(subject: Subject) -> list[Check]:
     """config, generation and tokenizer config, GGUF and Modelfile stop where the chat template ends a turn."""
     return [*guarded("stops.files", lambda: [_files(subject)]), *guarded("stops.modelfile", lambda: [_modelfile(subject)])]
 
 
-def _files(subject: Subject) -> Finding:
+def _files(subject: Subject) -> Check:
     run = subject.run
     template, vocabulary = ChatTemplate.from_folder(run.merged), special_ids(run.merged)
     end = turn_end(template, vocabulary)
@@ -39,14 +39,14 @@ def _files(subject: Subject) -> Finding:
     return held("stops.files", not problems, figure, f"one end token: {_TEMPLATE}", "definition")
 
 
-def _modelfile(subject: Subject) -> Finding:
-    run, tuned = subject.run, subject.stage("finetune")
+def _modelfile(subject: Subject) -> Check:
+    run = subject.run
     if not run.modelfile.is_file():
         return skipped("stops.modelfile", "the run has no Modelfile")
-    base = tuned.get("inputs", {}).get("base", {})
     try:
+        training = subject.training
         made = parse_modelfile(read_utf8(run.modelfile))
-        wanted = for_run(run, tuned.get("result", {}).get("system"), license=base_license(base), proof=False)
+        wanted = for_run(run, training.system, license=base_license(training.base), proof=False)
         problems = modelfile_problems(made, parse_modelfile(wanted.text), licences=subject.base is not None)
     except (InputError, ModelError) as error:
         problems = [f"no Modelfile can be made again to compare with: {error.message}"]
@@ -71,7 +71,7 @@ def modelfile_problems(made: Modelfile, wanted: Modelfile, *, licences: bool = T
     return problems + [f"{command.upper()} {value[:80]} was added" for command, value in extra if command not in named]
 
 
-def check_turns(run: RunFolder, rows: Sequence[HeldOut]) -> Finding:
+def check_turns(run: RunFolder, rows: Sequence[HeldOut]) -> Check:
     """Rendered with their expected answers, held-out conversations have exactly one end token after each answer."""
     wrong, end = _wrong_turns(run, rows)
     figure = "; ".join(wrong[:3]) or f"exactly one {end} after each of {len(rows)} answers"
@@ -97,7 +97,7 @@ def share_stopped(answers: Sequence[Answer]) -> float:
     return sum(answer.finish_reason == "stop" for answer in answers) / len(answers) if answers else 0.0
 
 
-def check_answers(who: str, share: float, count: int, reference: float | None = None, *, cut_short: bool = False) -> Finding:
+def check_answers(who: str, share: float, count: int, reference: float | None = None, *, cut_short: bool = False) -> Check:
     """Answers end by themselves: on at least FINISH_SHARE of the prompts, or (served) as often as in process."""
     slack = allowed(FINISH_SLACK, count)  # one near-tie may tip
     bound = FINISH_SHARE if reference is None else min(FINISH_SHARE, reference - slack)
@@ -110,5 +110,5 @@ def check_answers(who: str, share: float, count: int, reference: float | None = 
         source,
     )
     if found.status == "failed" and cut_short:  # a training limited on purpose is told so, not failed
-        return Finding(found.id, "warning", f"{found.figure} (the training was cut short)", found.bound, found.source)
+        return Check(found.id, "warning", f"{found.figure} (the training was cut short)", found.bound, found.source)
     return found

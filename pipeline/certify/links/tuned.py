@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.certify.bounds import CANARY_SHARE
-from pipeline.certify.finding import Finding, held, skipped
+from pipeline.report.check import Check, held, skipped
 from pipeline.verify.score import Answer, HeldOut, fields_of, is_exact, parse
 
 _RESAMPLES = 2000
@@ -46,7 +46,7 @@ _BASE_SHARE = 0.02
 _BOOTSTRAP = "95 % bootstrap interval over the held-out rows, 2000 resamples"
 
 
-def check_scores(rows: Sequence[HeldOut], base: Sequence[Answer], tuned: Sequence[Answer]) -> list[Finding]:
+def check_scores(rows: Sequence[HeldOut], base: Sequence[Answer], tuned: Sequence[Answer]) -> list[Check]:
     """Scores before and after, by field and by class; a class that got worse is named."""
     if not rows:
         return [skipped("tuned.scores", "no held-out rows")]
@@ -83,7 +83,7 @@ def _listed(found: Interval) -> list[float]:
     return [round(found.mean, 4), round(found.low, 4), round(found.high, 4)]
 
 
-def _classes(rows: Sequence[HeldOut], measures: dict[str, list[list[bool]]], fields: Sequence[str]) -> Finding:
+def _classes(rows: Sequence[HeldOut], measures: dict[str, list[list[bool]]], fields: Sequence[str]) -> Check:
     """Each value of each field as a class: the share of its rows with that field right, before and after."""
     table, worse = [], []
     for name in fields:
@@ -112,14 +112,14 @@ def canaries(base: Sequence[Answer], tuned: Sequence[Answer]) -> list[int]:
     return [i for i, (a, b) in enumerate(zip(base, tuned, strict=True)) if a.text.strip() != b.text.strip()]
 
 
-def check_canaries(base: Sequence[Answer], tuned: Sequence[Answer]) -> Finding:
+def check_canaries(base: Sequence[Answer], tuned: Sequence[Answer]) -> Check:
     """There are prompts that tell base and tuned apart."""
     found = canaries(base, tuned)
     figure = f"{len(found)} of {len(base)} held-out prompts answered differently from the base"
     return held("tuned.canaries", bool(found), figure, "at least 1", "an identical model was not tuned")
 
 
-def check_served_canaries(engine: str, chosen: Sequence[int], base: Sequence[Answer], tuned: Sequence[Answer], answers: Sequence[Answer | None]) -> Finding:  # fmt: skip
+def check_served_canaries(engine: str, chosen: Sequence[int], base: Sequence[Answer], tuned: Sequence[Answer], answers: Sequence[Answer | None]) -> Check:  # fmt: skip
     """On the canary prompts a backend answers as the tuned model, not as the base."""
     asked = [i for i in chosen if i < len(answers) and answers[i] is not None]
     if not asked:

@@ -11,10 +11,11 @@ import pytest
 
 from pipeline.certify import certificate as made
 from pipeline.certify import signing
-from pipeline.certify.finding import by_link, held, skipped
+from pipeline.certify.certificate import by_link
 from pipeline.certify.publish import rows, table, with_certificate
 from pipeline.errors import VerificationFailed
 from pipeline.report import certificate as certificate_module
+from pipeline.report.check import held, skipped
 from pipeline.report.write import render_html
 from pipeline.runs.folder import RunFolder
 

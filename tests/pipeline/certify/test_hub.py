@@ -10,11 +10,11 @@ import yaml
 from typer.testing import CliRunner
 
 from pipeline.certify import certificate as made
-from pipeline.certify.finding import held
 from pipeline.certify.hub import plain, plan, redacted, require_current_certificate, write_card
 from pipeline.cli import app
 from pipeline.errors import InputError
 from pipeline.report import certificate
+from pipeline.report.check import held
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
 

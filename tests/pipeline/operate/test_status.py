@@ -14,13 +14,13 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 from stub_server import Stub, serving
 from typer.testing import CliRunner
 
 pytest.importorskip("fastapi", reason="the gateway extra is not installed")
 
 from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.cli import app as cli
 from pipeline.config import Settings, load

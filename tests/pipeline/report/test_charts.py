@@ -6,7 +6,9 @@ from xml.etree import ElementTree
 import pytest
 
 from pipeline.report import charts
+from pipeline.report.canvas import PALETTE
 from pipeline.report.schema import Point, Result, parse
+from pipeline.runs.text import visible
 
 SAMPLE = Path(__file__).parents[1] / "sample_report.json"
 
@@ -57,8 +59,8 @@ def test_colours_follow_the_page(drawn: dict[str, str]) -> None:
     assert {"fill-ink", "fill-muted", "stroke-grid", "fill-before", "fill-after", "stroke-after", "fill-second"} <= used
     assert all(f".{name} {{" in css for name in used)
     colours = {c.lower() for svg in drawn.values() for c in re.findall(r'(?:fill|stroke)="(#[0-9a-f]+)"', svg)}
-    assert colours <= set(charts.PALETTE.values())
-    assert all(f"--{role}: {colour};" in css for role, colour in charts.PALETTE.items())
+    assert colours <= set(PALETTE.values())
+    assert all(f"--{role}: {colour};" in css for role, colour in PALETTE.items())
 
 
 def test_bars_carry_their_figures(drawn: dict[str, str]) -> None:
@@ -106,4 +108,4 @@ def test_labels_are_text_and_nothing_else(name: str) -> None:
     assert {e.tag for e in root.iter()} <= {"svg", "g", "path", "text", "title", "defs", "use", "clipPath", "rect"}
     assert not any(attribute.startswith("on") for e in root.iter() for attribute in e.attrib)
     assert len(max(texts(svg), key=len)) <= 40
-    assert any(charts.visible(name)[:10] in t for t in texts(svg))
+    assert any(visible(name)[:10] in t for t in texts(svg))

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.report.schema import Check, parse
+from pipeline.report.check import Check
+from pipeline.report.schema import parse
 from pipeline.runs.text import clean
 
 SAMPLE = Path(__file__).parents[1] / "sample_report.json"
@@ -113,7 +114,7 @@ def test_checks_of_a_backend_appear_once_and_the_worse_wins(result: dict[str, An
     checks = run.checks_of(run.backends[0])
     assert [c.id for c in checks] == ["model_listed", "chat", "streaming", "prompt_parity", "finish_stop", "scores", "canary"]
     assert checks[1] == Check(id="chat", status="failed", detail="no answer")
-    assert [(c.id, c.detail) for c in run.broken] == [("vllm.chat", "no answer")]
+    assert [(c.id, c.figure) for c in run.broken] == [("vllm.chat", "no answer")]
     assert [c.id.partition(".")[0] for c in run.line_checks] == ["data", "train", "train", "export", "export", "eval"]
 
 

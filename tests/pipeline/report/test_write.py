@@ -161,7 +161,7 @@ def test_a_failed_run_names_the_broken_check(failed_page: str) -> None:
 
 def test_a_run_that_no_engine_served_is_not_passed(result: dict[str, Any]) -> None:
     skipped = result["backends"][2]
-    result["backends"] = [{**skipped, "name": name} for name in ("vllm", "ollama")]
+    result["backends"] = [{**skipped, "name": name, "title": title} for name, title in (("vllm", "vLLM"), ("ollama", "Ollama"))]
     result["checks"] = []
     text = Page(render_html(result)).text
     assert "Not verified: no engine answered" in text
@@ -281,7 +281,7 @@ def test_a_refused_result_changes_no_file(result: dict[str, Any], tmp_path: Path
 
 
 def test_the_table_shows_each_backend_and_no_control_sequence(failed: dict[str, Any]) -> None:
-    failed["backends"][1]["name"] = "[red]x[/red]\x1b[2J"
+    failed["backends"][1] |= {"name": "[red]x[/red]\x1b[2J", "title": None}
     console = Console(file=io.StringIO(), width=160, force_terminal=False)
     console.print(summary_table(failed))
     text = console.file.getvalue()  # type: ignore[attr-defined]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import InputError, RunLocked
+from pipeline.report.check import Check
 from pipeline.runs.folder import RunFolder
-from pipeline.verify.checks import Check
 from pipeline.verify.outcome import Kept, Outcome
 from pipeline.verify.score import Answer
 from pipeline.verify.verify import publish

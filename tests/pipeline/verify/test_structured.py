@@ -9,8 +9,8 @@ from stub_engine import Answers, serve
 
 from pipeline.model.toolcalls import ARGUMENTS, NAME, QUESTION, TOOL, example_call, tool_format
 from pipeline.prompts.chat import EMBEDDED_TEMPLATE
+from pipeline.report.check import Check
 from pipeline.serve.start import Endpoint
-from pipeline.verify.checks import Check
 from pipeline.verify.prober import Prober
 from pipeline.verify.probes import colour_schema, structured_output, tool_call
 from pipeline.verify.score import HeldOut

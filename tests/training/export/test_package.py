@@ -23,7 +23,7 @@ def run(run: RunFolder, empty_gguf: Path, tmp_path: Path) -> RunFolder:
     (run.merged / "chat_template.jinja").write_text(EMBEDDED_TEMPLATE)
     (run.merged / "tokenizer_config.json").write_text('{"eos_token": "<|end_of_text|>"}')
     (run.merged / "config.json").write_text('{"max_position_embeddings": 2048}')
-    Manifest(run.manifest).record("finetune", {"base": {"id": str(base)}}, [], {"system": None}, 1)
+    Manifest(run.manifest).record("finetune", {"base": {"id": str(base)}, "data": {}, "parameters": {}}, [], {"system": None}, 1)
     return run
 
 

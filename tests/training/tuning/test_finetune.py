@@ -128,7 +128,7 @@ def test_a_killed_training_continues_from_its_checkpoint(rows: Path, tmp_path: P
     assert second.returncode == 0, second.stderr[-3000:]
     assert "resuming from checkpoint-" in second.stderr
     manifest = Manifest(run.manifest)
-    assert manifest.stage("finetune")["result"]["steps"] == 60
+    assert manifest.require_training().steps == 60
     assert manifest.artefact_sha256("finetune", "adapter") == sha256_tree(run.adapter)
     assert not run.checkpoints.exists()
     third = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

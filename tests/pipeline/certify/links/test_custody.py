@@ -10,7 +10,7 @@ from recorded import edit, failed, judged
 
 from pipeline.certify.subject import hashes
 from pipeline.runs.folder import RunFolder
-from pipeline.runs.manifest import Manifest, seal_holds, sealed
+from pipeline.runs.manifest import Manifest, sealed
 
 
 def test_an_untouched_manifest_passes_and_counts_what_was_compared(line: RunFolder) -> None:
@@ -76,4 +76,4 @@ def test_a_secret_in_a_record_does_not_break_its_seal(line: RunFolder, monkeypat
     Manifest(line.manifest).record("modelfile", {"gguf": hashes(line)[line.gguf.name], "system": "a-secret-value"}, [line.modelfile], {}, 1.0)  # fmt: skip
     assert "a-secret-value" not in line.manifest.read_text()
     monkeypatch.delenv("SOME_API_KEY")
-    assert seal_holds(Manifest(line.manifest).stage("modelfile"))
+    assert Manifest(line.manifest).stages["modelfile"].intact

@@ -9,13 +9,13 @@ import pytest
 from recorded import edit, failed, judged
 from stub_server import serving
 
-from pipeline.certify.finding import guarded
 from pipeline.certify.links.gguf import check_gguf
 from pipeline.certify.links.merged import compare_files
 from pipeline.certify.links.stops import check_files
-from pipeline.certify.subject import Data, Subject, hashes, training_inputs
+from pipeline.certify.subject import Data, Subject, hashes
 from pipeline.errors import EngineError, InputError, Interrupted
 from pipeline.net.client import wait_for
+from pipeline.report.check import guarded
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
 from pipeline.serve.start import Endpoint
@@ -76,8 +76,8 @@ def test_a_merged_folder_or_modelfile_that_cannot_be_read_is_named(line: RunFold
 
 def test_a_training_without_inputs_is_no_training(line: RunFolder) -> None:
     edit(line, lambda data: data["stages"]["finetune"].pop("inputs"))
-    with pytest.raises(InputError, match="no manifest of a training"):
-        training_inputs(Manifest(line.manifest))
+    with pytest.raises(InputError, match="no finished fine-tune"):
+        Manifest(line.manifest).require_training()
 
 
 def test_a_chat_answer_without_usage_is_the_engine_s_fault() -> None:

@@ -60,7 +60,7 @@ def endpoint() -> Iterator[Endpoint]:
     ],
 )
 def test_each_check(check: dict[str, object], text: str, passes: bool) -> None:
-    assert own.Check.model_validate(check).passes(text) is passes
+    assert own.Rule.model_validate(check).passes(text) is passes
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,8 @@ def exported(run: RunFolder, tokenizer_folder: Path, write_gguf: Callable[[Path,
 
 def _found(run: RunFolder, system: str | None) -> tuple[str, str]:
     if "finetune" not in Manifest(run.manifest).data["stages"]:
-        Manifest(run.manifest).record("finetune", {"base": {"id": "embedded", "note": "N"}}, [], {"system": system}, 1.0)
+        inputs = {"base": {"id": "embedded", "note": "N"}, "data": {}, "parameters": {}}
+        Manifest(run.manifest).record("finetune", inputs, [], {"system": system}, 1.0)
     files, modelfile = check_files(Subject(run, Manifest(run.manifest), run.merged, None, None, {}, {}))
     assert files.status == "passed", files.figure
     return modelfile.status, modelfile.figure
