@@ -108,8 +108,8 @@ def compose(
       granite-pipeline compose --gpu --hardware 2xa10g > docker-compose.gpu.yml
       LLM_BACKEND=llamacpp docker compose --profile local-llamacpp up
     """
-    from pipeline.deploy import compose as cpu_file
-    from pipeline.deploy import gpu_overlay, to_yaml
+    from pipeline.deploy.compose import compose as cpu_file
+    from pipeline.deploy.compose import gpu_overlay, to_yaml
     from pipeline.machine.named import hardware_from
     from pipeline.model.model import Model
 
@@ -137,7 +137,7 @@ def systemd(
 
     Example: granite-pipeline systemd llamacpp > ~/.config/systemd/user/granite-llamacpp.service
     """
-    from pipeline.deploy import planned_launch, unit
+    from pipeline.deploy.systemd import planned_launch, unit
 
     settings = config.load()
     chosen = service or settings.llm_backend

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 
 from pipeline import engines
-from pipeline.deploy import PROJECT
+from pipeline.deploy.compose import PROJECT
 from pipeline.doctor.findings import Examiner, Facts, Finding, Status
 from pipeline.doctor.servers import start_logs
 from pipeline.doctor.settings import settings

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +10,10 @@ from typing import Any
 
 from pipeline import engines
 from pipeline.config import Settings
-from pipeline.engines.base import Launch, require_feasible
+from pipeline.engines.base import require_feasible
 from pipeline.machine.hardware import Hardware
 from pipeline.model.model import Model
 from pipeline.planning.plan import Plan, Request
-from pipeline.runs.folder import RunFolder
-from pipeline.serve.start import LOOPBACK, Options, Target, request_for
 
 # what docker calls the containers of these files by
 PROJECT = "granite"
@@ -215,63 +212,3 @@ def _ours(name: str, port: int, words: list[str], environment: list[str]) -> dic
         "security_opt": ["no-new-privileges:true"],
         "healthcheck": {**_health(name, port), "start_period": "2m"},
     }
-
-
-_RESTART_SECONDS = 5
-
-
-def planned_launch(engine_name: str, run: RunFolder, settings: Settings, name: str | None = None) -> Launch:
-    """The process that ``serve`` would start for a run on the engine's documented port; nothing is started or checked for."""
-    engine = engines.get(engine_name)
-    target = Target.of_run(run, engine_name, name or settings.address(engine_name).model or None)
-    request = request_for(target, Options("serve", overrides=settings.overrides(engine_name)))
-    return engine.launch(engine.plan(request), request, host=LOOPBACK, port=engine.default_port)
-
-
-def unit(launch: Launch, what: str, folder: Path, writable: Sequence[Path] = ()) -> str:
-    """One unit file: started again when it fails, no new privileges, writing only below ``writable``; keys come from ``.env``."""
-    lines = [
-        "[Unit]",
-        f"Description={_text(what)}",
-        "After=network.target",
-        "",
-        "[Service]",
-        f"WorkingDirectory={_text(str(folder))}",
-        f"EnvironmentFile=-{_text(str(folder / '.env'))}",
-        *(f"Environment={_quoted(f'{key}={value}')}" for key, value in sorted(_environment(launch).items())),
-        # variables are expanded in this line only
-        f"ExecStart={' '.join(_quoted(word).replace('$', '$$') for word in launch.argv)}",
-        "Restart=on-failure",
-        f"RestartSec={_RESTART_SECONDS}",
-        f"TimeoutStartSec={launch.start_timeout:.0f}",
-        "KillMode=control-group",
-        "NoNewPrivileges=yes",
-        "PrivateTmp=yes",
-        "ProtectSystem=strict",
-        # one that does not exist yet is passed over: without the dash the unit would not start
-        f"ReadWritePaths={' '.join(_quoted(f'-{path}') for path in writable)}" if writable else "ReadOnlyPaths=/",
-        "",
-        "[Install]",
-        "WantedBy=default.target",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _environment(launch: Launch) -> dict[str, str]:
-    """What the process needs besides: our package, where it is ours and not installed for this interpreter."""
-    return {
-        **launch.env,
-        **({"PYTHONPATH": str(Path(__file__).parents[1])} if launch.ours else {}),
-        "PYTHONUNBUFFERED": "1",
-        "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
-    }
-
-
-def _quoted(word: str) -> str:
-    """A word as systemd reads it: specifiers escaped, quoted where it must be."""
-    plain = _text(word).replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{plain}"' if not plain or any(c in plain for c in " \t'\"\\;") else plain
-
-
-def _text(text: str) -> str:
-    return text.replace("%", "%%").replace("\n", " ")
