@@ -149,8 +149,8 @@ def systemd(
     else:
         launch = planned_launch(chosen, RunFolder(run, out), settings, name)
     writable = [out, Path.home() / ".cache"]
-    if chosen == "ollama":
-        writable += [Path.home() / ".ollama", *(Path(folder) for folder in [os.environ.get("OLLAMA_MODELS")] if folder)]
+    if chosen in engines.NAMES:
+        writable += engines.get(chosen).folders()
     what = f"Granite {chosen}" + (f", run {run}" if chosen in engines.NAMES else "")
     typer.echo(unit(launch, what, Path.cwd(), writable), nl=False)
 

@@ -62,7 +62,7 @@ def listing(output: Path) -> list[Listed]:
 
 def logs(run: Path, engine: str | None = None) -> list[Path]:
     """The start logs of a run, oldest first; InputError when there is none."""
-    if written := start_logs(run, (engine,) if engine else engines.NAMES):
+    if written := start_logs(run, (engine,) if engine else tuple(engines.NAMES)):
         return written
     what = f"{engine} log" if engine else "server log"
     raise InputError(f"run {run.name} has no {what}", remedy="granite-pipeline serve writes one per start")

@@ -92,19 +92,20 @@ APPLICATIONS: tuple[Examiner, ...] = (settings, backend, status_api, last_starts
 def _remedy(facts: Facts, status: ModelStatus) -> str:
     """The next step for an unavailable model; a server of the run at another address is the likeliest mistake."""
     address, run = facts.settings.address(), facts.run.name
-    prefix = "OPENAI_COMPATIBLE" if address.backend == "openai" else address.backend.upper()
+    engine = engines.get(address.backend)
+    prefix = engine.prefix
     if status.kind == "refused":
         for process in facts.servers:
             if process.engine == address.backend:
                 words = f"{address.backend} of run {run} runs at {process.url}"
                 return f"{words}: set {prefix}_BASE_URL={process.url}/v1"
-        return f"granite-pipeline serve {address.backend} --run {run}" if address.backend != "openai" else "start that server"
-    if status.kind == "model" and address.backend == "ollama":
-        return f"granite-pipeline serve ollama --run {run} creates it; or set OLLAMA_MODEL to one of these"
+        return f"granite-pipeline serve {address.backend} --run {run}" if engine.serves != "url" else "start that server"
+    if status.kind == "model" and engine.creates_model:
+        return f"granite-pipeline serve {engine.name} --run {run} creates it; or set {prefix}_MODEL to one of these"
     if status.kind == "model":
         return f"set {prefix}_MODEL to a name that is served, or serve the run as --served-model-name {address.model}"
     if status.kind == "key":
-        return "correct OPENAI_COMPATIBLE_API_KEY"
+        return f"correct {engine.key_variable or 'OPENAI_COMPATIBLE_API_KEY'}"
     return f"correct {prefix}_BASE_URL, or look into that server's log"
 
 

@@ -43,6 +43,11 @@ class EngineRenderer:
         """The engine of that name."""
         return engines.get(self.name)
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths that the engine declares."""
+        return self.engine.renderers
+
     @cached_property
     def client(self) -> httpx.Client:
         """The client, made with the server's key, which is read once and not for each prompt."""
