@@ -12,6 +12,7 @@ from rich.console import Console
 from pipeline import config, engines
 from pipeline.commands.serve import attend
 from pipeline.config import Strategy
+from pipeline.engines.base import Launch
 from pipeline.errors import InputError, MissingDependency
 from pipeline.operate import services
 from pipeline.operate.routing import DEFAULT_PORT, REQUEST_TIMEOUT
@@ -155,7 +156,7 @@ def systemd(
     typer.echo(unit(launch, what, Path.cwd(), writable), nl=False)
 
 
-def _serve(launch: services.Launch, output: Path, *, detach: bool) -> None:
+def _serve(launch: Launch, output: Path, *, detach: bool) -> None:
     console = Console(stderr=True)
     with console.status(f"starting {launch.engine}") as spinner:
         owner = None if detach else os.getpid()
