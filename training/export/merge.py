@@ -131,6 +131,7 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every weight, in the order in which they are merged."""
     from safetensors import SafetensorError, safe_open
 
     shapes: dict[str, tuple[int, ...]] = {}
