@@ -15,10 +15,10 @@ from packaging.version import InvalidVersion, Version
 from pipeline import engines
 from pipeline.config import root_url
 from pipeline.doctor.findings import Examiner, Facts, Finding, Status
-from pipeline.doctor.servers import listing
 from pipeline.engines.vllm.engine import vllm_python
 from pipeline.errors import PipelineError
 from pipeline.net.loopback import holder, listening
+from pipeline.operate.services import listing
 from pipeline.runs.files import read_json
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest

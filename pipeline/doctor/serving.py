@@ -14,13 +14,13 @@ from pathlib import Path
 import httpx
 
 from pipeline import engines
-from pipeline.deploy import PROJECT
+from pipeline.deploy.compose import PROJECT
 from pipeline.doctor.findings import Examiner, Facts, Finding, Status
-from pipeline.doctor.servers import start_logs
 from pipeline.doctor.settings import settings
 from pipeline.net.client import wait_for
 from pipeline.operate import registry, services
 from pipeline.operate.registry import ModelStatus
+from pipeline.operate.services import start_logs
 from pipeline.runs.text import mask, without_password
 from pipeline.serve import server
 from pipeline.serve.logs import classify
@@ -62,7 +62,7 @@ def last_starts(facts: Facts) -> Iterator[Finding]:
     """Known causes (CUDA out of memory, a taken port, ...) in the newest log of each engine that is not running now."""
     alive = {process.engine for process in facts.servers}
     for engine in engines.NAMES:
-        logs = [] if engine in alive else start_logs(facts.run.path, (engine,))
+        logs = [] if engine in alive else start_logs(facts.run.path, engine)
         if logs and (known := classify(_tail(logs[-1]))):
             evidence = f"{known.cause} ({logs[-1]}: {mask(known.line)[:160]})"
             yield Finding(f"last start of {engine}", "warn", evidence, known.remedy)

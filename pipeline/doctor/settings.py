@@ -32,9 +32,8 @@ def settings(facts: Facts) -> list[Finding]:
 def check(settings: Settings, env_file: Path = ENV_FILE, environment: Mapping[str, str] | None = None) -> list[Finding]:
     """Everything that can be said without asking a server, worst first."""
     env = dict(os.environ if environment is None else environment)
-    in_file = (
-        {key: value or "" for key, value in dotenv_values(env_file, encoding="utf-8-sig").items()} if env_file.is_file() else {}
-    )
+    read = dotenv_values(env_file, encoding="utf-8-sig") if env_file.is_file() else {}
+    in_file = {name: value or "" for name, value in read.items()}
     return worst_first([*contradictions(settings), *misspelt({**in_file, **env}, in_file), *hidden(in_file, env, env_file)])
 
 
