@@ -42,9 +42,8 @@ OPTIONAL = frozenset({"unsloth", "vllm"})
 def main() -> int:
     """Install (unless ``--check``) and check; returns 0, or 3 when something the line cannot do without is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="which torch and vLLM; auto asks nvidia-smi"
-    )
+    words = "which torch and vLLM; auto asks nvidia-smi"
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=words)
     parser.add_argument("--check", action="store_true", help="install nothing, only check the imports")
     args = parser.parse_args()
     if sys.version_info < (3, 11):  # noqa: UP036 - this file runs before pip could refuse
@@ -105,9 +104,8 @@ def torch(device: str) -> bool:
     if pip("install", f"{TORCH[device]}+cpu", quiet=True):
         return True
     say("no CPU build of torch at hand, asking PyTorch's CPU index")
-    return pip("install", "uv") and run(
-        [sys.executable, "-m", "uv", "pip", "install", "--torch-backend", "cpu", "--python", sys.executable, TORCH[device]]
-    )
+    uv = [sys.executable, "-m", "uv", "pip", "install", "--torch-backend", "cpu", "--python", sys.executable]
+    return pip("install", "uv") and run([*uv, TORCH[device]])
 
 
 def check() -> int:
@@ -115,16 +113,16 @@ def check() -> int:
     missing = 0
     step("importing everything once, which compiles it")
     with ThreadPoolExecutor(2) as two:
-        ended = dict(zip(CHECKS, two.map(_import, [check["imports"] for check in CHECKS.values()]), strict=True))
+        ended = dict(zip(CHECKS, two.map(_import, [one["imports"] for one in CHECKS.values()]), strict=True))
     for name, one in CHECKS.items():
-        done = ended[name]
+        done, optional = ended[name], name in OPTIONAL
         if done.returncode == 0:
             say(f"ok       {name} {version(name)}")
             continue
-        missing += name not in OPTIONAL
-        silent = f"ended by signal {-done.returncode}" if done.returncode < 0 else "no message"
-        last = (done.stderr.strip().splitlines() or [silent])[-1]
-        say(f"{'absent' if name in OPTIONAL else 'MISSING':8} {name}: {last[:200]}\n         what to do: {one['otherwise']}")
+        missing += not optional
+        signal = f"ended by signal {-done.returncode}" if done.returncode < 0 else "no message"
+        last = (done.stderr.strip().splitlines() or [signal])[-1]
+        say(f"{'absent' if optional else 'MISSING':8} {name}: {last[:200]}\n         what to do: {one['otherwise']}")
     return 3 if missing else 0
 
 
