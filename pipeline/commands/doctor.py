@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
-from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
+from pipeline.commands import options, show
+from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT
 
 _STYLE = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command("doctor")(doctor)
-
-
 def doctor(
-    run: Annotated[str, typer.Option("--run", "--name", help="Also check this run's files against its manifest.")] = DEFAULT_NAME,
-    output: Annotated[Path, typer.Option("--output", help="Folder that holds the runs.")] = DEFAULT_OUTPUT,
+    run: options.Run = DEFAULT_NAME,
+    output: options.Output = DEFAULT_OUTPUT,
     base: Annotated[str | None, typer.Option("--base", help="Also ask the hub whether this model may be read.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    agent: options.Agent = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Check torch, engines, driver, disk, RAM, ports, hub access, a run's files and what applications meet; say how to mend it.
 
@@ -42,16 +35,15 @@ def doctor(
     from pipeline.doctor.machine import examine
     from pipeline.doctor.services import look
 
-    facts = Facts.gather(RunFolder(run, output), base)
+    facts = Facts.gather(options.folder(agent, run, output), base)
     found = examine(facts) + look(facts.settings, facts.run)
     healthy = all(finding.status != "fail" for finding in found)
     if as_json:
-        typer.echo(json.dumps({"healthy": healthy, "findings": [finding.to_json() for finding in found]}, indent=2))
+        show.as_json({"healthy": healthy, "findings": [finding.to_json() for finding in found]})
     else:
-        table = Table("", "check", "what was seen, what to do", show_lines=False)
-        for finding in found:
-            words = escape(finding.evidence) + (f"\n→ {escape(finding.remedy)}" if finding.remedy else "")
-            table.add_row(f"[{_STYLE[finding.status]}]{finding.status}[/]", finding.check, words)
-        Console().print(table)
+        rows = [
+            (Text(f.status, _STYLE[f.status]), f.check, f"{f.evidence}\n→ {f.remedy}" if f.remedy else f.evidence) for f in found
+        ]
+        show.table("", ("", "check", "what was seen, what to do"), rows)
     if not healthy:
         raise typer.Exit(1)

@@ -3,39 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from pipeline import config
+from pipeline import config as settings_file
+from pipeline.commands import options, show
 from pipeline.config import BACKENDS, Settings
 from pipeline.doctor.settings import Notice, check, served_contradiction
 from pipeline.errors import EngineError, InputError
+from pipeline.machine.named import hardware_from
 from pipeline.net.client import wait_for
 from pipeline.operate import registry
 from pipeline.operate.registry import ModelStatus
+from pipeline.planning.choose import recommend
 from pipeline.runs.folder import DEFAULT_OUTPUT
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _ASK_SECONDS = 2.0
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verbs."""
-    app.command("config")(show_config)
-    app.command("models")(models)
-    app.command("warmup")(warmup)
-    app.command("choose")(choose)
-
-
-def show_config(
+def config(
     offline: Annotated[bool, typer.Option("--offline", help="Do not ask the selected backend which models it has.")] = False,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Show every setting with its value, where it comes from and what it affects; secrets are masked.
 
@@ -46,22 +36,19 @@ def show_config(
       granite-pipeline config
       LLM_BACKEND=llamacpp granite-pipeline config --json
     """
-    settings = config.load()
+    settings = settings_file.load()
     notices = check(settings)
     if not offline:
         notices += wait_for(_asked(settings))
-    rows = config.resolved()
+    rows = settings_file.resolved()
     if as_json:
         found = [{"name": r.name, "value": r.value, "source": r.source, "affects": r.description} for r in rows]
-        typer.echo(json.dumps({"settings": found, "notices": [vars(n) for n in notices]}, indent=2))
+        show.as_json({"settings": found, "notices": [vars(n) for n in notices]})
     else:
-        table = Table("variable", "value", "source", "affects")
-        for row in rows:
-            table.add_row(row.name, escape(row.value), row.source, row.description)
-        Console().print(table)
+        cells = [(row.name, row.value, row.source, row.description) for row in rows]
+        show.table("", ("variable", "value", "source", "affects"), cells)
     for notice in notices:
-        style = "red" if notice.level == "error" else "yellow"
-        Console(stderr=True).print(f"{notice.level}: {notice.text}", style=style, markup=False, highlight=False, soft_wrap=True)
+        show.line(f"{notice.level}: {notice.text}", err=True, style="red" if notice.level == "error" else "yellow")
     errors = [notice.text for notice in notices if notice.level == "error"]
     if errors:
         raise InputError(f"{len(errors)} setting(s) contradict each other", evidence="\n".join(errors))
@@ -69,51 +56,45 @@ def show_config(
 
 def models(
     backend: Annotated[str, typer.Option("--backend", help="Only this backend; default: all that have a URL.")] = "",
-    output: Annotated[Path, typer.Option("--output", help="Folder that holds the runs.")] = DEFAULT_OUTPUT,
-    as_json: AsJson = False,
+    output: options.Output = DEFAULT_OUTPUT,
+    as_json: options.AsJson = False,
 ) -> None:
     """Ask every configured backend which models it serves, and say which of them are this project's fine-tunes.
 
     Example: granite-pipeline models --backend vllm
     """
-    settings = config.load()
+    settings = settings_file.load()
     if backend and backend not in BACKENDS:
         raise InputError(f"no backend {backend!r}", remedy="known: " + ", ".join(BACKENDS))
     found = wait_for(_every(settings, backend, output))
     if as_json:
-        plain = {name: [status.to_json() for status in statuses] for name, statuses in found.items()}
-        typer.echo(json.dumps(plain, indent=2))
-        return
-    table = Table("backend", "model", "available", "context", "ms", "artefact", "detail")
-    for name, statuses in found.items():
-        for s in statuses:
-            ours = f"{s.artefact.run}, {s.artefact.file} {s.artefact.sha256[:12]}" if s.artefact else ""
-            cells = (s.name, "yes" if s.available else "no", str(s.context or ""), f"{s.latency_ms or 0:.0f}", ours, s.detail)
-            table.add_row(name, *(escape(cell) for cell in cells))
-    Console().print(table)
+        show.as_json({name: [status.to_json() for status in statuses] for name, statuses in found.items()})
+    else:
+        rows = [_row(name, status) for name, statuses in found.items() for status in statuses]
+        show.table("", ("backend", "model", "available", "context", "ms", "artefact", "detail"), rows)
 
 
 def warmup(
     agent: Annotated[str | None, typer.Option("--agent", help="An agent of agents.yaml, or orchestrator.")] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Make the selected backend load its model and answer one token; exit code 3 when it does not.
 
     Example: granite-pipeline warmup --agent triage
     """
-    status = wait_for(registry.warmup_model(config.load(), agent))
+    status = wait_for(registry.warmup_model(settings_file.load(), agent))
     if as_json:
-        typer.echo(json.dumps(status.to_json(), indent=2))
+        show.as_json(status.to_json())
     if not status.available:
         raise EngineError(f"model {status.name or '(none configured)'} is not available", evidence=status.detail)
-    Console(stderr=True).print(f"{status.name} answered after {status.latency_ms:.0f} ms")
+    show.line(f"{status.name} answered after {status.latency_ms:.0f} ms", err=True)
 
 
 def choose(
     users: Annotated[int, typer.Option("--users", min=1, help="People or agents asking at the same time.")] = 1,
     purpose: Annotated[str, typer.Option("--purpose", help="try, develop, serve or batch.")] = "serve",
-    machine: Annotated[str | None, typer.Option("--hardware", help="Another machine, as in plan --hardware.")] = None,
-    as_json: AsJson = False,
+    machine: options.Hardware = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Answer "which backend for me?" from the hardware, the number of users and the purpose, with the reasons.
 
@@ -121,19 +102,15 @@ def choose(
       granite-pipeline choose --users 20
       granite-pipeline choose --hardware 2xa10g --users 200 --purpose batch
     """
-    from pipeline.machine.named import hardware_from
-    from pipeline.planning.choose import recommend
-
     answer = recommend(hardware_from(machine), users, purpose)
     if as_json:
-        typer.echo(json.dumps(answer.to_json(), indent=2))
+        show.as_json(answer.to_json())
         return
-    console = Console()
-    console.print(f"{answer.backend}: {answer.command}", style="bold", highlight=False, soft_wrap=True)
+    show.line(f"{answer.backend}: {answer.command}", style="bold")
     for reason in answer.reasons:
-        console.print(f"- {reason}", markup=False, highlight=False, soft_wrap=True)
+        show.line(f"- {reason}")
     for name, why in answer.others.items():
-        console.print(f"not {name}: {why}", style="dim", markup=False, highlight=False, soft_wrap=True)
+        show.line(f"not {name}: {why}", style="dim")
 
 
 async def _asked(settings: Settings) -> list[Notice]:
@@ -148,6 +125,11 @@ async def _asked(settings: Settings) -> list[Notice]:
         return [Notice("warning", f"the selected backend {address.backend} is not usable now: {words}")]
     notice = served_contradiction(settings, served)
     return [notice] if notice else []
+
+
+def _row(backend: str, s: ModelStatus) -> list[str]:
+    ours = f"{s.artefact.run}, {s.artefact.file} {s.artefact.sha256[:12]}" if s.artefact else ""
+    return [backend, s.name, "yes" if s.available else "no", str(s.context or ""), f"{s.latency_ms or 0:.0f}", ours, s.detail]
 
 
 async def _every(settings: Settings, backend: str, output: Path) -> dict[str, list[ModelStatus]]:

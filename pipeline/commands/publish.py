@@ -2,47 +2,36 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
-
-
-def register(app: typer.Typer) -> None:
-    """Add the ``card`` and ``push`` verbs."""
-    app.command("card")(card)
-    app.command("push")(push)
+from pipeline.commands import options, show
+from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT
 
 
-def card(
-    run: Annotated[str, typer.Option("--run", "--name", help="Name of the run.")] = DEFAULT_NAME,
-    output: Annotated[Path, typer.Option("--output", help="Folder that holds the runs.")] = DEFAULT_OUTPUT,
-) -> None:
+def card(run: options.Run = DEFAULT_NAME, output: options.Output = DEFAULT_OUTPUT, agent: options.Agent = None) -> None:
     """Write the run's model card, README.md in the hub's format, from its manifest and certificate.
 
     Example: granite-pipeline card --run generic
     """
     from pipeline.certify.hub import write_card
 
-    typer.echo(str(write_card(RunFolder(run, output))))
+    typer.echo(str(write_card(options.folder(agent, run, output))))
 
 
 def push(
     repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Model repository on the hub.")],
-    run: Annotated[str, typer.Option("--run", "--name", help="Name of the run.")] = DEFAULT_NAME,
-    output: Annotated[Path, typer.Option("--output", help="Folder that holds the runs.")] = DEFAULT_OUTPUT,
+    run: options.Run = DEFAULT_NAME,
+    output: options.Output = DEFAULT_OUTPUT,
     parts: Annotated[str, typer.Option("--parts", help="Comma-separated: merged,gguf,adapter.")] = "merged,gguf,adapter",
     public: Annotated[bool, typer.Option("--public", help="A new repository is public; else private.")] = False,
     uncertified: Annotated[
         bool, typer.Option("--uncertified", help="Even without a certificate that proves every link.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be uploaded.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
+    agent: options.Agent = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Upload a certified run to a model hub: merged weights, GGUF, Modelfile, adapter, card, manifest and certificate.
 
@@ -55,18 +44,15 @@ def push(
     from pipeline.certify.hub import plan, require_current_certificate
     from pipeline.certify.hub import push as upload
 
-    folder = RunFolder(run, output)
+    this = options.folder(agent, run, output)
     if not uncertified:
-        require_current_certificate(folder)
-    uploads = plan(folder, tuple(part.strip() for part in parts.split(",")))
+        require_current_certificate(this)
+    uploads = plan(this, tuple(options.listed(parts)))
     if as_json:
-        listed = [{"path": one.path, "bytes": one.bytes, "file": str(one.file)} for one in uploads]
-        typer.echo(json.dumps({"repository": repository, "dry_run": dry_run, "files": listed}))
+        files = [{"path": one.path, "bytes": one.bytes, "file": str(one.file)} for one in uploads]
+        show.as_json({"repository": repository, "dry_run": dry_run, "files": files}, indent=None)
     else:
-        table = Table("file", "MB", title=f"{'would go' if dry_run else 'going'} to {repository}", title_justify="left")
-        for one in uploads:
-            table.add_row(one.path, f"{one.bytes / 1e6:.1f}")
-        Console(stderr=True).print(table)
+        title = f"{'would go' if dry_run else 'going'} to {repository}"
+        show.table(title, ("file", "MB"), ((one.path, f"{one.bytes / 1e6:.1f}") for one in uploads), err=True)
     if not dry_run:
-        address = upload(folder, repository, uploads, private=not public)
-        Console(stderr=True).print(f"pushed: {address}", markup=False)
+        show.line(f"pushed: {upload(this, repository, uploads, private=not public)}", err=True)
