@@ -11,7 +11,8 @@ import typer
 from pipeline import config as settings_file
 from pipeline.commands import options, show
 from pipeline.config import BACKENDS, Settings
-from pipeline.doctor.settings import Notice, check, served_contradiction
+from pipeline.doctor.findings import Finding
+from pipeline.doctor.settings import check, served_contradiction
 from pipeline.errors import EngineError, InputError
 from pipeline.machine.named import hardware_from
 from pipeline.net.client import wait_for
@@ -21,6 +22,7 @@ from pipeline.planning.choose import recommend
 from pipeline.runs.folder import DEFAULT_OUTPUT
 
 _ASK_SECONDS = 2.0
+_LEVELS = {"fail": "error", "warn": "warning", "ok": "ok"}
 
 
 def config(
@@ -40,16 +42,16 @@ def config(
     notices = check(settings)
     if not offline:
         notices += wait_for(_asked(settings))
-    rows = settings_file.resolved()
+    rows, told = settings_file.resolved(), [(_LEVELS[notice.status], notice.evidence) for notice in notices]
     if as_json:
         found = [{"name": r.name, "value": r.value, "source": r.source, "affects": r.description} for r in rows]
-        show.as_json({"settings": found, "notices": [vars(n) for n in notices]})
+        show.as_json({"settings": found, "notices": [{"level": level, "text": text} for level, text in told]})
     else:
         cells = [(row.name, row.value, row.source, row.description) for row in rows]
         show.table("", ("variable", "value", "source", "affects"), cells)
-    for notice in notices:
-        show.line(f"{notice.level}: {notice.text}", err=True, style="red" if notice.level == "error" else "yellow")
-    errors = [notice.text for notice in notices if notice.level == "error"]
+    for level, text in told:
+        show.line(f"{level}: {text}", err=True, style="red" if level == "error" else "yellow")
+    errors = [text for level, text in told if level == "error"]
     if errors:
         raise InputError(f"{len(errors)} setting(s) contradict each other", evidence="\n".join(errors))
 
@@ -113,7 +115,7 @@ def choose(
         show.line(f"not {name}: {why}", style="dim")
 
 
-async def _asked(settings: Settings) -> list[Notice]:
+async def _asked(settings: Settings) -> list[Finding]:
     """What the selected backend, when it is up, has to say about the model name."""
     address = settings.address()
     if not address.base_url:
@@ -122,7 +124,7 @@ async def _asked(settings: Settings) -> list[Notice]:
     served = [status.name for status in statuses if status.available]
     if not served:
         words = statuses[0].detail or "it serves no model"
-        return [Notice("warning", f"the selected backend {address.backend} is not usable now: {words}")]
+        return [Finding("settings", "warn", f"the selected backend {address.backend} is not usable now: {words}")]
     notice = served_contradiction(settings, served)
     return [notice] if notice else []
 

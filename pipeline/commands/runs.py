@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.commands import options, show
-from pipeline.doctor import inventory
+from pipeline.doctor.runs import RunInfo, list_runs, removals, remove_listed
 from pipeline.errors import InputError
 from pipeline.runs.folder import DEFAULT_OUTPUT, RunFolder
 
@@ -20,7 +20,7 @@ def runs(output: options.Output = DEFAULT_OUTPUT, as_json: options.AsJson = Fals
 
     Example: granite-pipeline runs --json
     """
-    found = inventory.list_runs(output)
+    found = list_runs(output)
     if as_json:
         show.as_json({"output": str(output), "runs": [info.to_json() for info in found]})
     elif found:
@@ -30,7 +30,7 @@ def runs(output: options.Output = DEFAULT_OUTPUT, as_json: options.AsJson = Fals
         show.line(f"no runs in {output}")
 
 
-def _users(run: inventory.RunInfo) -> str:
+def _users(run: RunInfo) -> str:
     return "; ".join(filter(None, [run.holder, *(f"server {name}" for name in run.servers)]))
 
 
@@ -53,7 +53,7 @@ def prune(
       granite-pipeline prune --unfinished --yes
       granite-pipeline prune old-run --whole
     """
-    found = inventory.removals(output, names or (), unfinished=unfinished, whole=whole)
+    found = removals(output, names or (), unfinished=unfinished, whole=whole)
     rows = [{"run": r.run, "path": str(r.path), "bytes": r.bytes, "reason": r.reason} for r in found]
     if not as_json:
         cells = [(r.run, r.path.relative_to(output), f"{r.bytes / 2**20:.1f}", r.reason) for r in found]
@@ -66,7 +66,7 @@ def prune(
     if agreed:
         for name in dict.fromkeys(item.run for item in found):
             of_run = [item for item in found if item.run == name]
-            freed += inventory.prune(RunFolder(name, output), of_run, unfinished=unfinished, whole=whole)
+            freed += remove_listed(RunFolder(name, output), of_run, unfinished=unfinished, whole=whole)
     if as_json:
         show.as_json({"removed": agreed, "bytes": freed, "items": rows})
     elif agreed:
