@@ -16,7 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from pipeline import __version__, commands
 from pipeline.commands import show
-from pipeline.errors import EnvironmentFailure, PipelineError
+from pipeline.errors import EnvironmentFailure, InputError, PipelineError
 from pipeline.runs.files import disk_errors_named, path_refused
 from pipeline.runs.text import mask
 
@@ -119,6 +119,8 @@ def main() -> None:
 
 def _environment() -> None:
     """Put ``.env`` into the environment: HF_TOKEN, VLLM_PYTHON and the servers' own variables are read from there."""
+    if sys.platform == "win32":  # pragma: no cover - process groups and signals differ
+        raise InputError("servers are supervised through POSIX process groups; use WSL on Windows")
     from dotenv import load_dotenv
 
     from pipeline.config import ENV_FILE, check_env_file

@@ -9,16 +9,17 @@ from typing import Annotated
 import typer
 
 from pipeline import config as settings_file
+from pipeline import engines
 from pipeline.commands import options, show
-from pipeline.config import BACKENDS, Settings
+from pipeline.config import Settings
 from pipeline.doctor.findings import Finding
 from pipeline.doctor.settings import check, served_contradiction
+from pipeline.engines.choose import recommend
 from pipeline.errors import EngineError, InputError
 from pipeline.machine.named import hardware_from
 from pipeline.net.client import wait_for
 from pipeline.operate import registry
 from pipeline.operate.registry import ModelStatus
-from pipeline.planning.choose import recommend
 from pipeline.runs.folder import DEFAULT_OUTPUT
 
 _ASK_SECONDS = 2.0
@@ -66,8 +67,8 @@ def models(
     Example: granite-pipeline models --backend vllm
     """
     settings = settings_file.load()
-    if backend and backend not in BACKENDS:
-        raise InputError(f"no backend {backend!r}", remedy="known: " + ", ".join(BACKENDS))
+    if backend and backend not in engines.NAMES:
+        raise InputError(f"no backend {backend!r}", remedy="known: " + ", ".join(engines.NAMES))
     found = wait_for(_every(settings, backend, output))
     if as_json:
         show.as_json({name: [status.to_json() for status in statuses] for name, statuses in found.items()})
@@ -135,6 +136,6 @@ def _row(backend: str, s: ModelStatus) -> list[str]:
 
 
 async def _every(settings: Settings, backend: str, output: Path) -> dict[str, list[ModelStatus]]:
-    names = [name for name in BACKENDS if backend in ("", name) and settings.address(name).base_url]
+    names = [name for name in engines.NAMES if backend in ("", name) and settings.address(name).base_url]
     found = await asyncio.gather(*(registry.check(settings.address(name), output=output) for name in names))
     return dict(zip(names, found, strict=True))

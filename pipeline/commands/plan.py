@@ -11,6 +11,7 @@ from rich.text import Text
 
 from pipeline import config, engines
 from pipeline.commands import options, show
+from pipeline.engines.base import Engine
 from pipeline.engines.flags import require_known_flags
 from pipeline.errors import InputError
 from pipeline.machine.named import hardware_from
@@ -79,7 +80,7 @@ def plan(
     run, engine, _ = options.chosen(agent, run, engine)
     chosen = engines.get(engine)
     options.require_known("purpose", purpose, get_args(Purpose))
-    source, name = _model(chosen.name, run, model, model_shape, output)
+    source, name = _model(chosen, run, model, model_shape, output)
     given = options.overrides(setting)
     # as serve does; what is set for this machine's servers says nothing of another machine or a model that is not here
     if machine is None and model_shape is None:
@@ -100,7 +101,7 @@ def plan(
         _show(described, argv)
 
 
-def _model(engine: str, run: str | None, path: Path | None, shape: str | None, output: Path) -> tuple[Model, str]:
+def _model(engine: Engine, run: str | None, path: Path | None, shape: str | None, output: Path) -> tuple[Model, str]:
     """The model to plan for and the name it is served under."""
     if sum(value is not None for value in (run, path, shape)) > 1:
         raise InputError("give only one of --run, --model and --model-shape")
@@ -108,7 +109,7 @@ def _model(engine: str, run: str | None, path: Path | None, shape: str | None, o
         model = Model.from_shape(shape) if shape is not None else Model.open(cast(Path, path))
         return model, model.name
     folder = options.folder(None, run, output)
-    artefact = folder.merged if engine in ("vllm", "sglang", "openai") else folder.gguf
+    artefact = engine.artefact(folder) or folder.merged
     if not artefact.exists():
         raise InputError(f"run {folder.name} has no {artefact.name}", remedy=f"granite-pipeline export --run {folder.name}")
     return Model.open(artefact), folder.name

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 import time
 from typing import Annotated, Any
 
@@ -126,7 +125,3 @@ def _assignment(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, {"True": True, "False": False, "None": None}.get(value, value)
-
-
-if sys.platform == "win32":  # pragma: no cover - process groups and signals differ
-    raise InputError("servers are supervised through POSIX process groups; use WSL on Windows")

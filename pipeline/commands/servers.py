@@ -11,7 +11,6 @@ import typer
 
 from pipeline import engines
 from pipeline.commands import options, show
-from pipeline.doctor import servers
 from pipeline.operate import services
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 from pipeline.serve import start
@@ -29,7 +28,7 @@ def ps(output: options.Output = DEFAULT_OUTPUT, as_json: options.AsJson = False)
       granite-pipeline ps
       granite-pipeline ps --json | jq '.servers[].url'
     """
-    rows = [entry.row() for entry in servers.listing(output)]
+    rows = [entry.row() for entry in services.listing(output)]
     if as_json:
         show.as_json({"servers": rows})
     elif rows:
@@ -60,7 +59,7 @@ def stop(
     names = [engines.get(engine).name] if engine else list(engines.NAMES)
     folders = [RunFolder(run, output).path]
     if every:
-        folders = sorted({output / entry.run for entry in servers.listing(output) if entry.run != "-"})
+        folders = sorted({output / entry.run for entry in services.listing(output) if entry.run != "-"})
     stopped = [f"{name} of {folder.name}" for folder in folders for name in names if start.stop(folder, name)]
     if every and not engine:
         stopped += [name for name in services.NAMES if services.stop(name, output)]
@@ -84,13 +83,13 @@ def logs(
       granite-pipeline logs --follow
     """
     run, engine, _ = options.chosen(agent, run, engine)
-    path = servers.logs(RunFolder(run, output).path, engines.get(engine).name if engine else None)[-1]
+    path = services.logs(RunFolder(run, output).path, engines.get(engine).name if engine else None)[-1]
     show.line(str(path), err=True, style="dim")
     with path.open(encoding="utf-8", errors="replace", newline="\n") as handle:
         _say("".join(handle.readlines()[-lines:] if lines else []))
         while follow:
             # asked before reading, so that the last words of a server that ends now are still read
-            alive = any(entry.server.log.name == path.name for entry in servers.listing(output))
+            alive = any(entry.server.log.name == path.name for entry in services.listing(output))
             _say(handle.read())
             if not alive:
                 return

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 
-from pipeline.runs.text import MaskingFilter
+from pipeline.runs import log
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 _ONE_LINE = 1_000_000  # columns of what is no terminal: no value is as long
-_NOISY = ("httpx", "papermill", "torchao", "transformers", "asyncio", "torch.utils._pytree")
 
 
 def console(*, err: bool = False) -> Console:
@@ -74,12 +73,9 @@ def log_to_stderr(level: int) -> None:
     """Send the log to stderr without secrets: in colour on a terminal, else one plain line each with the time of day."""
     from rich.logging import RichHandler
 
-    out, words = console(err=True), "%(message)s"
+    out = console(err=True)
     if out.file.isatty():
-        handler: logging.Handler = RichHandler(console=out, show_path=False, show_level=False, log_time_format="%H:%M:%S")
+        coloured = RichHandler(console=out, show_path=False, show_level=False, log_time_format="%H:%M:%S")
+        log.begin(coloured, level, words="%(message)s")
     else:
-        handler, words = logging.StreamHandler(), "%(asctime)s %(message)s"
-    handler.addFilter(MaskingFilter())
-    logging.basicConfig(level=level, format=words, datefmt="%H:%M:%S", handlers=[handler])
-    for noisy in _NOISY:
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+        log.begin(logging.StreamHandler(), level)
