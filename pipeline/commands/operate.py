@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,9 +9,7 @@ import typer
 from pipeline import config as settings_file
 from pipeline import engines
 from pipeline.commands import options, show
-from pipeline.config import Settings
-from pipeline.doctor.findings import Finding
-from pipeline.doctor.settings import check, served_contradiction
+from pipeline.doctor.settings import ask_selected, check
 from pipeline.engines.choose import recommend
 from pipeline.errors import EngineError, InputError
 from pipeline.machine.named import hardware_from
@@ -22,7 +18,6 @@ from pipeline.operate import registry
 from pipeline.operate.registry import ModelStatus
 from pipeline.runs.folder import DEFAULT_OUTPUT
 
-_ASK_SECONDS = 2.0
 _LEVELS = {"fail": "error", "warn": "warning", "ok": "ok"}
 
 
@@ -42,7 +37,7 @@ def config(
     settings = settings_file.load()
     notices = check(settings)
     if not offline:
-        notices += wait_for(_asked(settings))
+        notices += wait_for(ask_selected(settings))
     rows, told = settings_file.resolved(), [(_LEVELS[notice.status], notice.evidence) for notice in notices]
     if as_json:
         found = [{"name": r.name, "value": r.value, "source": r.source, "affects": r.description} for r in rows]
@@ -69,7 +64,7 @@ def models(
     settings = settings_file.load()
     if backend and backend not in engines.NAMES:
         raise InputError(f"no backend {backend!r}", remedy="known: " + ", ".join(engines.NAMES))
-    found = wait_for(_every(settings, backend, output))
+    found = wait_for(registry.check_every(settings, backend, output))
     if as_json:
         show.as_json({name: [status.to_json() for status in statuses] for name, statuses in found.items()})
     else:
@@ -116,26 +111,6 @@ def choose(
         show.line(f"not {name}: {why}", style="dim")
 
 
-async def _asked(settings: Settings) -> list[Finding]:
-    """What the selected backend, when it is up, has to say about the model name."""
-    address = settings.address()
-    if not address.base_url:
-        return []
-    statuses = await registry.check(address, timeout=_ASK_SECONDS)
-    served = [status.name for status in statuses if status.available]
-    if not served:
-        words = statuses[0].detail or "it serves no model"
-        return [Finding("settings", "warn", f"the selected backend {address.backend} is not usable now: {words}")]
-    notice = served_contradiction(settings, served)
-    return [notice] if notice else []
-
-
 def _row(backend: str, s: ModelStatus) -> list[str]:
     ours = f"{s.artefact.run}, {s.artefact.file} {s.artefact.sha256[:12]}" if s.artefact else ""
     return [backend, s.name, "yes" if s.available else "no", str(s.context or ""), f"{s.latency_ms or 0:.0f}", ours, s.detail]
-
-
-async def _every(settings: Settings, backend: str, output: Path) -> dict[str, list[ModelStatus]]:
-    names = [name for name in engines.NAMES if backend in ("", name) and settings.address(name).base_url]
-    found = await asyncio.gather(*(registry.check(settings.address(name), output=output) for name in names))
-    return dict(zip(names, found, strict=True))
