@@ -13,8 +13,8 @@ PANELS = {
     },
     "Operating": {
         **{"gateway": "deploy", "status-api": "deploy", "config": "operate", "models": "operate", "choose": "operate"},
-        **{"doctor": "doctor", "compose": "deploy", "systemd": "deploy"},
+        **{"doctor": "operate", "compose": "deploy", "systemd": "deploy"},
     },
     "Runs": {"runs": "runs", "prune": "runs"},
-    "Publishing": {"card": "publish", "push": "publish"},
+    "Publishing": {"card": "certify", "push": "certify"},
 }

@@ -1,14 +1,18 @@
-"""``config``, ``models``, ``warmup``, ``choose``: what applications will find, before they look for it."""
+"""``config``, ``models``, ``warmup``, ``choose``, ``doctor``: what applications will find, and what is wrong before they do."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from pipeline import config as settings_file
 from pipeline import engines
 from pipeline.commands import options, show
+from pipeline.doctor.findings import Facts, examine, worst_first
+from pipeline.doctor.machine import MACHINE
+from pipeline.doctor.serving import APPLICATIONS
 from pipeline.doctor.settings import ask_selected, check
 from pipeline.engines.choose import recommend
 from pipeline.errors import EngineError, InputError
@@ -16,8 +20,9 @@ from pipeline.machine.named import hardware_from
 from pipeline.net.client import wait_for
 from pipeline.operate import registry
 from pipeline.operate.registry import ModelStatus
-from pipeline.runs.folder import DEFAULT_OUTPUT
+from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT
 
+_STYLE = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 _LEVELS = {"fail": "error", "warn": "warning", "ok": "ok"}
 
 
@@ -109,6 +114,38 @@ def choose(
         show.line(f"- {reason}")
     for name, why in answer.others.items():
         show.line(f"not {name}: {why}", style="dim")
+
+
+def doctor(
+    run: options.Run = DEFAULT_NAME,
+    output: options.Output = DEFAULT_OUTPUT,
+    base: Annotated[str | None, typer.Option("--base", help="Also ask the hub whether this model may be read.")] = None,
+    agent: options.Agent = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Check torch, engines, driver, disk, RAM, ports, hub access, a run's files and what applications meet; say how to mend it.
+
+    The last part: contradicting settings, the selected backend refusing connections or lacking the model, a status API that
+    still uses an old LLM_BACKEND, known causes in the last server log, containers that failed.
+
+    Nothing is changed. Exit code: 0 when nothing failed (warnings allowed), 1 when something did.
+
+    Examples:
+      granite-pipeline doctor
+      granite-pipeline doctor --run mine --base ibm-granite/granite-4.0-350m --json
+    """
+    facts = Facts.gather(options.folder(agent, run, output), base)
+    found = examine(facts, MACHINE) + worst_first(examine(facts, APPLICATIONS))
+    healthy = all(finding.status != "fail" for finding in found)
+    if as_json:
+        show.as_json({"healthy": healthy, "findings": [finding.to_json() for finding in found]})
+    else:
+        rows = [
+            (Text(f.status, _STYLE[f.status]), f.check, f"{f.evidence}\n→ {f.remedy}" if f.remedy else f.evidence) for f in found
+        ]
+        show.table("", ("", "check", "what was seen, what to do"), rows)
+    if not healthy:
+        raise typer.Exit(1)
 
 
 def _row(backend: str, s: ModelStatus) -> list[str]:
