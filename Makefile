@@ -1,4 +1,4 @@
-# Every target runs the same code as the notebooks and the granite-pipeline command.
+# Every target runs the same code as the notebooks and as granite-pipeline.
 PYTHON ?= python3
 VENV ?= .venv
 DEVICE ?= auto
