@@ -88,6 +88,10 @@ class Settings(BaseSettings):
         orchestrator = str(getattr(self, f"{prefix}_orchestrator_model", "")) or model
         return Address(name, str(getattr(self, f"{prefix}_base_url", "")), model, orchestrator, key)
 
+    def key(self, backend: str) -> str:
+        """The key that a server of this backend asks for; empty for none."""
+        return self.address(backend).api_key.get_secret_value()
+
 
 @dataclass(frozen=True)
 class Address:
@@ -157,11 +161,6 @@ def load(env_file: Path = ENV_FILE) -> Settings:
         raise InputError(
             "a setting has an unusable value", evidence="\n".join(lines), remedy=f"correct it in {env_file} or the environment"
         ) from None
-
-
-def key_for(engine: str) -> str:
-    """The key that a server of this engine asks for, from the environment or ``.env``; empty for none."""
-    return load().address(engine).api_key.get_secret_value()
 
 
 def resolved(env_file: Path = ENV_FILE) -> list[Resolved]:

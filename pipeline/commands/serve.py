@@ -21,7 +21,7 @@ from pipeline.engines.vllm.lora import base_folder, parse
 from pipeline.errors import InputError
 from pipeline.planning.plan import Adapter, Purpose
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
-from pipeline.serve import ollama_service, server, start
+from pipeline.serve import ollama_service, records, server, start
 from pipeline.serve.start import Endpoint, Options, Target
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,11 @@ def serve(
     chosen = engines.get(engine or settings.llm_backend)
     folder = RunFolder(run, output)
     loras = _adapters(chosen, adapters, output)
-    target = _on_base(folder, loras, model, name) if loras else _target(folder, chosen, model, name, settings)
+    target = (
+        _on_base(folder, loras, model, name, settings.key(chosen.name))
+        if loras
+        else _target(folder, chosen, model, name, settings)
+    )
     overrides = {**settings.overrides(chosen.name), **dict(_pair(text) for text in setting or [])}
     if purpose not in ("verify", "serve", "throughput", "latency"):
         raise InputError(f"no purpose {purpose!r}", remedy="use verify, serve, throughput or latency")
@@ -111,7 +115,7 @@ def run_server(engine: str, target: Target, options: Options, *, detach: bool) -
         attend(endpoint.server, target.servers)
 
 
-def attend(process: server.Server, records: Path) -> None:
+def attend(process: server.Server, folder: Path) -> None:
     """Stay beside a server until Ctrl-C, and stop it then; EngineError when it dies first."""
     try:
         while process.alive:
@@ -120,7 +124,7 @@ def attend(process: server.Server, records: Path) -> None:
     except KeyboardInterrupt:
         Console(stderr=True).print("stopping")
     finally:
-        server.end(process, records)
+        records.end(process, folder)
 
 
 def show(endpoint: Endpoint, console: Console) -> None:
@@ -139,7 +143,7 @@ def status(
 ) -> None:
     """Show which servers of a run are up and whether each answers."""
     folder = RunFolder(run, output).path
-    running = server.running(folder / "servers")
+    running = records.running(folder / "servers")
     rows = [
         {
             "backend": s.engine,
@@ -161,16 +165,16 @@ def status(
 
 
 def _target(run: RunFolder, engine: Engine, model: Path | None, name: str | None, settings: config.Settings) -> Target:
-    served = name or settings.served_name(engine.name) or run.name
+    served, key = name or settings.served_name(engine.name) or run.name, settings.key(engine.name)
     if model is None:
-        return Target.of_run(run, engine.name, served)
+        return Target.of_run(run, engine.name, served, key)
     if not model.exists():
         raise InputError(f"{model}: no such file or folder", remedy="give a model folder or a .gguf file")
     modelfile = model.parent / "Modelfile"
     # a model inside a run belongs to it; for any other, a folder of its name beside the runs, where ps and stop look
     inside = model.resolve().parent.parent == run.output.resolve()
     folder = model.parent if inside else run.output / _folder_name(model)
-    return Target(model, served, folder, modelfile if engine.name == "ollama" else None)
+    return Target(model, served, folder, modelfile if engine.name == "ollama" else None, key)
 
 
 def _folder_name(model: Path) -> str:
@@ -186,10 +190,10 @@ def _adapters(engine: Engine, text: str | None, output: Path) -> tuple[Adapter, 
     return tuple(parse(text, output))
 
 
-def _on_base(run: RunFolder, loras: Sequence[Adapter], model: Path | None, name: str | None) -> Target:
+def _on_base(run: RunFolder, loras: Sequence[Adapter], model: Path | None, name: str | None, key: str) -> Target:
     """The base model under its own name; logs and records stay in the run's folder."""
     base = base_folder(loras, model)
-    return Target(base, name or base.name, run.path)
+    return Target(base, name or base.name, run.path, key=key)
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-import httpx
-
 from pipeline import engines
 from pipeline.errors import InputError, PipelineError
+from pipeline.net.client import status_of
 from pipeline.operate import services
 from pipeline.runs import lock
 from pipeline.runs.files import leftovers, remove, tree_bytes
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
-from pipeline.serve import server
+from pipeline.serve import records
+from pipeline.serve.records import Record
 from pipeline.serve.server import Server
 
 State = Literal["loading", "ready", "silent"]
@@ -68,7 +68,7 @@ def listing(output: Path) -> list[Listed]:
     found = []
     for folder in sorted(output.glob("*/servers")):
         run = "-" if folder == services.folder(output) else folder.parent.name
-        found += [Listed(run, process, _server_state(process, folder)) for process in server.running(folder)]
+        found += [Listed(run, r.process, _server_state(r)) for r in records.living(folder) if r.process]
     return found
 
 
@@ -87,14 +87,10 @@ def start_logs(run: Path, names: Sequence[str]) -> list[Path]:
     return sorted(found, key=lambda path: (path.stat().st_mtime, path.name))
 
 
-def _server_state(process: Server, folder: Path) -> State:
-    if not server.note_path(folder, process.engine).is_file():
+def _server_state(record: Record) -> State:
+    if record.ready is None or record.process is None:
         return "loading"
-    try:
-        answer = httpx.get(process.url + process.ready_path, timeout=2)
-    except httpx.HTTPError:
-        return "silent"
-    return "ready" if answer.status_code == httpx.codes.OK else "silent"
+    return "ready" if status_of(record.process.url + record.process.ready_path) == 200 else "silent"
 
 
 # newest first: the last of these that is there is how far a run got
@@ -197,7 +193,7 @@ def _runs(output: Path) -> list[RunFolder]:
 def _info(run: RunFolder) -> RunInfo:
     there = lock.holder(run)
     try:
-        names = tuple(s.engine for s in server.running(run.servers))
+        names = tuple(s.engine for s in records.running(run.servers))
     except PipelineError:
         names = ()
     sizes = {part: tree_bytes(run.path / part) for part in _PARTS if (run.path / part).exists()}

@@ -24,7 +24,7 @@ from pipeline.operate.registry import ModelStatus
 from pipeline.operate.routing import gateway_folder
 from pipeline.runs.folder import DEFAULT_OUTPUT, RunFolder
 from pipeline.runs.text import mask, without_password
-from pipeline.serve import server
+from pipeline.serve import records
 from pipeline.serve.logs import classify
 
 _ASK_SECONDS = 3.0
@@ -64,7 +64,7 @@ def backend_answers(settings: Settings, run: RunFolder) -> Finding:
 def old_backend(settings: Settings, output: Path = DEFAULT_OUTPUT) -> list[Finding]:
     """A status API that was started before LLM_BACKEND changed keeps the settings of its start; a gateway does not tell its own."""
     found = []
-    for process in server.running(gateway_folder(output) / "servers"):
+    for process in records.running(gateway_folder(output) / "servers"):
         if process.engine != "status-api":
             continue
         try:
@@ -79,7 +79,7 @@ def old_backend(settings: Settings, output: Path = DEFAULT_OUTPUT) -> list[Findi
 
 def last_failures(run: RunFolder) -> list[Finding]:
     """Known causes (CUDA out of memory, a taken port, ...) in the newest log of each engine that is not running now."""
-    alive = {process.engine for process in server.running(run.servers)} if run.path.is_dir() else set()
+    alive = {process.engine for process in records.running(run.servers)} if run.path.is_dir() else set()
     found = []
     for engine in engines.NAMES:
         logs = [] if engine in alive else inventory.start_logs(run.path, (engine,))
@@ -119,7 +119,7 @@ def _remedy(settings: Settings, run: RunFolder, status: ModelStatus) -> str:
     address = settings.address()
     prefix = "OPENAI_COMPATIBLE" if address.backend == "openai" else address.backend.upper()
     if status.kind == "refused":
-        here = [p for p in server.running(run.servers) if p.engine == address.backend] if run.path.is_dir() else []
+        here = [p for p in records.running(run.servers) if p.engine == address.backend] if run.path.is_dir() else []
         if here:
             return f"{address.backend} of run {run.name} runs at {here[0].url}: set {prefix}_BASE_URL={here[0].url}/v1"
         return (

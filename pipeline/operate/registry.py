@@ -17,9 +17,8 @@ from pipeline.net.loopback import same_place
 from pipeline.net.reach import TIMEOUT, Reached, get_json
 from pipeline.operate.agents import Agents
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
-from pipeline.serve import notes
-from pipeline.serve import notes as artefact
-from pipeline.serve.notes import Artefact, Note
+from pipeline.serve import artefacts, records
+from pipeline.serve.artefacts import Artefact
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ async def check_ollama_models(
     if entries is None:
         return [_unreachable(model, tags)]
     running = {str(entry.get("name")): entry for entry in _entries(ps, "models") or []}
-    known, found = tuple(notes.every(output)), []
+    known, found = tuple(records.every(output)), []
     for entry in entries:
         name = str(entry.get("name", ""))
         in_memory = running.get(name, {})
@@ -98,7 +97,7 @@ async def check_llamacpp_models(
     said = props.data if props.ok and isinstance(props.data, dict) else {}
     slot = said.get("default_generation_settings")
     context = _integer(slot.get("n_ctx")) if isinstance(slot, dict) else None
-    ours = artefact.of_served_path(str(said.get("model_path", "")), output, notes.up_since(root, notes.every(output)))
+    ours = artefacts.of_served_path(str(said.get("model_path", "")), output, records.up_since(root, records.every(output)))
     return [
         replace(s, context=context or s.context, artefact=s.artefact or ours, loaded=True) if s.available else s for s in statuses
     ]
@@ -183,10 +182,11 @@ def address_for(config: Settings, agent_name: str | None, output: Path = DEFAULT
     address = config.address(agent.backend or "")
     if agent.model:
         return replace(address, model=agent.model)
-    note = notes.of_run(RunFolder(run, output), address.backend)
-    if note:
+    record = records.of_run(RunFolder(run, output), address.backend)
+    if record and record.ready:
         # started on another port than the configured one, it is found there as long as it runs
-        return replace(address, model=note.model, base_url=note.process.url if note.process else address.base_url)
+        up = record.running
+        return replace(address, model=record.ready.model, base_url=up.url if up else address.base_url)
     if run == DEFAULT_NAME:
         return address
     raise InputError(
@@ -209,15 +209,15 @@ def same_model(statuses: Sequence[ModelStatus], name: str) -> ModelStatus | None
     """The status of a model by name; Ollama's ``:latest`` may be left out, and no name means the only model there is."""
     if not name and len(statuses) == 1:
         return statuses[0]
-    return next((s for s in statuses if notes.same_name(s.name, name)), None)
+    return next((s for s in statuses if records.same_name(s.name, name)), None)
 
 
 def _openai_statuses(root: str, listed: Reached, model: str, output: Path) -> list[ModelStatus]:
     entries = _entries(listed, "data")
     if entries is None:
         return [_unreachable(model, listed)]
-    known = tuple(notes.every(output))
-    found, since = [], notes.up_since(root, known)
+    known = tuple(records.every(output))
+    found, since = [], records.up_since(root, known)
     for entry in entries:
         name, meta = str(entry.get("id", "")), entry.get("meta")
         meta = meta if isinstance(meta, dict) else {}
@@ -226,7 +226,7 @@ def _openai_statuses(root: str, listed: Reached, model: str, output: Path) -> li
         )
         # an adapter is not the artefact the server was started with
         started = None if entry.get("parent") else _recorded(root, name, known)
-        ours = started or artefact.of_served_path(str(entry.get("root") or ""), output, since)
+        ours = started or artefacts.of_served_path(str(entry.get("root") or ""), output, since)
         loaded = str(entry["state"]) == "loaded" if "state" in entry else True
         found.append(ModelStatus(name, True, loaded, context, _integer(meta.get("size")), listed.latency_ms, artefact=ours))
     return _with_wanted(found, model, "serve the run under that name, or ask for one of these", listed.latency_ms)
@@ -257,13 +257,13 @@ def _entries(reached: Reached, key: str) -> list[Mapping[str, Any]] | None:
     return [entry for entry in listed if isinstance(entry, dict)]
 
 
-def _recorded(root: str, model: str, known: Sequence[Note], digest: str = "") -> Artefact | None:
+def _recorded(root: str, model: str, known: records.Known, digest: str = "") -> Artefact | None:
     """What was loaded by a server that was started from here and still runs at this URL, or made in someone's Ollama."""
-    for note in known:
+    for ready, process in known:
         # what was made in an Ollama that is not ours is told by its digest, also when it was made again by someone else
-        still = note.digest == digest if note.digest else note.process is not None
-        if still and note.artefact and same_place(note.url, root) and notes.same_name(model, note.model):
-            return note.artefact
+        still = ready.digest == digest if ready.digest else process is not None
+        if still and ready.artefact and same_place(ready.url, root) and records.same_name(model, ready.model):
+            return ready.artefact
     return None
 
 

@@ -12,9 +12,9 @@ from pipeline.errors import InputError
 from pipeline.net.loopback import claim
 from pipeline.operate.agents import Agents
 from pipeline.operate.routing import deployments, gateway_folder
-from pipeline.runs.files import write_json
 from pipeline.runs.folder import DEFAULT_OUTPUT
-from pipeline.serve import server
+from pipeline.serve import records, server
+from pipeline.serve.records import Ready
 from pipeline.serve.server import Progress, Server
 
 # LiteLLM's proxy takes 20 to 30 s to import on a small machine
@@ -56,25 +56,21 @@ def start(launch: Launch, output: Path, owner: int | None, progress: Progress) -
 
     EnvironmentFailure names the one that runs already: two would share one record and one log.
     """
-    records = folder(output)
-    log, remedy = records.parent / f"{launch.engine}.log", f"granite-pipeline {launch.engine} --stop"
-    process = server.begin(launch, log, records, owner=owner, remedy=remedy)
+    there = folder(output)
+    log, remedy = there.parent / f"{launch.engine}.log", f"granite-pipeline {launch.engine} --stop"
+    process = records.begin(launch, log, there, owner=owner, remedy=remedy)
     try:
         seconds = server.wait_ready(process, launch.start_timeout, progress)
-        write_json(server.note_path(records, launch.engine), {"ready_seconds": seconds})
+        records.mark_ready(there, launch.engine, process, Ready(process.url, process.model, ready_seconds=seconds))
     except BaseException:
-        server.end(process, records)
+        records.end(process, there)
         raise
     return process
 
 
 def stop(name: str, output: Path = DEFAULT_OUTPUT) -> bool:
     """Stop a service that was left running; False when there is none."""
-    for process in server.running(folder(output)):
-        if process.engine == name:
-            server.end(process, folder(output))
-            return True
-    return False
+    return records.stop(folder(output), name)
 
 
 def _launch(name: str, module: str, address: tuple[str, int], words: Sequence[str]) -> Launch:

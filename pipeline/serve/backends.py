@@ -49,11 +49,11 @@ class Started:
 def find(run: RunFolder, name: str, settings: Settings) -> Endpoint | None:
     """An endpoint that already runs: started for this run, or (openai) given by URL; None when there is none."""
     if name != "openai":
-        return serving.attach(name, Target.of_run(run, name))
+        return serving.attach(name, Target.of_run(run, name, key=settings.key(name)))
     if not settings.openai_compatible_base_url:
         raise InputError("openai: no endpoint given", remedy="set OPENAI_COMPATIBLE_BASE_URL and OPENAI_COMPATIBLE_MODEL")
     there = settings.address(name)
-    return Endpoint(name, there.root, there.model, api_key=there.api_key.get_secret_value())
+    return Endpoint(name, there.root, there.model, api_key=settings.key(name))
 
 
 def start(run: RunFolder, name: str, settings: Settings, options: Options) -> Started:
@@ -66,7 +66,7 @@ def start(run: RunFolder, name: str, settings: Settings, options: Options) -> St
             return Started(name, "skipped", f"{available.reason}; to have it: {available.remedy}")
         if endpoint is None:
             wanted = replace(options, overrides={**settings.overrides(name), **options.overrides})
-            endpoint = serving.serve(name, Target.of_run(run, name), wanted, _say)
+            endpoint = serving.serve(name, Target.of_run(run, name, key=settings.key(name)), wanted, _say)
         return Started(name, "ready", endpoint=endpoint)
     except InputError:
         raise

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
 
 import httpx
 
-from pipeline import engines
-from pipeline.config import key_for
+from pipeline import config, engines
+from pipeline.config import Settings
 from pipeline.engines.base import Engine
 from pipeline.errors import EngineError, InputError, MissingDependency
 from pipeline.modelfile.modelfile import parse_modelfile
 from pipeline.modelfile.template import derive
-from pipeline.net.client import ask
+from pipeline.net.client import Refused, Unanswered, ask, get, open_client, post
 from pipeline.prompts.chat import ChatTemplate, Tokenizer
 from pipeline.prompts.conversation import Conversation, Prompt
 from pipeline.prompts.gorender import find_go
@@ -37,6 +36,7 @@ class EngineRenderer:
     name: str
     url: str
     model: str = ""
+    key: str = field(default="", repr=False, compare=False)
 
     @property
     def engine(self) -> Engine:
@@ -45,8 +45,8 @@ class EngineRenderer:
 
     @cached_property
     def client(self) -> httpx.Client:
-        """The client, made with the server's key, which is read once and not for each prompt."""
-        return _client(self.url, key_for(self.engine.name))
+        """The client, made with the server's key."""
+        return _client(self.url, self.key)
 
     def render(self, conversation: Conversation) -> Prompt:
         """Ask the server what it would feed the model."""
@@ -61,8 +61,7 @@ class EngineRenderer:
 def _client(url: str, key: str) -> httpx.Client:
     """One client for all requests to a server: making one costs more than a request does."""
     # no connection is kept, so that a client that is dropped from the cache leaves nothing open
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    return httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT, limits=httpx.Limits(max_keepalive_connections=0))
+    return open_client(url, key, _TIMEOUT)
 
 
 # the run's own files as they would be rendered, without a server: what vLLM, llama.cpp and Ollama are given
@@ -85,6 +84,11 @@ class Source:
     def folder(self) -> Path | None:
         """The run's merged model."""
         return self.run.merged if self.run else None
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The settings, read when a server is asked for the first time: its key may be in them."""
+        return config.load()
 
     @property
     def template(self) -> ChatTemplate:
@@ -123,7 +127,8 @@ def make_renderer(name: str, source: Source, *, url: str | None = None, model: s
     if name not in _PORTS:
         raise InputError(f"no renderer {name!r}", remedy=f"use one of {', '.join(NAMES)}")
     base = (url or f"http://127.0.0.1:{_PORTS[name]}").rstrip("/").removesuffix("/v1")
-    return EngineRenderer(name, base, model if model is not None else _served(name, base, source, asked=True))
+    served = model if model is not None else _served(name, base, source, asked=True)
+    return EngineRenderer(name, base, served, source.settings.key(name))
 
 
 def _file_renderer(name: str, source: Source) -> Renderer:
@@ -164,7 +169,7 @@ def choose_renderers(
                 continue
             base = f"http://127.0.0.1:{_PORTS[name]}"
             model = _served(name, base, source, asked=False)
-            chosen.append(EngineRenderer(name, base, model))
+            chosen.append(EngineRenderer(name, base, model, source.settings.key(name)))
         except (EngineError, InputError, MissingDependency) as error:
             absent[name] = f"{error.message}" + (f" ({error.remedy})" if error.remedy else "")
     return chosen, absent
@@ -190,13 +195,11 @@ def _served(name: str, base: str, source: Source, *, asked: bool) -> str:
     EngineError when the server does not answer; when it serves something else InputError, unless it was asked for by name
     and there is nothing to choose: then what it serves is what is to be compared.
     """
-    key = key_for(name)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    with httpx.Client(base_url=base, headers=headers, timeout=3.0) as client:
+    with open_client(base, source.settings.key(name), 3.0) as client:
         try:
             found, others = _FINDERS[name](client, source)
-        except httpx.HTTPError as error:
-            raise EngineError(f"no {name} server at {base}: {error}") from None
+        except (Refused, Unanswered) as error:
+            raise EngineError(f"no {name} server at {base}: {error.message}") from None
     if found is not None:
         return found
     if asked and len(others) == 1:
@@ -209,13 +212,13 @@ def _served(name: str, base: str, source: Source, *, asked: bool) -> str:
 
 def _find_llamacpp(client: httpx.Client, source: Source) -> tuple[str | None, list[str]]:
     """By the chat template it shows."""
-    same = str(_json(client.get("/props")).get("chat_template", "")).rstrip("\n") == source.template.source.rstrip("\n")
+    same = str(get(client, "/props").get("chat_template", "")).rstrip("\n") == source.template.source.rstrip("\n")
     return ("" if same else None), [""]
 
 
 def _find_vllm(client: httpx.Client, source: Source) -> tuple[str | None, list[str]]:
     """By the folder it was started with."""
-    models = _json(client.get("/v1/models")).get("data") or []
+    models = get(client, "/v1/models").get("data") or []
     same = (
         str(m["id"]) for m in models if source.folder and Path(str(m.get("root") or "/")).resolve() == source.folder.resolve()
     )
@@ -224,16 +227,10 @@ def _find_vllm(client: httpx.Client, source: Source) -> tuple[str | None, list[s
 
 def _find_ollama(client: httpx.Client, source: Source) -> tuple[str | None, list[str]]:
     """By the TEMPLATE it was created with."""
-    names = [str(m["name"]) for m in _json(client.get("/api/tags")).get("models") or []]
+    names = [str(m["name"]) for m in get(client, "/api/tags").get("models") or []]
     wanted = derive(source.template).text
-    same = (name for name in names if _json(client.post("/api/show", json={"model": name})).get("template") == wanted)
+    same = (name for name in names if post(client, "/api/show", {"model": name}).get("template") == wanted)
     return next(same, None), names
 
 
 _FINDERS = {"llamacpp": _find_llamacpp, "vllm": _find_vllm, "ollama": _find_ollama}
-
-
-def _json(answer: httpx.Response) -> dict[str, Any]:
-    answer.raise_for_status()
-    found: dict[str, Any] = answer.json()
-    return found
