@@ -15,15 +15,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 
 from pipeline.config import KEY_VARIABLES
 from pipeline.engines.base import Launch
 from pipeline.errors import StartFailure
+from pipeline.net.client import status_of
 from pipeline.serve.logs import Failure, classify, phase
 
 _POLL_SECONDS = 0.5
+_OK = 200
 _STOP_SECONDS = 20.0
 # start times are read against the wall clock, which may be set; a pid that is used again starts much later
 _SAME_START = 120.0
@@ -114,9 +115,8 @@ def wait_ready(server: Server, timeout: float, progress: Progress) -> float:
         if not server.alive:
             stop(server)
             raise failure(server, "ended before it was ready")
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(server.url + server.ready_path, timeout=5).status_code == httpx.codes.OK:
-                return time.monotonic() - begun
+        if status_of(server.url + server.ready_path, timeout=5) == _OK:
+            return time.monotonic() - begun
         doing = phase(_end_of(server.log))
         if doing != shown:
             shown = doing
