@@ -21,7 +21,7 @@ from pipeline.engines.vllm.lora import base_folder, parse
 from pipeline.errors import InputError
 from pipeline.planning.plan import Adapter, Purpose
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
-from pipeline.serve import ollama_service, records, server, start
+from pipeline.serve import backends, ollama_service, records, server, start
 from pipeline.serve.start import Endpoint, Options, Target
 
 log = logging.getLogger(__name__)
@@ -89,29 +89,19 @@ def serve(
     # on Linux Ollama is a system service that holds its port; one that runs is used, unless another port is asked for
     mine = chosen.name != "ollama" or port is not None or host != start.LOOPBACK
     there = None if mine else ollama_service.find(settings.ollama_base_url)
-    if there is None:
-        run_server(chosen.name, target, options, detach=detach)
-    else:
-        in_running_ollama(there, target, options)
+    run_server(chosen.name, target, options, there, detach=detach)
 
 
-def in_running_ollama(there: Endpoint, target: Target, options: Options) -> None:
-    """Make the model in an Ollama that already runs, and say that it goes on running."""
-    console = Console(stderr=True)
-    with console.status("creating the model") as spinner:
-        endpoint = ollama_service.serve_there(there, target, options, lambda text: spinner.update(text[:120]))
-    show(endpoint, console)
-    words = f"made in the Ollama that already runs at {endpoint.url}; it goes on running (--port 0 starts another one)"
-    console.print(words, soft_wrap=True, markup=False, highlight=False)
-
-
-def run_server(engine: str, target: Target, options: Options, *, detach: bool) -> None:
-    """Serve in the foreground until interrupted, or (``detach``) leave the server running."""
+def run_server(engine: str, target: Target, options: Options, there: Endpoint | None = None, *, detach: bool) -> None:
+    """Serve in the foreground until interrupted, or (``detach``) leave the server running; in ``there`` where one already runs."""
     console = Console(stderr=True)
     with console.status(f"starting {engine}") as spinner:
-        endpoint = start.serve(engine, target, options, lambda text: spinner.update(text[:120]))
+        endpoint = backends.bring_up(engine, target, options, lambda text: spinner.update(text[:120]), there)
     show(endpoint, console)
-    if not detach and endpoint.server is not None:
+    if endpoint.server is None:
+        words = f"made in the Ollama that already runs at {endpoint.url}; it goes on running (--port 0 starts another one)"
+        console.print(words, soft_wrap=True, markup=False, highlight=False)
+    elif not detach:
         attend(endpoint.server, target.servers)
 
 

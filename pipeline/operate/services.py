@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.config import Settings
 from pipeline.engines.base import Launch as Launch
 from pipeline.errors import InputError
-from pipeline.net.loopback import claim
+from pipeline.net.loopback import HERE, claim
 from pipeline.operate.agents import Agents
 from pipeline.operate.routing import deployments, gateway_folder
 from pipeline.runs.folder import DEFAULT_OUTPUT
@@ -20,14 +20,13 @@ from pipeline.serve.server import Progress, Server
 # LiteLLM's proxy takes 20 to 30 s to import on a small machine
 _READY_SECONDS = 300.0
 NAMES = ("gateway", "status-api")
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def gateway_launch(
     settings: Settings, host: str, port: int, output: Path, options: Sequence[str] = (), *, free: bool = True
 ) -> Launch:
     """The gateway's process; InputError when it would be open to others without a key."""
-    if host not in _LOOPBACK and not settings.gateway_api_key.get_secret_value():
+    if host not in HERE and not settings.gateway_api_key.get_secret_value():
         raise InputError(
             f"the gateway on {host} could be used by everyone who reaches this machine",
             remedy="set GATEWAY_API_KEY, or leave out --host",

@@ -17,7 +17,7 @@ from pipeline.machine.hardware import Hardware
 from pipeline.model.model import Model
 from pipeline.modelfile.modelfile import read_modelfile, to_create_request
 from pipeline.net.chat import PATH, hello
-from pipeline.net.client import Refused, Unanswered, bearer, open_async, open_client, post, status_of, wait_for
+from pipeline.net.client import Refused, Unanswered, bearer, open_client, post, product_errors, status_of
 from pipeline.net.loopback import claim
 from pipeline.planning.plan import Adapter, Plan, Purpose, Request
 from pipeline.runs.folder import RunFolder
@@ -238,13 +238,10 @@ def create_in_ollama(endpoint: Endpoint, target: Target, progress: Progress, pla
     planned = {s.name: int(s.value) for s in (plan.parameters if plan else ()) if s.value is not None}
     parts["parameters"] = {**parts.get("parameters", {}), **planned}
 
-    async def create() -> None:
-        async with open_async(endpoint.url, timeout=600) as client:
-            await Ollama().create(client, endpoint.model, target.model, parts)
-
     said = ", ".join(f"{name} {value}" for name, value in planned.items())
     progress(f"creating {endpoint.model} in Ollama{f' with {said}' if said else ''}")
-    wait_for(create())
+    with open_client(endpoint.url, timeout=600) as client, product_errors(f"Ollama at {endpoint.url}"):
+        Ollama().create(client, endpoint.model, target.model, parts)
 
 
 def first_token(endpoint: Endpoint, timeout: float = 300) -> None:
