@@ -47,10 +47,6 @@ class Ready:
         return cls(**{**known, "url": str(data["url"]), "model": str(data["model"]), "artefact": loaded})
 
 
-# what is or was served from here, with its server where that runs
-Known = Iterable[tuple[Ready, Server | None]]
-
-
 @dataclass(frozen=True)
 class Record:
     """What one file says of an engine's server of a run."""
@@ -63,6 +59,20 @@ class Record:
     def running(self) -> Server | None:
         """The process while it lives."""
         return self.process if self.process is not None and self.process.alive else None
+
+    @property
+    def artefact(self) -> Artefact | None:
+        """What was loaded, where that is known to be ours."""
+        return self.ready.artefact if self.ready else None
+
+    def about(self, url: str, model: str, digest: str = "") -> bool:
+        """Whether this is what a model of that name at a URL is now: its server still runs, or Ollama has the model made then.
+
+        One that someone made again has another digest.
+        """
+        if self.ready is None or not (same_place(self.ready.url, url) and same_name(model, self.ready.model)):
+            return False
+        return self.ready.digest == digest if self.ready.digest else self.running is not None
 
 
 def read(folder: Path, engine: str) -> Record | None:
@@ -175,27 +185,26 @@ def of_run(run: RunFolder, engine: str) -> Record | None:
     return None
 
 
-def every(output: Path) -> Iterator[tuple[Ready, Server | None]]:
-    """What is served, or was served last, in all runs: the server too while it runs."""
+def every(output: Path) -> Iterator[Record]:
+    """What is served, or was served last, in all runs."""
     for folder in sorted(output.glob("*/servers")):
         for engine in _engines(folder):
             with contextlib.suppress(InputError):
                 record = read(folder, engine)
                 if record and record.ready:
-                    yield record.ready, record.running
+                    yield record
 
 
-def last_served(url: str, model: str, known: Known) -> Artefact | None:
+def last_served(url: str, model: str, known: Iterable[Record]) -> Artefact | None:
     """What the records say of a model at a URL, whether or not its server still runs."""
-    for ready, _ in known:
-        if ready.artefact and same_place(ready.url, url) and (same_name(ready.model, model) or same_name(model, ready.model)):
-            return ready.artefact
-    return None
+    there = (record.ready for record in known if record.ready and same_place(record.ready.url, url))
+    named = (ready.artefact for ready in there if same_name(ready.model, model) or same_name(model, ready.model))
+    return next(filter(None, named), None)
 
 
-def up_since(url: str, known: Known) -> float | None:
+def up_since(url: str, known: Iterable[Record]) -> float | None:
     """Start (wall clock) of the server that was started from here and runs at this URL; None when it is someone else's."""
-    return next((process.started for _, process in known if process and same_place(process.url, url)), None)
+    return next((up.started for record in known if (up := record.running) and same_place(up.url, url)), None)
 
 
 def same_name(served: str, asked: str) -> bool:

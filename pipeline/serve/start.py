@@ -31,7 +31,6 @@ from pipeline.serve.server import Progress, Server
 
 LOOPBACK = "127.0.0.1"
 _DEATH_SECONDS = 5.0
-_SERVES_FOLDER = frozenset({"vllm", "sglang"})  # the others serve the run's GGUF
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,13 @@ class Target:
     @classmethod
     def of_run(cls, run: RunFolder, engine: str, name: str | None = None, key: str = "") -> Target:
         """The artefact of a run that an engine serves; InputError when it has not been exported."""
-        model = run.merged if engine in _SERVES_FOLDER else run.gguf
+        facts = engines.get(engine)
+        model = facts.artefact(run)
+        if model is None:
+            raise InputError(f"{engine} is not started from here", remedy=f"set {facts.prefix}_BASE_URL to the running server")
         if not model.exists():
             raise InputError(f"run {run.name} has no {model.name}", remedy=f"granite-pipeline export --run {run.name}")
-        modelfile = run.modelfile if engine == "ollama" and run.modelfile.exists() else None
+        modelfile = run.modelfile if facts.creates_model and run.modelfile.exists() else None
         return cls(model, name or run.name, run.path, modelfile, key)
 
 
@@ -190,7 +192,7 @@ class _Start:
         described = {**plan.to_json(), "argv": list(launch.argv)}
         version = self.engine.available().version
         endpoint = Endpoint(process.engine, launch.url, launch.model, version, process, described, api_key=self.target.key)
-        if self.engine.name == "ollama":
+        if self.engine.creates_model:
             create_in_ollama(endpoint, self.target, self.progress, plan)
         first_token(endpoint)
         return endpoint

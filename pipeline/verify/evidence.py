@@ -7,20 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import httpx
 
+from pipeline import engines
+from pipeline.engines.base import Engine
 from pipeline.errors import PipelineError
 from pipeline.model.tokenizer import Tokenizer
-from pipeline.net.client import ask
 from pipeline.report.check import Check
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import sha256_tree
 from pipeline.serve.artefacts import written_after
 from pipeline.serve.start import Endpoint
 from pipeline.verify import checks
-from pipeline.verify.distributions import Reference, next_tokens
+from pipeline.verify.distributions import Reference
 from pipeline.verify.material import Material
 from pipeline.verify.prober import Prober, ask_all
 from pipeline.verify.score import Answer
@@ -76,7 +76,7 @@ class Evidence:
 
 async def collect(endpoint: Endpoint, run: RunFolder, material: Material, reference: Reference, plan: Plan) -> Evidence:
     """Question one endpoint; what it cannot answer is noted, not raised, except answers to chats (EngineError)."""
-    begun, problems = time.monotonic(), {}
+    begun, problems, engine = time.monotonic(), {}, engines.get(endpoint.engine)
     rows = [material.rows[i] for i in plan.rows]
     async with Prober(endpoint, material.max_tokens) as prober:
         answers, _ = await ask_all(prober, rows, _CONCURRENCY, lambda: None)
@@ -88,15 +88,16 @@ async def collect(endpoint: Endpoint, run: RunFolder, material: Material, refere
         tops: dict[str, dict[int, dict[int, float]]] = {"probes": {}, "controls": {}}
         try:
             for name, numbers, probes in (("probes", chosen, reference.held_out), ("controls", controls, reference.controls)):
-                found = next_tokens(client, endpoint.engine, endpoint.model, [probes[i].ids for i in numbers])
+                found = engine.next_tokens(client, endpoint.model, [probes[i].ids for i in numbers])
                 tops[name] = dict(zip(numbers, found, strict=True))
         except PipelineError as error:
             problems["logprobs"] = error.message
-        file = _file(client, endpoint)
-        tokenised = _tokenised(client, endpoint.engine, run, [material.prompts[i][0] for i in plan.rows])
+        file = engine.loaded_file(client, endpoint.model)
+        file = None if file == endpoint.model else file
+        tokenised = _tokenised(client, engine, run, [material.prompts[i][0] for i in plan.rows])
     sha256 = sha256_tree(Path(file)) if file and Path(file).exists() else None
     return Evidence(
-        endpoint.engine, endpoint.version, served_dtype(endpoint), plan.rows, tuple(answers), parity, tops["probes"], tops["controls"],
+        endpoint.engine, endpoint.version, engine.served_dtype(endpoint.server.argv if endpoint.server else ()), plan.rows, tuple(answers), parity, tops["probes"], tops["controls"],
         file, sha256, tokenised, round(time.monotonic() - begun, 1), problems, endpoint.sha256,
         written_since(Path(file), endpoint.server.started_at) if file and endpoint.server else False,
     )  # fmt: skip
@@ -107,44 +108,13 @@ def written_since(path: Path, started_at: str) -> bool:
     return written_after(path, datetime.fromisoformat(started_at).timestamp() + 1)
 
 
-def served_dtype(endpoint: Endpoint) -> str:
-    """The number type an engine computes in: what it was told, Q8_0 for a GGUF; "unknown" for somebody else's server.
-
-    "quantised" where the engine makes the weights or the KV cache smaller than the exported ones.
-    """
-    argv = list(endpoint.server.argv) if endpoint.server else []
-    if endpoint.engine in ("llamacpp", "ollama"):
-        return "Q8_0"
-    if {"--quantization", "--kv-cache-dtype"} & set(argv):
-        return "quantised"
-    known = argv[argv.index("--dtype") + 1] if "--dtype" in argv else "unknown"
-    return "float16" if known == "auto" else known
-
-
-def _file(client: httpx.Client, endpoint: Endpoint) -> str | None:
-    """The model file or folder that the server itself says it loaded; None where it does not tell."""
-    try:
-        if endpoint.engine == "llamacpp":
-            found = client.get("/props").json().get("model_path")
-        else:
-            served = client.get("/v1/models").json()["data"]
-            found = next((entry.get("root") for entry in served if entry["id"] == endpoint.model), None)
-    except (httpx.HTTPError, ValueError, KeyError, AttributeError):
-        return None
-    return str(found) if found and str(found) != endpoint.model else None
-
-
-def _tokenised(client: httpx.Client, engine: str, run: RunFolder, texts: Sequence[str]) -> tuple[int, int] | None:
-    """llama.cpp's own tokenizer on the conversation suite and the prompts: how many texts give the tokenizer's IDs, of how many."""
-    if engine != "llamacpp":
+def _tokenised(client: httpx.Client, engine: Engine, run: RunFolder, texts: Sequence[str]) -> tuple[int, int] | None:
+    """The engine's own tokenizer on the conversation suite and the prompts: how many texts give the tokenizer's IDs, of how many."""
+    if not texts or engine.tokenize(client, texts[0]) is None:
         return None
     tokenizer = Tokenizer(run.merged)
     every = [*suite_texts(run), *texts]
-    same = 0
-    for text in every:
-        body: dict[str, Any] = {"content": text, "add_special": False, "parse_special": True}
-        same += [int(token) for token in ask(client, "/tokenize", body)["tokens"]] == tokenizer.encode(text)
-    return same, len(every)
+    return sum(engine.tokenize(client, text) == tokenizer.encode(text) for text in every), len(every)
 
 
 def suite_texts(run: RunFolder) -> list[str]:

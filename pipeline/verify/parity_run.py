@@ -21,7 +21,7 @@ from pipeline.runs.folder import RunFolder
 from pipeline.serve import backends, records
 from pipeline.serve.start import Options
 from pipeline.verify.files import prompt_problems
-from pipeline.verify.sources import SERVERS, EngineRenderer, Source, choose_renderers
+from pipeline.verify.sources import EngineRenderer, Source, choose_renderers, servers
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Compared:
 def compare_here(source: Source, engines: str | None, *, start: bool) -> Compared:
     """Compare the renderers named (default: all that are here), with the run's own servers; ``start`` brings those up."""
     run = source.run
-    names = [name for name in SERVERS if engines is None or name in engines.split(",")]
+    names = [name for name in servers() if engines is None or name in engines.split(",")]
     with run_servers(run, names, source.settings, start=start) if run else nullcontext(Running()) as running:
         chosen, absent = choose_renderers(engines, source, running.renderers)
         matrix = compare(source.reference, chosen)

@@ -87,8 +87,6 @@ def _finding(raw: bool, neutralised: bool, how: str, seen: str) -> Finding:
 
 
 _MAX_TOKENS = 64
-# a server that is not ours to configure may lack a feature without failing verification
-_FOREIGN = "openai"
 
 
 class Colour(BaseModel):
@@ -167,7 +165,8 @@ def _content(answer: Mapping[str, Any]) -> str:
 
 
 def _refused(check_id: str, engine: str, detail: str) -> tuple[Check, dict[str, Any]]:
-    if engine == _FOREIGN:
+    # a server that is not ours to configure may lack a feature without failing verification
+    if engines.get(engine).serves == "url":
         return _outcome(check_id, "skipped", detail, "not supported by this engine")
     return _outcome(check_id, "failed", detail)
 

@@ -39,7 +39,8 @@ from pipeline.serve.records import Record
 from pipeline.engines.base import Launch
 folder = Path({folder!r})
 launch = Launch("ollama", (sys.executable, "-c", "import time; time.sleep(600)"), {{}}, "http://127.0.0.1:9", "/health", "m")
-server.save(server.start(launch, folder / "logs" / "ollama-2.log", owner=None), folder / "servers")
+process = server.start(launch, folder / "logs" / "ollama-2.log", owner=None)
+records.save(folder / "servers", records.Record("ollama", process))
 """
 
 

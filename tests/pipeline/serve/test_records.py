@@ -50,11 +50,11 @@ def test_what_was_served_last_is_known_when_the_server_is_gone(run: RunFolder, p
     records.save(run.servers, Record("vllm", process))
     assert records.of_run(run, "vllm") is None and not list(records.every(run.output))
     records.mark_ready(run.servers, "vllm", process, READY)
-    assert list(records.every(run.output)) == [(READY, process)]
+    assert list(records.every(run.output)) == [Record("vllm", process, READY)]
     assert records.up_since("http://localhost:9", records.every(run.output)) == process.started
     records.end(process, run.servers)
     assert records.running(run.servers) == []
-    assert list(records.every(run.output)) == [(READY, None)]
+    assert list(records.every(run.output)) == [Record("vllm", None, READY)]
     assert records.last_served("http://localhost:9", "m", records.every(run.output)) == LOADED
 
 
@@ -74,7 +74,7 @@ def test_the_pair_of_an_older_run_is_seen_attached_to_and_stopped(run: RunFolder
     endpoint = start.attach("vllm", Target(run.merged, "m", run.path))
     assert endpoint is not None and (endpoint.server, endpoint.sha256) == (process, "a" * 64)
     assert start.stop(run.path, "vllm") and not process.alive
-    assert list(records.every(run.output)) == [(READY, None)]
+    assert list(records.every(run.output)) == [Record("vllm", None, READY)]
     assert [path.name for path in run.servers.iterdir()] == ["vllm.json"]
     assert read_json(run.servers / "vllm.json")["process"] is None
 
@@ -82,7 +82,8 @@ def test_the_pair_of_an_older_run_is_seen_attached_to_and_stopped(run: RunFolder
 def test_an_older_note_alone_is_what_was_served_last(run: RunFolder) -> None:
     said = {"url": "http://127.0.0.1:11434", "model": "soc", "plan": None, "ready_seconds": 1.0, "digest": "d1", "artefact": None}
     write_json(run.servers / "ollama.endpoint", said)
-    assert list(records.every(run.output)) == [(Ready("http://127.0.0.1:11434", "soc", ready_seconds=1.0, digest="d1"), None)]
+    ready = Ready("http://127.0.0.1:11434", "soc", ready_seconds=1.0, digest="d1")
+    assert list(records.every(run.output)) == [Record("ollama", None, ready)]
 
 
 @pytest.mark.parametrize("damaged", ["{", "[]", '{"engine": "vllm"}', '{"process": {}, "ready": null}', '{"process": null}'])
