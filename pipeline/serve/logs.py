@@ -39,6 +39,13 @@ def classify(log: str) -> Failure | None:
     return None
 
 
+def end_of(log: Path, most: int) -> str:
+    """The last bytes of a log, at most so many, as text."""
+    with log.open("rb") as handle:
+        handle.seek(max(0, log.stat().st_size - most))
+        return handle.read().decode("utf-8", errors="replace")
+
+
 def phase(log: str) -> str:
     """The last milestone in the log; "starting" before the first."""
     for line in reversed(_COLOUR.sub("", log).splitlines()):

@@ -61,7 +61,5 @@ def _plan(target: Target, options: Options) -> Plan:
 
 def _digest(endpoint: Endpoint) -> str:
     """Ollama's digest of the model, which changes when someone makes another one of the same name."""
-    tags = wait_for(get_json(endpoint.url, "/api/tags", timeout=_ASK_SECONDS))
-    listed = tags.data.get("models") if tags.ok and isinstance(tags.data, dict) else None
-    found = (m for m in listed or [] if isinstance(m, dict) and records.same_name(str(m.get("name")), endpoint.model))
-    return next((str(model.get("digest") or "") for model in found), "")
+    listing = wait_for(engines.get(endpoint.engine).listing(endpoint.url, "", _ASK_SECONDS))
+    return next((one.digest for one in listing.models or () if records.same_name(one.name, endpoint.model)), "")

@@ -21,7 +21,7 @@ from pipeline.config import key_variables
 from pipeline.engines.base import Launch
 from pipeline.errors import StartFailure
 from pipeline.net.client import status_of
-from pipeline.serve.logs import Failure, classify, phase
+from pipeline.serve.logs import Failure, classify, end_of, phase
 
 _POLL_SECONDS = 0.5
 _OK = 200
@@ -118,7 +118,7 @@ def wait_ready(server: Server, timeout: float, progress: Progress) -> float:
             raise failure(server, "ended before it was ready")
         if status_of(server.url + server.ready_path, timeout=5) == _OK:
             return time.monotonic() - begun
-        doing = phase(_end_of(server.log))
+        doing = phase(end_of(server.log, _READ_BYTES))
         if doing != shown:
             shown = doing
             progress(f"{server.engine}: {doing} ({time.monotonic() - begun:.0f} s)")
@@ -212,9 +212,3 @@ def _group(server: Server) -> list[int]:
             if mine and info["create_time"] > server.started - _SAME_START:
                 found.append(process.pid)
     return found
-
-
-def _end_of(log: Path) -> str:
-    with log.open("rb") as handle:
-        handle.seek(max(0, log.stat().st_size - _READ_BYTES))
-        return handle.read().decode("utf-8", errors="replace")
