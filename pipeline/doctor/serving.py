@@ -9,7 +9,6 @@ import json
 import shutil
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 from pipeline import engines
 from pipeline.deploy.compose import PROJECT

@@ -28,9 +28,14 @@ class Failure:
         return {"remedy": self.remedy, "kind": self.name, "cause": self.cause, "numbers": self.numbers}
 
 
+def plain(log: str) -> str:
+    """A log without its colours."""
+    return _COLOUR.sub("", log)
+
+
 def classify(log: str) -> Failure | None:
     """The first row of the table that matches any line; rows are ordered from specific to general."""
-    lines = _COLOUR.sub("", log).splitlines()
+    lines = plain(log).splitlines()
     for name, pattern, cause, remedy in _table():
         for line in lines:
             if found := pattern.search(line):
@@ -48,7 +53,7 @@ def end_of(log: Path, most: int) -> str:
 
 def phase(log: str) -> str:
     """The last milestone in the log; "starting" before the first."""
-    for line in reversed(_COLOUR.sub("", log).splitlines()):
+    for line in reversed(plain(log).splitlines()):
         for pattern, words in _milestones():
             if found := pattern.search(line):
                 return words.format(found[1]) if "{}" in words else words

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from pipeline.config import key_variables
 from pipeline.engines.base import Launch
 from pipeline.errors import StartFailure
 from pipeline.net.client import status_of
-from pipeline.serve.logs import Failure, classify, end_of, phase
+from pipeline.serve.logs import Failure, classify, end_of, phase, plain
 
 _POLL_SECONDS = 0.5
 _OK = 200
@@ -29,7 +28,6 @@ _STOP_SECONDS = 20.0
 # start times are read against the wall clock, which may be set; a pid that is used again starts much later
 _SAME_START = 120.0
 _TAIL_LINES = 12
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # milestones are looked for in the end of a log only: it may be long
 _READ_BYTES = 1 << 16
 Progress = Callable[[str], None]
@@ -148,7 +146,7 @@ def failure(server: Server, what: str, *, ended: bool = True) -> StartFailure:
 
     ``ended`` False: it was still running and we ended it, so its exit status says nothing.
     """
-    text = _COLOUR.sub("", server.log.read_text(encoding="utf-8", errors="replace")) if server.log.exists() else ""
+    text = plain(server.log.read_text(encoding="utf-8", errors="replace")) if server.log.exists() else ""
     known = (_by_exit(server) if ended else None) or classify(text)
     tail = "\n".join(f"  {line[:300]}" for line in text.strip().splitlines()[-_TAIL_LINES:])
     code = _codes.get(server.pid) if ended else None
