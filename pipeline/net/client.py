@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import httpx
 
 from pipeline.errors import EngineError, InputError, ModelError
-from pipeline.net.loopback import is_local
+from pipeline.net.loopback import is_here
 from pipeline.runs.text import without_password
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ def client_settings(url: str, key: str, timeout: float | httpx.Timeout) -> dict[
         "headers": bearer(key),
         "timeout": timeout,
         "limits": limits,
-        "trust_env": not is_local(url),
+        "trust_env": not is_here(url),
         "verify": tls(),
     }
 
@@ -126,7 +126,7 @@ def ask(client: httpx.Client, path: str, body: Mapping[str, Any]) -> dict[str, A
 def status_of(url: str, timeout: float = 2.0) -> int:
     """The status a GET of a URL ends with, 0 when nothing speaks HTTP there."""
     try:
-        return httpx.get(url, timeout=timeout, trust_env=not is_local(url), verify=tls()).status_code
+        return httpx.get(url, timeout=timeout, trust_env=not is_here(url), verify=tls()).status_code
     except (httpx.HTTPError, httpx.InvalidURL, ValueError):
         return 0
 

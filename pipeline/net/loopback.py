@@ -26,6 +26,11 @@ def is_local(url: str) -> bool:
     return host == "localhost"
 
 
+def is_here(url: str) -> bool:
+    """As :func:`is_local`, or the address that means all of this machine's: where a server started from here may answer."""
+    return is_local(url) or urlsplit(url).hostname in ("0.0.0.0", "::")
+
+
 def same_place(url: str, other: str) -> bool:
     """True for two URLs of one server: the names of this machine, and the address that means all of them, are equal."""
     return _place(url) == _place(other)
@@ -33,9 +38,8 @@ def same_place(url: str, other: str) -> bool:
 
 def _place(url: str) -> tuple[str, str, int | None, str]:
     parts = urlsplit(url)
-    here = is_local(url) or parts.hostname in ("0.0.0.0", "::")
     port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-    return parts.scheme, "localhost" if here else parts.hostname or "", port, parts.path.rstrip("/")
+    return parts.scheme, "localhost" if is_here(url) else parts.hostname or "", port, parts.path.rstrip("/")
 
 
 def from_here(headers: Iterable[tuple[bytes, bytes]]) -> bool:
