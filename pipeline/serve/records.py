@@ -80,6 +80,8 @@ def read(folder: Path, engine: str) -> Record | None:
     path = folder / f"{engine}.json"
     try:
         said = read_json(path) if path.is_file() else {}
+        if not isinstance(said, dict):
+            raise TypeError("no JSON object")
         if "process" not in said:
             return _read_pair(folder, engine, said)
         process, ready = said["process"], said["ready"]
@@ -222,16 +224,14 @@ def _engines(folder: Path) -> list[str]:
 
 
 def _read_pair(folder: Path, engine: str, process: dict[str, Any]) -> Record | None:
-    """A record as it was until 0.1 in two files, ``<engine>.json`` of the process beside ``<engine>.endpoint``.
+    """A record as it was in two files, ``<engine>.json`` of the process beside ``<engine>.endpoint`` of what it served.
 
-    To be deleted with the release after the one that wrote the last of them: no server started then runs any more.
+    To be deleted once no run of that time is kept: a server that is started or stopped leaves one file.
     """
-    note = folder / f"{engine}.endpoint"
-    if not process and not note.is_file():
-        return None
     started = Server.from_json(process) if process else None
-    if not note.is_file():
-        return Record(engine, started)
-    said = {name: value for name, value in read_json(note).items() if value}
-    place = {"url": started.url, "model": started.model} if started else {}
-    return Record(engine, started, Ready.from_json({**place, **said}))
+    # a server must be seen, and can be stopped, whatever is in the other file
+    with contextlib.suppress(InputError, KeyError, TypeError, AttributeError):
+        said = {name: value for name, value in read_json(folder / f"{engine}.endpoint").items() if value}
+        place = {"url": started.url, "model": started.model} if started else {}
+        return Record(engine, started, Ready.from_json({**place, **said}))
+    return Record(engine, started) if started else None

@@ -67,6 +67,8 @@ def test_a_server_that_took_the_place_meanwhile_keeps_its_record(run: RunFolder,
 def test_the_pair_of_an_older_run_is_seen_attached_to_and_stopped(run: RunFolder, process: Server) -> None:
     write_json(run.servers / "vllm.json", process.to_json())
     assert records.running(run.servers) == [process]
+    (run.servers / "vllm.endpoint").write_text("{")  # cut off: the server is seen all the same
+    assert records.running(run.servers) == [process]
     assert start.attach("vllm", Target(run.merged, "m", run.path)) is None  # it still loads
     said = {"url": READY.url, "model": "m", "version": "1.0", "plan": {"dtype": "float32"}, "ready_seconds": 2.5}
     write_json(run.servers / "vllm.endpoint", {**said, "sha256": "a" * 64, "artefact": LOADED.to_json()})
