@@ -17,7 +17,9 @@ from pipeline.config import root_url
 from pipeline.doctor.findings import Examiner, Facts, Finding, Status
 from pipeline.engines.vllm.engine import vllm_python
 from pipeline.errors import PipelineError
+from pipeline.net.client import wait_for
 from pipeline.net.loopback import holder, listening
+from pipeline.net.reach import get_json
 from pipeline.operate.services import listing
 from pipeline.runs.files import read_json
 from pipeline.runs.folder import RunFolder
@@ -97,11 +99,8 @@ def _build_of(name: str, version: str, facts: Facts) -> Finding:
 def ollama(facts: Facts) -> Iterator[Finding]:
     """Where no Ollama is installed, one may still answer at OLLAMA_BASE_URL."""
     url = root_url(facts.settings.ollama_base_url)
-    try:
-        answer = httpx.get(f"{url}/api/version", timeout=2)
-        version = answer.json().get("version") if answer.status_code == httpx.codes.OK else None
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError):
-        version = None
+    said = wait_for(get_json(url, "/api/version", timeout=2)).data
+    version = said.get("version") if isinstance(said, dict) else None
     if version:
         yield Finding("Ollama", "ok", f"{version} answers at {url}")
     elif engines.get(facts.settings.llm_backend).creates_model:

@@ -11,13 +11,12 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
-
 from pipeline import engines
 from pipeline.deploy.compose import PROJECT
 from pipeline.doctor.findings import Examiner, Facts, Finding, Status
 from pipeline.doctor.settings import settings
 from pipeline.net.client import wait_for
+from pipeline.net.reach import get_json
 from pipeline.operate import registry, services
 from pipeline.operate.registry import ModelStatus
 from pipeline.operate.services import start_logs
@@ -49,11 +48,9 @@ def status_api(facts: Facts) -> Iterator[Finding]:
     for process in server.running(services.folder(facts.run.output)):
         if process.engine != "status-api":
             continue
-        try:
-            used = str(httpx.get(f"{process.url}/api/v1/inference/status", timeout=_ASK_SECONDS).json()["backend"])
-        except (httpx.HTTPError, ValueError, KeyError):
-            continue
-        if used != wanted:
+        said = wait_for(get_json(process.url, "/api/v1/inference/status", timeout=_ASK_SECONDS)).data
+        used = said.get("backend") if isinstance(said, dict) else None
+        if used not in (None, wanted):
             words = f"LLM_BACKEND={wanted}, but the status API at {process.url} was started with {used}"
             yield Finding("LLM_BACKEND", "fail", words, "settings are read at start: restart it, and your applications")
 

@@ -75,18 +75,14 @@ class Hardware:
     def detect(folder: Path = Path()) -> Hardware:
         """Look at this machine; ``folder`` is where disk space is measured. Missing GPU libraries are normal, not errors."""
         total, free = memory_bytes()
-        found = gpus.detect(total / GIB, free / GIB)
         existing = next(p for p in [folder.resolve(), *folder.resolve().parents] if p.exists())
         return Hardware(
             cpu=detect_cpu(),
             ram_gib=round(total / GIB, 2),
             ram_free_gib=round(free / GIB, 2),
             compiler=any(map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))),
-            gpus=found.gpus,
-            driver=found.driver,
-            cuda=found.cuda,
-            notes=found.notes,
             disk_free_gib=round(shutil.disk_usage(existing).free / GIB, 2),
+            **vars(gpus.detect(total / GIB, free / GIB)),
         )
 
 

@@ -16,7 +16,9 @@ from pipeline import engines
 from pipeline.config import Settings
 from pipeline.engines.base import Launch
 from pipeline.errors import InputError
+from pipeline.net.client import wait_for
 from pipeline.net.loopback import claim
+from pipeline.net.reach import get_json
 from pipeline.operate.agents import Agents
 from pipeline.operate.routing import deployments, gateway_folder
 from pipeline.runs.files import write_json
@@ -148,7 +150,5 @@ def _launch(name: str, module: str, address: tuple[str, int], words: Sequence[st
 def _state(process: Server, records: Path) -> State:
     if not server.note_path(records, process.engine).is_file():
         return "loading"
-    try:
-        return "ready" if httpx.get(process.url + process.ready_path, timeout=2).status_code == httpx.codes.OK else "silent"
-    except httpx.HTTPError:
-        return "silent"
+    answer = wait_for(get_json(process.url, process.ready_path, timeout=2))
+    return "ready" if answer.status == httpx.codes.OK else "silent"
