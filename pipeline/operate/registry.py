@@ -15,12 +15,11 @@ from pipeline.engines.base import Engine
 from pipeline.errors import InputError, PipelineError
 from pipeline.net.chat import PATH, hello
 from pipeline.net.client import Refused, Unanswered, open_async, post_async
-from pipeline.net.loopback import same_place
 from pipeline.net.reach import TIMEOUT
 from pipeline.operate.agents import Agents
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 from pipeline.serve import notes
-from pipeline.serve.notes import Artefact, Note
+from pipeline.serve.notes import Artefact
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,8 @@ async def _listed(engine: Engine, url: str, key: str, model: str, timeout: float
     found = []
     for one in listing.models:
         # an adapter is not the artefact the server was started with
-        started = None if one.adapter else _recorded(root, one.name, known, one.digest)
+        about = [] if one.adapter else [note.artefact for note in known if note.about(root, one.name, one.digest)]
+        started = next(filter(None, about), None)
         ours = started or notes.of_served_path(one.path, output, since)
         found.append(ModelStatus(one.name, True, one.loaded, one.context, one.size, latency, artefact=ours))
     wanted = model if ":" in model or not model else model + engine.tag
@@ -179,13 +179,3 @@ def same_model(statuses: Sequence[ModelStatus], name: str) -> ModelStatus | None
     if not name and len(statuses) == 1:
         return statuses[0]
     return next((s for s in statuses if notes.same_name(s.name, name)), None)
-
-
-def _recorded(root: str, model: str, known: Sequence[Note], digest: str = "") -> Artefact | None:
-    """What was loaded by a server that was started from here and still runs at this URL, or made in someone's Ollama."""
-    for note in known:
-        # what was made in an Ollama that is not ours is told by its digest, also when it was made again by someone else
-        still = note.digest == digest if note.digest else note.process is not None
-        if still and note.artefact and same_place(note.url, root) and notes.same_name(model, note.model):
-            return note.artefact
-    return None

@@ -22,48 +22,6 @@ from training.base import BaseModel
 from training.memory import evaluate_need, require_memory
 from training.stages import Force, StageResult, run_stage
 
-
-class Partial:
-    """An append-only file of answers by row number; its first line says what they are answers to."""
-
-    def __init__(self, path: Path, key: str) -> None:
-        self.path = path
-        self.done: dict[int, Answer] = {}
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-        if lines and _read(lines[0]) == {"key": key}:
-            for line in lines[1:]:
-                entry = _read(line)  # the last line may be cut
-                if set(entry) == {"row", "text", "finish_reason"}:
-                    self.done[int(entry["row"])] = Answer(entry["text"], entry["finish_reason"])
-        # written anew, so that what is appended never joins a cut line
-        kept = [{"key": key}, *({"row": row, **asdict(answer)} for row, answer in self.done.items())]
-        write_atomic(path, "".join(_line(entry) for entry in kept))
-
-    def add(self, answers: Mapping[int, Answer]) -> None:
-        """Append answers and flush them to disk."""
-        self.done |= answers
-        with self.path.open("a", encoding="utf-8") as out:
-            out.write("".join(_line({"row": row, **asdict(answer)}) for row, answer in answers.items()))
-            out.flush()
-            os.fsync(out.fileno())
-
-    def remove(self) -> None:
-        """Remove the file: the answers have their final place."""
-        self.path.unlink(missing_ok=True)
-
-
-def _line(entry: Mapping[str, Any]) -> str:
-    return json.dumps(entry) + "\n"
-
-
-def _read(line: str) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return {}
-    return entry if isinstance(entry, dict) else {}
-
-
 log = logging.getLogger(__name__)
 _RECIPE = 1
 # tokens of a batch, prompts and answers padded: fills a CPU's matrix products, and stays small beside the weights on a GPU
@@ -101,16 +59,15 @@ def evaluate(run: RunFolder, *, force: Force = False) -> dict[str, StageResult]:
 
 
 def answer_all(
-    folder: Path, rows: Sequence[HeldOut], progress: bool = True, partial: Partial | None = None, now: datetime | None = None
+    folder: Path, rows: Sequence[HeldOut], partial: Partial | None = None, now: datetime | None = None
 ) -> list[Answer]:
     """Greedy float32 answers of a model folder, in the rows' order; those in ``partial`` are taken, new ones added to it.
 
     ``now`` is the clock that dated templates see.
     """
     import torch
+    from tqdm.auto import tqdm
     from transformers import AutoTokenizer
-
-    from training.progress import track
 
     model = _model(folder)
     tokenizer = AutoTokenizer.from_pretrained(str(folder), padding_side="left", trust_remote_code=False)
@@ -123,7 +80,8 @@ def answer_all(
     answers = _from_before(partial, folder, len(rows))
     longest = max(len(tokenizer(prompts[order[0]], add_special_tokens=False)["input_ids"]), 1)
     size = max(1, _BATCH_TOKENS // (longest + budget))
-    for start in track(range(0, len(order), size), f"answers of {folder.name}", shown=progress):
+    quiet = not logging.getLogger().isEnabledFor(logging.INFO)
+    for start in tqdm(range(0, len(order), size), desc=f"answers of {folder.name}", disable=quiet):
         chosen = order[start : start + size]
         if all(i in answers for i in chosen):
             continue
@@ -164,3 +122,44 @@ def _answer(ids: list[int], tokenizer: Any) -> Answer:
     ended = tokenizer.eos_token_id in ids
     kept = ids[: ids.index(tokenizer.eos_token_id)] if ended else ids
     return Answer(tokenizer.decode(kept, skip_special_tokens=True), "stop" if ended else "length")
+
+
+class Partial:
+    """An append-only file of answers by row number; its first line says what they are answers to."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path = path
+        self.done: dict[int, Answer] = {}
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        if lines and _read(lines[0]) == {"key": key}:
+            for line in lines[1:]:
+                entry = _read(line)  # the last line may be cut
+                if set(entry) == {"row", "text", "finish_reason"}:
+                    self.done[int(entry["row"])] = Answer(entry["text"], entry["finish_reason"])
+        # written anew, so that what is appended never joins a cut line
+        kept = [{"key": key}, *({"row": row, **asdict(answer)} for row, answer in self.done.items())]
+        write_atomic(path, "".join(_line(entry) for entry in kept))
+
+    def add(self, answers: Mapping[int, Answer]) -> None:
+        """Append answers and flush them to disk."""
+        self.done |= answers
+        with self.path.open("a", encoding="utf-8") as out:
+            out.write("".join(_line({"row": row, **asdict(answer)}) for row, answer in answers.items()))
+            out.flush()
+            os.fsync(out.fileno())
+
+    def remove(self) -> None:
+        """Remove the file: the answers have their final place."""
+        self.path.unlink(missing_ok=True)
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    return json.dumps(entry) + "\n"
+
+
+def _read(line: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return {}
+    return entry if isinstance(entry, dict) else {}
