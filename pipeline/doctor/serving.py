@@ -9,7 +9,6 @@ import json
 import shutil
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 from pipeline import engines
 from pipeline.deploy.compose import PROJECT
@@ -22,7 +21,7 @@ from pipeline.operate.registry import ModelStatus
 from pipeline.operate.services import start_logs
 from pipeline.runs.text import mask, without_password
 from pipeline.serve import server
-from pipeline.serve.logs import classify
+from pipeline.serve.logs import classify, end_of
 
 _ASK_SECONDS = 3.0
 _LONGEST_LOG = 1 << 20
@@ -60,7 +59,7 @@ def last_starts(facts: Facts) -> Iterator[Finding]:
     alive = {process.engine for process in facts.servers}
     for engine in engines.NAMES:
         logs = [] if engine in alive else start_logs(facts.run.path, engine)
-        if logs and (known := classify(_tail(logs[-1]))):
+        if logs and (known := classify(end_of(logs[-1], _LONGEST_LOG))):
             evidence = f"{known.cause} ({logs[-1]}: {mask(known.line)[:160]})"
             yield Finding(f"last start of {engine}", "warn", evidence, known.remedy)
 
@@ -116,9 +115,3 @@ def _docker(*words: str) -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return "" if done.returncode else done.stdout + done.stderr
-
-
-def _tail(log: Path) -> str:
-    with log.open("rb") as handle:
-        handle.seek(max(0, log.stat().st_size - _LONGEST_LOG))
-        return handle.read().decode("utf-8", errors="replace")

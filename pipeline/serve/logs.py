@@ -34,6 +34,13 @@ def _table() -> list[tuple[str, re.Pattern[str], str, str]]:
     return [(row["name"], re.compile(row["pattern"]), row["cause"], row["remedy"]) for row in rows]
 
 
+def end_of(log: Path, most: int = 1 << 16) -> str:
+    """The last ``most`` bytes of a log, which may be long: milestones and failures stand at its end."""
+    with log.open("rb") as handle:
+        handle.seek(max(0, log.stat().st_size - most))
+        return handle.read().decode("utf-8", errors="replace")
+
+
 def classify(log: str) -> Failure | None:
     """The first row of the table that matches any line; rows are ordered from specific to general."""
     lines = _COLOUR.sub("", log).splitlines()

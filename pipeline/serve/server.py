@@ -23,7 +23,7 @@ from pipeline.engines.base import Launch
 from pipeline.errors import EnvironmentFailure, InputError, StartFailure
 from pipeline.runs import lock
 from pipeline.runs.files import read_json, write_json
-from pipeline.serve.logs import Failure, classify, phase
+from pipeline.serve.logs import Failure, classify, end_of, phase
 
 _POLL_SECONDS = 0.5
 _STOP_SECONDS = 20.0
@@ -31,8 +31,6 @@ _STOP_SECONDS = 20.0
 _SAME_START = 120.0
 _TAIL_LINES = 12
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-# milestones are looked for in the end of a log only: it may be long
-_READ_BYTES = 1 << 16
 Progress = Callable[[str], None]
 # guards started by this process, kept so that their exit status can be collected; what they ended with
 _children: dict[int, subprocess.Popen[bytes]] = {}
@@ -124,7 +122,7 @@ def wait_ready(server: Server, timeout: float, progress: Progress) -> float:
         with contextlib.suppress(httpx.HTTPError):
             if httpx.get(server.url + server.ready_path, timeout=5).status_code == httpx.codes.OK:
                 return time.monotonic() - begun
-        doing = phase(_end_of(server.log))
+        doing = phase(end_of(server.log))
         if doing != shown:
             shown = doing
             progress(f"{server.engine}: {doing} ({time.monotonic() - begun:.0f} s)")
@@ -287,9 +285,3 @@ def _group(server: Server) -> list[int]:
             if mine and info["create_time"] > server.started - _SAME_START:
                 found.append(process.pid)
     return found
-
-
-def _end_of(log: Path) -> str:
-    with log.open("rb") as handle:
-        handle.seek(max(0, log.stat().st_size - _READ_BYTES))
-        return handle.read().decode("utf-8", errors="replace")

@@ -12,6 +12,8 @@ from typing import get_args
 import pytest
 from small_run import make_run
 
+pytest.importorskip("fastapi", reason="the gateway extra is not installed")
+
 from pipeline.config import Settings, Strategy, load
 from pipeline.errors import InputError
 from pipeline.operate import services
