@@ -117,6 +117,8 @@ class Ollama(Engine):
     title = "Ollama"
     default_port = 11434
     url_path = ""
+    ready_path = "/api/version"
+    start_timeout = 120.0
     serves = "gguf"
     default_model = "granite-soc:latest"
     tag = ":latest"
@@ -186,10 +188,12 @@ class Ollama(Engine):
     def launch(self, plan: Plan, request: Request, *, host: str, port: int) -> Launch:
         """``ollama serve`` on this address; EngineError when the plan is not feasible."""
         require_feasible(plan)
-        env = {**plan.environment, "OLLAMA_HOST": f"{host}:{port}"}
-        argv = (shutil.which("ollama") or "ollama", "serve")
-        name = request.served_name or request.model.name
-        return Launch(self.name, argv, env, f"http://{host}:{port}", "/api/version", name, start_timeout=120.0)
+        env, url = {**plan.environment, "OLLAMA_HOST": f"{host}:{port}"}, f"http://{host}:{port}"
+        return Launch(self.name, (*self.program(), "serve"), env, url, self.ready_path, request.name, self.start_timeout)
+
+    def program(self) -> Sequence[str]:
+        """The program, on PATH or not."""
+        return [shutil.which("ollama") or "ollama"]
 
     async def create(self, client: httpx.AsyncClient, name: str, gguf: Path, parts: Mapping[str, Any]) -> None:
         """Make or replace the model ``name`` from a GGUF; ``parts`` are ``template``, ``system``, ``parameters``, ``license``.
