@@ -17,7 +17,7 @@ pytest.importorskip("fastapi", reason="the gateway extra is not installed")
 from pipeline.config import Settings, Strategy, load
 from pipeline.errors import InputError
 from pipeline.operate import services
-from pipeline.operate.observer import Observer, Seen
+from pipeline.operate.observer import Observation, Observer
 from pipeline.operate.proxy import Keys, guarded
 from pipeline.operate.registry import ModelStatus
 from pipeline.operate.routing import Router, litellm_config, write_config
@@ -51,7 +51,7 @@ def _router(
     for backend, (up, ours) in seen.items():
         address = observer.seen[backend].address
         models = (ModelStatus(address.model, up, artefact=ours),)
-        observer.seen[backend] = Seen(address, up, models, "", 1, time.time())
+        observer.seen[backend] = Observation(address, up, models, "", 1, time.time())
     return Router(settings, observer, strategy)
 
 
