@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     import uvicorn
 
     spare_loopback()
-    parser = argparse.ArgumentParser(prog="status_server")
+    parser = argparse.ArgumentParser(prog="python -m pipeline.operate.status")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)

@@ -108,7 +108,9 @@ def _check_paths(client: TestClient, stub: Stub) -> None:
     models = client.get("/models").json()
     assert [m["name"] for m in models["vllm"]["models"]] == ["m"]
     assert models["llamacpp"]["healthy"] is False
-    families = {family.name: family for family in text_string_to_metric_families(client.get("/metrics").text)}
+    metrics = client.get("/metrics")
+    assert metrics.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    families = {family.name: family for family in text_string_to_metric_families(metrics.text)}
     assert {s.labels["backend"]: s.value for s in families["granite_backend_healthy"].samples}["vllm"] == 1
     for path in ("/health", "/models", "/metrics"):
         assert client.get(f"/api/v1/inference{path}").status_code == 200
