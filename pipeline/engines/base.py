@@ -114,6 +114,8 @@ class Engine(ABC):
     # answers 200 once the model is loaded, which takes so many seconds at most
     ready_path: ClassVar[str] = "/health"
     start_timeout: ClassVar[float] = 600.0
+    # why another engine may be chosen rather than this one, for so many {users}
+    drawback: ClassVar[str] = "none of this project's measurements are of it"
     # what it loads: a model folder or a GGUF file; "url": nothing is launched from here, the server is someone else's
     serves: ClassVar[Literal["folder", "gguf", "url"]] = "folder"
     # the environment variables that configure it begin with this: VLLM_BASE_URL, VLLM_MODEL, ...
@@ -135,6 +137,8 @@ class Engine(ABC):
     # the model is made inside a running server, which is started without one
     creates_model: ClassVar[bool] = False
     serves_adapters: ClassVar[bool] = False
+    # whether its program lists its flags with --help
+    tells_flags: ClassVar[bool] = False
     # settings known where the engine is not installed
     flags: ClassVar[Known] = Known()
     # the flag that leaves out compilation and graphs, and the one that limits requests computed together: for retries
@@ -177,7 +181,7 @@ class Engine(ABC):
 
     def advice(self, hardware: Hardware, users: int) -> str:
         """Why another engine may be chosen rather than this one."""
-        return "none of this project's measurements are of it"
+        return self.drawback.format(users=users)
 
     def url(self, host: str = LOOPBACK) -> str:
         """Where it answers on its documented port; empty where it has none."""
@@ -198,7 +202,7 @@ class Engine(ABC):
 
     def flags_question(self) -> list[str]:
         """A command that prints its flags, as ``--help`` or as a line FLAGS and a JSON list; empty when it takes none."""
-        return []
+        return [*self.program(), "--help"] if self.tells_flags else []
 
     def half_context(self, plan: Plan, request: Request) -> Mapping[str, str | None]:
         """Settings with half the context, where a shorter context is what frees memory; empty where it is not, or too short."""

@@ -117,6 +117,8 @@ class LlamaCpp(Engine):
     name = "llamacpp"
     title = "llama.cpp"
     default_port = 8005
+    drawback = "it computes few requests at once; vLLM's batching is several times faster under load"
+    tells_flags = True
     start_timeout = 300.0
     serves = "gguf"
     key_variable = "LLAMA_API_KEY"
@@ -151,14 +153,6 @@ class LlamaCpp(Engine):
             return None
         remedy = "put a llama-server built for this GPU on PATH (brew install llama.cpp, or llama.cpp's releases)"
         return Mismatch(False, "may be the portable CPU wheel, and there is a GPU", remedy)
-
-    def advice(self, hardware: Hardware, users: int) -> str:
-        """It batches little."""
-        return "it computes few requests at once; vLLM's batching is several times faster under load"
-
-    def flags_question(self) -> list[str]:
-        """The help of the program that would be started."""
-        return [*self.program(), "--help"]
 
     def half_context(self, plan: Plan, request: Request) -> Mapping[str, str | None]:
         """Half of ``-c``, with the same slots."""

@@ -16,7 +16,6 @@ from pipeline.engines.base import LEAST_CONTEXT, Availability, Body, Container, 
 from pipeline.engines.flags import listed_flags
 from pipeline.engines.listing import Listed, Listing, entries, integer
 from pipeline.errors import EngineError
-from pipeline.machine.hardware import Hardware
 from pipeline.model.toolcalls import Call
 from pipeline.net.client import ask
 from pipeline.net.reach import get_json
@@ -116,6 +115,7 @@ class Ollama(Engine):
     name = "ollama"
     title = "Ollama"
     default_port = 11434
+    drawback = "llama.cpp underneath, with its own prompt templates: choose it where your tools already speak to Ollama"
     url_path = ""
     ready_path = "/api/version"
     start_timeout = 120.0
@@ -147,10 +147,6 @@ class Ollama(Engine):
             return Availability(False, reason=f"{program} --version failed: {error}", remedy=_INSTALL)
         words = [word for word in (done.stdout + done.stderr).split() if word[:1].isdigit()]
         return Availability(True, version=words[-1] if words else None)
-
-    def advice(self, hardware: Hardware, users: int) -> str:
-        """It is llama.cpp with prompts of its own."""
-        return "llama.cpp underneath, with its own prompt templates: choose it where your tools already speak to Ollama"
 
     def folders(self) -> list[Path]:
         """Where it keeps models."""

@@ -6,7 +6,6 @@ import httpx
 
 from pipeline.engines.base import Engine
 from pipeline.errors import EngineError, InputError
-from pipeline.machine.hardware import Hardware
 from pipeline.planning.plan import Plan, Request
 from pipeline.prompts.conversation import Conversation, Prompt
 
@@ -16,14 +15,11 @@ class OpenAiCompatible(Engine):
 
     name = "openai"
     title = "OpenAI-compatible"
+    drawback = "a server elsewhere is not needed: this machine can serve {users} itself"
     serves = "url"
     prefix = "OPENAI_COMPATIBLE"
     key_variable = "OPENAI_COMPATIBLE_API_KEY"
     default_model = ""
-
-    def advice(self, hardware: Hardware, users: int) -> str:
-        """It is for machines that hold no model."""
-        return f"a server elsewhere is not needed: this machine can serve {users} itself"
 
     def plan(self, request: Request) -> Plan:
         """An empty plan: the server's flags are its owner's."""

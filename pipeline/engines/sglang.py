@@ -107,6 +107,7 @@ class Sglang(Engine):
     name = "sglang"
     title = "SGLang"
     default_port = 8004
+    tells_flags = True
     settings: ClassVar[Mapping[str, str]] = {"SGLANG_MAX_MODEL_LEN": "context-length"}
     call_forms = ()  # it has no parser for Granite
     flags = listed_flags("sglang")
@@ -133,10 +134,6 @@ class Sglang(Engine):
         if hardware.accelerator in ("nvidia", "amd"):
             return "as fast as vLLM with long shared prompts; it needs its own environment and is planned here, not run"
         return "its packages need a CUDA or ROCm GPU"
-
-    def flags_question(self) -> list[str]:
-        """Its launcher's help."""
-        return [*self.program(), "--help"]
 
     def plan(self, request: Request) -> Plan:
         """Flags for this model, these GPUs and this purpose."""

@@ -50,6 +50,7 @@ class Vllm(Engine):
     name = "vllm"
     title = "vLLM"
     default_port = 8003
+    drawback = "its start takes a minute and its memory is reserved: worth it for many users on a GPU or a bfloat16 CPU"
     key_variable = "VLLM_API_KEY"
     default_model = "granite-soc-specialist"
     settings: ClassVar[Mapping[str, str]] = {
@@ -93,10 +94,6 @@ class Vllm(Engine):
             remedy = "pip uninstall vllm; make setup DEVICE=cpu"
             return Mismatch(True, "is the CUDA build: without a GPU it fails to infer a device", remedy)
         return None
-
-    def advice(self, hardware: Hardware, users: int) -> str:
-        """It reserves memory and starts slowly."""
-        return "its start takes a minute and its memory is reserved: worth it for many users on a GPU or a bfloat16 CPU"
 
     def flags_question(self) -> list[str]:
         """Its parser, in the Python that launches it."""
