@@ -18,7 +18,7 @@ from pipeline.engines.vllm.lora import base_folder, parse
 from pipeline.errors import InputError
 from pipeline.planning.plan import Adapter, Purpose
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
-from pipeline.serve import ollama_service, server, start
+from pipeline.serve import backends, ollama_service, records, server, start
 from pipeline.serve.start import Endpoint, Options, Target
 
 
@@ -58,7 +58,8 @@ def serve(
     run, engine, name = options.chosen(agent, run, engine, name)
     chosen, this = engines.get(engine or settings.llm_backend), RunFolder(run, output)
     loras = _adapters(chosen, adapters, output)
-    target = _on_base(this, loras, model, name) if loras else _target(this, chosen, model, name, settings)
+    key = settings.key(chosen.name)
+    target = _on_base(this, loras, model, name, key) if loras else _target(this, chosen, model, name, settings)
     given = {**settings.overrides(chosen.name), **options.overrides(setting)}
     options.require_known("purpose", purpose, get_args(Purpose))
     listens = chosen.default_port if port is None else port
@@ -66,31 +67,22 @@ def serve(
     # on Linux Ollama is a system service that holds its port; one that runs is used, unless another port is asked for
     mine = not chosen.creates_model or port is not None or host != start.LOOPBACK
     there = None if mine else ollama_service.find(settings.address(chosen.name).base_url)
-    if there is None:
-        run_server(chosen.name, target, how, detach=detach)
-    else:
-        in_running_ollama(there, target, how)
+    run_server(chosen.name, target, how, there, detach=detach)
 
 
-def in_running_ollama(there: Endpoint, target: Target, how: Options) -> None:
-    """Make the model in an Ollama that already runs, and say that it goes on running."""
-    with show.progress("creating the model") as progress:
-        endpoint = ollama_service.serve_there(there, target, how, progress)
-    _ready(endpoint)
-    said = f"made in the Ollama that already runs at {endpoint.url}; it goes on running (--port 0 starts another one)"
-    show.line(said, err=True)
-
-
-def run_server(engine: str, target: Target, how: Options, *, detach: bool) -> None:
-    """Serve in the foreground until interrupted, or (``detach``) leave the server running."""
+def run_server(engine: str, target: Target, how: Options, there: Endpoint | None = None, *, detach: bool) -> None:
+    """Serve in the foreground until interrupted, or (``detach``) leave the server running; in ``there`` where one already runs."""
     with show.progress(f"starting {engine}") as progress:
-        endpoint = start.serve(engine, target, how, progress)
+        endpoint = backends.bring_up(engine, target, how, progress, there)
     _ready(endpoint)
-    if not detach and endpoint.server is not None:
+    if endpoint.server is None:
+        said = f"made in the Ollama that already runs at {endpoint.url}; it goes on running (--port 0 starts another one)"
+        show.line(said, err=True)
+    elif not detach:
         attend(endpoint.server, target.servers)
 
 
-def attend(process: server.Server, records: Path) -> None:
+def attend(process: server.Server, folder: Path) -> None:
     """Stay beside a server until Ctrl-C, and stop it then; EngineError when it dies first."""
     try:
         while process.alive:
@@ -99,7 +91,7 @@ def attend(process: server.Server, records: Path) -> None:
     except KeyboardInterrupt:
         show.line("stopping", err=True)
     finally:
-        server.end(process, records)
+        records.end(process, folder)
 
 
 def _ready(endpoint: Endpoint) -> None:
@@ -122,7 +114,7 @@ def status(
     """
     this = options.folder(agent, run, output)
     rows, table = [], []
-    for s in server.running(this.path / "servers"):
+    for s in records.running(this.path / "servers"):
         healthy = start.reachable(s.url + s.ready_path)
         rows.append({"backend": s.engine, "url": s.url, "model": s.model, "pid": s.pid, "healthy": healthy, "log": str(s.log)})
         table.append((s.engine, s.url, s.model, "yes" if healthy else "no", f"{s.memory_gib():.2f}"))
@@ -135,16 +127,16 @@ def status(
 
 
 def _target(run: RunFolder, engine: Engine, model: Path | None, name: str | None, settings: config.Settings) -> Target:
-    served = name or settings.served_name(engine.name) or run.name
+    served, key = name or settings.served_name(engine.name) or run.name, settings.key(engine.name)
     if model is None:
-        return Target.of_run(run, engine.name, served)
+        return Target.of_run(run, engine.name, served, key)
     if not model.exists():
         raise InputError(f"{model}: no such file or folder", remedy="give a model folder or a .gguf file")
     modelfile = model.parent / "Modelfile"
     # a model inside a run belongs to it; for any other, a folder of its name beside the runs, where ps and stop look
     inside = model.resolve().parent.parent == run.output.resolve()
     folder = model.parent if inside else run.output / _folder_name(model)
-    return Target(model, served, folder, modelfile if engine.creates_model else None)
+    return Target(model, served, folder, modelfile if engine.creates_model else None, key)
 
 
 def _folder_name(model: Path) -> str:
@@ -160,7 +152,7 @@ def _adapters(engine: Engine, text: str | None, output: Path) -> tuple[Adapter, 
     return tuple(parse(text, output))
 
 
-def _on_base(run: RunFolder, loras: Sequence[Adapter], model: Path | None, name: str | None) -> Target:
+def _on_base(run: RunFolder, loras: Sequence[Adapter], model: Path | None, name: str | None, key: str) -> Target:
     """The base model under its own name; logs and records stay in the run's folder."""
     base = base_folder(loras, model)
-    return Target(base, name or base.name, run.path)
+    return Target(base, name or base.name, run.path, key=key)

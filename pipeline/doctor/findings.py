@@ -21,7 +21,7 @@ from pipeline.machine.packages import Installed
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
 from pipeline.runs.text import mask
-from pipeline.serve import server
+from pipeline.serve import records
 from pipeline.serve.server import Server
 
 Status = Literal["fail", "warn", "ok"]
@@ -75,7 +75,7 @@ class Facts:
     @cached_property
     def servers(self) -> list[Server]:
         """The run's living servers; InputError for a damaged record."""
-        return server.running(self.run.servers) if self.run.path.is_dir() else []
+        return records.running(self.run.servers) if self.run.path.is_dir() else []
 
 
 Examiner = Callable[[Facts], Iterable[Finding]]

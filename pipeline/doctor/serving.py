@@ -20,7 +20,7 @@ from pipeline.operate import registry, services
 from pipeline.operate.registry import ModelStatus
 from pipeline.operate.services import start_logs
 from pipeline.runs.text import mask, without_password
-from pipeline.serve import server
+from pipeline.serve import records
 from pipeline.serve.logs import classify, end_of
 
 _ASK_SECONDS = 3.0
@@ -44,12 +44,12 @@ def backend(facts: Facts) -> Iterator[Finding]:
 def status_api(facts: Facts) -> Iterator[Finding]:
     """A status API that was started before LLM_BACKEND changed keeps the settings of its start; a gateway does not tell its own."""
     wanted = facts.settings.llm_backend
-    for process in server.running(services.folder(facts.run.output)):
+    for process in records.running(services.folder(facts.run.output)):
         if process.engine != "status-api":
             continue
-        said = wait_for(get_json(process.url, "/api/v1/inference/status", timeout=_ASK_SECONDS)).data
-        used = said.get("backend") if isinstance(said, dict) else None
-        if used not in (None, wanted):
+        seen = wait_for(get_json(process.url, "/api/v1/inference/status", timeout=_ASK_SECONDS))
+        used = seen.data.get("backend") if seen.ok and isinstance(seen.data, dict) else None
+        if used and used != wanted:
             words = f"LLM_BACKEND={wanted}, but the status API at {process.url} was started with {used}"
             yield Finding("LLM_BACKEND", "fail", words, "settings are read at start: restart it, and your applications")
 

@@ -13,7 +13,7 @@ from pipeline.config import Address, Settings
 from pipeline.operate import registry
 from pipeline.operate.registry import ModelStatus
 from pipeline.runs.folder import DEFAULT_OUTPUT
-from pipeline.serve.notes import Artefact, written_after
+from pipeline.serve.artefacts import Artefact, written_after
 
 # a dead server refuses the connection at once; a slow answer counts as one only the second time, for busy is not dead
 PERIOD, TIMEOUT = 1.0, 1.5

@@ -30,8 +30,8 @@ from pipeline.operate import services
 from pipeline.operate.observer import Observation, Observer
 from pipeline.operate.registry import ModelStatus
 from pipeline.operate.status import create_app, exposition, inference_status, only_from_here, status_page
-from pipeline.serve import server
-from pipeline.serve.notes import Artefact
+from pipeline.serve import records, server
+from pipeline.serve.artefacts import Artefact
 
 HOSTILE = '"><script>document.title="owned"</script>\n{{ 7*7 }}‮'
 MODELS = {"/v1/models": {"data": [{"id": "m"}]}, "/health": b""}
@@ -224,7 +224,7 @@ def test_the_verb_leaves_it_running_on_loopback_and_stops_it(tmp_path: Path, mon
     words = ["status-api", "--output", str(tmp_path)]
     assert services.stop("status-api", tmp_path) is False
     assert CliRunner().invoke(cli, [*words, "--port", "0", "--detach"]).exception is None
-    (left,) = server.running(tmp_path / ".gateway" / "servers")
+    (left,) = records.running(tmp_path / ".gateway" / "servers")
     try:
         assert httpx.get(f"{left.url}/health", timeout=5).status_code == 200
         assert httpx.get(f"{left.url}/health", headers={"Host": "rebound.example"}, timeout=5).status_code == 403
