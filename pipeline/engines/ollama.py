@@ -131,6 +131,8 @@ class Ollama(Engine):
         gpu_image="ollama/ollama:0.33.3",
         health=("CMD", "ollama", "list"),
         volumes=("ollama:/root/.ollama",),
+        create=("ollama", "create", "{model}", "-f", "Modelfile"),
+        create_at="OLLAMA_HOST",
     )
 
     def available(self) -> Availability:

@@ -12,10 +12,12 @@ from typing import get_args
 import pytest
 from small_run import make_run
 
+pytest.importorskip("fastapi", reason="the gateway extra is not installed")
+
 from pipeline.config import Settings, Strategy, load
 from pipeline.errors import InputError
 from pipeline.operate import services
-from pipeline.operate.observer import Observer, Seen
+from pipeline.operate.observer import Observation, Observer
 from pipeline.operate.proxy import Keys, guarded
 from pipeline.operate.registry import ModelStatus
 from pipeline.operate.routing import Router, litellm_config, write_config
@@ -50,7 +52,7 @@ def _router(
     for backend, (up, ours) in seen.items():
         address = observer.seen[backend].address
         models = (ModelStatus(address.model, up, artefact=ours),)
-        observer.seen[backend] = Seen(address, up, models, "", 1, time.time())
+        observer.seen[backend] = Observation(address, up, models, "", 1, time.time())
     return Router(settings, observer, strategy)
 
 
