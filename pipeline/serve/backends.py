@@ -1,7 +1,5 @@
 """The backends of a run: attach to those that are up, start those that are installed, say why of the rest."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

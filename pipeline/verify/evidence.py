@@ -1,7 +1,5 @@
 """What one backend said while it was up: prompts it was fed, answers, next-token distributions, the file it serves."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
