@@ -1,7 +1,5 @@
 """Settings from the environment and ``.env``: the documented variables, their defaults and where each value came from."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, field
 from io import StringIO
@@ -82,7 +80,7 @@ class Settings(BaseSettings):
         """The name an engine's model is served under."""
         return self.address(engine).model
 
-    def address(self, backend: str = "") -> Address:
+    def address(self, backend: str = "") -> "Address":
         """Where a backend (default: the one in ``LLM_BACKEND``) answers, and the models asked of it."""
         engine = engines.get(backend or self.llm_backend)
         model = self._value(f"{engine.prefix}_MODEL", engine.default_model)
@@ -96,6 +94,10 @@ class Settings(BaseSettings):
             value = getattr(self, variable.lower())
             return value.get_secret_value() if isinstance(value, SecretStr) else "" if value is None else str(value)
         return os.environ.get(variable) or self._file.get(variable) or default
+
+    def key(self, backend: str) -> str:
+        """The key that a server of this backend asks for; empty for none."""
+        return self.address(backend).api_key.get_secret_value()
 
 
 @dataclass(frozen=True)
@@ -176,11 +178,6 @@ def load(env_file: Path = ENV_FILE) -> Settings:
 def key_variables() -> dict[str, str]:
     """The variables that hold keys of servers, by engine."""
     return {engine.name: engine.key_variable for engine in engines.every() if engine.key_variable}
-
-
-def key_for(engine: str) -> str:
-    """The key that a server of this engine asks for, from the environment or ``.env``; empty for none."""
-    return load().address(engine).api_key.get_secret_value()
 
 
 def resolved(env_file: Path = ENV_FILE) -> list[Resolved]:

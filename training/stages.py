@@ -1,7 +1,5 @@
 """One way to run a stage: skip it when nothing changed, time it, and record it in the manifest."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Mapping

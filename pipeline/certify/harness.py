@@ -3,8 +3,6 @@
 The harness is optional and fetches its tasks' data sets: pip install "lm-eval[api]".
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import subprocess

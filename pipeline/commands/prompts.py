@@ -1,7 +1,5 @@
 """``granite-pipeline render``, ``parity`` and ``modelfile``: prompts as each engine makes them."""
 
-from __future__ import annotations
-
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +9,7 @@ import typer
 from pipeline.commands import options, show
 from pipeline.errors import InputError
 from pipeline.modelfile import modelfile as made_for
+from pipeline.modelfile.grammar import parse_modelfile
 from pipeline.prompts.conversation import Conversation, read_messages, read_tools
 from pipeline.prompts.parity import require_same
 from pipeline.runs.files import write_atomic
@@ -104,11 +103,6 @@ def modelfile(
     The TEMPLATE is derived from the model's chat template and gives the same prompts; a chat template for which none can be
     proven is refused. Example: granite-pipeline modelfile --run generic --num-ctx 8192
     """
-    from pipeline.modelfile.grammar import parse_modelfile
-    from pipeline.modelfile.modelfile import explain as explanations
-    from pipeline.modelfile.modelfile import for_gguf, for_run
-    from pipeline.runs.files import write_atomic
-
     run = options.chosen(agent, run).run
     if run is not None and gguf is not None:
         raise InputError("give --run or --gguf, not both")
@@ -120,7 +114,7 @@ def modelfile(
     else:
         made = made_for.for_run(this, system, wanted, license_text)
     if explain:
-        for choice in made_for.explain(made_for.parse_modelfile(made.text), made.jinja):
+        for choice in made_for.explain(parse_modelfile(made.text), made.jinja):
             typer.echo(f"Ollama {choice.generation}: {choice.renderer}; {choice.reason}")
     elif gguf:
         typer.echo(made.text, nl=False)

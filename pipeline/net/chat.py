@@ -1,7 +1,5 @@
 """The one caller of ``/v1/chat/completions``: a greedy chat and what came back, whole or as a stream."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -19,20 +17,19 @@ _END = "data: [DONE]"
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer to a chat: its text, why it ended, and the tokens that were billed (None where the server does not say)."""
+    """One answer to a chat: its text, why it ended, and how many tokens it has (None where the server does not say)."""
 
     text: str
     finish_reason: str
-    prompt_tokens: int | None = None
     tokens: int | None = None
 
     @classmethod
-    def of(cls, said: Mapping[str, Any], who: str = "POST") -> Reply:
+    def of(cls, said: Mapping[str, Any], who: str = "POST") -> "Reply":
         """Read a chat answer; EngineError with the answer when it is none."""
         try:
             choice, usage = said["choices"][0], said.get("usage") or {}
             text, ended = str(choice["message"]["content"] or ""), str(choice.get("finish_reason"))
-            return cls(text, ended, usage.get("prompt_tokens"), usage.get("completion_tokens"))
+            return cls(text, ended, usage.get("completion_tokens"))
         except (LookupError, TypeError, AttributeError) as error:
             raise EngineError(f"{who} {PATH}: no chat answer ({error!r})", evidence=str(said)[:1000]) from None
 

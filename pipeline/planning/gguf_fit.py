@@ -1,7 +1,5 @@
 """What fits of a GGUF on this machine, for llama.cpp and Ollama: slots, context, memory; and which quantisation would."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

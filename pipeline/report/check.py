@@ -1,7 +1,5 @@
 """The one class for something that was checked: by verify, by the certificate, and as the report shows it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Checks as JUnit XML, for CI: one suite a group, one test case a check."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite

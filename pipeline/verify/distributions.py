@@ -1,7 +1,5 @@
 """Next-token distributions known by their most likely tokens, and how far two of them are apart."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -81,7 +79,7 @@ class Reference:
     figures: Mapping[str, Any]
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Reference:
+    def from_json(cls, data: Mapping[str, Any]) -> "Reference":
         """Read what ``to_json`` wrote."""
         held_out, controls = (
             tuple(Probe(p["row"], tuple(p["ids"]), _top(p["top"])) for p in data[k]) for k in ("held_out", "controls")

@@ -1,7 +1,5 @@
 """What one backend said while it was up: prompts it was fed, answers, next-token distributions, the file it serves."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +15,7 @@ from pipeline.model.tokenizer import Tokenizer
 from pipeline.report.check import Check
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import sha256_tree
-from pipeline.serve.notes import written_after
+from pipeline.serve.artefacts import written_after
 from pipeline.serve.start import Endpoint
 from pipeline.verify import checks
 from pipeline.verify.distributions import Reference

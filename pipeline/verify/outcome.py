@@ -1,7 +1,5 @@
 """What became of one backend in a verification: its entry in report.json, its checks and its answers."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """Questions put to a served model: is it listed, does it answer, stream and stop, how fast, and what was it fed."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import time
@@ -45,7 +43,7 @@ class Prober:
         self._client = httpx.AsyncClient(base_url=endpoint.url, headers=endpoint.headers, timeout=_TIMEOUT, limits=limits)
         self._plain = httpx.Client(base_url=endpoint.url, headers=endpoint.headers, timeout=_TIMEOUT, limits=limits)
 
-    async def __aenter__(self) -> Prober:
+    async def __aenter__(self) -> "Prober":
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -4,8 +4,6 @@ An attacker who can write ``<|end_of_text|>`` into an alert may end the user's t
 rendered prompt as a whole, so most are open to it; this product's clients neutralise text first, and the probe shows both.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

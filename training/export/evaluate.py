@@ -1,7 +1,5 @@
 """The in-process reference: greedy answers of the base and of the merged model to every held-out prompt."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -59,7 +57,7 @@ def evaluate(run: RunFolder, *, force: Force = False) -> dict[str, StageResult]:
 
 
 def answer_all(
-    folder: Path, rows: Sequence[HeldOut], partial: Partial | None = None, now: datetime | None = None
+    folder: Path, rows: Sequence[HeldOut], partial: "Partial | None" = None, now: datetime | None = None
 ) -> list[Answer]:
     """Greedy float32 answers of a model folder, in the rows' order; those in ``partial`` are taken, new ones added to it.
 
@@ -111,7 +109,7 @@ def _model(folder: Path) -> Any:
     return model.to(device).eval()
 
 
-def _from_before(partial: Partial | None, folder: Path, rows: int) -> dict[int, Answer]:
+def _from_before(partial: "Partial | None", folder: Path, rows: int) -> dict[int, Answer]:
     answers = dict(partial.done) if partial else {}
     if answers:
         log.info("%s: %d of %d answers are there from before", folder.name, len(answers), rows)

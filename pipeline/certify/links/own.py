@@ -5,8 +5,6 @@ A YAML file is a list of entries, or ``{system: ..., minimum: 0.9, prompts: [...
 messages in, text out) and returns names with True, False or a share from 0 to 1.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import re
@@ -40,7 +38,7 @@ class Rule(BaseModel):
     json_schema: dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def _one(self) -> Rule:
+    def _one(self) -> "Rule":
         given = [name for name in type(self).model_fields if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"a check is one of exact, contains, regex, json_schema; this has {', '.join(given) or 'none'}")
@@ -73,7 +71,7 @@ class Entry(BaseModel):
     messages: list[dict[str, Any]] | None = None
 
     @model_validator(mode="after")
-    def _asked(self) -> Entry:
+    def _asked(self) -> "Entry":
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either prompt or messages")
         return self

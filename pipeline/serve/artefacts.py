@@ -1,0 +1,88 @@
+"""Which file or folder of ours is served: an artefact is known by the manifest that vouches for it."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import InputError
+from pipeline.runs.files import tree_bytes
+from pipeline.runs.folder import DEFAULT_OUTPUT
+from pipeline.runs.hashes import sha256_json
+from pipeline.runs.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A served file or folder of ours. ``fine_tune`` is equal for everything made from the same trained weights."""
+
+    run: str
+    fine_tune: str
+    file: str
+    sha256: str
+
+    def to_json(self) -> dict[str, str]:
+        """For the registry, the status API and server records."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Artefact":
+        """Read what :meth:`to_json` wrote; KeyError when it is something else."""
+        return cls(**{name: str(data[name]) for name in ("run", "fine_tune", "file", "sha256")})
+
+
+def of_file(path: Path) -> Artefact | None:
+    """The artefact at a path inside a run folder, or None when no manifest vouches for it in its present size."""
+    manifest = path.parent / "manifest.json"
+    try:
+        if not manifest.is_file() or not path.exists():
+            return None
+        return _sealed(Manifest(manifest), path)
+    # a path may be what a stranger's server said, and files vanish while they are looked at
+    except (InputError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def of_served_path(said: str, output: Path = DEFAULT_OUTPUT, since: float | None = None) -> Artefact | None:
+    """The artefact a server says it loaded; a container's path is matched by its last two parts, ``<run>/<file>``.
+
+    ``since``: when that server started, where it is known; a file written later is not what it loaded, so None.
+    """
+    path = Path(said)
+    if len(path.parts) < 2:
+        return None
+    for place in (path, output / path.parts[-2] / path.parts[-1]):
+        if found := of_file(place):
+            return None if since is not None and written_after(place, since) else found
+    return None
+
+
+def written_after(path: Path, moment: float) -> bool:
+    """True when a file, or any file of a folder, was written at a moment (wall clock) or later; False when it is not there."""
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return any(file.stat().st_mtime >= moment for file in files)
+
+
+def manifest_hash(manifest: Manifest) -> str:
+    """Hash of what the manifest says was trained: the adapter and the merged weights.
+
+    Not of the file's bytes: later stages and every server that is started add to the manifest without changing the fine-tune.
+    """
+    stages = {
+        "adapter": manifest.artefact_sha256("finetune", "adapter"),
+        "merged_fp16": manifest.artefact_sha256("merge", "merged_fp16"),
+    }
+    return sha256_json(stages)
+
+
+def _sealed(manifest: Manifest, path: Path) -> Artefact | None:
+    for stage in manifest.stages.values():
+        seal = stage.artefacts.get(path.name)
+        if seal is None:
+            continue
+        if tree_bytes(path) != seal.bytes:
+            return None
+        made_from = stage.inputs.get("merged")
+        if path.suffix == ".gguf" and made_from != manifest.artefact_sha256("merge", "merged_fp16"):
+            return None
+        return Artefact(manifest.run, manifest_hash(manifest), path.name, seal.sha256)
+    return None
