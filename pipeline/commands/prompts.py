@@ -11,6 +11,7 @@ import typer
 from pipeline.commands import options, show
 from pipeline.errors import InputError
 from pipeline.modelfile import modelfile as made_for
+from pipeline.modelfile.grammar import parse_modelfile
 from pipeline.prompts.conversation import Conversation, read_messages, read_tools
 from pipeline.prompts.parity import require_same
 from pipeline.runs.files import write_atomic
@@ -115,7 +116,7 @@ def modelfile(
     else:
         made = made_for.for_run(this, system, wanted, license_text)
     if explain:
-        for choice in made_for.explain(made_for.parse_modelfile(made.text), made.jinja):
+        for choice in made_for.explain(parse_modelfile(made.text), made.jinja):
             typer.echo(f"Ollama {choice.generation}: {choice.renderer}; {choice.reason}")
     elif gguf:
         typer.echo(made.text, nl=False)

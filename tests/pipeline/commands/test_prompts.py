@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from pipeline.errors import EngineError, InputError, PipelineError, VerificationFailed
-from pipeline.modelfile.modelfile import parse_modelfile
+from pipeline.modelfile.grammar import parse_modelfile
 from pipeline.prompts.chat import EMBEDDED_TEMPLATE
 from pipeline.prompts.gorender import find_go
 from pipeline.runs.files import write_json
