@@ -17,7 +17,7 @@ from pipeline.model.tokenizer import Tokenizer
 from pipeline.report.check import Check
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import sha256_tree
-from pipeline.serve.notes import written_after
+from pipeline.serve.artefacts import written_after
 from pipeline.serve.start import Endpoint
 from pipeline.verify import checks
 from pipeline.verify.distributions import Reference
