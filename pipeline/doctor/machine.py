@@ -21,7 +21,7 @@ from pipeline.operate.services import listing
 from pipeline.runs.files import read_json
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
-from pipeline.serve import ollama_service
+from pipeline.serve import backends
 
 _CPU_TORCH = "pip install torch==2.13.0+cpu, or make setup DEVICE=cpu"
 _CUDA_TORCH = "make setup DEVICE=cuda"
@@ -97,7 +97,7 @@ def _build_of(name: str, version: str, facts: Facts) -> Finding:
 def ollama(facts: Facts) -> Iterator[Finding]:
     """Where no Ollama is installed, one may still answer at OLLAMA_BASE_URL."""
     url = root_url(facts.settings.ollama_base_url)
-    if there := ollama_service.find(url):
+    if there := backends.find_service(url):
         yield Finding("Ollama", "ok", f"{there.version} answers at {url}")
     elif engines.get(facts.settings.llm_backend).creates_model:
         evidence = f"LLM_BACKEND is {facts.settings.llm_backend} and nothing answers at {url}"

@@ -1,11 +1,12 @@
 """What a server's log says: why it did not start (``failures.json``), and how far a start has come (``milestones.json``)."""
 
-import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from pipeline.runs.files import read_json
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -17,7 +18,7 @@ class Failure:
     name: str
     cause: str
     remedy: str
-    line: str
+    line: str = ""
     numbers: tuple[float, ...] = ()
 
     @property
@@ -34,11 +35,10 @@ def plain(log: str) -> str:
 def classify(log: str) -> Failure | None:
     """The first row of the table that matches any line; rows are ordered from specific to general."""
     lines = plain(log).splitlines()
-    for name, pattern, cause, remedy in _table():
+    for pattern, failure in _failures():
         for line in lines:
             if found := pattern.search(line):
-                numbers = tuple(float(text) for text in found.groups() if text)
-                return Failure(name, cause, remedy, line.strip()[:400], numbers)
+                return replace(failure, line=line.strip()[:400], numbers=tuple(float(text) for text in found.groups() if text))
     return None
 
 
@@ -59,16 +59,13 @@ def phase(log: str) -> str:
 
 
 @cache
-def _table() -> list[tuple[str, re.Pattern[str], str, str]]:
-    return [(row["name"], re.compile(row["pattern"]), row["cause"], row["remedy"]) for row in _rows("failures.json")]
+def _failures() -> list[tuple[re.Pattern[str], Failure]]:
+    rows = read_json(Path(__file__).with_name("failures.json"))
+    return [(re.compile(row["pattern"]), Failure(row["name"], row["cause"], row["remedy"])) for row in rows]
 
 
 @cache
 def _milestones() -> list[tuple[re.Pattern[str], str]]:
     # {} takes what the pattern's group found; vLLM 0.32, llama.cpp b11549, Ollama, SGLang 0.5
-    return [(re.compile(row["pattern"]), row["words"]) for row in _rows("milestones.json")]
-
-
-def _rows(name: str) -> list[dict[str, str]]:
-    rows: list[dict[str, str]] = json.loads((Path(__file__).parent / name).read_text(encoding="utf-8"))
-    return rows
+    rows = read_json(Path(__file__).with_name("milestones.json"))
+    return [(re.compile(row["pattern"]), row["words"]) for row in rows]
