@@ -39,7 +39,10 @@ def compose(model: Model, hardware: Hardware) -> dict[str, Any]:
     contained = _contained()
     services = {engine.name: _service(engine, facts, model, hardware) for engine, facts in contained if facts.image}
     services |= {f"{engine.name}-create": _create(engine, facts) for engine, facts in contained if facts.create}
-    services |= {engine.name: _gpu_only(engine, facts) for engine, facts in contained if not facts.image}
+    # without a CPU image a service is here so that its profile is known, and gets its flags from the GPU file
+    for engine, facts in ((engine, facts) for engine, facts in contained if not facts.image):
+        words = ["sh", "-c", f"echo add -f docker-compose.gpu.yml: {engine.title} needs a GPU; exit 1"]
+        services[engine.name] = {**_frame(engine, facts), "command": words}
     services["status-api"] = _ours(8080, ["python", "-m", "pipeline.operate.status"])
     words = ["python", "-m", "pipeline.operate.proxy", "--config", "/tmp/litellm.yaml"]
     services["gateway"] = _ours(4000, words, "GATEWAY_API_KEY=${GATEWAY_API_KEY:?set a key in .env}")
@@ -110,12 +113,6 @@ def _service(engine: Engine, facts: Container, model: Model, hardware: Hardware)
     flags = launch.argv[-(len(plan.arguments) + 4) :]
     command = [*facts.entry, *_with_variables(facts.variables, flags)]
     return {**_frame(engine, facts), "command": command, **({"environment": environment} if environment else {})}
-
-
-def _gpu_only(engine: Engine, facts: Container) -> dict[str, Any]:
-    """Without a CPU image: the service is here so that the profile is known, and gets its flags from the GPU file."""
-    words = f"echo add -f docker-compose.gpu.yml: {engine.title} needs a GPU; exit 1"
-    return {**_frame(engine, facts), "command": ["sh", "-c", words]}
 
 
 def _with_variables(variables: Mapping[str, str], flags: Sequence[str]) -> list[str]:

@@ -51,9 +51,8 @@ async def get_json(root: str, path: str, api_key: str = "", timeout: float = TIM
             body = await _read(answer)
         return _judged(answer, body, shown, path, _ms(begun))
     except (TimeoutError, httpx.TimeoutException):
-        return _failed(
-            "timeout", f"{shown} did not answer within {timeout:g} s: it hangs, is overloaded or still starting", begun
-        )
+        words = f"{shown} did not answer within {timeout:g} s: it hangs, is overloaded or still starting"
+        return _failed("timeout", words, begun)
     except httpx.ConnectError as error:
         return _failed(*_not_connected(error, shown), begun)
     except (httpx.InvalidURL, httpx.UnsupportedProtocol):
@@ -67,13 +66,12 @@ async def get_json(root: str, path: str, api_key: str = "", timeout: float = TIM
 
 
 async def _read(answer: httpx.Response) -> bytes:
-    parts, size = [], 0
+    body = bytearray()
     async for part in answer.aiter_bytes():
-        parts.append(part)
-        size += len(part)
-        if size > _MOST_BYTES:
+        body += part
+        if len(body) > _MOST_BYTES:
             break
-    return b"".join(parts)
+    return bytes(body)
 
 
 def _judged(answer: httpx.Response, body: bytes, root: str, path: str, latency: float) -> Reached:

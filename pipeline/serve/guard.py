@@ -25,8 +25,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--owner", type=int, default=0, help="end when this process is gone; 0: run until stopped")
     parser.add_argument("command", nargs="+")
     args = parser.parse_args(argv)
-    owner = _process(args.owner) if args.owner else None
-    if args.owner and owner is None:
+    try:
+        owner = psutil.Process(args.owner) if args.owner else None
+    except psutil.NoSuchProcess:
         return 128 + signal.SIGTERM
     child = subprocess.Popen(args.command, stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent)
     # the group's SIGTERM reaches the child as well; the guard stays to see it end and to finish off stragglers
@@ -58,12 +59,6 @@ def _end_with_parent() -> None:
         set_parent_death_signal = 1
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
-
-
-def _process(pid: int) -> psutil.Process | None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid)
-    return None
 
 
 def _end_group(child: subprocess.Popen[bytes]) -> None:

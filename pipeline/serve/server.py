@@ -21,7 +21,6 @@ from pipeline.net.client import status_of
 from pipeline.serve.logs import Failure, classify, end_of, phase, plain
 
 _POLL_SECONDS = 0.5
-_OK = 200
 _STOP_SECONDS = 20.0
 # start times are read against the wall clock, which may be set; a pid that is used again starts much later
 _SAME_START = 120.0
@@ -54,7 +53,10 @@ class Server:
     @property
     def alive(self) -> bool:
         """True while the guard runs, and with it the server."""
-        _reap(self.pid)
+        # collected when the guard is our own child, so that it does not stay a zombie
+        if self.pid in _children and (code := _children[self.pid].poll()) is not None:
+            _codes[self.pid] = code
+            del _children[self.pid]
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(self.pid)
             return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - self.started) < _SAME_START
@@ -106,13 +108,12 @@ def wait_ready(server: Server, timeout: float, progress: Progress) -> float:
     ``progress`` is told what the server is doing, from its log. On an exit (whatever the code) or a time-out the group is
     ended and StartFailure carries cause, remedy and log tail.
     """
-    begun = time.monotonic()
-    shown = ""
+    begun, shown = time.monotonic(), ""
     while time.monotonic() - begun < timeout:
         if not server.alive:
             stop(server)
             raise failure(server, "ended before it was ready")
-        if status_of(server.url + server.ready_path, timeout=5) == _OK:
+        if status_of(server.url + server.ready_path, timeout=5) == 200:
             return time.monotonic() - begun
         doing = phase(end_of(server.log, _READ_BYTES))
         if doing != shown:
@@ -189,22 +190,13 @@ def _resident(process: psutil.Process) -> int:
     return 0
 
 
-def _reap(pid: int) -> None:
-    """Collect the exit status when the guard is our own child, so that it does not stay a zombie."""
-    if pid in _children and (code := _children[pid].poll()) is not None:
-        _codes[pid] = code
-        del _children[pid]
-
-
 def _group(server: Server) -> list[int]:
     """Living processes of the server's group or session, the guard not counted; its number cannot be reused while there are any."""
     found = []
     for process in psutil.process_iter(["pid", "status", "create_time"]):
         with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
-            info = process.info
-            if info["pid"] == server.pid or info["status"] == psutil.STATUS_ZOMBIE:
-                continue
-            mine = server.pid in (os.getpgid(process.pid), os.getsid(process.pid))
-            if mine and info["create_time"] > server.started - _SAME_START:
+            living = process.pid != server.pid and process.info["status"] != psutil.STATUS_ZOMBIE
+            mine = living and server.pid in (os.getpgid(process.pid), os.getsid(process.pid))
+            if mine and process.info["create_time"] > server.started - _SAME_START:
                 found.append(process.pid)
     return found

@@ -94,9 +94,8 @@ class Endpoint:
 
 def request_for(target: Target, options: Options, hardware: Hardware | None = None) -> Request:
     """The planning request for a target on this machine (or on the one given)."""
-    model = Model.open(target.model)
     machine = hardware or Hardware.detect(target.folder)
-    return Request(model, machine, options.purpose, target.name, options.overrides, options.adapters)
+    return Request(Model.open(target.model), machine, options.purpose, target.name, options.overrides, options.adapters)
 
 
 def serve(engine_name: str, target: Target, options: Options, progress: Progress) -> Endpoint:
@@ -229,11 +228,9 @@ def create_in_ollama(endpoint: Endpoint, target: Target, progress: Progress, pla
     The plan's parameters (num_ctx, num_gpu) are for this machine and replace the Modelfile's.
     """
     if target.modelfile is None:
-        raise EngineError(
-            "serving a GGUF with Ollama needs its Modelfile", remedy="granite-pipeline modelfile says why there is none"
-        )
-    modelfile = read_modelfile(target.modelfile)
-    request = to_create_request(modelfile, "", endpoint.model)
+        remedy = "granite-pipeline modelfile says why there is none"
+        raise EngineError("serving a GGUF with Ollama needs its Modelfile", remedy=remedy)
+    request = to_create_request(read_modelfile(target.modelfile), "", endpoint.model)
     parts = {name: value for name, value in request.items() if name not in ("model", "files", "stream")}
     planned = {s.name: int(s.value) for s in (plan.parameters if plan else ()) if s.value is not None}
     parts["parameters"] = {**parts.get("parameters", {}), **planned}
@@ -250,12 +247,9 @@ def first_token(endpoint: Endpoint, timeout: float = 300) -> None:
         with open_client(endpoint.url, endpoint.api_key, timeout) as client:
             post(client, PATH, hello(endpoint.model))
     except Refused as refused:
-        known = classify(refused.evidence)
-        raise StartFailure(
-            f"{endpoint.engine} is up but refuses a chat ({refused.status}){f': {known.cause}' if known else ''}",
-            evidence=refused.evidence,
-            **(known.facts if known else {}),
-        ) from None
+        known, words = classify(refused.evidence), f"{endpoint.engine} is up but refuses a chat ({refused.status})"
+        words += f": {known.cause}" if known else ""
+        raise StartFailure(words, evidence=refused.evidence, **(known.facts if known else {})) from None
     except Unanswered as silent:
         if endpoint.server is None:
             raise EngineError(f"{endpoint.engine} is up but does not answer a chat: {silent.cause!r}") from None
