@@ -111,23 +111,18 @@ def _service(engine: Engine, facts: Container, model: Model, hardware: Hardware)
         return {**_frame(engine, facts), "environment": sorted(environment)}
     # the image's own entry point takes the place of the program; ``launch`` ends with the planned flags, host and port
     flags = launch.argv[-(len(plan.arguments) + 4) :]
-    command = [*facts.entry, *_with_variables(facts.variables, flags)]
-    return {**_frame(engine, facts), "command": command, **({"environment": environment} if environment else {})}
-
-
-def _with_variables(variables: Mapping[str, str], flags: Sequence[str]) -> list[str]:
-    """The value after each overridable flag becomes ``${VARIABLE:-planned}``."""
-    return [
-        f"${{{variables[before]}:-{word}}}" if before in variables else word
-        for before, word in zip(("", *flags), flags, strict=False)
-    ]
+    named = [facts.variables.get(before) for before in ("", *flags)]
+    # the value after each overridable flag becomes ${VARIABLE:-planned}
+    words = [f"${{{name}:-{word}}}" if name else word for name, word in zip(named, flags, strict=False)]
+    service = {**_frame(engine, facts), "command": [*facts.entry, *words]}
+    return service | ({"environment": environment} if environment else {})
 
 
 def _frame(engine: Engine, facts: Container) -> dict[str, Any]:
     port = engine.default_port
     service: dict[str, Any] = {
         "image": facts.image or facts.gpu_image,
-        "profiles": [_profile(engine)],
+        "profiles": [f"local-{engine.name}"],
         "ports": [f"127.0.0.1:{port}:{port}"],
         "volumes": [_RUNS, *facts.volumes],
         **_GUARDED,
@@ -147,7 +142,7 @@ def _create(engine: Engine, facts: Container) -> dict[str, Any]:
     model = f"${{{engine.prefix}_MODEL:-{engine.default_model}}}"
     return {
         "image": facts.image,
-        "profiles": [_profile(engine)],
+        "profiles": [f"local-{engine.name}"],
         "volumes": [_RUNS],
         "environment": [f"{facts.create_at}={engine.url(engine.name)}"],
         "working_dir": _RUN,
@@ -167,7 +162,7 @@ def _ours(port: int, words: list[str], *environment: str) -> dict[str, Any]:
     return {
         "image": "granite-pipeline:local",
         "build": {"context": ".", "dockerfile_inline": _SERVICE},
-        "profiles": [_profile(engine) for engine in contained],
+        "profiles": [f"local-{engine.name}" for engine in contained],
         "command": [*words, "--host", "0.0.0.0", "--port", str(port)],
         "ports": [f"127.0.0.1:{port}:{port}"],
         "env_file": [{"path": ".env", "required": False}],
@@ -176,7 +171,3 @@ def _ours(port: int, words: list[str], *environment: str) -> dict[str, Any]:
         **_GUARDED,
         "healthcheck": _health(port, start_period="2m"),
     }
-
-
-def _profile(engine: Engine) -> str:
-    return f"local-{engine.name}"

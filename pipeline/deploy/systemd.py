@@ -44,27 +44,20 @@ def planned_launch(engine_name: str, run: RunFolder, settings: Settings, name: s
 
 def unit(launch: Launch, what: str, folder: Path, writable: Sequence[Path] = ()) -> str:
     """One unit file: started again when it fails, no new privileges, writing only below ``writable``; keys come from ``.env``."""
+    # our package, where it is ours and not installed for this interpreter
+    environment = {**launch.env, **({"PYTHONPATH": str(Path(__file__).parents[2])} if launch.ours else {})}
+    environment |= {"PYTHONUNBUFFERED": "1", "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"}
     # one that does not exist yet is passed over: without the dash the unit would not start
     places = " ".join(_quoted(f"-{path}") for path in writable)
     return _UNIT.format(
         what=_text(what),
         folder=_text(str(folder)),
-        environment="\n".join(f"Environment={_quoted(f'{key}={value}')}" for key, value in sorted(_environment(launch).items())),
+        environment="\n".join(f"Environment={_quoted(f'{key}={value}')}" for key, value in sorted(environment.items())),
         # variables are expanded in this line only
         command=" ".join(_quoted(word).replace("$", "$$") for word in launch.argv),
         seconds=launch.start_timeout,
         paths=f"ReadWritePaths={places}" if places else "ReadOnlyPaths=/",
     )
-
-
-def _environment(launch: Launch) -> dict[str, str]:
-    """What the process needs besides: our package, where it is ours and not installed for this interpreter."""
-    return {
-        **launch.env,
-        **({"PYTHONPATH": str(Path(__file__).parents[2])} if launch.ours else {}),
-        "PYTHONUNBUFFERED": "1",
-        "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
-    }
 
 
 def _quoted(word: str) -> str:

@@ -32,8 +32,8 @@ class Observation:
 
     def artefact(self, model: str) -> Artefact | None:
         """The fine-tune behind a model name here, as last seen - also while the backend is down."""
-        found = registry.same_model(self.models, model)
-        return found.artefact if found else None
+        status = registry.same_model(self.models, model)
+        return status.artefact if status else None
 
 
 class Observer:

@@ -178,7 +178,7 @@ def forget(process: Server, folder: Path) -> None:
 def of_run(run: RunFolder, engine: str) -> Record | None:
     """What this engine serves of a run, or served last; None when that never answered, or the record is damaged."""
     with contextlib.suppress(InputError):
-        record = read(run.path / "servers", engine)
+        record = read(run.servers, engine)
         return record if record and record.ready else None
     return None
 

@@ -46,6 +46,11 @@ class Target:
         """Records of the servers started for this target."""
         return self.folder / "servers"
 
+    @property
+    def manifest(self) -> Path:
+        """The run's record, where the folder is a run's."""
+        return self.folder / "manifest.json"
+
     @classmethod
     def of_run(cls, run: RunFolder, engine: str, name: str | None = None, key: str = "") -> "Target":
         """The artefact of a run that an engine serves; InputError when it has not been exported."""
@@ -156,10 +161,9 @@ class _Start:
 
     def record(self, ready_seconds: float | None) -> None:
         """Append this start to the run's manifest, where the target is a run."""
-        path = self.target.folder / "manifest.json"
-        if path.is_file():
+        if self.target.manifest.is_file():
             said = {"engine": self.engine.name, "ready_seconds": ready_seconds, "attempts": self.attempts}
-            Manifest(path).append("starts", said)
+            Manifest(self.target.manifest).append("starts", said)
 
     def _once(self, plan: Plan) -> Endpoint:
         """One try, to the first token; nothing is left on failure."""
@@ -197,9 +201,9 @@ class _Start:
 
 def note_ready(endpoint: Endpoint, target: Target, begun: float, digest: str = "") -> Endpoint:
     """Record what answered its first token, and which artefact was loaded then: the file may be exported again meanwhile."""
-    manifest = target.folder / "manifest.json"
     # the file's own hash, not the manifest's word; remembered since the export, so that nothing is read again
-    sha256 = Manifest(manifest).sha256(target.model) if manifest.is_file() and target.model.exists() else None
+    sealed = target.manifest.is_file() and target.model.exists()
+    sha256 = Manifest(target.manifest).sha256(target.model) if sealed else None
     done = replace(endpoint, ready_seconds=round(time.monotonic() - begun, 1), sha256=sha256)
     said = {name: getattr(done, name) for name in ("url", "model", "version", "plan", "ready_seconds", "sha256")}
     ready = Ready(**said, artefact=of_file(target.model), digest=digest)
