@@ -26,7 +26,7 @@ from pipeline.operate.registry import ModelStatus
 from pipeline.operate.services import start_logs
 from pipeline.runs.text import mask, without_password
 from pipeline.serve import records
-from pipeline.serve.logs import classify, end_of
+from pipeline.serve.server import classify, end_of
 
 _PREFIXES = ("LLM", "OPENAI", "GATEWAY", "AGENTS")
 # what other programs read under the same prefixes, so not misspelt

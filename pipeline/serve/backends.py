@@ -45,8 +45,7 @@ class Started:
     @property
     def reasons(self) -> list[dict[str, Any]]:
         """The planned settings with their reasons."""
-        plan = self.endpoint.plan if self.endpoint else None
-        return list((plan or {}).get("reasons", []))
+        return list(self.endpoint.plan.get("reasons", [])) if self.endpoint and self.endpoint.plan else []
 
     @property
     def memory(self) -> dict[str, float]:
@@ -114,11 +113,9 @@ def find_service(base_url: str) -> Endpoint | None:
 def require_any(started: Sequence[Started]) -> None:
     """Raise EngineError with every reason when not one backend is up."""
     if not any(s.endpoint for s in started):
-        raise EngineError(
-            "no backend could be started on this machine",
-            evidence="\n".join(f"{s.name} {s.status}: {s.reason}" for s in started),
-            remedy="granite-pipeline doctor names what is installed and what is missing",
-        )
+        evidence = "\n".join(f"{s.name} {s.status}: {s.reason}" for s in started)
+        remedy = "granite-pipeline doctor names what is installed and what is missing"
+        raise EngineError("no backend could be started on this machine", evidence=evidence, remedy=remedy)
 
 
 def _serve_there(there: Endpoint, target: Target, options: Options, progress: Progress) -> Endpoint:
@@ -144,10 +141,7 @@ def _parameters(target: Target, options: Options) -> Plan:
     request = serving.request_for(target, options)
     plan = engines.get("ollama").plan(request)
     require_feasible(plan)
-    given = [setting.name for setting in plan.env if setting.source == "user"]
-    if given:
-        raise InputError(
-            f"{', '.join(given)} is a setting of the server, and this Ollama already runs",
-            remedy="set it where that Ollama is started, or start another one with --port 0",
-        )
+    if given := [setting.name for setting in plan.env if setting.source == "user"]:
+        words = f"{', '.join(given)} is a setting of the server, and this Ollama already runs"
+        raise InputError(words, remedy="set it where that Ollama is started, or start another one with --port 0")
     return replace(plan, env=())

@@ -22,10 +22,9 @@ from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
 from pipeline.serve import records, server
 from pipeline.serve.artefacts import of_file
-from pipeline.serve.logs import classify
 from pipeline.serve.records import Ready
 from pipeline.serve.retries import MAX_RETRIES, Change, next_plan
-from pipeline.serve.server import Progress, Server
+from pipeline.serve.server import Progress, Server, classify
 
 LOOPBACK = "127.0.0.1"
 _DEATH_SECONDS = 5.0
