@@ -16,6 +16,7 @@ from pipeline.runs.files import read_json, tree_bytes, write_atomic, write_json
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import sha256_tree
 from pipeline.runs.manifest import BaseRecord, Manifest
+from pipeline.runs.stages import LOOKING
 from pipeline.runs.text import visible
 
 _MARKS = {"passed": "proven", "failed": "**broken**", "skipped": "not tested", "warning": "with a note"}
@@ -136,7 +137,8 @@ llama-server -m unsloth.Q8_0.gguf --jinja -c 4096 --port 8005
 def _making(manifest: Manifest) -> str:
     training = manifest.require_training()
     chosen = {k: v for k, v in training.parameters.items() if v is not None and k not in ("base", "data", "eval_data")}
-    hashes = {path: seal.sha256 for stage in manifest.stages.values() for path, seal in stage.artefacts.items()}
+    made = [stage for name, stage in manifest.stages.items() if name not in LOOKING]
+    hashes = {path: seal.sha256 for stage in made for path, seal in stage.artefacts.items()}
     hashes |= {f"dataset ({part})": sha256 for part, sha256 in training.data.items()} | {"base": training.base.sha256}
     lines = ["## How it was made", "", ", ".join(f"{plain(k)} {plain(v)}" for k, v in chosen.items()) + ".", ""]
     return "\n".join([*lines, "| part | sha256 |", "| --- | --- |", *(f"| {plain(k)} | `{v}` |" for k, v in hashes.items()), ""])

@@ -21,6 +21,8 @@ from pipeline.notebook import OWNER_VARIABLE
 from pipeline.report.write import paths_in, summary_table
 from pipeline.runs.files import absolute, read_json
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
+from pipeline.runs.manifest import Manifest
+from pipeline.runs.stages import run_stage
 from pipeline.serve import server, start
 from pipeline.verify.verify import require_passed
 
@@ -78,22 +80,29 @@ def run(
     # notebooks run in their own folder
     given |= {key: absolute(given[key]) for key in ("BASE", "DATA", "EVAL_DATA") if isinstance(given.get(key), str)}
     chosen = _stages(stages)
-    console, begun = Console(stderr=True), time.monotonic()
-    wanted = batch.inputs(folder, chosen, given)
-    if not given.get("FORCE") and (since := batch.is_current(folder, wanted)):
-        log.info("run %s: nothing changed since it was verified at %s; --force does it again", name, since)
-        _conclude(folder, console)
+    inputs = batch.inputs(folder, chosen, given) if "04_verify" in chosen else None
+    if inputs is None:  # nothing that is verified, or a hub id that may have moved on
+        _work(folder, chosen, given)
         return
+    again = bool(given.get("FORCE")) or bool(Manifest(folder.manifest).changed())
+    if run_stage(folder, "run", inputs, [folder.evidence], lambda: _work(folder, chosen, given), force=again).skipped:
+        log.info("run %s: nothing changed since it was verified; --force does it again", name)
+        _conclude(folder)
+
+
+def _work(folder: RunFolder, chosen: list[str], given: dict[str, Any]) -> dict[str, Any]:
+    """Execute the notebooks and say what they did; VerificationFailed when the last one did not pass."""
+    begun, console = time.monotonic(), Console(stderr=True)
     executed, stopped = _execute(folder, chosen, given)
-    table = Table("notebook", "seconds", "executed copy", title=f"run {name}: {time.monotonic() - begun:.0f} s")
+    table = Table("notebook", "seconds", "executed copy", title=f"run {folder.name}: {time.monotonic() - begun:.0f} s")
     for entry in executed:
         table.add_row(entry.name, f"{entry.seconds:.0f}", str(entry.copy))
     console.print(table)
     if stopped:
         console.print(f"servers stopped: {', '.join(stopped)}")
     if "04_verify" in chosen:
-        _conclude(folder, console)
-        batch.record(folder, wanted, time.monotonic() - begun)
+        _conclude(folder)
+    return {"passed": True}
 
 
 def _execute(folder: RunFolder, chosen: list[str], given: dict[str, Any]) -> tuple[list[Executed], list[str]]:
@@ -120,7 +129,8 @@ def _execute(folder: RunFolder, chosen: list[str], given: dict[str, Any]) -> tup
     return executed, stopped
 
 
-def _conclude(folder: RunFolder, console: Console) -> None:
+def _conclude(folder: RunFolder) -> None:
+    console = Console(stderr=True)
     report = read_json(paths_in(folder.report).json)
     console.print(summary_table(report))
     console.print(f"report: {paths_in(folder.report).html}", soft_wrap=True)

@@ -78,7 +78,7 @@ def export(name: Name = DEFAULT_NAME, output: Output = DEFAULT_OUTPUT, force: Fo
 
     Example: granite-pipeline export --name mine
     """
-    from training import stages
+    from pipeline.runs import stages
     from training.export import evaluate, gguf, merge, package
 
     run = RunFolder(name, output)

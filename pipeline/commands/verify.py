@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import webbrowser
 from pathlib import Path
 from typing import Annotated
@@ -13,13 +12,11 @@ from rich.console import Console
 
 from pipeline import config
 from pipeline.errors import InputError
-from pipeline.report.write import summary_table
+from pipeline.report.write import paths_in, render_again, summary_table
 from pipeline.runs.files import read_json
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
-from pipeline.verify.verify import BACKENDS, publish, require_passed
+from pipeline.verify.verify import BACKENDS, require_passed
 from pipeline.verify.verify import verify as verify_run
-
-log = logging.getLogger(__name__)
 
 
 def register(app: typer.Typer) -> None:
@@ -46,8 +43,9 @@ def verify(
     Example: granite-pipeline verify --backends llamacpp --limit 50
     """
     folder = RunFolder(run, output)
-    report = verify_run(folder, backends.split(","), config.load(), log.info, keep=True, limit=limit)
-    paths = publish(folder, report)
+    # who asks for it wants it asked
+    report = verify_run(folder, backends.split(","), config.load(), keep=True, limit=limit, force=True)
+    paths = paths_in(folder.report)
     if as_json:
         typer.echo(paths.json.read_text(encoding="utf-8"))
     console = Console(stderr=True)
@@ -69,8 +67,6 @@ def report(
 
     Example: granite-pipeline report --run generic --open
     """
-    from pipeline.report.write import paths_in, render_again, summary_table
-
     folder = RunFolder(run, output)
     source = paths_in(folder.report).json
     if not source.is_file():

@@ -24,6 +24,7 @@ from pipeline.net.loopback import holder, listening
 from pipeline.runs.files import read_json
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
+from pipeline.runs.stages import LOOKING
 
 _CPU_TORCH = "pip install torch==2.13.0+cpu, or make setup DEVICE=cpu"
 _CUDA_TORCH = "make setup DEVICE=cuda"
@@ -261,6 +262,7 @@ def run_folder(facts: Facts) -> Iterator[Finding]:
         return
     for stage, relative, what in changed:
         remedy = f"granite-pipeline export --run {facts.run.name} --force" if stage != "finetune" else "train again with --force"
+        remedy = f"granite-pipeline verify --run {facts.run.name}" if stage in LOOKING else remedy
         yield Finding("run folder", "fail", f"{facts.run.path / relative} is {what} since {stage} made it", remedy)
     if not changed:
         yield Finding("run folder", "ok", f"every file of run {facts.run.name} is as its manifest says")

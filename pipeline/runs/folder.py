@@ -119,6 +119,11 @@ class RunFolder:
         return self.report / "report.json"
 
     @property
+    def evidence(self) -> Path:
+        """What each backend said in the last verification."""
+        return self.report / "evidence.json"
+
+    @property
     def probes(self) -> Path:
         """In-process next-token distributions at some positions, for the certificate."""
         return self.path / "reference" / "probes.json"

@@ -21,12 +21,12 @@ from pipeline.runs.files import read_json, write_json
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import sha256_file
 from pipeline.runs.manifest import Manifest
+from pipeline.runs.stages import StageResult, run_stage
 from pipeline.verify.distributions import ASKED, ROWS, Probe, Reference
 from pipeline.verify.score import read_held_out, read_reference
 from training.base import BaseModel
 from training.export.merge import Adapter, merged_weights, read_adapter
 from training.memory import evaluate_need, require_memory
-from training.stages import StageResult, run_stage
 
 log = logging.getLogger(__name__)
 STAGE = "probes"

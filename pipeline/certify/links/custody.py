@@ -12,6 +12,7 @@ from pipeline.certify.subject import Subject
 from pipeline.report.check import Check, guarded, held, skipped
 from pipeline.runs.hashes import sha256_json
 from pipeline.runs.manifest import ServedRecord
+from pipeline.runs.stages import LOOKING
 from pipeline.verify.score import Answer, read_held_out, read_reference, score
 
 _SHA = "SHA-256, taken again now"
@@ -45,7 +46,7 @@ def _alone(check: Callable[[Subject], Check], subject: Subject) -> list[Check]:
 
 def _artefacts(subject: Subject) -> Check:
     problems, count = [], 0
-    stages = subject.manifest.stages
+    stages = {name: stage for name, stage in subject.manifest.stages.items() if name not in LOOKING}
     for name, stage in stages.items():
         for path, seal in stage.artefacts.items():
             if path not in subject.sha256 and not (subject.run.path / path).exists():
