@@ -38,12 +38,12 @@ def doctor(
       granite-pipeline doctor
       granite-pipeline doctor --run mine --base ibm-granite/granite-4.0-350m --json
     """
-    from pipeline.doctor.findings import Facts
-    from pipeline.doctor.machine import examine
-    from pipeline.doctor.services import look
+    from pipeline.doctor.findings import Facts, examine, worst_first
+    from pipeline.doctor.machine import MACHINE
+    from pipeline.doctor.serving import APPLICATIONS
 
     facts = Facts.gather(RunFolder(run, output), base)
-    found = examine(facts) + look(facts.settings, facts.run)
+    found = examine(facts, MACHINE) + worst_first(examine(facts, APPLICATIONS))
     healthy = all(finding.status != "fail" for finding in found)
     if as_json:
         typer.echo(json.dumps({"healthy": healthy, "findings": [finding.to_json() for finding in found]}, indent=2))

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from pipeline import config
 from pipeline.config import BACKENDS, Settings
-from pipeline.doctor.settings import Notice, check, served_contradiction
+from pipeline.doctor.findings import Finding
+from pipeline.doctor.settings import check, served_contradiction
 from pipeline.errors import EngineError, InputError
 from pipeline.net.client import wait_for
 from pipeline.operate import registry
@@ -23,6 +24,7 @@ from pipeline.runs.folder import DEFAULT_OUTPUT
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _ASK_SECONDS = 2.0
+_LEVELS = {"fail": "error", "warn": "warning", "ok": "ok"}
 
 
 def register(app: typer.Typer) -> None:
@@ -53,16 +55,21 @@ def show_config(
     rows = config.resolved()
     if as_json:
         found = [{"name": r.name, "value": r.value, "source": r.source, "affects": r.description} for r in rows]
-        typer.echo(json.dumps({"settings": found, "notices": [vars(n) for n in notices]}, indent=2))
+        typer.echo(
+            json.dumps(
+                {"settings": found, "notices": [{"level": _LEVELS[n.status], "text": n.evidence} for n in notices]}, indent=2
+            )
+        )
     else:
         table = Table("variable", "value", "source", "affects")
         for row in rows:
             table.add_row(row.name, escape(row.value), row.source, row.description)
         Console().print(table)
     for notice in notices:
-        style = "red" if notice.level == "error" else "yellow"
-        Console(stderr=True).print(f"{notice.level}: {notice.text}", style=style, markup=False, highlight=False, soft_wrap=True)
-    errors = [notice.text for notice in notices if notice.level == "error"]
+        style = "red" if notice.status == "fail" else "yellow"
+        said = f"{_LEVELS[notice.status]}: {notice.evidence}"
+        Console(stderr=True).print(said, style=style, markup=False, highlight=False, soft_wrap=True)
+    errors = [notice.evidence for notice in notices if notice.status == "fail"]
     if errors:
         raise InputError(f"{len(errors)} setting(s) contradict each other", evidence="\n".join(errors))
 
@@ -136,7 +143,7 @@ def choose(
         console.print(f"not {name}: {why}", style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
-async def _asked(settings: Settings) -> list[Notice]:
+async def _asked(settings: Settings) -> list[Finding]:
     """What the selected backend, when it is up, has to say about the model name."""
     address = settings.address()
     if not address.base_url:
@@ -145,7 +152,7 @@ async def _asked(settings: Settings) -> list[Notice]:
     served = [status.name for status in statuses if status.available]
     if not served:
         words = statuses[0].detail or "it serves no model"
-        return [Notice("warning", f"the selected backend {address.backend} is not usable now: {words}")]
+        return [Finding("settings", "warn", f"the selected backend {address.backend} is not usable now: {words}")]
     notice = served_contradiction(settings, served)
     return [notice] if notice else []
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.doctor import inventory
+from pipeline.doctor.runs import list_runs, removals, remove_listed
 from pipeline.errors import InputError
 from pipeline.runs.folder import DEFAULT_OUTPUT, RunFolder
 
@@ -31,7 +31,7 @@ def runs(output: Output = DEFAULT_OUTPUT, as_json: AsJson = False) -> None:
 
     Example: granite-pipeline runs --json
     """
-    found = inventory.list_runs(output)
+    found = list_runs(output)
     if as_json:
         typer.echo(json.dumps({"output": str(output), "runs": [info.to_json() for info in found]}, indent=2))
         return
@@ -60,7 +60,7 @@ def prune(
       granite-pipeline prune --unfinished --yes
       granite-pipeline prune old-run --whole
     """
-    found = inventory.removals(output, names or (), unfinished=unfinished, whole=whole)
+    found = removals(output, names or (), unfinished=unfinished, whole=whole)
     rows = [{"run": r.run, "path": str(r.path), "bytes": r.bytes, "reason": r.reason} for r in found]
     if not as_json:
         table = Table("run", "what", "MiB", "why", title="would be removed")
@@ -72,7 +72,7 @@ def prune(
     if agreed:
         for name in dict.fromkeys(item.run for item in found):
             of_run = [item for item in found if item.run == name]
-            freed += inventory.prune(RunFolder(name, output), of_run, unfinished=unfinished, whole=whole)
+            freed += remove_listed(RunFolder(name, output), of_run, unfinished=unfinished, whole=whole)
     if as_json:
         typer.echo(json.dumps({"removed": agreed, "bytes": freed, "items": rows}, indent=2))
     elif agreed:

@@ -1,16 +1,17 @@
-"""What ``doctor`` looks at, and how it says what it found."""
+"""What ``doctor`` looks at, gathered once; how it says what it found; how its examiners are asked."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from pipeline import engines
-from pipeline.config import Settings, load
+from pipeline.config import ENV_FILE, Settings, load
 from pipeline.engines.base import Availability
 from pipeline.engines.vllm.engine import vllm_python
 from pipeline.errors import PipelineError
@@ -20,8 +21,10 @@ from pipeline.machine.packages import Installed
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 from pipeline.runs.manifest import Manifest
 from pipeline.runs.text import mask
+from pipeline.serve import server
+from pipeline.serve.server import Server
 
-Status = Literal["ok", "warn", "fail"]
+Status = Literal["fail", "warn", "ok"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the checks look at."""
+    """What the examiners look at: the machine, this Python's packages and the server's, the settings, one run."""
 
     hardware: Hardware
     packages: Installed
@@ -51,6 +54,7 @@ class Facts:
     base: str | None = None
     token: str = field(default="", repr=False)
     environment: dict[str, str] = field(default_factory=dict)
+    env_file: Path = ENV_FILE
 
     @staticmethod
     def gather(run: RunFolder | None = None, base: str | None = None) -> Facts:
@@ -69,17 +73,33 @@ class Facts:
             environment=dict(os.environ),
         )
 
+    @cached_property
+    def servers(self) -> list[Server]:
+        """The run's living servers; InputError for a damaged record."""
+        return server.running(self.run.servers) if self.run.path.is_dir() else []
 
-def made(name: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    """What a check found; when it raises, what it met: a fault of ours is a warning, a damaged file is not."""
+
+Examiner = Callable[[Facts], Iterable[Finding]]
+
+
+def examine(facts: Facts, examiners: Sequence[Examiner]) -> list[Finding]:
+    """What the examiners find, in order; of one that raises, what it met: a fault of ours is a warning, a damaged file is not."""
     found: list[Finding] = []
-    try:
-        found.extend(check())
-    except PipelineError as error:
-        found.append(Finding(name, "fail", error.message, error.remedy or "mend what is named there"))
-    except Exception as error:
-        found.append(Finding(name, "warn", mask(f"this check could not be made: {error!r}")[:300], "please report it"))
+    for examiner in examiners:
+        name = examiner.__name__.replace("_", " ")
+        try:
+            found.extend(examiner(facts))
+        except PipelineError as error:
+            found.append(Finding(name, "fail", error.message, error.remedy or "mend what is named there"))
+        except Exception as error:
+            words = mask(f"this check could not be made: {error!r}")[:300]
+            found.append(Finding(name, "warn", words, "please report it"))
     return found
+
+
+def worst_first(found: Iterable[Finding]) -> list[Finding]:
+    """Failures, then warnings, then what is all right."""
+    return sorted(found, key=lambda finding: ("fail", "warn", "ok").index(finding.status))
 
 
 def hub_token(settings: Settings) -> str:
@@ -92,8 +112,7 @@ def hub_token(settings: Settings) -> str:
 
 
 def _base_of(run: RunFolder) -> str | None:
-    try:
+    with contextlib.suppress(PipelineError, TypeError, ValueError, OSError):
         training = Manifest(run.manifest).training
         return training.base.id if training else None
-    except (PipelineError, TypeError, ValueError, OSError):
-        return None
+    return None

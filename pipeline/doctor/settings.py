@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
 from urllib.parse import urlsplit
 
+from dotenv import dotenv_values
+
 from pipeline.config import BACKENDS, ENV_FILE, Settings, root_url
+from pipeline.doctor.findings import Facts, Finding, Status, worst_first
 from pipeline.engines.flags import LLAMACPP, OLLAMA, SGLANG, VLLM
 from pipeline.runs.text import without_password
 
@@ -24,28 +25,23 @@ _OURS = re.compile(r"(BASE_?URL|MODEL(_?NAME)?|API_?KEY|BACKEND|URL|MODEL_LEN|CT
 _SIMILAR = 0.84
 
 
-@dataclass(frozen=True)
-class Notice:
-    """One thing worth knowing: ``level`` error stops the verb, warning does not."""
-
-    level: Literal["error", "warning"]
-    text: str
+def settings(facts: Facts) -> list[Finding]:
+    """Contradictions, misspelt variables, and values that the environment hides."""
+    return check(facts.settings, facts.env_file)
 
 
-def check(settings: Settings, env_file: Path = ENV_FILE, environment: Mapping[str, str] | None = None) -> list[Notice]:
-    """Everything that can be said without asking a server, errors first."""
-    from dotenv import dotenv_values
-
+def check(settings: Settings, env_file: Path = ENV_FILE, environment: Mapping[str, str] | None = None) -> list[Finding]:
+    """Everything that can be said without asking a server, worst first."""
     env = dict(os.environ if environment is None else environment)
-    in_file = {key: value or "" for key, value in dotenv_values(env_file).items()} if env_file.is_file() else {}
-    found = [*contradictions(settings), *misspelt({**in_file, **env}, in_file), *hidden(in_file, env, env_file)]
-    return sorted(found, key=lambda notice: notice.level != "error")
+    in_file = (
+        {key: value or "" for key, value in dotenv_values(env_file, encoding="utf-8-sig").items()} if env_file.is_file() else {}
+    )
+    return worst_first([*contradictions(settings), *misspelt({**in_file, **env}, in_file), *hidden(in_file, env, env_file)])
 
 
-def misspelt(variables: Mapping[str, str], in_file: Mapping[str, str]) -> list[Notice]:
+def misspelt(variables: Mapping[str, str], in_file: Mapping[str, str]) -> Iterator[Finding]:
     """Variables that look like one of the documented ones and are not read by anything."""
     known = [field.upper() for field in Settings.model_fields]
-    found = []
     for name in sorted(variables):
         if name in known or name in _FOREIGN:
             continue
@@ -54,73 +50,61 @@ def misspelt(variables: Mapping[str, str], in_file: Mapping[str, str]) -> list[N
         if not near and ours:
             near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.6)
         if near and (name in in_file or ours or _ratio(name, near[0]) >= _SIMILAR):
-            found.append(Notice("warning", f"{name} is set but nothing reads it: did you mean {near[0]}?"))
-    return found
+            yield _about(f"{name} is set but nothing reads it: did you mean {near[0]}?", "warn")
 
 
-def contradictions(settings: Settings) -> list[Notice]:
-    """Settings that cannot both be meant; each notice names both sides."""
+def contradictions(settings: Settings) -> Iterator[Finding]:
+    """Settings that cannot both be meant; each finding names both sides."""
     chosen = settings.address()
-    found = []
-    if not chosen.base_url:
-        variable = f"{_prefix(chosen.backend)}_BASE_URL"
-        found.append(Notice("error", f"LLM_BACKEND={chosen.backend}, but {variable} is empty: set {variable}"))
-    elif not chosen.model:
-        variable = f"{_prefix(chosen.backend)}_MODEL"
-        found.append(Notice("error", f"LLM_BACKEND={chosen.backend}, but {variable} is empty: set {variable}"))
-    found += [n for name in BACKENDS if (n := _not_a_url(f"{_prefix(name)}_BASE_URL", settings.address(name).base_url))]
-    seen: dict[str, str] = {}
+    missing = [suffix for suffix, value in (("BASE_URL", chosen.base_url), ("MODEL", chosen.model)) if not value]
+    if missing:
+        variable = f"{_prefix(chosen.backend)}_{missing[0]}"
+        yield _about(f"LLM_BACKEND={chosen.backend}, but {variable} is empty: set {variable}")
+    urls = {name: settings.address(name).base_url for name in BACKENDS}
+    for name, url in urls.items():
+        if url and not _is_url(url):
+            variable = f"{_prefix(name)}_BASE_URL"
+            yield _about(f"{variable}={without_password(url)} is not a URL: write http://host:port/v1")
+    first_at: dict[str, str] = {}
     for name in BACKENDS:
-        url = root_url(settings.address(name).base_url)
-        variable = f"{_prefix(name)}_BASE_URL"
-        if url and url in seen and "openai" not in (name, seen[url]):
-            both = f"{_prefix(seen[url])}_BASE_URL and {variable}"
-            found.append(Notice("error", f"{both} are both {without_password(url)}: two engines cannot answer there"))
-        seen.setdefault(url, name)
-    return found
+        url = root_url(urls[name])
+        other = first_at.setdefault(url, name)
+        if url and other != name and "openai" not in (name, other):
+            both = f"{_prefix(other)}_BASE_URL and {_prefix(name)}_BASE_URL"
+            yield _about(f"{both} are both {without_password(url)}: two engines cannot answer there")
 
 
-def hidden(in_file: Mapping[str, str], env: Mapping[str, str], env_file: Path) -> list[Notice]:
+def hidden(in_file: Mapping[str, str], env: Mapping[str, str], env_file: Path) -> Iterator[Finding]:
     """Values in ``.env`` that the environment overrides: the usual reason why "LLM_BACKEND changed but the old one is used"."""
-    return [
-        Notice(
-            "warning",
-            f"{name}: the environment wins over {env_file}, so the value in the file is not used; unset {name} to use it",
-        )
-        for name, value in in_file.items()
-        if name.lower() in Settings.model_fields and value and env.get(name) not in (None, "", value)
-    ]
+    for name, value in in_file.items():
+        if name.lower() in Settings.model_fields and value and env.get(name) not in (None, "", value):
+            words = f"{name}: the environment wins over {env_file}, so the value in the file is not used"
+            yield _about(f"{words}; unset {name} to use it", "warn")
 
 
-def served_contradiction(settings: Settings, served: list[str]) -> Notice | None:
+def served_contradiction(settings: Settings, served: list[str]) -> Finding | None:
     """The selected backend is up but does not serve the configured model."""
     chosen = settings.address()
     names = served if chosen.backend != "ollama" else [*served, *(n.removesuffix(":latest") for n in served)]
-    wrong = next(
-        ((v, m) for v, m in (("MODEL", chosen.model), ("ORCHESTRATOR_MODEL", chosen.orchestrator_model)) if m and m not in names),
-        None,
-    )
-    if wrong is None:
-        return None
-    variable = f"{_prefix(chosen.backend)}_{wrong[0]}"
-    return Notice(
-        "error",
-        f"{variable}={wrong[1]}, but {chosen.backend} at {without_password(chosen.base_url)} serves {', '.join(served) or 'nothing'}: "
-        f"set {variable} to one of these, or serve the run under that name",
-    )
+    for suffix, model in (("MODEL", chosen.model), ("ORCHESTRATOR_MODEL", chosen.orchestrator_model)):
+        if model and model not in names:
+            variable = f"{_prefix(chosen.backend)}_{suffix}"
+            where = f"{chosen.backend} at {without_password(chosen.base_url)}"
+            words = f"{variable}={model}, but {where} serves {', '.join(served) or 'nothing'}"
+            return _about(f"{words}: set {variable} to one of these, or serve the run under that name")
+    return None
 
 
-def _not_a_url(variable: str, value: str) -> Notice | None:
-    if not value:
-        return None
+def _about(words: str, status: Status = "fail") -> Finding:
+    return Finding("settings", status, words)
+
+
+def _is_url(value: str) -> bool:
     try:
         parts = urlsplit(value.strip())
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
-        good = False
-    if good:
-        return None
-    return Notice("error", f"{variable}={without_password(value)} is not a URL: write http://host:port/v1")
+        return False
 
 
 def _prefix(backend: str) -> str:

@@ -10,7 +10,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-_WHOLE = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}  # fmt: skip
+_WHOLE = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _PLAIN = {
     "input_layernorm.weight": "attn_norm.weight",

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import InputError, ModelError
-from pipeline.model.gguf import read_gguf_header
+from pipeline.model.gguf import GgufTensor, read_gguf_header
 from pipeline.model.safetensors import TensorInfo, read_folder
-from pipeline.model.shape import Shape, shape_from_config, shape_from_gguf
+from pipeline.model.shape import ALIASES, SHAPES, Shape, shape_from_config, shape_from_gguf
 from pipeline.model.toolcalls import tool_format
 from pipeline.runs.files import read_object, read_utf8
 
@@ -19,7 +21,15 @@ Format = Literal["safetensors", "gguf", "shape"]
 BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "fp8": 1.0, "int8": 1.0}
 # Bytes per linear weight; bnb4 = 4 bits + one fp32 scale per 64 weights (bitsandbytes' NF4 block size). Embeddings stay 16-bit.
 QUANTIZED_BYTES = {"fp8": 1.0, "bitsandbytes": 0.5 + 4 / 64, "awq_marlin": 0.5 + 4 / 128, "gptq_marlin": 0.5 + 4 / 128}
-_SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "fp8", "I8": "int8"}
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "fp8", "I8": "int8"}
+_UNQUANTIZED = ("F32", "F16", "BF16")
+# vocabulary size of a published generation -> the form of its tool calls
+_TOOL_FORMATS = {49155: "granite", 49159: "granite", 100352: "granite4"}
+_CLASSES = {
+    "granite": "GraniteForCausalLM",
+    "granitemoe": "GraniteMoeForCausalLM",
+    "granitehybrid": "GraniteMoeHybridForCausalLM",
+}
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,7 @@ class Model:
             name=path.resolve().name,
             shape=shape,
             format="safetensors",
-            dtype=_stored_dtype(tensors),
+            dtype=_DTYPES.get(stored := _most_bytes(tensors), stored),
             weight_bytes=sum(t.nbytes for t in tensors),
             parameters=shape.parameters if quantization else sum(t.elements for t in tensors),
             quantization=quantization,
@@ -103,18 +113,15 @@ class Model:
             raise ModelError(f"{path}: no such GGUF file", remedy="make it with granite-pipeline export")
         header = read_gguf_header(path)
         shape = shape_from_gguf(header, path)
-        sizes: dict[str, int] = {}
-        for tensor in header.tensors:
-            sizes[tensor.type] = sizes.get(tensor.type, 0) + tensor.nbytes
-        kind = max(sizes, key=lambda t: sizes[t]) if sizes else "F16"
+        kind = _most_bytes(header.tensors)
         return Model(
             name=path.stem,
             shape=shape,
             format="gguf",
-            dtype={"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(kind, "float16"),
-            weight_bytes=sum(sizes.values()),
+            dtype=_DTYPES[kind] if kind in _UNQUANTIZED else "float16",
+            weight_bytes=sum(tensor.nbytes for tensor in header.tensors),
             parameters=shape.parameters,
-            quantization=None if kind in ("F32", "F16", "BF16") else kind,
+            quantization=None if kind in _UNQUANTIZED else kind,
             path=path,
             class_name=header.architecture,
             has_chat_template="tokenizer.chat_template" in header.metadata,
@@ -124,33 +131,16 @@ class Model:
     @staticmethod
     def from_shape(name: str) -> Model:
         """A published Granite model known by name only (``granite-4.1-8b``), as its bfloat16 checkpoint would be."""
-        from pipeline.model.shape import ALIASES, HYBRID_CLASS, SHAPES
-
         key = name.removeprefix("ibm-granite/").removesuffix("-instruct").removesuffix("-base")
         key = ALIASES.get(key, key)
         if key not in SHAPES:
             raise InputError(f"no model shape {name!r}", remedy="known shapes: " + ", ".join(SHAPES))
         shape = SHAPES[key]
         size = shape.parameters
-        return Model(
-            key,
-            shape,
-            "shape",
-            "bfloat16",
-            2 * size,
-            size,
-            class_name=_CLASSES["granitehybrid" if key in HYBRID_CLASS else shape.architecture],
-            tool_format=_TOOL_FORMATS.get(shape.vocab),
-        )
-
-
-# vocabulary size of a published generation -> the form of its tool calls
-_TOOL_FORMATS = {49155: "granite", 49159: "granite", 100352: "granite4"}
-_CLASSES = {
-    "granite": "GraniteForCausalLM",
-    "granitemoe": "GraniteMoeForCausalLM",
-    "granitehybrid": "GraniteMoeHybridForCausalLM",
-}
+        # every 4.0 model, the all-attention ones included, is of the hybrids' class; the shape alone does not tell
+        kind = "granitehybrid" if key.startswith("granite-4.0-") else shape.architecture
+        form = _TOOL_FORMATS.get(shape.vocab)
+        return Model(key, shape, "shape", "bfloat16", 2 * size, size, class_name=_CLASSES[kind], tool_format=form)
 
 
 def _class_name(config: dict[str, Any]) -> str:
@@ -166,12 +156,12 @@ def _checkpoint_quantization(config: dict[str, Any]) -> str | None:
     return str(method) if method else None
 
 
-def _stored_dtype(tensors: list[TensorInfo]) -> str:
-    sizes: dict[str, int] = {}
+def _most_bytes(tensors: Iterable[TensorInfo | GgufTensor]) -> str:
+    """The type that most of the bytes are of, as its format writes it; F16 where there are none."""
+    sizes: Counter[str] = Counter()
     for tensor in tensors:
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
-    largest = max(sizes, key=lambda t: sizes[t])
-    return _SAFETENSORS_DTYPES.get(largest, largest)
+        sizes[tensor.type if isinstance(tensor, GgufTensor) else tensor.dtype] += tensor.nbytes
+    return max(sizes, key=lambda kind: sizes[kind], default="F16")
 
 
 def _template(folder: Path) -> str:

@@ -25,6 +25,9 @@ _BITS = {
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
+# as numpy reads them; bfloat16 comes as its bits
+_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_NUMPY |= {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "BOOL": "?"}
 
 
 @dataclass(frozen=True)
@@ -121,9 +124,6 @@ def _broken(path: Path, why: str) -> ModelError:
     )
 
 
-_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "BOOL": "?"}  # fmt: skip
-
-
 class TensorFolder:
     """The tensors of every safetensors file of a folder (or of one file), by name."""
 
@@ -150,9 +150,9 @@ class TensorFolder:
         import numpy as np
 
         file, info = self._found[name]
-        if info.dtype not in _DTYPES:
+        if info.dtype not in _NUMPY:
             raise ModelError(f"{file}: {name} is stored as {info.dtype}, which is not a plain number type")
-        raw = np.fromfile(file, dtype=_DTYPES[info.dtype], count=info.elements, offset=info.offset).reshape(info.shape)
+        raw = np.fromfile(file, dtype=_NUMPY[info.dtype], count=info.elements, offset=info.offset).reshape(info.shape)
         if info.dtype == "BF16":  # the upper half of a float32
             return (raw.astype("<u4") << 16).view("<f4")
         return raw.astype("<f4") if info.dtype == "F16" else raw

@@ -47,8 +47,3 @@ class Tokenizer:
         """ID of a token string, None when the vocabulary lacks it."""
         found = self._tokenizer.token_to_id(token)
         return None if found is None else int(found)
-
-    def token_of(self, token_id: int) -> str | None:
-        """Token string of an ID, None when it is outside the vocabulary."""
-        found: str | None = self._tokenizer.id_to_token(token_id)
-        return found

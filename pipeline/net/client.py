@@ -1,17 +1,148 @@
-"""Wait for asynchronous work from plain code, in a script or in a notebook."""
+"""The one HTTP client: proxies, keys, time limits and errors are the same for every request, in plain and asynchronous code."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping
+import ssl
+from collections.abc import Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeVar
 
 import httpx
 
-from pipeline.errors import EngineError, ModelError, PipelineError
+from pipeline.errors import EngineError, InputError, ModelError
+from pipeline.net.loopback import is_local
+from pipeline.runs.text import without_password
 
 T = TypeVar("T")
+# an answer may take minutes on a CPU, a connection may not
+TIMEOUT = httpx.Timeout(300, connect=10)
+# what a server says when the chat template, not the server, refuses the messages
+_TEMPLATE_REFUSED = (400, 422, 500)
+_EVIDENCE = 2000
+
+
+class Refused(EngineError):
+    """A server answered with an error: ``status`` and ``text`` are its own."""
+
+    def __init__(self, message: str, status: int, text: str) -> None:
+        super().__init__(message, evidence=text[:_EVIDENCE])
+        self.status = status
+        self.text = text
+
+
+class Unanswered(EngineError):
+    """A server did not answer, broke off or said something that is not JSON; ``cause`` is the client's own error."""
+
+    def __init__(self, message: str, cause: Exception) -> None:
+        super().__init__(f"{message}: {cause!r}")
+        self.cause = cause
+
+    @property
+    def timed_out(self) -> bool:
+        """True when the server may still be at work on the answer."""
+        return isinstance(self.cause, httpx.TimeoutException)
+
+
+def client_settings(url: str, key: str, timeout: float | httpx.Timeout) -> dict[str, Any]:
+    """What every client of a server (``url`` without ``/v1``) is made with."""
+    # a proxy set in the environment is for other hosts, never for this machine; a connection kept open may be closed by
+    # the server in the moment it is used again, which looks like a failure
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    return {
+        "base_url": url,
+        "headers": bearer(key),
+        "timeout": timeout,
+        "limits": limits,
+        "trust_env": not is_local(url),
+        "verify": tls(),
+    }
+
+
+def open_client(url: str, key: str = "", timeout: float | httpx.Timeout = TIMEOUT) -> httpx.Client:
+    """A client for one server (``url`` without ``/v1``), to be closed by the caller; InputError for a URL or key HTTP forbids."""
+    with _usable(url):
+        return httpx.Client(**client_settings(url, key, timeout))
+
+
+def open_async(url: str, key: str = "", timeout: float | httpx.Timeout = TIMEOUT) -> httpx.AsyncClient:
+    """As :func:`open_client`, for asynchronous code."""
+    with _usable(url):
+        return httpx.AsyncClient(**client_settings(url, key, timeout))
+
+
+def bearer(key: str) -> dict[str, str]:
+    """The header that carries a key; none without one."""
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+@contextmanager
+def product_errors(request: str) -> Iterator[None]:
+    """Turn what the client raises during a request into Unanswered that names the request."""
+    try:
+        yield
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        raise Unanswered(f"{request} does not answer", error) from None
+
+
+def json_of(answer: httpx.Response, who: str = "POST") -> dict[str, Any]:
+    """The JSON of an answer; Refused with the server's words for an error status, Unanswered for anything but JSON."""
+    path = answer.request.url.path
+    if answer.is_error:
+        raise Refused(f"{who} {path} answered {answer.status_code}", answer.status_code, answer.text)
+    try:
+        said: dict[str, Any] = answer.json()
+    except ValueError as error:
+        raise Unanswered(f"{who} {path} does not answer with JSON", error) from None
+    return said
+
+
+def post(client: httpx.Client, path: str, body: Mapping[str, Any], who: str = "POST") -> dict[str, Any]:
+    """POST JSON and return the JSON answer; Refused or Unanswered begin with ``who``."""
+    with product_errors(f"{who} {client.base_url.join(path)}"):
+        answer = client.post(path, json=dict(body))
+    return json_of(answer, who)
+
+
+async def post_async(client: httpx.AsyncClient, path: str, body: Mapping[str, Any], who: str = "POST") -> dict[str, Any]:
+    """As :func:`post`, in asynchronous code."""
+    with product_errors(f"{who} {client.base_url.join(path)}"):
+        answer = await client.post(path, json=dict(body))
+    return json_of(answer, who)
+
+
+def get(client: httpx.Client, path: str, who: str = "GET") -> dict[str, Any]:
+    """GET JSON; Refused or Unanswered begin with ``who``."""
+    with product_errors(f"{who} {client.base_url.join(path)}"):
+        answer = client.get(path)
+    return json_of(answer, who)
+
+
+async def get_async(client: httpx.AsyncClient, path: str, who: str = "GET") -> dict[str, Any]:
+    """As :func:`get`, in asynchronous code."""
+    with product_errors(f"{who} {client.base_url.join(path)}"):
+        answer = await client.get(path)
+    return json_of(answer, who)
+
+
+def ask(client: httpx.Client, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """As :func:`post`, for a path that renders messages: ModelError where the chat template refuses them."""
+    try:
+        return post(client, path, body)
+    except Refused as refused:
+        if refused.status in _TEMPLATE_REFUSED:
+            raise ModelError(refused.message, evidence=refused.evidence) from None
+        raise
+
+
+def status_of(url: str, timeout: float = 2.0) -> int:
+    """The status a GET of a URL ends with, 0 when nothing speaks HTTP there."""
+    try:
+        return httpx.get(url, timeout=timeout, trust_env=not is_local(url), verify=tls()).status_code
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError):
+        return 0
 
 
 def wait_for(work: Coroutine[Any, Any, T]) -> T:
@@ -24,18 +155,19 @@ def wait_for(work: Coroutine[Any, Any, T]) -> T:
         return pool.submit(asyncio.run, work).result()
 
 
-# what a server says when the chat template, not the server, refuses the messages
-_REFUSED = (400, 422, 500)
+@cache
+def tls() -> ssl.SSLContext:
+    """Which certificates are trusted: the usual authorities and the system's own. Loading takes longer than a request."""
+    context = httpx.create_ssl_context()
+    context.load_default_certs()
+    return context
 
 
-def ask(client: httpx.Client, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    """POST JSON to a running server and return its JSON; ModelError or EngineError with the server's own words."""
+@contextmanager
+def _usable(url: str) -> Iterator[None]:
     try:
-        answer = client.post(path, json=dict(body))
-        if answer.is_error:
-            kind: type[PipelineError] = ModelError if answer.status_code in _REFUSED else EngineError
-            raise kind(f"POST {path} answered {answer.status_code}", evidence=answer.text[:2000])
-        found: dict[str, Any] = answer.json()
-    except (httpx.HTTPError, ValueError) as error:
-        raise EngineError(f"POST {client.base_url.join(path)} does not answer: {error!r}") from None
-    return found
+        yield
+    except (httpx.InvalidURL, ValueError):
+        # the key is in the headers, so the error's own words are not repeated
+        words = "the API key or URL has characters that HTTP does not allow"
+        raise InputError(f"no request can be sent to {without_password(url)!r}: {words}") from None

@@ -8,13 +8,12 @@ import ssl
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
-from pipeline.net.loopback import is_local
+from pipeline.net.client import client_settings
 from pipeline.runs.text import without_password
 
 TIMEOUT = 5.0
@@ -38,11 +37,10 @@ async def get_json(root: str, path: str, api_key: str = "", timeout: float = TIM
     begun = time.perf_counter()
     shown = without_password(root)
     try:
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         async with (
             asyncio.timeout(timeout),
-            _client(root, timeout) as client,
-            client.stream("GET", root + path, headers=headers) as answer,
+            httpx.AsyncClient(**client_settings(root, api_key, timeout)) as client,
+            client.stream("GET", root + path) as answer,
         ):
             body = await _read(answer)
         return _judged(answer, body, shown, path, _ms(begun))
@@ -60,17 +58,6 @@ async def get_json(root: str, path: str, api_key: str = "", timeout: float = TIM
     except httpx.HTTPError as error:
         said = type(error).__name__
         return _failed("protocol", f"{shown} broke off the answer ({said}): something else than HTTP may listen there", begun)
-
-
-@cache
-def _tls() -> ssl.SSLContext:
-    """Loading the certificates takes longer than the request, so it is done once."""
-    return ssl.create_default_context()
-
-
-def _client(root: str, timeout: float) -> httpx.AsyncClient:
-    """A proxy set in the environment is for other hosts, never for this machine."""
-    return httpx.AsyncClient(timeout=timeout, follow_redirects=False, trust_env=not is_local(root), verify=_tls())
 
 
 async def _read(answer: httpx.Response) -> bytes:

@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from fastapi import HTTPException
+from fastapi.responses import JSONResponse
+
 from pipeline import config
 from pipeline.config import Strategy
 from pipeline.net.loopback import from_here, spare_loopback
@@ -124,7 +127,6 @@ async def _warm(served: Any, app: Any, keys: Keys, ready: asyncio.Event) -> None
 
 def routing_hook(router: Router) -> Any:
     """LiteLLM's callback object: choose deployments before the call, say afterwards which one answered."""
-    from fastapi import HTTPException
     from litellm.integrations.custom_logger import CustomLogger
 
     class Routing(CustomLogger):  # type: ignore[misc]
@@ -157,33 +159,14 @@ def routing_hook(router: Router) -> Any:
 
 
 def guarded(app: Any, router: Router, keys: Keys, ready: asyncio.Event) -> Any:
-    """LiteLLM's application behind a list of paths and the clients' key; health and model list are answered from what was observed."""
+    """LiteLLM's application behind a list of paths and the clients' key."""
 
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
             return
         if scope["type"] == "http":
-            path = scope["path"].rstrip("/") or "/"
-            # without a key any page in the user's browser could ask here: LiteLLM allows every origin
-            if not keys.asked and not from_here(scope["headers"]):
-                words = "without GATEWAY_API_KEY only this machine is answered: Origin and Host must be 127.0.0.1 or localhost"
-                await _json(send, 403, _error(words, "origin"))
-                return
-            if path == "/health":
-                up, observer = ready.is_set(), router.observer
-                backends = {n: s.healthy and not observer.outdated(s) for n, s in observer.seen.items()}
-                await _json(send, 200 if up else 503, {"status": "ok" if up else "starting", "backends": backends})
-                return
-            if path not in PATHS:
-                await _json(send, 404, _error(f"the gateway has no {path}", "not_found"))
-                return
-            if not keys.admits(scope["headers"]):
-                await _json(
-                    send, 401, _error("the gateway's key is missing or wrong: send GATEWAY_API_KEY as a bearer token", "key")
-                )
-                return
-            if path in _MODELS:
-                await _json(send, 200, {"object": "list", "data": [{"id": n, "object": "model"} for n in router.names()]})
+            if (answer := answer_of_ours(scope, router, keys, ready.is_set())) is not None:
+                await answer(scope, receive, send)
                 return
             scope = {**scope, "headers": keys.exchanged(scope["headers"])}
         await app(scope, receive, send)
@@ -191,17 +174,28 @@ def guarded(app: Any, router: Router, keys: Keys, ready: asyncio.Event) -> Any:
     return wrapped
 
 
-def _error(message: str, kind: str) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind}}
+def answer_of_ours(scope: Scope, router: Router, keys: Keys, ready: bool) -> JSONResponse | None:
+    """A refusal, or health and model list from what was observed; None for a request that LiteLLM is to answer."""
+    path = scope["path"].rstrip("/") or "/"
+    # without a key any page in the user's browser could ask here: LiteLLM allows every origin
+    if not keys.asked and not from_here(scope["headers"]):
+        words = "without GATEWAY_API_KEY only this machine is answered: Origin and Host must be 127.0.0.1 or localhost"
+        return _refusal(403, words, "origin")
+    if path == "/health":
+        observer = router.observer
+        backends = {name: seen.healthy and not observer.outdated(seen) for name, seen in observer.seen.items()}
+        return JSONResponse({"status": "ok" if ready else "starting", "backends": backends}, 200 if ready else 503)
+    if path not in PATHS:
+        return _refusal(404, f"the gateway has no {path}", "not_found")
+    if not keys.admits(scope["headers"]):
+        return _refusal(401, "the gateway's key is missing or wrong: send GATEWAY_API_KEY as a bearer token", "key")
+    if path in _MODELS:
+        return JSONResponse({"object": "list", "data": [{"id": name, "object": "model"} for name in router.names()]})
+    return None
 
 
-async def _json(send: Send, status: int, body: Any) -> None:
-    import json
-
-    data = json.dumps(body).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": data})
+def _refusal(status: int, message: str, kind: str) -> JSONResponse:
+    return JSONResponse({"error": {"message": message, "type": kind}}, status)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from pipeline.config import Address, Settings, root_url
-from pipeline.errors import InputError
-from pipeline.net.loopback import is_local, same_place
+from pipeline.errors import InputError, PipelineError
+from pipeline.net.chat import PATH, hello
+from pipeline.net.client import Refused, Unanswered, open_async, post_async
+from pipeline.net.loopback import same_place
 from pipeline.net.reach import TIMEOUT, Reached, get_json
 from pipeline.operate.agents import Agents
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
@@ -152,22 +152,19 @@ async def warmup_model(
 
 
 async def _first_token(address: Address, wanted: ModelStatus, timeout: float) -> ModelStatus:
-    body = {"model": wanted.name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1, "temperature": 0}
-    key = address.api_key.get_secret_value()
     begun = time.perf_counter()
     try:
-        async with asyncio.timeout(timeout), httpx.AsyncClient(timeout=timeout, trust_env=not is_local(address.root)) as client:
-            headers = {"Authorization": f"Bearer {key}"} if key else {}
-            answer = await client.post(f"{address.v1}/chat/completions", json=body, headers=headers)
-    except (TimeoutError, httpx.TimeoutException):
-        return replace(wanted, available=False, detail=f"listed, but no token came within {timeout:g} s")
-    except (httpx.HTTPError, UnicodeError, ValueError) as error:
-        return replace(wanted, available=False, detail=f"listed, but the connection broke during a chat ({type(error).__name__})")
-    if answer.is_error:
-        return replace(
-            wanted, available=False, detail=f"listed, but a chat is refused ({answer.status_code}): {answer.text[:300]}"
-        )
-    return replace(wanted, loaded=True, latency_ms=round((time.perf_counter() - begun) * 1000, 1))
+        async with asyncio.timeout(timeout), open_async(address.root, address.api_key.get_secret_value(), timeout) as client:
+            await post_async(client, PATH, hello(wanted.name))
+    except Refused as refused:
+        words = f"a chat is refused ({refused.status}): {refused.text[:300]}"
+    except (TimeoutError, PipelineError) as error:
+        slow = isinstance(error, TimeoutError) or (isinstance(error, Unanswered) and error.timed_out)
+        cause = type(error.cause if isinstance(error, Unanswered) else error).__name__
+        words = f"no token came within {timeout:g} s" if slow else f"the connection broke during a chat ({cause})"
+    else:
+        return replace(wanted, loaded=True, latency_ms=round((time.perf_counter() - begun) * 1000, 1))
+    return replace(wanted, available=False, detail=f"listed, but {words}")
 
 
 def address_for(config: Settings, agent_name: str | None, output: Path = DEFAULT_OUTPUT) -> Address:

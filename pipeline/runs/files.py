@@ -15,7 +15,6 @@ from typing import Any
 
 from pipeline.errors import DiskFull, InputError
 
-_CHUNK = 1 << 20
 # what staged() and write_atomic() leave beside a final name when they are killed
 _SCRATCH = re.compile(r"\.[^/]+\.[a-z0-9_]{8}")
 _PREVIOUS = "previous"

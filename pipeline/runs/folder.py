@@ -13,6 +13,16 @@ DEFAULT_NAME = "generic"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
+class Part:
+    """A path below the run folder, by what is joined to it."""
+
+    def __init__(self, *parts: str) -> None:
+        self.parts = parts
+
+    def __get__(self, run: RunFolder, owner: type[RunFolder]) -> Path:
+        return run.path.joinpath(*self.parts)
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Paths of one run below ``output``; the name is one path component of letters, digits, '.', '_' and '-'."""
@@ -32,102 +42,54 @@ class RunFolder:
         """The folder itself."""
         return self.output / self.name
 
-    def require_inside(self) -> None:
-        """Raise InputError when the run folder, or what is in it under a name of ours, is a link to somewhere else."""
-        parts = (self.adapter, self.merged, self.gguf, self.modelfile, self.manifest, self.report, self.logs)
-        more = (self.checkpoints, self.heldout, self.notebooks, self.certificate)
-        for path in (self.path, *parts, *more, self.path / "reference", self.servers):
-            if path.is_symlink():
-                raise InputError(
-                    f"{path} is a symbolic link (to {path.readlink()})",
-                    remedy="a run is written only below the output folder: move it there, or link the whole --output folder",
-                )
+    adapter = Part("adapter")
+    """LoRA adapter (or, after full fine-tuning, the whole model) as training saved it."""
+    merged = Part("merged_fp16")
+    """Merged float16 model folder: safetensors, config, tokenizer, chat template."""
+    gguf = Part("unsloth.Q8_0.gguf")
+    """Q8_0 GGUF made from the merged weights."""
+    modelfile = Part("Modelfile")
+    """Ollama Modelfile."""
+    manifest = Part("manifest.json")
+    """The run's record: inputs, parameters, hashes, metrics, launches."""
+    notebooks = Part("notebooks")
+    """Executed notebook copies."""
+    report = Part("report")
+    """report.html, report.json, junit.xml."""
+    report_file = Part("report", "report.json")
+    """The report as other programs read it."""
+    evidence = Part("report", "evidence.json")
+    """What each backend said in the last verification."""
+    logs = Part("logs")
+    """One log per server start."""
+    checkpoints = Part("checkpoints")
+    """Trainer checkpoints, kept until training ends."""
+    heldout = Part("heldout.jsonl")
+    """Held-out conversations, control tokens neutralised, one JSON object a line."""
+    certificate = Part("certificate")
+    """certificate.json, its JUnit file, and the evidence it was judged on."""
+    certificate_file = Part("certificate", "certificate.json")
+    """The certificate itself."""
+    servers = Part("servers")
+    """Records of the servers that were started for this run."""
+    probes = Part("reference", "probes.json")
+    """In-process next-token distributions at some positions, for the certificate."""
 
-    @property
-    def adapter(self) -> Path:
-        """LoRA adapter (or, after full fine-tuning, the whole model) as training saved it."""
-        return self.path / "adapter"
-
-    @property
-    def merged(self) -> Path:
-        """Merged float16 model folder: safetensors, config, tokenizer, chat template."""
-        return self.path / "merged_fp16"
-
-    @property
-    def gguf(self) -> Path:
-        """Q8_0 GGUF made from the merged weights."""
-        return self.path / "unsloth.Q8_0.gguf"
-
-    @property
-    def modelfile(self) -> Path:
-        """Ollama Modelfile."""
-        return self.path / "Modelfile"
-
-    @property
-    def manifest(self) -> Path:
-        """The run's record: inputs, parameters, hashes, metrics, launches."""
-        return self.path / "manifest.json"
-
-    @property
-    def notebooks(self) -> Path:
-        """Executed notebook copies."""
-        return self.path / "notebooks"
-
-    @property
-    def report(self) -> Path:
-        """report.html, report.json, junit.xml."""
-        return self.path / "report"
-
-    @property
-    def logs(self) -> Path:
-        """One log per server start."""
-        return self.path / "logs"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Trainer checkpoints, kept until training ends."""
-        return self.path / "checkpoints"
-
-    @property
-    def heldout(self) -> Path:
-        """Held-out conversations, control tokens neutralised, one JSON object a line."""
-        return self.path / "heldout.jsonl"
-
-    @property
-    def certificate(self) -> Path:
-        """certificate.json, its JUnit file, and the evidence it was judged on."""
-        return self.path / "certificate"
-
-    @property
-    def certificate_file(self) -> Path:
-        """The certificate itself."""
-        return self.certificate / "certificate.json"
-
-    @property
-    def servers(self) -> Path:
-        """Records of the servers that were started for this run."""
-        return self.path / "servers"
+    def reference(self, which: str) -> Path:
+        """In-process answers of ``base`` or ``tuned`` to the held-out prompts."""
+        return self.path / "reference" / f"{which}.jsonl"
 
     @property
     def base_cache(self) -> Path:
         """Where the embedded base is built, beside the runs that share it."""
         return self.output / ".base"
 
-    @property
-    def report_file(self) -> Path:
-        """The report as other programs read it."""
-        return self.report / "report.json"
-
-    @property
-    def evidence(self) -> Path:
-        """What each backend said in the last verification."""
-        return self.report / "evidence.json"
-
-    @property
-    def probes(self) -> Path:
-        """In-process next-token distributions at some positions, for the certificate."""
-        return self.path / "reference" / "probes.json"
-
-    def reference(self, which: str) -> Path:
-        """In-process answers of ``base`` or ``tuned`` to the held-out prompts."""
-        return self.path / "reference" / f"{which}.jsonl"
+    def require_inside(self) -> None:
+        """Raise InputError when the run folder, or what is in it under a name of ours, is a link to somewhere else."""
+        ours = dict.fromkeys(part.parts[0] for part in vars(RunFolder).values() if isinstance(part, Part))
+        for path in (self.path, *(self.path / name for name in ours)):
+            if path.is_symlink():
+                raise InputError(
+                    f"{path} is a symbolic link (to {path.readlink()})",
+                    remedy="a run is written only below the output folder: move it there, or link the whole --output folder",
+                )

@@ -1,6 +1,6 @@
-"""File hashes remembered by what the file system says of a file, so that a model is read once and not by every stage.
+"""SHA-256 of files, folders and JSON values; a file's is remembered, so that a model is read once and not by every stage.
 
-A hash is believed while device, inode, size, modification and change time are those it was made at. A file that changed
+A remembered hash is believed while device, inode, size, modification and change time are those it was made at. A file that changed
 less than two seconds before it was read is read again next time: a second change could fall into the same clock tick.
 """
 
@@ -15,16 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.runs.files import _CHUNK, write_atomic
+from pipeline.runs.files import write_atomic
+
+NAME = ".hashes.json"
+_SETTLED_NS = 2_000_000_000
 
 
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
     with path.open("rb") as handle:
-        while chunk := handle.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def sha256_tree(path: Path, file_hash: Callable[[Path], str] = sha256_file) -> str:
@@ -40,10 +40,6 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), default=str).encode()).hexdigest()
 
 
-NAME = ".hashes.json"
-_SETTLED_NS = 2_000_000_000
-
-
 class HashCache:
     """Remembered hashes in ``folder/.hashes.json``; a missing or damaged file of them only costs time."""
 
@@ -56,7 +52,7 @@ class HashCache:
         self._changed = False
 
     def tree(self, path: Path) -> str:
-        """Hex SHA-256 of a file or folder, as :func:`pipeline.runs.hashes.sha256_tree` defines it."""
+        """Hex SHA-256 of a file or folder, as :func:`sha256_tree` defines it."""
         found = sha256_tree(path, self._file)
         if self._changed and self.path.parent.parent.is_dir():
             self._known = {name: entry for name, entry in self._known.items() if Path(name).exists()}

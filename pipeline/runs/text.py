@@ -1,7 +1,8 @@
-"""Secrets: which values of the environment are secret, and text with them masked.
+"""Text that leaves the process: secrets masked, control characters spelled out, nothing in it that JSON or XML cannot carry.
 
 Masked are the values of variables whose names say so - ordinary words apart, for they are no keys - and what looks like a
-token wherever it came from. Everything that leaves the process goes through here: logs, error messages, manifest, report, executed notebooks.
+token wherever it came from. Everything that leaves the process goes through here: logs, error messages, manifest, report,
+executed notebooks.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 MASK = "********"
@@ -28,6 +29,12 @@ _LOOKS = re.compile(
     r"|(?:(?<=Bearer )|(?<=bearer ))[A-Za-z0-9._~+/=-]{8,}"
     r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # user:password in a URL
 )
+# a variable whose value a report hides altogether, whatever it looks like
+_HIDDEN = re.compile(r"(?:^|_)(?:KEY|TOKEN|SECRET|PASSWORD)$")
+_USERINFO = re.compile(r"(\w+://)[^/@\s]+@")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+# C0/C1 controls except tab and newline, and the bidirectional overrides that can make text read as something else
+_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ufffe\uffff\ud800-\udfff]")
 
 
 def is_secret_name(name: str) -> bool:
@@ -54,16 +61,44 @@ def mask(text: str, known: Sequence[str] | None = None) -> str:
     return _LOOKS.sub(MASK, text)
 
 
-def masked(value: Any, known: Sequence[str] | None = None) -> Any:
+def masked(value: Any) -> Any:
     """A copy of JSON-like data with every text in it masked, keys too."""
-    known = values() if known is None else known
-    if isinstance(value, str):
-        return mask(value, known)
+    known = values()
+    return _mapped(value, lambda leaf: mask(leaf, known) if isinstance(leaf, str) else leaf)
+
+
+def clean(value: Any) -> Any:
+    """A copy that JSON, HTML and XML can carry: NaN and infinity become null, lone surrogates U+FFFD, secrets are masked."""
+    known = values()
+
+    def cleaned(leaf: Any) -> Any:
+        if isinstance(leaf, str):
+            return mask(_SURROGATE.sub("\ufffd", leaf), known)
+        return None if isinstance(leaf, float) and not math.isfinite(leaf) else leaf
+
+    return _mapped(value, cleaned, _HIDDEN)
+
+
+def _mapped(value: Any, leaf: Callable[[Any], Any], hidden: re.Pattern[str] | None = None) -> Any:
+    """A copy of JSON-like data, each leaf and key as ``leaf`` makes it; what a key that matches ``hidden`` holds is not shown."""
     if isinstance(value, Mapping):
-        return {mask(str(key), known): masked(item, known) for key, item in value.items()}
+        return {
+            leaf(str(key)): "(hidden)" if hidden and item and hidden.search(str(key)) else _mapped(item, leaf, hidden)
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
-        return [masked(item, known) for item in value]
-    return value
+        return [_mapped(item, leaf, hidden) for item in value]
+    return leaf(value)
+
+
+def visible(text: str) -> str:
+    """The text with control and direction-changing characters spelled out, so that it shows what it holds."""
+    return _INVISIBLE.sub(lambda match: f"‹U+{ord(match.group()):04X}›", text)
+
+
+def without_password(text: str) -> str:
+    """A URL with the password or key in front of its host masked; any other text as it is."""
+    return _USERINFO.sub(rf"\1{MASK}@", text)
 
 
 class MaskingWriter:
@@ -90,40 +125,3 @@ class MaskingFilter(logging.Filter):
         if record.exc_info and not record.exc_text:
             record.exc_text = mask(logging.Formatter().formatException(record.exc_info))
         return True
-
-
-# C0/C1 controls except tab and newline, and the bidirectional overrides that can make text read as something else
-_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ufffe\uffff\ud800-\udfff]")
-
-
-def visible(text: str) -> str:
-    """The text with control and direction-changing characters spelled out, so that it shows what it holds."""
-    return _INVISIBLE.sub(lambda match: f"‹U+{ord(match.group()):04X}›", text)
-
-
-_USERINFO = re.compile(r"(\w+://)[^/@\s]+@")
-
-
-def without_password(text: str) -> str:
-    """A URL with the password or key in front of its host masked; any other text as it is."""
-    return _USERINFO.sub(r"\1********@", text)
-
-
-_SECRET = re.compile(r"(?:^|_)(?:KEY|TOKEN|SECRET|PASSWORD)$")
-
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-def clean(value: Any, known: Sequence[str] | None = None) -> Any:
-    """A copy that JSON, HTML and XML can carry: NaN and infinity become null, lone surrogates U+FFFD, secrets are masked."""
-    known = values() if known is None else known
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, str):
-        return mask(_SURROGATE.sub("\ufffd", value), known)
-    if isinstance(value, Mapping):
-        return {clean(str(k), known): "(hidden)" if _SECRET.search(str(k)) and v else clean(v, known) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [clean(item, known) for item in value]
-    return value

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -20,6 +21,11 @@ class Failure:
     remedy: str
     line: str
     numbers: tuple[float, ...] = ()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a :class:`StartFailure` carries of it."""
+        return {"remedy": self.remedy, "kind": self.name, "cause": self.cause, "numbers": self.numbers}
 
 
 @cache
@@ -39,7 +45,6 @@ def classify(log: str) -> Failure | None:
     return None
 
 
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # log line -> words; {} takes what the pattern's group found. vLLM 0.32, llama.cpp b11549, Ollama, SGLang 0.5
 _MILESTONES = [
     (r"checkpoint shards:\s+\d+% Completed \| (\d+/\d+)", "loading weights, file {}"),

@@ -164,10 +164,7 @@ def failure(server: Server, what: str, *, ended: bool = True) -> StartFailure:
     return StartFailure(
         f"{server.engine} {what}{f': {known.cause}' if known else ''}",
         evidence="\n".join(evidence),
-        remedy=known.remedy if known else "read the log named above",
-        kind=known.name if known else "",
-        cause=known.cause if known else "",
-        numbers=known.numbers if known else (),
+        **(known.facts if known else {"remedy": "read the log named above"}),
     )
 
 

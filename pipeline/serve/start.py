@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,11 +15,12 @@ from pipeline.config import key_for
 from pipeline.engines.base import Engine, Launch, require_feasible
 from pipeline.engines.flags import require_known_flags
 from pipeline.engines.ollama import Ollama
-from pipeline.errors import EngineError, InputError, MissingDependency, PipelineError, StartFailure
+from pipeline.errors import EngineError, InputError, MissingDependency, StartFailure
 from pipeline.machine.hardware import Hardware
 from pipeline.model.model import Model
 from pipeline.modelfile.modelfile import read_modelfile, to_create_request
-from pipeline.net.client import wait_for
+from pipeline.net.chat import PATH, hello
+from pipeline.net.client import Refused, Unanswered, open_client, post, status_of, wait_for
 from pipeline.net.loopback import claim
 from pipeline.planning.plan import Adapter, Plan, Purpose, Request
 from pipeline.runs.files import read_json
@@ -220,33 +220,30 @@ def create_in_ollama(endpoint: Endpoint, target: Target, progress: Progress, pla
 
 def first_token(endpoint: Endpoint, timeout: float = 300) -> None:
     """One-token chat; StartFailure when the model behind a healthy server does not answer, classified by its words and its log."""
-    body = {"model": endpoint.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1, "temperature": 0}
     try:
-        answer = httpx.post(f"{endpoint.url}/v1/chat/completions", json=body, headers=endpoint.headers, timeout=timeout)
-        answer.raise_for_status()
-    except httpx.HTTPStatusError as error:
-        said = error.response.text[:2000]
-        known = classify(said)
-        cause = f": {known.cause}" if known else ""
+        with open_client(endpoint.url, endpoint.api_key, timeout) as client:
+            post(client, PATH, hello(endpoint.model))
+    except Refused as refused:
+        known = classify(refused.evidence)
         raise StartFailure(
-            f"{endpoint.engine} is up but refuses a chat ({error.response.status_code}){cause}",
-            evidence=said,
-            remedy=known.remedy if known else "",
-            kind=known.name if known else "",
-            cause=known.cause if known else "",
-            numbers=known.numbers if known else (),
+            f"{endpoint.engine} is up but refuses a chat ({refused.status}){f': {known.cause}' if known else ''}",
+            evidence=refused.evidence,
+            **(known.facts if known else {}),
         ) from None
-    except httpx.HTTPError as error:
-        process = endpoint.server
-        if process is None:
-            raise EngineError(f"{endpoint.engine} is up but does not answer a chat: {error!r}") from None
-        # a broken connection comes a moment before the guard has seen the end of its server
-        deadline = time.monotonic() + _DEATH_SECONDS
-        while process.alive and not isinstance(error, httpx.TimeoutException) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        if process.alive:
-            raise server.failure(process, f"is up but does not answer a chat ({error!r})", ended=False) from None
-        raise server.failure(process, "died while answering its first token") from None
+    except Unanswered as silent:
+        if endpoint.server is None:
+            raise EngineError(f"{endpoint.engine} is up but does not answer a chat: {silent.cause!r}") from None
+        raise _silent(endpoint.server, silent) from None
+
+
+def _silent(process: Server, silent: Unanswered) -> StartFailure:
+    """Died or only silent: a broken connection comes a moment before the guard has seen the end of its server."""
+    deadline = time.monotonic() + _DEATH_SECONDS
+    while process.alive and not silent.timed_out and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if process.alive:
+        return server.failure(process, f"is up but does not answer a chat ({silent.cause!r})", ended=False)
+    return server.failure(process, "died while answering its first token")
 
 
 def stop(folder: Path, engine: str) -> bool:
@@ -260,9 +257,7 @@ def stop(folder: Path, engine: str) -> bool:
 
 def reachable(url: str) -> bool:
     """True when something answers HTTP at a URL within two seconds."""
-    with contextlib.suppress(httpx.HTTPError, PipelineError):
-        return httpx.get(url, timeout=2).status_code < 500
-    return False
+    return 0 < status_of(url) < 500
 
 
 def _described(plan: Plan, launch: Launch) -> dict[str, Any]:

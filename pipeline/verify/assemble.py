@@ -10,6 +10,7 @@ from typing import Any
 from pipeline import engines
 from pipeline.config import resolved
 from pipeline.machine.hardware import Hardware
+from pipeline.net.chat import Streamed
 from pipeline.report.check import Check, held, skipped
 from pipeline.report.schema import (
     Backend,
@@ -31,7 +32,6 @@ from pipeline.verify import checks
 from pipeline.verify.evidence import Evidence
 from pipeline.verify.files import run_checks
 from pipeline.verify.material import Material
-from pipeline.verify.prober import Streamed
 from pipeline.verify.score import Answer, score
 
 _EXAMPLES = 12

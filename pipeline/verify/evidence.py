@@ -20,7 +20,8 @@ from pydantic import TypeAdapter
 
 from pipeline.errors import ModelError, PipelineError
 from pipeline.model.tokenizer import Tokenizer
-from pipeline.net.client import ask
+from pipeline.net.chat import Streamed
+from pipeline.net.client import ask, open_client
 from pipeline.prompts.chat import ChatTemplate
 from pipeline.prompts.conversation import load_suite
 from pipeline.prompts.renderers import render_chat
@@ -35,7 +36,7 @@ from pipeline.serve.start import Endpoint
 from pipeline.verify import checks
 from pipeline.verify.distributions import Reference, next_tokens
 from pipeline.verify.material import Material
-from pipeline.verify.prober import Prober, Streamed, ask_all
+from pipeline.verify.prober import Prober, ask_all
 from pipeline.verify.probes import injection, structured_output, tool_call
 from pipeline.verify.score import Answer
 
@@ -137,7 +138,7 @@ async def interrogate(
 ) -> Evidence:
     """Question one endpoint; what it cannot answer is noted, not raised, except answers to chats (EngineError)."""
     begun, at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
-    with httpx.Client(base_url=endpoint.url, headers=endpoint.headers, timeout=300) as client:
+    with open_client(endpoint.url, endpoint.api_key) as client:
         file = _file(client, endpoint)
         known = plan.known if plan.known and plan.known.speaks_for(endpoint, file, material) else None
         rows = tuple(row for row in plan.rows if known is None or row not in known.rows)

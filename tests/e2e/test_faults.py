@@ -17,7 +17,7 @@ import psutil
 import pytest
 from serving_faults import Watched, cli, copy_of, embedded_gguf, nothing_left, processes_of, request_of, starts, target_of, until
 
-from pipeline.doctor.inventory import listing
+from pipeline.doctor.servers import listing
 from pipeline.errors import EnvironmentFailure, StartFailure
 from pipeline.planning.plan import Setting
 from pipeline.serve import server

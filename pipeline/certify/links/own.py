@@ -15,10 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import EngineError, InputError
+from pipeline.net.chat import chat, greedy
+from pipeline.net.client import open_client
 from pipeline.prompts.neutralise import control_tokens, neutralise_message
 from pipeline.report.check import Check, held
 from pipeline.runs.folder import RunFolder
@@ -184,17 +185,8 @@ def asker(endpoint: Endpoint, run: RunFolder) -> Ask:
 
     def ask(prompt: str | Sequence[Mapping[str, Any]]) -> str:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(message) for message in prompt]
-        body = {
-            "model": endpoint.model,
-            "messages": [neutralise_message(message, controls) for message in messages],
-            "max_tokens": _TOKENS,
-            "temperature": 0,
-        }
-        try:
-            answer = httpx.post(f"{endpoint.url}/v1/chat/completions", json=body, headers=endpoint.headers, timeout=300)
-            answer.raise_for_status()
-            return str(answer.json()["choices"][0]["message"]["content"] or "")
-        except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
-            raise EngineError(f"{endpoint.engine}: a question of --eval failed: {error!r}") from None
+        body = greedy(endpoint.model, [neutralise_message(message, controls) for message in messages], _TOKENS)
+        with open_client(endpoint.url, endpoint.api_key) as client:
+            return chat(client, body, f"{endpoint.engine}, a question of --eval:").text
 
     return ask

@@ -17,7 +17,9 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
 def _said(tmp_path: Path, text: str, environment: dict[str, str] | None = None) -> list[str]:
     path = tmp_path / ".env"
     path.write_text(text)
-    return [f"{n.level}: {n.text}" for n in check(config.load(path), path, environment or {})]
+    return [
+        f"{'error' if n.status == 'fail' else 'warning'}: {n.evidence}" for n in check(config.load(path), path, environment or {})
+    ]
 
 
 @pytest.mark.parametrize(
@@ -80,5 +82,5 @@ def test_a_model_that_is_not_served_names_both_sides(tmp_path: Path) -> None:
     settings = config.load(tmp_path / "none")
     notice = served_contradiction(settings, ["a", "b"])
     assert notice is not None
-    assert notice.text.startswith("VLLM_MODEL=granite-soc-specialist, but vllm at http://127.0.0.1:8003/v1 serves a, b: ")
+    assert notice.evidence.startswith("VLLM_MODEL=granite-soc-specialist, but vllm at http://127.0.0.1:8003/v1 serves a, b: ")
     assert served_contradiction(settings, ["granite-soc-specialist"]) is None

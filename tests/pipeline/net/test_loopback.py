@@ -59,13 +59,16 @@ def test_the_command_line_asks_a_runs_server_directly(proxy: Stub, tmp_path: Pat
     assert proxy.seen == []
 
 
-def test_a_notebook_asks_directly_and_without_its_first_cell_the_proxy_is_asked(proxy: Stub, tmp_path: Path) -> None:
-    ask = "from pipeline import notebook; from pipeline.serve import start; {begin}; print(start.reachable('{url}/health'))"
+def test_any_client_of_a_notebook_asks_directly_and_without_its_first_cell_only_ours_does(proxy: Stub, tmp_path: Path) -> None:
+    theirs = "import httpx; from pipeline import notebook; {begin}; print(httpx.get('{url}/health').status_code)"
+    ours = "from pipeline.serve import start; print(start.reachable('{url}/health'))"
     with serving({"/health": {}}) as engine:
-        begun = _run(proxy, tmp_path, "-c", ask.format(begin="notebook.begin('x', 'out')", url=engine.url))
-        assert (begun.split(), len(proxy.seen), len(engine.seen)) == (["True"], 0, 1)
-        unguarded = _run(proxy, tmp_path, "-c", ask.format(begin="pass", url=engine.url))
-        assert (unguarded.split(), len(proxy.seen), len(engine.seen)) == (["False"], 1, 1)
+        begun = _run(proxy, tmp_path, "-c", theirs.format(begin="notebook.begin('x', 'out')", url=engine.url))
+        assert (begun.split(), len(proxy.seen), len(engine.seen)) == (["200"], 0, 1)
+        _run(proxy, tmp_path, "-c", theirs.format(begin="pass", url=engine.url))
+        assert (len(proxy.seen), len(engine.seen)) == (1, 1)
+        assert _run(proxy, tmp_path, "-c", ours.format(url=engine.url)).split() == ["True"]
+        assert (len(proxy.seen), len(engine.seen)) == (1, 2)
 
 
 @pytest.mark.parametrize("module", [gateway_server, status])

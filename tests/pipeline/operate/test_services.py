@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.commands.servers import stop
-from pipeline.doctor import inventory
+from pipeline.doctor.servers import listing
 from pipeline.engines.base import Launch
 from pipeline.errors import EnvironmentFailure
 from pipeline.net.loopback import claim
@@ -70,7 +70,7 @@ def test_of_two_that_start_at_once_one_is_refused(output: Path) -> None:
 
 def test_ps_shows_a_service_as_ready_and_stop_all_stops_it(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = _start(output, "status-api")
-    assert [(entry.run, entry.server, entry.state) for entry in inventory.listing(output)] == [("-", first, "ready")]
+    assert [(entry.run, entry.server, entry.state) for entry in listing(output)] == [("-", first, "ready")]
     stop("", output=output, every=True)
     assert not first.alive
     assert capsys.readouterr().err == "stopped: status-api\n"

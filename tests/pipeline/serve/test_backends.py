@@ -33,7 +33,7 @@ def test_an_endpoint_that_does_not_answer_is_a_row_with_its_error_and_then_a_fai
     run.path.mkdir(parents=True)
     run.heldout.write_text(json.dumps({"messages": [*ROW.messages, {"role": "assistant", "content": "x"}]}) + "\n")
     asked = prober.ask_once(run, Endpoint("openai", NOBODY, "m"), None)
-    assert (asked["prompt"], "/v1/chat/completions failed" in asked["error"]) == ("hi", True), asked
+    assert (asked["prompt"], "/v1/chat/completions does not answer" in asked["error"]) == ("hi", True), asked
     settings = Settings(openai_compatible_base_url=f"{NOBODY}/v1", openai_compatible_model="m")
     assert _verified(run, "openai", settings)["status"] == "failed"
 

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli import _bare_force, app
-from pipeline.doctor.inventory import list_runs, prune, removals
+from pipeline.doctor.runs import list_runs, removals, remove_listed
 from pipeline.errors import InputError
 from pipeline.runs import lock
 from pipeline.runs.folder import RunFolder
@@ -92,7 +92,7 @@ def test_what_was_finished_since_it_was_listed_is_kept(output: Path) -> None:
     listed = [item for item in removals(output, unfinished=True) if item.run == "half"]
     half = RunFolder("half", output)
     Manifest(half.manifest).record("evaluate_tuned", {}, [], {}, 1)
-    assert prune(half, listed, unfinished=True) == 0
+    assert remove_listed(half, listed, unfinished=True) == 0
     assert "evaluate_tuned" in Manifest(half.manifest).data["stages"]
 
 

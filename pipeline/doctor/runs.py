@@ -1,105 +1,24 @@
-"""All servers of all runs below an output folder: what each is, whether it answers, how old and how large it is."""
+"""The runs below an output folder: how far each got, how large it is, and what of it may be removed."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import Any
 
-import httpx
-
-from pipeline import engines
 from pipeline.errors import InputError, PipelineError
-from pipeline.operate import services
 from pipeline.runs import lock
-from pipeline.runs.files import leftovers, remove, tree_bytes
+from pipeline.runs.files import leftovers, read_json, remove, tree_bytes
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
 from pipeline.serve import server
-from pipeline.serve.server import Server
 
-State = Literal["loading", "ready", "silent"]
-
-
-@dataclass(frozen=True)
-class Listed:
-    """A living server of one run, or a service (run ``-``); ``silent``: it was ready once and does not answer its health path now."""
-
-    run: str
-    server: Server
-    state: State
-
-    @property
-    def port(self) -> int | None:
-        """The port it listens on."""
-        return urlsplit(self.server.url).port
-
-    @property
-    def age(self) -> float:
-        """Seconds since its start."""
-        return max(0.0, time.time() - self.server.started)
-
-    def row(self) -> dict[str, Any]:
-        """For ``ps --json``."""
-        s = self.server
-        return {
-            "run": self.run,
-            "engine": s.engine,
-            "pid": s.pid,
-            "port": self.port,
-            "url": s.url,
-            "model": s.model,
-            "state": self.state,
-            "started_at": s.started_at,
-            "age_seconds": round(self.age, 1),
-            "rss_gib": round(s.memory_gib(), 2),
-            "log": str(s.log),
-        }
-
-
-def listing(output: Path) -> list[Listed]:
-    """Every living server of a run below ``output``, the gateway and the status API; records of dead ones are removed."""
-    found = []
-    for folder in sorted(output.glob("*/servers")):
-        run = "-" if folder == services.folder(output) else folder.parent.name
-        found += [Listed(run, process, _server_state(process, folder)) for process in server.running(folder)]
-    return found
-
-
-def logs(run: Path, engine: str | None = None) -> list[Path]:
-    """The start logs of a run, oldest first; InputError when there is none."""
-    found = start_logs(run, (engine,) if engine else engines.NAMES)
-    if not found:
-        what = f"{engine} log" if engine else "server log"
-        raise InputError(f"run {run.name} has no {what}", remedy="granite-pipeline serve writes one per start")
-    return found
-
-
-def start_logs(run: Path, names: Sequence[str]) -> list[Path]:
-    """The logs of these engines' starts, oldest first; the stages' own logs lie beside them and are left out."""
-    found = [path for name in names for path in (run / "logs").glob(f"{name}-*.log")]
-    return sorted(found, key=lambda path: (path.stat().st_mtime, path.name))
-
-
-def _server_state(process: Server, folder: Path) -> State:
-    if not server.note_path(folder, process.engine).is_file():
-        return "loading"
-    try:
-        answer = httpx.get(process.url + process.ready_path, timeout=2)
-    except httpx.HTTPError:
-        return "silent"
-    return "ready" if answer.status_code == httpx.codes.OK else "silent"
-
-
-# newest first: the last of these that is there is how far a run got
+# newest first: the first of these that is there is how far a run got
 _STATES = (("evaluate_tuned", "exported"), ("gguf", "converted"), ("merge", "merged"), ("finetune", "trained"))
-FINISHED = frozenset({"verified", "failed verification", "exported"})
+_FINISHED = frozenset({"verified", "failed verification", "exported"})
 _PARTS = ("adapter", "merged_fp16", "unsloth.Q8_0.gguf", "checkpoints", "report", "logs", "notebooks")
 
 
@@ -118,7 +37,7 @@ class RunInfo:
     @property
     def finished(self) -> bool:
         """Whether every artefact is there."""
-        return self.state in FINISHED
+        return self.state in _FINISHED
 
     def to_json(self) -> dict[str, Any]:
         """For ``runs --json``."""
@@ -154,15 +73,12 @@ def removals(output: Path, names: Sequence[str] = (), *, unfinished: bool = Fals
     for name in names:
         if name not in runs:
             raise InputError(f"no run {name!r} in {output}", remedy=f"known: {', '.join(runs) or 'none'}")
-    found: list[Removal] = []
-    for name in names or runs:
-        info = _info(runs[name])
-        if info.holder is None and not info.servers:
-            found += _of_run(runs[name], info, unfinished=unfinished, whole=whole)
-    return found
+    infos = {name: _info(runs[name]) for name in names or runs}
+    idle = [(runs[name], info) for name, info in infos.items() if info.holder is None and not info.servers]
+    return [item for run, info in idle for item in _of_run(run, info, unfinished=unfinished, whole=whole)]
 
 
-def prune(run: RunFolder, wanted: Sequence[Removal], *, unfinished: bool = False, whole: bool = False) -> int:
+def remove_listed(run: RunFolder, wanted: Sequence[Removal], *, unfinished: bool = False, whole: bool = False) -> int:
     """Remove what was listed for a run and may be removed now that its lock is held; returns the bytes freed."""
     with lock.held(run, "prune"):
         # asking takes its time: the run may have gone on since it was listed
@@ -182,24 +98,21 @@ def prune(run: RunFolder, wanted: Sequence[Removal], *, unfinished: bool = False
     return sum(item.bytes for item in wanted if not item.path.exists())
 
 
-def _runs(output: Path) -> list[RunFolder]:
+def _runs(output: Path) -> Iterator[RunFolder]:
     """Folders with a usable name in which a run left its marks; links are not followed, for they may lead anywhere."""
-    found = []
     for path in sorted(output.iterdir()) if output.is_dir() else []:
         if path.is_dir() and not path.is_symlink():
             with contextlib.suppress(InputError):
                 run = RunFolder(path.name, output)
                 if run.manifest.is_file() or (run.checkpoints / "inputs.json").is_file() or lock.holder(run):
-                    found.append(run)
-    return found
+                    yield run
 
 
 def _info(run: RunFolder) -> RunInfo:
     there = lock.holder(run)
-    try:
-        names = tuple(s.engine for s in server.running(run.servers))
-    except PipelineError:
-        names = ()
+    names: tuple[str, ...] = ()
+    with contextlib.suppress(PipelineError):
+        names = tuple(process.engine for process in server.running(run.servers))
     sizes = {part: tree_bytes(run.path / part) for part in _PARTS if (run.path / part).exists()}
     sizes["all"] = tree_bytes(run.path)
     changed = datetime.fromtimestamp(run.path.stat().st_mtime, UTC).isoformat(timespec="seconds")
@@ -209,25 +122,18 @@ def _info(run: RunFolder) -> RunInfo:
 
 def _state(run: RunFolder) -> str:
     try:
-        manifest = Manifest(run.manifest)
+        stages = Manifest(run.manifest).stages
     except InputError:
         return "damaged"
-    stages = manifest.stages
-    verdict = _passed(run)
-    if "evaluate_tuned" in stages and verdict is not None:
-        return "verified" if verdict else "failed verification"
+    if "evaluate_tuned" in stages:
+        with contextlib.suppress(PipelineError, KeyError, TypeError):
+            return "verified" if read_json(run.report_file)["passed"] else "failed verification"
     for stage, state in _STATES:
         if stage in stages:
             return state
-    steps = [p.name for p in run.checkpoints.glob("checkpoint-*")] if run.checkpoints.is_dir() else []
-    newest = max((int(name.rpartition("-")[2]) for name in steps if name.rpartition("-")[2].isdigit()), default=None)
+    steps = [path.name.rpartition("-")[2] for path in run.checkpoints.glob("checkpoint-*")]
+    newest = max((int(step) for step in steps if step.isdigit()), default=None)
     return "empty" if newest is None else f"training, checkpoint of step {newest}"
-
-
-def _passed(run: RunFolder) -> bool | None:
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return bool(json.loads((run.report_file).read_text(encoding="utf-8"))["passed"])
-    return None
 
 
 def _of_run(run: RunFolder, info: RunInfo, *, unfinished: bool, whole: bool) -> list[Removal]:
@@ -235,15 +141,11 @@ def _of_run(run: RunFolder, info: RunInfo, *, unfinished: bool, whole: bool) -> 
         why = "asked for by name" if whole else f"never finished ({info.state})"
         return [Removal(run.name, run.path, info.sizes["all"], why)]
     found = [(p, "left by a killed process") for part in ("", "report", "reference") for p in leftovers(run.path / part)]
-    training = info.state.startswith(("training", "empty", "damaged"))
-    aside = run.path / "checkpoints-of-other-inputs"
-    if aside.is_dir() and not training:
-        found.append((aside, "an earlier training's, and a later one is finished"))
-    if run.checkpoints.is_dir():
-        if training:
-            found += [(p, "damaged checkpoint") for p in sorted(run.checkpoints.glob("damaged-*"))]
-        else:
-            found.append((run.checkpoints, "training is finished"))
+    if info.state.startswith(("training", "empty", "damaged")):
+        found += [(path, "damaged checkpoint") for path in sorted(run.checkpoints.glob("damaged-*"))]
+    else:
+        aside = (run.path / "checkpoints-of-other-inputs", "an earlier training's, and a later one is finished")
+        found += [(path, why) for path, why in (aside, (run.checkpoints, "training is finished")) if path.is_dir()]
     if info.finished:
         found += [(p, "partial answers of a finished evaluation") for p in sorted((run.path / "reference").glob("*.part"))]
     return [Removal(run.name, path, tree_bytes(path), why) for path, why in found]

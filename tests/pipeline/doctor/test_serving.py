@@ -14,10 +14,14 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from pipeline.config import Settings, load
-from pipeline.doctor import inventory
-from pipeline.doctor.services import backend_answers, exited_containers, last_failures, look, old_backend, settings_in_force
+from pipeline.doctor import servers
+from pipeline.doctor.findings import Facts, Finding, examine, worst_first
+from pipeline.doctor.serving import APPLICATIONS, backend, containers, last_starts, status_api
+from pipeline.doctor.settings import settings
 from pipeline.engines.base import Launch
 from pipeline.errors import InputError
+from pipeline.machine.named import hardware_from
+from pipeline.machine.packages import Installed
 from pipeline.net.loopback import claim
 from pipeline.operate import services
 from pipeline.runs.folder import RunFolder
@@ -36,9 +40,19 @@ def _settings(tmp_path: Path, **values: str) -> Settings:
     return load(env)
 
 
+def _facts(settings: Settings, run: RunFolder, env_file: Path = Path("none")) -> Facts:
+    nothing = Installed("python", {}, {}, {})
+    return Facts(hardware_from("cpu-2c-24g"), nothing, None, {}, settings, run, env_file=env_file)
+
+
+def _answers(settings: Settings, run: RunFolder) -> Finding:
+    (found,) = backend(_facts(settings, run))
+    return found
+
+
 def test_connection_refused_names_the_command_that_starts_the_server(tmp_path: Path, run: RunFolder) -> None:
     port = claim("127.0.0.1", 0)
-    found = backend_answers(_settings(tmp_path, VLLM_BASE_URL=f"http://127.0.0.1:{port}/v1"), run)
+    found = _answers(_settings(tmp_path, VLLM_BASE_URL=f"http://127.0.0.1:{port}/v1"), run)
     assert (found.check, found.status) == ("vllm answers", "warn")
     assert "connection refused" in found.evidence
     assert found.remedy == "granite-pipeline serve vllm --run test"
@@ -52,7 +66,7 @@ def test_connection_refused_while_the_runs_server_is_at_another_port(tmp_path: P
     server.save(process, run.path / "servers")
     try:
         url = f"http://127.0.0.1:{claim('127.0.0.1', 0)}"
-        found = backend_answers(_settings(tmp_path, LLM_BACKEND="llamacpp", LLAMACPP_BASE_URL=url), run)
+        found = _answers(_settings(tmp_path, LLM_BACKEND="llamacpp", LLAMACPP_BASE_URL=url), run)
     finally:
         server.stop(process)
     assert found.remedy == (
@@ -62,7 +76,7 @@ def test_connection_refused_while_the_runs_server_is_at_another_port(tmp_path: P
 
 def test_model_not_found(tmp_path: Path, run: RunFolder) -> None:
     with serving({"/v1/models": {"data": [{"id": "served"}]}, "/health": b""}) as stub:
-        found = backend_answers(_settings(tmp_path, VLLM_BASE_URL=stub.url, VLLM_MODEL="wanted"), run)
+        found = _answers(_settings(tmp_path, VLLM_BASE_URL=stub.url, VLLM_MODEL="wanted"), run)
     assert found.status == "fail"
     assert "not served here, which has served" in found.evidence
     assert found.remedy == "set VLLM_MODEL to a name that is served, or serve the run as --served-model-name wanted"
@@ -70,21 +84,21 @@ def test_model_not_found(tmp_path: Path, run: RunFolder) -> None:
 
 def test_ollama_model_not_found(tmp_path: Path, run: RunFolder) -> None:
     with serving({"/api/tags": {"models": [{"name": "llama3:8b"}]}, "/api/ps": {"models": []}}) as stub:
-        found = backend_answers(_settings(tmp_path, LLM_BACKEND="ollama", OLLAMA_BASE_URL=stub.url), run)
+        found = _answers(_settings(tmp_path, LLM_BACKEND="ollama", OLLAMA_BASE_URL=stub.url), run)
     assert "llama3:8b" in found.evidence
     assert found.remedy == "granite-pipeline serve ollama --run test creates it; or set OLLAMA_MODEL to one of these"
 
 
 def test_a_backend_that_answers_is_ok(tmp_path: Path, run: RunFolder) -> None:
     with serving({"/v1/models": {"data": [{"id": "granite-soc-specialist"}]}, "/health": b""}) as stub:
-        assert backend_answers(_settings(tmp_path, VLLM_BASE_URL=stub.url), run).status == "ok"
+        assert _answers(_settings(tmp_path, VLLM_BASE_URL=stub.url), run).status == "ok"
 
 
 def test_the_backend_was_changed_in_the_file_but_the_environment_still_holds_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LLM_BACKEND", "vllm")
-    [found] = settings_in_force(_settings(tmp_path, LLM_BACKEND="llamacpp"), tmp_path / ".env")
+    [found] = settings(_facts(_settings(tmp_path, LLM_BACKEND="llamacpp"), RunFolder("test", tmp_path), tmp_path / ".env"))
     assert found.evidence.startswith("LLM_BACKEND: the environment wins over")
 
 
@@ -94,8 +108,9 @@ def test_the_backend_was_changed_but_the_status_api_still_uses_the_old_one(tmp_p
     launch = services.status_launch("127.0.0.1", 0, tmp_path)
     process = services.start(launch, tmp_path, os.getpid(), lambda _: None)
     try:
-        [found] = old_backend(_settings(tmp_path, LLM_BACKEND="llamacpp"), tmp_path)
-        assert old_backend(_settings(tmp_path), tmp_path) == []
+        run = RunFolder("test", tmp_path)
+        [found] = status_api(_facts(_settings(tmp_path, LLM_BACKEND="llamacpp"), run))
+        assert list(status_api(_facts(_settings(tmp_path), run))) == []
     finally:
         server.stop(process)
     assert found.evidence == f"LLM_BACKEND=llamacpp, but the status API at {launch.url} was started with vllm"
@@ -107,7 +122,7 @@ def test_cuda_out_of_memory_in_the_last_start(run: RunFolder) -> None:
     (run.logs / "vllm-20260101-000000.log").write_text("older: address already in use\n")
     newest = run.logs / "vllm-20260102-000000.log"
     newest.write_text("x\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB\n")
-    [found] = last_failures(run)
+    [found] = last_starts(_facts(Settings(_env_file=None), run))
     assert found.check == "last start of vllm"
     assert "memory" in found.evidence
     assert str(newest) in found.evidence
@@ -119,11 +134,11 @@ def test_a_stages_log_is_no_server_log(run: RunFolder) -> None:
     server_log = run.logs / "vllm-20260101-000000.log"
     server_log.write_text("ready\n")
     (run.logs / "verify-20260102-000000.log").write_text("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\n")
-    assert last_failures(run) == []
-    assert inventory.logs(run.path) == inventory.logs(run.path, "vllm") == [server_log]
+    assert list(last_starts(_facts(Settings(_env_file=None), run))) == []
+    assert servers.logs(run.path) == servers.logs(run.path, "vllm") == [server_log]
     server_log.unlink()
     with pytest.raises(InputError, match="run test has no server log"):
-        inventory.logs(run.path)
+        servers.logs(run.path)
 
 
 def test_a_container_that_exits_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +155,7 @@ def test_a_container_that_exits_at_once(tmp_path: Path, monkeypatch: pytest.Monk
     )
     docker.chmod(docker.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    found, other = exited_containers()
+    found, other = containers(_facts(Settings(_env_file=None), RunFolder("test", tmp_path)))
     assert (other.check, other.evidence) == ("container granite-gateway-1", "Exited (2) 3 seconds ago: refused: Bearer ********")
     assert found.check == "container granite-vllm-1"
     assert found.evidence.startswith("Exited (1) 3 seconds ago: ")
@@ -149,7 +164,7 @@ def test_a_container_that_exits_at_once(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_without_a_container_engine_nothing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert exited_containers() == []
+    assert list(containers(_facts(Settings(_env_file=None), RunFolder("test", tmp_path)))) == []
 
 
 def test_doctor_tells_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,21 +176,25 @@ def test_doctor_tells_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (done.exit_code, found["status"]) == (1, "fail")
 
 
+def _applications(settings: Settings, run: RunFolder, env_file: Path) -> list[Finding]:
+    return worst_first(examine(_facts(settings, run, env_file), APPLICATIONS))
+
+
 def test_a_damaged_server_record_is_a_finding(tmp_path: Path, run: RunFolder) -> None:
     record = run.path / "servers" / "vllm.json"
     record.parent.mkdir(parents=True)
     record.write_text('{"engine": "vllm"}')
     (run.path / "servers" / "llamacpp.json").write_text("{")
-    found = look(_settings(tmp_path, VLLM_BASE_URL="ftp://127.0.0.1"), run, tmp_path / ".env")
+    found = _applications(_settings(tmp_path, VLLM_BASE_URL="ftp://127.0.0.1"), run, tmp_path / ".env")
     [damaged] = [f for f in found if f.check == "last starts"]
     assert (damaged.status, "llamacpp.json:1: not valid JSON" in damaged.evidence) == ("fail", True)
     (run.path / "servers" / "llamacpp.json").unlink()
-    [damaged] = [f for f in look(_settings(tmp_path), run, tmp_path / ".env") if f.check == "last starts"]
+    [damaged] = [f for f in _applications(_settings(tmp_path), run, tmp_path / ".env") if f.check == "last starts"]
     assert (damaged.evidence.startswith(f"{record} is not a server record"), damaged.remedy) == (True, "delete it")
 
 
 def test_everything_at_once_is_worst_first(tmp_path: Path, run: RunFolder) -> None:
     env = tmp_path / ".env"
     env.write_text("VLLM_BASEURL=x\nVLLM_BASE_URL=ftp://127.0.0.1\n")
-    found = [t for t in look(load(env), run, env) if not t.check.startswith("container")]
+    found = [t for t in _applications(load(env), run, env) if not t.check.startswith("container")]
     assert [(t.check, t.status) for t in found] == [("settings", "fail"), ("vllm answers", "fail"), ("settings", "warn")]
