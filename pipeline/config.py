@@ -6,21 +6,31 @@ import os
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import AfterValidator, Field, PrivateAttr, SecretStr, ValidationError
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from pipeline import engines
 from pipeline.errors import InputError
 from pipeline.runs.files import read_utf8
 from pipeline.runs.text import mask, without_password
 
-Backend = Literal["ollama", "vllm", "openai", "llamacpp", "sglang"]
 Strategy = Literal["local-first", "cloud-first", "cheapest"]
 ENV_FILE = Path(".env")
-BACKENDS: tuple[Backend, ...] = get_args(Backend)
-# the servers' own names for their keys; SGLang and Ollama read none from the environment
-KEY_VARIABLES = {"openai": "OPENAI_COMPATIBLE_API_KEY", "vllm": "VLLM_API_KEY", "llamacpp": "LLAMA_API_KEY"}
+
+
+def _known(name: str) -> str:
+    if name not in engines.NAMES:
+        words = [repr(known) for known in engines.NAMES]
+        raise PydanticCustomError(
+            "literal_error", "Input should be {expected}", {"expected": f"{', '.join(words[:-1])} or {words[-1]}"}
+        )
+    return name
+
+
+Backend = Annotated[str, AfterValidator(_known)]
 
 
 class Settings(BaseSettings):
@@ -60,33 +70,32 @@ class Settings(BaseSettings):
     gateway_strategy: Strategy = Field("local-first", description="which backend the gateway asks first")
     agents_file: Path = Field(Path("agents.yaml"), description="which run each agent uses, and what the gateway may do")
     hf_token: SecretStr = Field(SecretStr(""), description="hub token for gated or private models")
+    # the env file's lines, for an engine whose variables are not among these fields
+    _file: dict[str, str | None] = PrivateAttr(default_factory=dict)
 
     def overrides(self, engine: str) -> dict[str, str]:
         """The planning overrides these variables hold for an engine, by flag name."""
-        named: dict[str, dict[str, float | int | None]] = {
-            "vllm": {
-                "gpu-memory-utilization": self.vllm_gpu_memory_util,
-                "max-model-len": self.vllm_max_model_len,
-                "tensor-parallel-size": self.vllm_tensor_parallel,
-            },
-            "sglang": {"context-length": self.sglang_max_model_len},
-            "llamacpp": {"ctx-size": self.llamacpp_ctx_size, "parallel": self.llamacpp_parallel},
-        }
-        return {flag: str(value) for flag, value in named.get(engine, {}).items() if value is not None}
+        held = {flag: self._value(variable) for variable, flag in engines.get(engine).settings.items()}
+        return {flag: value for flag, value in held.items() if value}
 
     def served_name(self, engine: str) -> str:
-        """The name an engine's model is served under; "" for one that has no documented variable."""
-        return str(getattr(self, f"{engine}_model", ""))
+        """The name an engine's model is served under."""
+        return self.address(engine).model
 
     def address(self, backend: str = "") -> Address:
         """Where a backend (default: the one in ``LLM_BACKEND``) answers, and the models asked of it."""
-        name = backend or self.llm_backend
-        prefix = "openai_compatible" if name == "openai" else name
-        variable = KEY_VARIABLES.get(name)
-        key = getattr(self, variable.lower()) if variable else SecretStr("")
-        model = str(getattr(self, f"{prefix}_model", ""))
-        orchestrator = str(getattr(self, f"{prefix}_orchestrator_model", "")) or model
-        return Address(name, str(getattr(self, f"{prefix}_base_url", "")), model, orchestrator, key)
+        engine = engines.get(backend or self.llm_backend)
+        model = self._value(f"{engine.prefix}_MODEL", engine.default_model)
+        orchestrator = self._value(f"{engine.prefix}_ORCHESTRATOR_MODEL") or model
+        url, key = self._value(f"{engine.prefix}_BASE_URL", engine.url()), self._value(engine.key_variable)
+        return Address(engine.name, url, model, orchestrator, SecretStr(key))
+
+    def _value(self, variable: str, default: str = "") -> str:
+        """A variable as text, "" for none; one that is not documented is read too, so that a new engine needs no field here."""
+        if variable.lower() in Settings.model_fields:
+            value = getattr(self, variable.lower())
+            return value.get_secret_value() if isinstance(value, SecretStr) else "" if value is None else str(value)
+        return os.environ.get(variable) or self._file.get(variable) or default
 
 
 @dataclass(frozen=True)
@@ -149,14 +158,24 @@ def check_env_file(path: Path = ENV_FILE) -> None:
 
 def load(env_file: Path = ENV_FILE) -> Settings:
     """Read the settings; raises InputError naming each variable that does not fit."""
+    from dotenv import dotenv_values
+
     check_env_file(env_file)
     try:
-        return Settings(_env_file=env_file)
+        settings = Settings(_env_file=env_file)
     except ValidationError as error:
         lines = [f"{str(e['loc'][0]).upper()}={mask(str(e['input']))[:200]!r}: {e['msg']}" for e in error.errors()]
         raise InputError(
             "a setting has an unusable value", evidence="\n".join(lines), remedy=f"correct it in {env_file} or the environment"
         ) from None
+    in_file = dotenv_values(env_file, encoding="utf-8-sig") if env_file.is_file() else {}
+    settings._file = {name: value for name, value in in_file.items() if name.lower() not in Settings.model_fields}
+    return settings
+
+
+def key_variables() -> dict[str, str]:
+    """The variables that hold keys of servers, by engine."""
+    return {engine.name: engine.key_variable for engine in engines.every() if engine.key_variable}
 
 
 def key_for(engine: str) -> str:

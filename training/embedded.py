@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from pipeline.errors import MissingDependency
 from pipeline.model.gguf import GgufHeader, read_gguf_header
 from pipeline.model.gguf_names import checkpoint_tensor
 from pipeline.prompts.chat import EMBEDDED_TEMPLATE
-from pipeline.runs.files import staged, write_json
+from pipeline.runs.files import read_object, staged
 
+# config.json and the like, whose widths are those of that one GGUF
+_DATA = Path(__file__).parent / "data" / "embedded"
 # Bump when the recipe changes, so that a cached folder made by the old one is not used.
 RECIPE = 3
 # SmolLM2's special tokens that take Granite's names; ids stay. <empty_output> was never used in SmolLM2's chats.
@@ -23,7 +26,7 @@ _RENAMED = {
     "<repo_name>": "<|end_of_role|>",
     "<empty_output>": "<|pad|>",
 }
-_NEWLINE, _END_OF_ROLE, _EOS, _PAD = 198, 3, 2, 16
+_NEWLINE, _END_OF_ROLE = 198, 3
 _CONTROL = 3  # llama.cpp's token type of special tokens
 
 
@@ -68,20 +71,7 @@ def _write_tokenizer(target: Path, header: GgufHeader) -> None:
         [AddedToken(word, special=True, normalized=False) for word, kind in zip(words, kinds, strict=True) if kind == _CONTROL]
     )
     tokenizer.save(str(target / "tokenizer.json"))
-    write_json(
-        target / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": "<|end_of_text|>",
-            "eos_token": "<|end_of_text|>",
-            "pad_token": "<|pad|>",
-            "unk_token": "<|endoftext|>",
-            "add_bos_token": False,
-            "padding_side": "right",
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": 8192,
-        },
-    )
+    shutil.copyfile(_DATA / "tokenizer_config.json", target / "tokenizer_config.json")
     (target / "chat_template.jinja").write_text(EMBEDDED_TEMPLATE, encoding="utf-8")
 
 
@@ -89,10 +79,9 @@ def _write_weights(target: Path, gguf: Path, header: GgufHeader) -> None:
     """Put the Llama weights into a Granite model whose four multipliers are neutral; the function is unchanged."""
     from safetensors.numpy import save_file
 
-    config = _config(header)
-    write_json(target / "config.json", config)
-    write_json(target / "generation_config.json", {"bos_token_id": _EOS, "eos_token_id": _EOS, "pad_token_id": _PAD})
-    weights = dict(_weights(gguf, header, config))
+    for name in ("config.json", "generation_config.json"):
+        shutil.copyfile(_DATA / name, target / name)
+    weights = dict(_weights(gguf, header, read_object(target / "config.json")))
     # <repo_name> was never trained in chats; ChatML has a newline where Granite has <|end_of_role|>
     embeddings = weights["model.embed_tokens.weight"]
     embeddings[_END_OF_ROLE] = embeddings[_NEWLINE]
@@ -109,33 +98,3 @@ def _weights(gguf: Path, header: GgufHeader, config: dict[str, Any]) -> Iterator
         values = dequantize(raw.reshape(-1, stored.nbytes // math.prod(stored.shape[1:])), GGMLQuantizationType[stored.type])
         name, tensor = checkpoint_tensor(stored.name, values.reshape(stored.shape[::-1]), config)
         yield name, np.ascontiguousarray(tensor, dtype=np.float16)
-
-
-def _config(header: GgufHeader) -> dict[str, Any]:
-    heads = int(header.get("attention.head_count"))
-    hidden = int(header.get("embedding_length"))
-    return {
-        "architectures": ["GraniteForCausalLM"],
-        "model_type": "granite",
-        "dtype": "float16",
-        "vocab_size": len(header.metadata["tokenizer.ggml.tokens"]),
-        "hidden_size": hidden,
-        "intermediate_size": int(header.get("feed_forward_length")),
-        "num_hidden_layers": int(header.get("block_count")),
-        "num_attention_heads": heads,
-        "num_key_value_heads": int(header.get("attention.head_count_kv")),
-        "hidden_act": "silu",
-        "max_position_embeddings": int(header.get("context_length")),
-        "rms_norm_eps": float(header.get("attention.layer_norm_rms_epsilon")),
-        "rope_parameters": {"rope_theta": float(header.get("rope.freq_base")), "rope_type": "default"},
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": True,
-        "attention_multiplier": (hidden // heads) ** -0.5,
-        "embedding_multiplier": 1.0,
-        "residual_multiplier": 1.0,
-        "logits_scaling": 1.0,
-        "bos_token_id": _EOS,
-        "eos_token_id": _EOS,
-        "pad_token_id": _PAD,
-    }

@@ -14,6 +14,7 @@ from pipeline.runs import lock
 from pipeline.runs.files import read_json
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.text import visible
+from pipeline.verify.assemble import titled
 
 PREFIX = "certificate."
 _STYLES = {"passed": "green", "failed": "bold red", "skipped": "dim", "warning": "yellow"}
@@ -24,7 +25,7 @@ def add_to_report(run: RunFolder, certificate: Certificate) -> ReportPaths | Non
     path = paths_in(run.report).json
     if not path.is_file():
         return None
-    return write_report(with_certificate(read_json(path), certificate), run.report)
+    return write_report(with_certificate(titled(read_json(path)), certificate), run.report)
 
 
 def publish(run: RunFolder, certificate: Certificate) -> ReportPaths | None:

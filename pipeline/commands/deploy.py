@@ -12,6 +12,7 @@ from rich.console import Console
 from pipeline import config, engines
 from pipeline.commands.serve import attend
 from pipeline.config import Strategy
+from pipeline.engines.base import Launch
 from pipeline.errors import InputError, MissingDependency
 from pipeline.operate import services
 from pipeline.operate.routing import DEFAULT_PORT, REQUEST_TIMEOUT
@@ -108,8 +109,8 @@ def compose(
       granite-pipeline compose --gpu --hardware 2xa10g > docker-compose.gpu.yml
       LLM_BACKEND=llamacpp docker compose --profile local-llamacpp up
     """
-    from pipeline.deploy import compose as cpu_file
-    from pipeline.deploy import gpu_overlay, to_yaml
+    from pipeline.deploy.compose import compose as cpu_file
+    from pipeline.deploy.compose import gpu_overlay, to_yaml
     from pipeline.machine.named import hardware_from
     from pipeline.model.model import Model
 
@@ -137,7 +138,7 @@ def systemd(
 
     Example: granite-pipeline systemd llamacpp > ~/.config/systemd/user/granite-llamacpp.service
     """
-    from pipeline.deploy import planned_launch, unit
+    from pipeline.deploy.systemd import planned_launch, unit
 
     settings = config.load()
     chosen = service or settings.llm_backend
@@ -149,13 +150,13 @@ def systemd(
     else:
         launch = planned_launch(chosen, RunFolder(run, out), settings, name)
     writable = [out, Path.home() / ".cache"]
-    if chosen == "ollama":
-        writable += [Path.home() / ".ollama", *(Path(folder) for folder in [os.environ.get("OLLAMA_MODELS")] if folder)]
+    if chosen in engines.NAMES:
+        writable += engines.get(chosen).folders()
     what = f"Granite {chosen}" + (f", run {run}" if chosen in engines.NAMES else "")
     typer.echo(unit(launch, what, Path.cwd(), writable), nl=False)
 
 
-def _serve(launch: services.Launch, output: Path, *, detach: bool) -> None:
+def _serve(launch: Launch, output: Path, *, detach: bool) -> None:
     console = Console(stderr=True)
     with console.status(f"starting {launch.engine}") as spinner:
         owner = None if detach else os.getpid()

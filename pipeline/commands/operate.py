@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline import config
-from pipeline.config import BACKENDS, Settings
+from pipeline import config, engines
+from pipeline.config import Settings
 from pipeline.doctor.findings import Finding
 from pipeline.doctor.settings import check, served_contradiction
 from pipeline.errors import EngineError, InputError
@@ -84,8 +84,8 @@ def models(
     Example: granite-pipeline models --backend vllm
     """
     settings = config.load()
-    if backend and backend not in BACKENDS:
-        raise InputError(f"no backend {backend!r}", remedy="known: " + ", ".join(BACKENDS))
+    if backend and backend not in engines.NAMES:
+        raise InputError(f"no backend {backend!r}", remedy="known: " + ", ".join(engines.NAMES))
     found = wait_for(_every(settings, backend, output))
     if as_json:
         plain = {name: [status.to_json() for status in statuses] for name, statuses in found.items()}
@@ -128,8 +128,8 @@ def choose(
       granite-pipeline choose --users 20
       granite-pipeline choose --hardware 2xa10g --users 200 --purpose batch
     """
+    from pipeline.engines.choose import recommend
     from pipeline.machine.named import hardware_from
-    from pipeline.planning.choose import recommend
 
     answer = recommend(hardware_from(machine), users, purpose)
     if as_json:
@@ -158,6 +158,6 @@ async def _asked(settings: Settings) -> list[Finding]:
 
 
 async def _every(settings: Settings, backend: str, output: Path) -> dict[str, list[ModelStatus]]:
-    names = [name for name in BACKENDS if backend in ("", name) and settings.address(name).base_url]
+    names = [name for name in engines.NAMES if backend in ("", name) and settings.address(name).base_url]
     found = await asyncio.gather(*(registry.check(settings.address(name), output=output) for name in names))
     return dict(zip(names, found, strict=True))

@@ -16,6 +16,7 @@ from pipeline.errors import InputError
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 
 if TYPE_CHECKING:
+    from pipeline.engines.base import Engine
     from pipeline.model.model import Model
 
 MachineOption = Annotated[
@@ -103,7 +104,7 @@ def plan(
     chosen = engines.get(engine)
     if purpose not in get_args(Purpose):
         raise InputError(f"no purpose {purpose!r}", remedy="use " + ", ".join(get_args(Purpose)))
-    source, name = _model(chosen.name, (run, model, model_shape), output)
+    source, name = _model(chosen, (run, model, model_shape), output)
     overrides = dict(_pair(text) for text in setting or [])
     # as serve does; what is set for this machine's servers says nothing of another machine or a model that is not here
     if machine is None and model_shape is None:
@@ -124,7 +125,7 @@ def plan(
         _show(described, argv)
 
 
-def _model(engine: str, given: tuple[str | None, Path | None, str | None], output: Path) -> tuple[Model, str]:
+def _model(engine: Engine, given: tuple[str | None, Path | None, str | None], output: Path) -> tuple[Model, str]:
     """The model to plan for and the name it is served under."""
     from pipeline.model.model import Model
 
@@ -138,7 +139,7 @@ def _model(engine: str, given: tuple[str | None, Path | None, str | None], outpu
         found = Model.open(path)
         return found, found.name
     folder = RunFolder(run or DEFAULT_NAME, output)
-    artefact = folder.merged if engine in ("vllm", "sglang", "openai") else folder.gguf
+    artefact = engine.artefact(folder) or folder.merged
     if not artefact.exists():
         raise InputError(f"run {folder.name} has no {artefact.name}", remedy=f"granite-pipeline export --run {folder.name}")
     return Model.open(artefact), folder.name

@@ -83,8 +83,8 @@ def serve(
         wanted, host, chosen.default_port if port is None else port, None if detach else os.getpid(), None, overrides, loras
     )
     # on Linux Ollama is a system service that holds its port; one that runs is used, unless another port is asked for
-    mine = chosen.name != "ollama" or port is not None or host != start.LOOPBACK
-    there = None if mine else ollama_service.find(settings.ollama_base_url)
+    mine = not chosen.creates_model or port is not None or host != start.LOOPBACK
+    there = None if mine else ollama_service.find(settings.address(chosen.name).base_url)
     if there is None:
         run_server(chosen.name, target, options, detach=detach)
     else:
@@ -170,7 +170,7 @@ def _target(run: RunFolder, engine: Engine, model: Path | None, name: str | None
     # a model inside a run belongs to it; for any other, a folder of its name beside the runs, where ps and stop look
     inside = model.resolve().parent.parent == run.output.resolve()
     folder = model.parent if inside else run.output / _folder_name(model)
-    return Target(model, served, folder, modelfile if engine.name == "ollama" else None)
+    return Target(model, served, folder, modelfile if engine.creates_model else None)
 
 
 def _folder_name(model: Path) -> str:
@@ -181,7 +181,7 @@ def _folder_name(model: Path) -> str:
 def _adapters(engine: Engine, text: str | None, output: Path) -> tuple[Adapter, ...]:
     if text is None:
         return ()
-    if engine.name != "vllm":
+    if not engine.serves_adapters:
         raise InputError(f"{engine.name} does not serve adapters here", remedy="use vllm, or serve the merged model")
     return tuple(parse(text, output))
 

@@ -15,7 +15,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline import engines
-from pipeline.doctor import servers
 from pipeline.operate import services
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 from pipeline.serve import start
@@ -42,7 +41,7 @@ def ps(output: Output = DEFAULT_OUTPUT, as_json: Annotated[bool, typer.Option("-
       granite-pipeline ps
       granite-pipeline ps --json | jq '.servers[].url'
     """
-    rows = [entry.row() for entry in servers.listing(output)]
+    rows = [entry.row() for entry in services.listing(output)]
     if as_json:
         typer.echo(json.dumps({"servers": rows}, indent=2))
         return
@@ -73,7 +72,7 @@ def stop(
     """
     names = [engines.get(engine).name] if engine else list(engines.NAMES)
     folders = (
-        sorted({output / entry.run for entry in servers.listing(output) if entry.run != "-"})
+        sorted({output / entry.run for entry in services.listing(output) if entry.run != "-"})
         if every
         else [RunFolder(run, output).path]
     )
@@ -100,13 +99,13 @@ def logs(
       granite-pipeline logs --follow
     """
     folder = RunFolder(run, output).path
-    path = servers.logs(folder, engines.get(engine).name if engine else None)[-1]
+    path = services.logs(folder, engines.get(engine).name if engine else None)[-1]
     Console(stderr=True).print(str(path), style="dim", markup=False, soft_wrap=True)
     with path.open(encoding="utf-8", errors="replace", newline="\n") as handle:
         _say("".join(handle.readlines()[-lines:] if lines else []))
         while follow:
             # asked before reading, so that the last words of a server that ends now are still read
-            alive = any(entry.server.log.name == path.name for entry in servers.listing(output))
+            alive = any(entry.server.log.name == path.name for entry in services.listing(output))
             _say(handle.read())
             if not alive:
                 return

@@ -15,6 +15,7 @@ from pipeline.errors import InputError
 from pipeline.report.write import paths_in, render_again, summary_table
 from pipeline.runs.files import read_json
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
+from pipeline.verify.assemble import titled
 from pipeline.verify.verify import BACKENDS, require_passed
 from pipeline.verify.verify import verify as verify_run
 
@@ -74,6 +75,7 @@ def report(
     result = read_json(source)
     if not isinstance(result, dict):
         raise InputError(f"{source}: not a JSON object", remedy=f"granite-pipeline verify --run {run}")
+    result = titled(result)
     paths = render_again(result, folder.report)
     if as_json:
         found = {

@@ -65,7 +65,7 @@ class Facts:
             hardware=Hardware.detect(folder.output),
             packages=installed.here(),
             server=installed.of(vllm_python()),
-            engines={name: engines.get(name).available() for name in engines.NAMES if name != "openai"},
+            engines={engine.name: engine.available() for engine in engines.every() if engine.serves != "url"},
             settings=settings,
             run=folder,
             base=base or _base_of(folder),

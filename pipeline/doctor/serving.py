@@ -14,13 +14,13 @@ from pathlib import Path
 import httpx
 
 from pipeline import engines
-from pipeline.deploy import PROJECT
+from pipeline.deploy.compose import PROJECT
 from pipeline.doctor.findings import Examiner, Facts, Finding, Status
-from pipeline.doctor.servers import start_logs
 from pipeline.doctor.settings import settings
 from pipeline.net.client import wait_for
 from pipeline.operate import registry, services
 from pipeline.operate.registry import ModelStatus
+from pipeline.operate.services import start_logs
 from pipeline.runs.text import mask, without_password
 from pipeline.serve import server
 from pipeline.serve.logs import classify
@@ -62,7 +62,7 @@ def last_starts(facts: Facts) -> Iterator[Finding]:
     """Known causes (CUDA out of memory, a taken port, ...) in the newest log of each engine that is not running now."""
     alive = {process.engine for process in facts.servers}
     for engine in engines.NAMES:
-        logs = [] if engine in alive else start_logs(facts.run.path, (engine,))
+        logs = [] if engine in alive else start_logs(facts.run.path, engine)
         if logs and (known := classify(_tail(logs[-1]))):
             evidence = f"{known.cause} ({logs[-1]}: {mask(known.line)[:160]})"
             yield Finding(f"last start of {engine}", "warn", evidence, known.remedy)
@@ -92,19 +92,20 @@ APPLICATIONS: tuple[Examiner, ...] = (settings, backend, status_api, last_starts
 def _remedy(facts: Facts, status: ModelStatus) -> str:
     """The next step for an unavailable model; a server of the run at another address is the likeliest mistake."""
     address, run = facts.settings.address(), facts.run.name
-    prefix = "OPENAI_COMPATIBLE" if address.backend == "openai" else address.backend.upper()
+    engine = engines.get(address.backend)
+    prefix = engine.prefix
     if status.kind == "refused":
         for process in facts.servers:
             if process.engine == address.backend:
                 words = f"{address.backend} of run {run} runs at {process.url}"
                 return f"{words}: set {prefix}_BASE_URL={process.url}/v1"
-        return f"granite-pipeline serve {address.backend} --run {run}" if address.backend != "openai" else "start that server"
-    if status.kind == "model" and address.backend == "ollama":
-        return f"granite-pipeline serve ollama --run {run} creates it; or set OLLAMA_MODEL to one of these"
+        return f"granite-pipeline serve {address.backend} --run {run}" if engine.serves != "url" else "start that server"
+    if status.kind == "model" and engine.creates_model:
+        return f"granite-pipeline serve {engine.name} --run {run} creates it; or set {prefix}_MODEL to one of these"
     if status.kind == "model":
         return f"set {prefix}_MODEL to a name that is served, or serve the run as --served-model-name {address.model}"
     if status.kind == "key":
-        return "correct OPENAI_COMPATIBLE_API_KEY"
+        return f"correct {engine.key_variable or 'OPENAI_COMPATIBLE_API_KEY'}"
     return f"correct {prefix}_BASE_URL, or look into that server's log"
 
 

@@ -11,16 +11,15 @@ from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
 
-from pipeline.config import BACKENDS, ENV_FILE, Settings, root_url
+from pipeline import engines
+from pipeline.config import ENV_FILE, Settings, root_url
 from pipeline.doctor.findings import Facts, Finding, Status, worst_first
-from pipeline.engines.flags import LLAMACPP, OLLAMA, SGLANG, VLLM
+from pipeline.engines.base import Engine
 from pipeline.runs.text import without_password
 
-_PREFIXES = ("LLM", "OLLAMA", "VLLM", "OPENAI_COMPATIBLE", "OPENAI", "SGLANG", "LLAMACPP", "GATEWAY", "AGENTS")
+_PREFIXES = ("LLM", "OPENAI", "GATEWAY", "AGENTS")
 # what other programs read under the same prefixes, so not misspelt
-_FOREIGN = frozenset({"VLLM_PYTHON", "SGLANG_PYTHON", "OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_API_BASE"}).union(
-    *(known.variables for known in (VLLM, LLAMACPP, OLLAMA, SGLANG))
-)
+_FOREIGN = frozenset({"VLLM_PYTHON", "SGLANG_PYTHON", "OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_API_BASE"})
 _OURS = re.compile(r"(BASE_?URL|MODEL(_?NAME)?|API_?KEY|BACKEND|URL|MODEL_LEN|CTX_SIZE|PARALLEL|MEMORY_UTIL)$")
 _SIMILAR = 0.84
 
@@ -33,20 +32,21 @@ def settings(facts: Facts) -> list[Finding]:
 def check(settings: Settings, env_file: Path = ENV_FILE, environment: Mapping[str, str] | None = None) -> list[Finding]:
     """Everything that can be said without asking a server, worst first."""
     env = dict(os.environ if environment is None else environment)
-    in_file = (
-        {key: value or "" for key, value in dotenv_values(env_file, encoding="utf-8-sig").items()} if env_file.is_file() else {}
-    )
+    read = dotenv_values(env_file, encoding="utf-8-sig") if env_file.is_file() else {}
+    in_file = {name: value or "" for name, value in read.items()}
     return worst_first([*contradictions(settings), *misspelt({**in_file, **env}, in_file), *hidden(in_file, env, env_file)])
 
 
 def misspelt(variables: Mapping[str, str], in_file: Mapping[str, str]) -> Iterator[Finding]:
     """Variables that look like one of the documented ones and are not read by anything."""
-    known = [field.upper() for field in Settings.model_fields]
+    known = [field.upper() for field in Settings.model_fields] + [v for engine in engines.every() for v in engine.variables()]
+    read = _FOREIGN.union(*(engine.flags.variables for engine in engines.every()))
+    prefixes = (*_PREFIXES, *(engine.prefix for engine in engines.every()))
     for name in sorted(variables):
-        if name in known or name in _FOREIGN:
+        if name in known or name in read:
             continue
         near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=_SIMILAR)
-        ours = name.startswith(_PREFIXES) and _OURS.search(name)
+        ours = name.startswith(prefixes) and _OURS.search(name)
         if not near and ours:
             near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.6)
         if near and (name in in_file or ours or _ratio(name, near[0]) >= _SIMILAR):
@@ -58,20 +58,17 @@ def contradictions(settings: Settings) -> Iterator[Finding]:
     chosen = settings.address()
     missing = [suffix for suffix, value in (("BASE_URL", chosen.base_url), ("MODEL", chosen.model)) if not value]
     if missing:
-        variable = f"{_prefix(chosen.backend)}_{missing[0]}"
+        variable = f"{engines.get(chosen.backend).prefix}_{missing[0]}"
         yield _about(f"LLM_BACKEND={chosen.backend}, but {variable} is empty: set {variable}")
-    urls = {name: settings.address(name).base_url for name in BACKENDS}
-    for name, url in urls.items():
+    first_at: dict[str, Engine] = {}
+    for engine in engines.every():
+        url, variable = settings.address(engine.name).base_url, f"{engine.prefix}_BASE_URL"
         if url and not _is_url(url):
-            variable = f"{_prefix(name)}_BASE_URL"
             yield _about(f"{variable}={without_password(url)} is not a URL: write http://host:port/v1")
-    first_at: dict[str, str] = {}
-    for name in BACKENDS:
-        url = root_url(urls[name])
-        other = first_at.setdefault(url, name)
-        if url and other != name and "openai" not in (name, other):
-            both = f"{_prefix(other)}_BASE_URL and {_prefix(name)}_BASE_URL"
-            yield _about(f"{both} are both {without_password(url)}: two engines cannot answer there")
+        other = first_at.setdefault(root_url(url), engine)
+        if url and other is not engine and "url" not in (engine.serves, other.serves):
+            both = f"{other.prefix}_BASE_URL and {variable}"
+            yield _about(f"{both} are both {without_password(root_url(url))}: two engines cannot answer there")
 
 
 def hidden(in_file: Mapping[str, str], env: Mapping[str, str], env_file: Path) -> Iterator[Finding]:
@@ -85,10 +82,11 @@ def hidden(in_file: Mapping[str, str], env: Mapping[str, str], env_file: Path) -
 def served_contradiction(settings: Settings, served: list[str]) -> Finding | None:
     """The selected backend is up but does not serve the configured model."""
     chosen = settings.address()
-    names = served if chosen.backend != "ollama" else [*served, *(n.removesuffix(":latest") for n in served)]
+    engine = engines.get(chosen.backend)
+    names = [*served, *(name.removesuffix(engine.tag) for name in served)]
     for suffix, model in (("MODEL", chosen.model), ("ORCHESTRATOR_MODEL", chosen.orchestrator_model)):
         if model and model not in names:
-            variable = f"{_prefix(chosen.backend)}_{suffix}"
+            variable = f"{engine.prefix}_{suffix}"
             where = f"{chosen.backend} at {without_password(chosen.base_url)}"
             words = f"{variable}={model}, but {where} serves {', '.join(served) or 'nothing'}"
             return _about(f"{words}: set {variable} to one of these, or serve the run under that name")
@@ -105,10 +103,6 @@ def _is_url(value: str) -> bool:
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         return False
-
-
-def _prefix(backend: str) -> str:
-    return "OPENAI_COMPATIBLE" if backend == "openai" else backend.upper()
 
 
 def _ratio(name: str, other: str) -> float:

@@ -1,59 +1,72 @@
-"""Inference engines: pure functions from plan to argv and environment, and how to ask each for its rendered prompt."""
+"""Inference engines: the one registry. Each is a class of facts and pure functions from plan to argv and environment."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from importlib import import_module
+from typing import TypeVar
 
 from pipeline.engines.base import Availability, Engine, Launch
 from pipeline.errors import InputError
 from pipeline.prompts.conversation import NotApplicable, Prompt
 
+E = TypeVar("E", bound=type[Engine])
 
-def _vllm() -> Engine:
-    from pipeline.engines.vllm.engine import Vllm
-
-    return Vllm()
-
-
-def _llamacpp() -> Engine:
-    from pipeline.engines.llamacpp import LlamaCpp
-
-    return LlamaCpp()
-
-
-def _ollama() -> Engine:
-    from pipeline.engines.ollama import Ollama
-
-    return Ollama()
-
-
-def _sglang() -> Engine:
-    from pipeline.engines.sglang import Sglang
-
-    return Sglang()
-
-
-def _openai() -> Engine:
-    from pipeline.engines.openai import OpenAiCompatible
-
-    return OpenAiCompatible()
-
-
-_ENGINES: dict[str, Callable[[], Engine]] = {
-    "vllm": _vllm,
-    "llamacpp": _llamacpp,
-    "ollama": _ollama,
-    "sglang": _sglang,
-    "openai": _openai,
+# name -> class, or module:class, which is imported when it is asked for; in the order in which backends are listed and tried
+_ENGINES: dict[str, type[Engine] | str] = {
+    "ollama": "pipeline.engines.ollama:Ollama",
+    "vllm": "pipeline.engines.vllm.engine:Vllm",
+    "openai": "pipeline.engines.openai:OpenAiCompatible",
+    "llamacpp": "pipeline.engines.llamacpp:LlamaCpp",
+    "sglang": "pipeline.engines.sglang:Sglang",
 }
-NAMES = tuple(_ENGINES)
+# a view, so that engines registered later are in it
+NAMES = _ENGINES.keys()
+
+
+def register(engine: E) -> E:
+    """Add an engine's class under its name; a decorator."""
+    _ENGINES[engine.name] = engine
+    return engine
+
+
+def unregister(name: str) -> None:
+    """Take an engine out again."""
+    del _ENGINES[name]
 
 
 def get(name: str) -> Engine:
     """The engine of that name; raises InputError listing the known ones."""
-    if name not in _ENGINES:
+    found = _ENGINES.get(name)
+    if found is None:
         raise InputError(f"no engine {name!r}", remedy="known engines: " + ", ".join(NAMES))
-    return _ENGINES[name]()
+    if isinstance(found, str):
+        module, _, kind = found.partition(":")
+        found = getattr(import_module(module), kind)
+        assert not isinstance(found, str)
+    return found()
 
 
-__all__ = ["NAMES", "Availability", "Engine", "Launch", "NotApplicable", "Prompt", "get"]
+def every() -> Iterator[Engine]:
+    """All engines, in the registry's order."""
+    return map(get, NAMES)
+
+
+def title(name: str) -> str | None:
+    """An engine's name as its makers write it, None for a name that is no engine's."""
+    return get(name).title if name in NAMES else None
+
+
+__all__ = [
+    "NAMES",
+    "Availability",
+    "Engine",
+    "Launch",
+    "NotApplicable",
+    "Prompt",
+    "every",
+    "get",
+    "register",
+    "title",
+    "unregister",
+]

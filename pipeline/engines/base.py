@@ -1,20 +1,41 @@
-"""What every engine file provides; the supervisor and the checks know engines only through this."""
+"""What an inference engine declares and can do; every other room knows engines only through this.
+
+A new engine is one class: ``name``, ``plan`` and ``launch``, and the facts below that differ from their defaults.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import httpx
 
+from pipeline.engines.listing import Listing, openai_listing
 from pipeline.errors import EngineError
+from pipeline.machine.hardware import Hardware
 from pipeline.model.toolcalls import MARKS, Call
+from pipeline.net.client import ask
+from pipeline.net.reach import get_json
+from pipeline.planning.overrides import Known
 from pipeline.planning.plan import Plan, Request
 from pipeline.prompts.conversation import Conversation, Prompt
+from pipeline.runs.folder import RunFolder
 
 Body = dict[str, Any]
+
+LOOPBACK = "127.0.0.1"
+# next tokens a server is asked for at each position: twice those that are compared, so that near-ties do not fall out
+ASKED = 20
+# half the context is not worth a retry below this
+LEAST_CONTEXT = 512
+_AT_A_TIME = 8
+# the tag before a token's ID, where tokens would else be text
+_ID_TAG = "token_id:"
 
 
 @dataclass(frozen=True)
@@ -45,56 +66,194 @@ class Availability:
     remedy: str = ""
 
 
-class Engine(Protocol):
-    """One inference engine. ``plan`` and ``launch`` are pure; the rest asks the machine or a running server."""
+@dataclass(frozen=True)
+class Container:
+    """How docker compose runs an engine.
 
-    name: str
-    default_port: int
-    # forms of tool calls (``pipeline.model.toolcalls``) that the engine finds in an answer
-    call_forms: tuple[str, ...]
+    ``image`` is empty for an engine that needs a GPU. ``variables`` are documented variables that override a planned flag,
+    ``gpu_flags`` flags with a default that the GPU file always has, ``entry`` the words before the flags where the image's
+    entry point is not the server, ``health`` the test ("{port}" is filled in; empty: /health asked with the image's Python).
+    """
+
+    gpu_image: str
+    image: str = ""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    gpu_flags: Mapping[str, str] = field(default_factory=dict)
+    entry: tuple[str, ...] = ()
+    health: tuple[str, ...] = ()
+    volumes: tuple[str, ...] = ()
+    shm_size: str = ""
+    gpu_ipc: str = ""
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """An installed build that does not suit this machine: fatal or only slow, what was found, and the command that helps."""
+
+    fatal: bool
+    text: str
+    remedy: str
+
+
+class Engine(ABC):
+    """One inference engine. ``plan`` and ``launch`` are pure; the rest asks the machine or a running server.
+
+    Every ``client`` has the server's base URL, without ``/v1``, and its key.
+    """
+
+    name: ClassVar[str]
+    # as its makers write it
+    title: ClassVar[str] = ""
+    default_port: ClassVar[int] = 0
+    # what follows host and port in the URL that applications are given
+    url_path: ClassVar[str] = "/v1"
+    # what it loads: a model folder or a GGUF file; "url": nothing is launched from here, the server is someone else's
+    serves: ClassVar[Literal["folder", "gguf", "url"]] = "folder"
+    # the environment variables that configure it begin with this: VLLM_BASE_URL, VLLM_MODEL, ...
+    prefix: ClassVar[str] = ""
+    # the variable from which the server reads the key that it asks for; empty: it reads none
+    key_variable: ClassVar[str] = ""
+    # the name asked of it where no variable says another
+    default_model: ClassVar[str] = "granite-soc"
+    # documented variable -> the planning override it holds
+    settings: ClassVar[Mapping[str, str]] = {}
+    # what a model's name ends with where it was given without
+    tag: ClassVar[str] = ""
+    # whether prompt() can be asked for what the model is fed
+    tells_prompt: ClassVar[bool] = False
+    # the ways a chat may take to a prompt here, as pipeline.prompts.deviations names them
+    renderers: ClassVar[tuple[str, ...]] = ()
+    # forms of tool calls (pipeline.model.toolcalls) that it finds in an answer
+    call_forms: ClassVar[tuple[str, ...]] = tuple(MARKS)
+    # the model is made inside a running server, which is started without one
+    creates_model: ClassVar[bool] = False
+    serves_adapters: ClassVar[bool] = False
+    # settings known where the engine is not installed
+    flags: ClassVar[Known] = Known()
+    # the flag that leaves out compilation and graphs, and the one that limits requests computed together: for retries
+    eager_flag: ClassVar[str] = ""
+    sequences_flag: ClassVar[str] = ""
+    container: ClassVar[Container | None] = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "name" in cls.__dict__:
+            cls.title = cls.title or cls.name
+            cls.prefix = cls.prefix or cls.name.upper()
+
+    @abstractmethod
+    def plan(self, request: Request) -> Plan:
+        """Choose flags for this model, hardware and purpose, each with its reason."""
+
+    @abstractmethod
+    def launch(self, plan: Plan, request: Request, *, host: str, port: int) -> Launch:
+        """Turn a feasible plan into the process to start."""
 
     def available(self) -> Availability:
         """Look for the program or package, without starting it."""
-        ...
+        return Availability(True)
 
-    def plan(self, request: Request) -> Plan:
-        """Choose flags for this model, hardware and purpose, each with its reason."""
-        ...
+    def mismatch(self, hardware: Hardware, version: str, packages: Mapping[str, str]) -> Mismatch | None:
+        """What is wrong with the installed build on this machine; ``packages`` are those beside it."""
+        return None
 
-    def launch(self, plan: Plan, request: Request, *, host: str, port: int) -> Launch:
-        """Turn a feasible plan into the process to start."""
-        ...
+    def advice(self, hardware: Hardware, users: int) -> str:
+        """Why another engine may be chosen rather than this one."""
+        return "none of this project's measurements are of it"
+
+    def url(self, host: str = LOOPBACK) -> str:
+        """Where it answers on its documented port; empty where it has none."""
+        return f"http://{host}:{self.default_port}{self.url_path}" if self.default_port else ""
+
+    def variables(self) -> list[str]:
+        """The variables that configure it."""
+        common = (f"{self.prefix}_{word}" for word in ("BASE_URL", "MODEL", "ORCHESTRATOR_MODEL"))
+        return [*common, *self.settings, *filter(None, [self.key_variable])]
+
+    def artefact(self, run: RunFolder) -> Path | None:
+        """The folder or file of a run that it serves; None when nothing is served from here."""
+        return {"folder": run.merged, "gguf": run.gguf}.get(self.serves)
+
+    def folders(self) -> list[Path]:
+        """Folders outside the runs that its server writes to."""
+        return []
+
+    def flags_question(self) -> list[str]:
+        """A command that prints its flags, as ``--help`` or as a line FLAGS and a JSON list; empty when it takes none."""
+        return []
+
+    def half_context(self, plan: Plan, request: Request) -> Mapping[str, str | None]:
+        """Settings with half the context, where a shorter context is what frees memory; empty where it is not, or too short."""
+        return {}
 
     def prompt(self, client: httpx.Client, model: str, conversation: Conversation) -> Prompt:
-        """What the engine feeds the model for this conversation; ``client`` has the server's base URL (without ``/v1``).
+        """What the engine feeds the model for this conversation.
 
         Raises ModelError when the chat template refuses it, NotApplicable when the API cannot say it, EngineError when
         the engine does not tell its prompts or does not answer.
         """
-        ...
+        raise EngineError(
+            f"{self.title} does not tell the rendered prompt", remedy="compare prompts with the vllm, llamacpp or ollama engine"
+        )
 
     def schema_requests(self, body: Body, schema: Body) -> list[tuple[str, Body]]:
-        """(path, body) of every way this engine has to answer a chat request by a JSON schema."""
-        ...
-
-    def force_call(self, body: Body, call: Call) -> Body | None:
-        """A chat request with ``tools`` changed so that the engine makes the model write a call; None where it cannot."""
-        ...
-
-
-class OpenAiRequests:
-    """Structured output and tool calls as OpenAI's API has them; engines that differ override."""
-
-    call_forms: tuple[str, ...] = tuple(MARKS)
-
-    def schema_requests(self, body: Body, schema: Body) -> list[tuple[str, Body]]:
-        """``response_format`` with a JSON schema."""
+        """(path, body) of every way this engine has to answer a chat request by a JSON schema; here OpenAI's."""
         wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
         return [("/v1/chat/completions", body | {"response_format": wanted})]
 
     def force_call(self, body: Body, call: Call) -> Body | None:
-        """``tool_choice`` required."""
+        """A chat request with ``tools`` changed so that the engine makes the model write a call; None where it cannot."""
         return body | {"tool_choice": "required"}
+
+    async def listing(self, root: str, api_key: str, timeout: float) -> Listing:
+        """The models of a running server, at its URL without ``/v1``; a fault is in the listing, nothing is raised."""
+        return openai_listing(await get_json(root, "/v1/models", api_key, timeout))
+
+    def to_have(self, model: str) -> str:
+        """How a model that a running server does not list comes to be served there."""
+        return "serve the run under that name, or ask for one of these"
+
+    def loaded_file(self, client: httpx.Client, model: str) -> str | None:
+        """The model file or folder that a running server says it loaded; None where it does not tell."""
+        try:
+            served = client.get("/v1/models").json()["data"]
+            return next((str(entry["root"]) for entry in served if entry["id"] == model and entry.get("root")), None)
+        except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def next_tokens(self, client: httpx.Client, model: str, prompts: Sequence[Sequence[int]]) -> list[dict[int, float]]:
+        """Log-probabilities of the ASKED most likely next tokens, by token ID, for each prompt.
+
+        Raises EngineError when the engine cannot take or give token IDs.
+        """
+        try:
+            with ThreadPoolExecutor(_AT_A_TIME) as pool:
+                return list(pool.map(lambda ids: self._top(client, model, list(ids)), prompts))
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise EngineError(f"{self.name} gives no log-probabilities of token IDs ({error!r})") from None
+
+    def _top(self, client: httpx.Client, model: str, ids: list[int]) -> dict[int, float]:
+        """One position, asked by OpenAI's completions as vLLM extends them."""
+        wanted = {"max_tokens": 1, "temperature": 0, "logprobs": ASKED, "return_tokens_as_token_ids": True}
+        answer = ask(client, "/v1/completions", {"model": model, "prompt": ids, **wanted})
+        tops: dict[str, float] = answer["choices"][0]["logprobs"]["top_logprobs"][0]
+        return {int(token.removeprefix(_ID_TAG)): float(value) for token, value in tops.items()}
+
+    def tokenize(self, client: httpx.Client, text: str) -> list[int] | None:
+        """The token IDs that the engine's own tokenizer gives a text; None where that is the folder's tokenizer or is not told."""
+        return None
+
+    def served_dtype(self, argv: Sequence[str]) -> str:
+        """The number type it computes in when started with ``argv`` (empty: unknown); Q8_0 for a run's GGUF.
+
+        "quantised" where the engine makes the weights or the KV cache smaller than the exported ones.
+        """
+        if self.serves == "gguf":
+            return "Q8_0"
+        if {"--quantization", "--kv-cache-dtype"} & set(argv):
+            return "quantised"
+        told = argv[argv.index("--dtype") + 1] if "--dtype" in argv else "unknown"
+        return "float16" if told == "auto" else told
 
 
 def require_feasible(plan: Plan) -> None:

@@ -7,13 +7,31 @@ import re
 import shutil
 import subprocess
 import sys
+from asyncio import gather
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import ClassVar
 
 import httpx
 
-from pipeline.engines.base import Availability, Body, Launch, OpenAiRequests, openai_body, require_feasible
-from pipeline.engines.flags import LLAMACPP
+from pipeline.engines.base import (
+    ASKED,
+    LEAST_CONTEXT,
+    Availability,
+    Body,
+    Container,
+    Engine,
+    Launch,
+    Mismatch,
+    openai_body,
+    require_feasible,
+)
+from pipeline.engines.flags import listed_flags
+from pipeline.engines.listing import Listing, integer, openai_listing
+from pipeline.machine.hardware import Hardware
 from pipeline.model.toolcalls import Call
 from pipeline.net.client import ask
+from pipeline.net.reach import get_json
 from pipeline.planning.gguf_fit import SHORT_SPIN, GgufFit, fit_gguf, gguf_that_fits, room
 from pipeline.planning.overrides import Overrides
 from pipeline.planning.plan import Plan, Request, Setting
@@ -32,7 +50,7 @@ def plan(request: Request) -> Plan:
     model = request.model
     why_not = "" if model.format != "safetensors" else f"llama.cpp reads GGUF files, {model.path} is a safetensors folder"
     fit = fit_gguf(request, user)
-    flags, env = user.lay_over(_settings(request, fit), LLAMACPP)
+    flags, env = user.lay_over(_settings(request, fit), listed_flags("llamacpp"))
     kind = model.quantization or ("Q8_0" if model.format == "shape" else None)
     return Plan(
         engine="llamacpp",
@@ -101,16 +119,29 @@ def _warnings(request: Request, fit: GgufFit, why_not: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-class LlamaCpp(OpenAiRequests):
+class LlamaCpp(Engine):
     """llama.cpp's OpenAI-compatible server; both programs take the same flags.
 
     A ``llama-server`` on PATH comes first: its owner built it for this machine (GPU, AVX-512), the wheel is a portable AVX2 build.
     """
 
     name = "llamacpp"
+    title = "llama.cpp"
     default_port = 8005
+    serves = "gguf"
+    key_variable = "LLAMA_API_KEY"
+    settings: ClassVar[Mapping[str, str]] = {"LLAMACPP_CTX_SIZE": "ctx-size", "LLAMACPP_PARALLEL": "parallel"}
+    tells_prompt = True
+    renderers = ("llamacpp",)
     # it learns the form from the chat template's past calls, and Granite 3's template writes none
-    call_forms: tuple[str, ...] = ("granite4",)
+    call_forms = ("granite4",)
+    flags = listed_flags("llamacpp")
+    container = Container(
+        image="ghcr.io/ggml-org/llama.cpp:server-b10731",
+        gpu_image="ghcr.io/ggml-org/llama.cpp:server-cuda-b10731",
+        variables={"--alias": "LLAMACPP_MODEL", "-c": "LLAMACPP_CTX_SIZE", "--parallel": "LLAMACPP_PARALLEL"},
+        health=("CMD", "curl", "-fsS", "http://127.0.0.1:{port}/health"),
+    )
 
     def available(self) -> Availability:
         """Look for ``llama-server`` on PATH and for the xllamacpp wheel, without starting a server."""
@@ -124,6 +155,30 @@ class LlamaCpp(OpenAiRequests):
                 False, reason=reason, remedy="pip install xllamacpp, or install llama.cpp (brew install llama.cpp)"
             )
 
+    def mismatch(self, hardware: Hardware, version: str, packages: Mapping[str, str]) -> Mismatch | None:
+        """The portable CPU wheel beside a GPU."""
+        if not hardware.gpus or "xllamacpp" not in version:
+            return None
+        remedy = "put a llama-server built for this GPU on PATH (brew install llama.cpp, or llama.cpp's releases)"
+        return Mismatch(False, "may be the portable CPU wheel, and there is a GPU", remedy)
+
+    def advice(self, hardware: Hardware, users: int) -> str:
+        """It batches little."""
+        return "it computes few requests at once; vLLM's batching is several times faster under load"
+
+    def flags_question(self) -> list[str]:
+        """The help of the program that would be started."""
+        return [*_program(), "--help"]
+
+    def half_context(self, plan: Plan, request: Request) -> Mapping[str, str | None]:
+        """Half of ``-c``, with the same slots."""
+        total = next((flag.value for flag in plan.flags if flag.name == "-c"), None) or "0"
+        slots, mine = max(1, plan.max_num_seqs), any(f.name == "--parallel" and f.source == "user" for f in plan.flags)
+        half = min(int(total) // 2, slots * request.model.shape.max_positions)
+        if half // slots < LEAST_CONTEXT:
+            return {}
+        return {"-c": str(half)} | ({} if mine else {"--parallel": str(slots)})
+
     def plan(self, request: Request) -> Plan:
         """Flags for this GGUF, machine and purpose."""
         return plan(request)
@@ -131,11 +186,41 @@ class LlamaCpp(OpenAiRequests):
     def launch(self, plan: Plan, request: Request, *, host: str, port: int) -> Launch:
         """The server process with the plan's flags; EngineError when the plan is not feasible."""
         require_feasible(plan)
-        program = shutil.which("llama-server")
-        prefix = [program] if program else [sys.executable, "-m", "pipeline.engines.llamacpp_server"]
-        argv = (*prefix, *plan.arguments, "--host", host, "--port", str(port))
+        argv = (*_program(), *plan.arguments, "--host", host, "--port", str(port))
         name = request.served_name or request.model.name
         return Launch(self.name, argv, plan.environment, f"http://{host}:{port}", "/health", name, start_timeout=300.0)
+
+    async def listing(self, root: str, api_key: str, timeout: float) -> Listing:
+        """With the context of one slot and the file it loaded, from ``/props``."""
+        listed, props = await gather(get_json(root, "/v1/models", api_key, timeout), get_json(root, "/props", api_key, timeout))
+        found = openai_listing(listed)
+        said = props.data if props.ok and isinstance(props.data, dict) else {}
+        slot = said.get("default_generation_settings")
+        context = integer(slot.get("n_ctx")) if isinstance(slot, dict) else None
+        path = str(said.get("model_path", ""))
+        models = found.models and tuple(
+            replace(one, context=context or one.context, path=one.path or path, loaded=True) for one in found.models
+        )
+        return replace(found, models=models)
+
+    def loaded_file(self, client: httpx.Client, model: str) -> str | None:
+        """``/props`` names it."""
+        try:
+            return str(client.get("/props").json().get("model_path") or "") or None
+        except (httpx.HTTPError, ValueError, AttributeError):
+            return None
+
+    def tokenize(self, client: httpx.Client, text: str) -> list[int] | None:
+        """``/tokenize``: the tokenizer in the GGUF is a conversion of the folder's."""
+        answer = ask(client, "/tokenize", {"content": text, "add_special": False, "parse_special": True})
+        return [int(token) for token in answer["tokens"]]
+
+    def _top(self, client: httpx.Client, model: str, ids: list[int]) -> dict[int, float]:
+        """One position, asked by llama.cpp's own completions."""
+        wanted = {"n_predict": 1, "temperature": 0, "n_probs": ASKED, "post_sampling_probs": False}
+        answer = ask(client, "/completion", {"model": model, "prompt": ids, **wanted})
+        tops = answer["completion_probabilities"][0]["top_logprobs"]
+        return {int(entry["id"]): float(entry["logprob"]) for entry in tops}
 
     def force_call(self, body: Body, call: Call) -> Body | None:
         """``tool_choice`` required: from the opening on, llama.cpp's grammar for this chat template demands a call.
@@ -153,6 +238,12 @@ class LlamaCpp(OpenAiRequests):
         # add_special lets the model's own metadata decide about a BOS token, which is what the completion path does
         answer = ask(client, "/tokenize", {"content": text, "add_special": True, "parse_special": True})
         return Prompt(text, tuple(answer["tokens"]))
+
+
+def _program() -> list[str]:
+    """The words that start the server: ``llama-server``, else the wheel's in this interpreter."""
+    program = shutil.which("llama-server")
+    return [program] if program else [sys.executable, "-m", "pipeline.engines.llamacpp_server"]
 
 
 def _llama_server_version(program: str) -> str:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Mapping
+from asyncio import gather
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from pipeline.engines.base import Availability, Body, Launch, OpenAiRequests, require_feasible
-from pipeline.engines.flags import OLLAMA
+from pipeline.engines.base import LEAST_CONTEXT, Availability, Body, Container, Engine, Launch, require_feasible
+from pipeline.engines.flags import listed_flags
+from pipeline.engines.listing import Listed, Listing, entries, integer
 from pipeline.errors import EngineError
+from pipeline.machine.hardware import Hardware
 from pipeline.model.toolcalls import Call
 from pipeline.net.client import ask
+from pipeline.net.reach import get_json
 from pipeline.planning.gguf_fit import SHORT_SPIN, fit_gguf, gguf_that_fits, room
 from pipeline.planning.overrides import Overrides
 from pipeline.planning.plan import Plan, Purpose, Request, Setting
@@ -61,7 +66,7 @@ def plan(request: Request) -> Plan:
     ]
     if on_cpu:
         settings.append(SHORT_SPIN)
-    flags, env = user.lay_over(settings, OLLAMA)
+    flags, env = user.lay_over(settings, listed_flags("ollama"))
     parameters = tuple(Setting(_PARAMETERS[s.name], s.value, s.reason, s.source) for s in flags)
     m = fit.memory
     short = f"needs {m.total:.1f} GiB (weights {m.weights:.1f}, KV cache {m.kv_cache:.1f}), {m.available:.1f} GiB are available"
@@ -105,11 +110,27 @@ _INSTALL = "curl -fsSL https://ollama.com/install.sh | sh (macOS: brew install o
 _CHUNK = 1 << 20
 
 
-class Ollama(OpenAiRequests):
+class Ollama(Engine):
     """Ollama's server. Limits of a model (context, GPU layers) are Modelfile parameters, not server flags."""
 
     name = "ollama"
+    title = "Ollama"
     default_port = 11434
+    url_path = ""
+    serves = "gguf"
+    default_model = "granite-soc:latest"
+    tag = ":latest"
+    tells_prompt = True
+    # it renders with TEMPLATE or hands the chat to llama.cpp (``granite-pipeline modelfile --explain``)
+    renderers = ("template", "ollama-jinja")
+    creates_model = True
+    flags = listed_flags("ollama")
+    container = Container(
+        image="ollama/ollama:0.33.3",
+        gpu_image="ollama/ollama:0.33.3",
+        health=("CMD", "ollama", "list"),
+        volumes=("ollama:/root/.ollama",),
+    )
 
     def available(self) -> Availability:
         """Look for ``ollama`` on PATH and ask its version."""
@@ -122,6 +143,41 @@ class Ollama(OpenAiRequests):
             return Availability(False, reason=f"{program} --version failed: {error}", remedy=_INSTALL)
         words = [word for word in (done.stdout + done.stderr).split() if word[:1].isdigit()]
         return Availability(True, version=words[-1] if words else None)
+
+    def advice(self, hardware: Hardware, users: int) -> str:
+        """It is llama.cpp with prompts of its own."""
+        return "llama.cpp underneath, with its own prompt templates: choose it where your tools already speak to Ollama"
+
+    def folders(self) -> list[Path]:
+        """Where it keeps models."""
+        return [Path.home() / ".ollama", *(Path(folder) for folder in [os.environ.get("OLLAMA_MODELS")] if folder)]
+
+    def half_context(self, plan: Plan, request: Request) -> Mapping[str, str | None]:
+        """Half of num_ctx."""
+        length = plan.max_model_len // 2
+        return {"--num-ctx": str(length)} if length >= LEAST_CONTEXT else {}
+
+    async def listing(self, root: str, api_key: str, timeout: float) -> Listing:
+        """All its models (``/api/tags``), and which of them are loaded (``/api/ps``)."""
+        tags, ps = await gather(get_json(root, "/api/tags", timeout=timeout), get_json(root, "/api/ps", timeout=timeout))
+        found = entries(tags, "models")
+        if found is None:
+            return Listing(tags, None)
+        running = {str(entry.get("name")): entry for entry in entries(ps, "models") or []}
+        models = []
+        for entry in found:
+            name = str(entry.get("name", ""))
+            context, digest = integer(running.get(name, {}).get("context_length")), str(entry.get("digest") or "")
+            models.append(Listed(name, name in running, context, integer(entry.get("size")), digest=digest))
+        return Listing(tags, tuple(models))
+
+    def to_have(self, model: str) -> str:
+        """It is created from a run, or fetched."""
+        return f"granite-pipeline serve ollama creates it, `ollama pull {model}` fetches a published one"
+
+    def next_tokens(self, client: httpx.Client, model: str, prompts: Sequence[Sequence[int]]) -> list[dict[int, float]]:
+        """Always raises EngineError: its API takes text."""
+        raise EngineError("ollama takes no token IDs", remedy="its prompts and answers are compared as text")
 
     def plan(self, request: Request) -> Plan:
         """Server variables and model parameters for this model, machine and purpose."""

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import httpx
 
-from pipeline.engines.base import Availability, Launch, OpenAiRequests
+from pipeline.engines.base import Engine, Launch
 from pipeline.errors import EngineError, InputError
+from pipeline.machine.hardware import Hardware
 from pipeline.planning.plan import Memory, Plan, Request
 from pipeline.prompts.conversation import Conversation, Prompt
 
 _REMEDY = "set OPENAI_COMPATIBLE_BASE_URL to the running server"
 
 
-class OpenAiCompatible(OpenAiRequests):
+class OpenAiCompatible(Engine):
     """A server reached by URL only."""
 
     name = "openai"
-    default_port = 0
+    title = "OpenAI-compatible"
+    serves = "url"
+    prefix = "OPENAI_COMPATIBLE"
+    key_variable = "OPENAI_COMPATIBLE_API_KEY"
+    default_model = ""
 
-    def available(self) -> Availability:
-        """Never launched from here; always usable where a URL is given."""
-        return Availability(True)
+    def advice(self, hardware: Hardware, users: int) -> str:
+        """It is for machines that hold no model."""
+        return f"a server elsewhere is not needed: this machine can serve {users} itself"
 
     def plan(self, request: Request) -> Plan:
         """An empty plan: the server's flags are its owner's."""

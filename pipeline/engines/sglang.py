@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import ClassVar
 
-import httpx
-
-from pipeline.engines.base import Availability, Launch, OpenAiRequests, require_feasible
-from pipeline.engines.flags import SGLANG
-from pipeline.errors import EngineError, InputError
+from pipeline.engines.base import Availability, Container, Engine, Launch, require_feasible
+from pipeline.engines.flags import listed_flags
+from pipeline.errors import InputError
+from pipeline.machine.hardware import Hardware
 from pipeline.planning import alternatives
 from pipeline.planning.gpu_fit import Wish, alike, best, choices, hub_id, refusal
 from pipeline.planning.overrides import Overrides
 from pipeline.planning.plan import Memory, Plan, Purpose, Request, Setting
-from pipeline.prompts.conversation import Conversation, Prompt
 
 _SEQUENCES: dict[Purpose, int] = {"verify": 16, "serve": 64, "throughput": 256, "latency": 8}
 _ALIASES = {"--tensor-parallel-size": "--tp-size", "--tp": "--tp-size", "--max-model-len": "--context-length"}
@@ -65,7 +65,7 @@ def plan(request: Request) -> Plan:
         settings.append(Setting("--tp-size", str(choice.tensor_parallel), "one GPU does not hold the model"))
     if choice.eager:
         settings.append(Setting("--disable-cuda-graph", None, "starts faster and leaves the memory to the KV cache"))
-    flags, env = user.lay_over(settings, SGLANG)
+    flags, env = user.lay_over(settings, listed_flags("sglang"))
     return Plan(
         "sglang", fit.feasible, flags, env, dtype, request.model.quantization or choice.quantization, choice.tensor_parallel,
         fit.length, fit.sequences, m, (), alternatives.nearest_gpu(request, fit, wish),
@@ -87,12 +87,22 @@ _INSTALL = "python -m venv sglang-env && sglang-env/bin/pip install sglang, then
 _VERSION_CODE = "import importlib.metadata as m; print(m.version('sglang'))"
 
 
-class Sglang(OpenAiRequests):
-    """SGLang's OpenAI-compatible server."""
+class Sglang(Engine):
+    """SGLang's OpenAI-compatible server. Its /tokenize takes text only and no route renders a chat, so it tells no prompts."""
 
     name = "sglang"
+    title = "SGLang"
     default_port = 8004
-    call_forms: tuple[str, ...] = ()  # it has no parser for Granite
+    settings: ClassVar[Mapping[str, str]] = {"SGLANG_MAX_MODEL_LEN": "context-length"}
+    call_forms = ()  # it has no parser for Granite
+    flags = listed_flags("sglang")
+    sequences_flag = "--max-running-requests"
+    container = Container(
+        gpu_image="lmsysorg/sglang:v0.5.20",
+        variables={"--served-model-name": "SGLANG_MODEL", "--context-length": "SGLANG_MAX_MODEL_LEN"},
+        entry=("python3", "-m", "sglang.launch_server"),
+        gpu_ipc="host",
+    )
 
     def available(self) -> Availability:
         """Ask the Python that would launch SGLang for its version, without importing it."""
@@ -104,6 +114,16 @@ class Sglang(OpenAiRequests):
             return Availability(False, reason=f"SGLang is not installed in {_python()}", remedy=_INSTALL)
         return Availability(True, version=asked.stdout.strip())
 
+    def advice(self, hardware: Hardware, users: int) -> str:
+        """It needs an environment of its own, or a GPU that is not here."""
+        if hardware.accelerator in ("nvidia", "amd"):
+            return "as fast as vLLM with long shared prompts; it needs its own environment and is planned here, not run"
+        return "its packages need a CUDA or ROCm GPU"
+
+    def flags_question(self) -> list[str]:
+        """Its launcher's help."""
+        return [_python(), "-m", "sglang.launch_server", "--help"]
+
     def plan(self, request: Request) -> Plan:
         """Flags for this model, these GPUs and this purpose."""
         return plan(request)
@@ -114,12 +134,6 @@ class Sglang(OpenAiRequests):
         argv = (_python(), "-m", "sglang.launch_server", *plan.arguments, "--host", host, "--port", str(port))
         name = request.served_name or request.model.name
         return Launch(self.name, argv, plan.environment, f"http://{host}:{port}", "/health", name)
-
-    def prompt(self, client: httpx.Client, model: str, conversation: Conversation) -> Prompt:
-        """Always raises EngineError: SGLang's /tokenize takes text only and no route renders a chat."""
-        raise EngineError(
-            "SGLang does not tell the rendered prompt", remedy="compare prompts with the vllm, llamacpp or ollama engine"
-        )
 
 
 def _python() -> str:

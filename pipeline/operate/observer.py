@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.config import BACKENDS, Address, Settings
+from pipeline import engines
+from pipeline.config import Address, Settings
 from pipeline.operate import registry
 from pipeline.operate.registry import ModelStatus
 from pipeline.runs.folder import DEFAULT_OUTPUT
@@ -50,7 +51,7 @@ class Observer:
     @classmethod
     def of(cls, settings: Settings, output: Path = DEFAULT_OUTPUT) -> Observer:
         """Watch every backend that has a URL."""
-        addresses = [settings.address(name) for name in BACKENDS]
+        addresses = [settings.address(name) for name in engines.NAMES]
         return cls([address for address in addresses if address.base_url], output)
 
     async def __aenter__(self) -> Observer:

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.update(_ENVIRONMENT)
     os.environ["CONFIG_FILE_PATH"] = str(args.config)
     # what .env holds is read by our settings only; LiteLLM resolves its key references in the environment
-    os.environ.update({variable: settings.address(backend).key for backend, variable in config.KEY_VARIABLES.items()})
+    os.environ.update({variable: settings.address(backend).key for backend, variable in config.key_variables().items()})
     # LiteLLM is given a key of its own for this start: clients' keys are judged here and never reach it
     os.environ["LITELLM_MASTER_KEY"] = inner = f"sk-{secrets.token_hex(32)}"
     keys = Keys(settings.gateway_api_key.get_secret_value(), inner)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from pipeline.config import BACKENDS, KEY_VARIABLES, Settings, Strategy, root_url
+from pipeline import engines
+from pipeline.config import Settings, Strategy, key_variables, root_url
 from pipeline.errors import InputError
 from pipeline.net.loopback import is_local
 from pipeline.operate.agents import Agents
@@ -149,7 +150,7 @@ class Router:
     def _rank(self, deployment: Deployment) -> tuple[float, ...]:
         """Sorting key of the strategy; the selected backend goes first among equals."""
         selected = 0.0 if deployment.backend == self.settings.llm_backend else 1.0
-        position = float(BACKENDS.index(deployment.backend))
+        position = float(list(engines.NAMES).index(deployment.backend))
         first = {
             "local-first": 0.0 if deployment.local else 1.0,
             "cloud-first": 1.0 if deployment.local else 0.0,
@@ -164,8 +165,8 @@ def deployments(settings: Settings, agents: Agents) -> list[Deployment]:
     InputError for a URL with a password in it: LiteLLM's configuration would hold it in clear text.
     """
     found = []
-    for backend in BACKENDS:
-        address = settings.address(backend)
+    for engine in engines.every():
+        backend, address = engine.name, settings.address(engine.name)
         if not address.base_url:
             continue
         if without_password(address.base_url) != address.base_url:
@@ -175,20 +176,21 @@ def deployments(settings: Settings, agents: Agents) -> list[Deployment]:
             )
         named = [a.model for a in agents.agents.values() if a.model and (a.backend or settings.llm_backend) == backend]
         for model in dict.fromkeys(filter(None, [address.model, address.orchestrator_model, *named])):
-            local = backend != "openai" or is_local(address.root)
+            local = engine.serves != "url" or is_local(address.root)
             found.append(Deployment(backend, model, address.v1, local, agents.prices.get(backend, 0.0)))
     return found
 
 
 def litellm_config(found: Sequence[Deployment], timeout: float = REQUEST_TIMEOUT) -> dict[str, Any]:
     """LiteLLM's configuration: one model group for each deployment, keys by reference, no cool-down, no database, no reports."""
+    keys = key_variables()
     entries = [
         {
             "model_name": d.id,
             "litellm_params": {
                 "model": f"openai/{d.model}",
                 "api_base": d.url,
-                "api_key": f"os.environ/{KEY_VARIABLES[d.backend]}" if d.backend in KEY_VARIABLES else "none",
+                "api_key": f"os.environ/{keys[d.backend]}" if d.backend in keys else "none",
                 "timeout": timeout,
                 "stream_timeout": timeout,
                 "max_retries": 0,

@@ -1,13 +1,20 @@
-"""The gateway and the status API as supervised processes, started and stopped as engines are."""
+"""What runs in the background: gateway and status API, started and stopped as engines are; the list of every living server."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
 
+import httpx
+
+from pipeline import engines
 from pipeline.config import Settings
-from pipeline.engines.base import Launch as Launch
+from pipeline.engines.base import Launch
 from pipeline.errors import InputError
 from pipeline.net.loopback import claim
 from pipeline.operate.agents import Agents
@@ -20,6 +27,7 @@ from pipeline.serve.server import Progress, Server
 # LiteLLM's proxy takes 20 to 30 s to import on a small machine
 _READY_SECONDS = 300.0
 NAMES = ("gateway", "status-api")
+State = Literal["loading", "ready", "silent"]
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -41,9 +49,8 @@ def gateway_launch(
 
 def status_launch(host: str, port: int, output: Path, *, free: bool = True) -> Launch:
     """The status API's process."""
-    return _launch(
-        "status-api", "pipeline.operate.status", (host, claim(host, port) if free else port), ("--output", str(output.resolve()))
-    )
+    at = (host, claim(host, port) if free else port)
+    return _launch("status-api", "pipeline.operate.status", at, ("--output", str(output.resolve())))
 
 
 def folder(output: Path) -> Path:
@@ -77,8 +84,71 @@ def stop(name: str, output: Path = DEFAULT_OUTPUT) -> bool:
     return False
 
 
+@dataclass(frozen=True)
+class Listed:
+    """A living server of one run, or a service (run ``-``); ``silent``: it was ready once and does not answer its health path now."""
+
+    run: str
+    server: Server
+    state: State
+
+    @property
+    def port(self) -> int | None:
+        """The port it listens on."""
+        return urlsplit(self.server.url).port
+
+    def row(self) -> dict[str, Any]:
+        """For ``ps --json``."""
+        there = self.server
+        return {
+            "run": self.run,
+            "engine": there.engine,
+            "pid": there.pid,
+            "port": self.port,
+            "url": there.url,
+            "model": there.model,
+            "state": self.state,
+            "started_at": there.started_at,
+            "age_seconds": round(max(0.0, time.time() - there.started), 1),
+            "rss_gib": round(there.memory_gib(), 2),
+            "log": str(there.log),
+        }
+
+
+def listing(output: Path) -> list[Listed]:
+    """Every living server of a run below ``output``, the gateway and the status API; records of dead ones are removed."""
+    listed = []
+    for at in sorted(output.glob("*/servers")):
+        run = "-" if at == folder(output) else at.parent.name
+        listed += [Listed(run, process, _state(process, at)) for process in server.running(at)]
+    return listed
+
+
+def logs(run: Path, engine: str | None = None) -> list[Path]:
+    """The start logs of a run, oldest first; InputError when there is none."""
+    if written := start_logs(run, engine):
+        return written
+    what = f"{engine} log" if engine else "server log"
+    raise InputError(f"run {run.name} has no {what}", remedy="granite-pipeline serve writes one per start")
+
+
+def start_logs(run: Path, engine: str | None = None) -> list[Path]:
+    """The logs of an engine's starts (default: of every engine's), oldest first; the stages' own logs beside them are left out."""
+    written = [path for name in ([engine] if engine else engines.NAMES) for path in (run / "logs").glob(f"{name}-*.log")]
+    return sorted(written, key=lambda path: (path.stat().st_mtime, path.name))
+
+
 def _launch(name: str, module: str, address: tuple[str, int], words: Sequence[str]) -> Launch:
     host, port = address
     reached = "127.0.0.1" if host == "0.0.0.0" else host
     argv = (sys.executable, "-m", module, "--host", host, "--port", str(port), *words)
     return Launch(name, argv, {}, f"http://{reached}:{port}", "/health", name, start_timeout=_READY_SECONDS)
+
+
+def _state(process: Server, records: Path) -> State:
+    if not server.note_path(records, process.engine).is_file():
+        return "loading"
+    try:
+        return "ready" if httpx.get(process.url + process.ready_path, timeout=2).status_code == httpx.codes.OK else "silent"
+    except httpx.HTTPError:
+        return "silent"

@@ -7,21 +7,15 @@ chat template over that changed conversation gives exactly it. A test for each f
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipeline.prompts.conversation import Conversation
-from pipeline.prompts.ollama_view import merged, remade_tools, reordered_tools
+from pipeline.prompts.ollama_view import as_api, merged, remade_tools, reordered_tools
 
-# Ways an engine may take; Ollama renders with TEMPLATE or hands the chat to llama.cpp (``granite-pipeline modelfile --explain``).
-_PATHS = {
-    "go": ("template",),
-    "modelfile": ("template",),
-    "ollama": ("template", "ollama-jinja"),
-    "llamacpp": ("llamacpp",),
-    "vllm": ("vllm",),
-}
+# Paths that begin with Ollama's API: it renders with its TEMPLATE, or hands the chat to llama.cpp
+_OLLAMA = ("template", "ollama-jinja")
 Change = Callable[[Conversation, str], Conversation]
 
 
@@ -94,11 +88,11 @@ DEVIATIONS = (
 )
 
 
-def predictions(renderer: str, conversation: Conversation, template: str) -> list[tuple[Conversation, tuple[str, ...]]]:
-    """The conversation as this renderer's engine may see it, once for each path, with the deviations that changed it."""
+def predictions(paths: Sequence[str], conversation: Conversation, template: str) -> list[tuple[Conversation, tuple[str, ...]]]:
+    """The conversation as an engine may see it, once for each path it may take, with the deviations that changed it."""
     found = []
-    for path in _PATHS.get(renderer, ()):
-        seen, used = conversation, []
+    for path in paths:
+        seen, used = as_api(conversation) if path in _OLLAMA else conversation, []
         for deviation in (known for known in DEVIATIONS if path in known.paths):
             changed = deviation.change(seen, template)
             if _dump(changed) != _dump(seen):

@@ -11,7 +11,7 @@ from pipeline.errors import ModelError, VerificationFailed
 from pipeline.prompts.chat import MIDDLE, START, ChatTemplate, Tokenizer
 from pipeline.prompts.conversation import Conversation, NotApplicable, Prompt, load_suite
 from pipeline.prompts.deviations import predictions
-from pipeline.prompts.ollama_view import as_api, restored
+from pipeline.prompts.ollama_view import restored
 from pipeline.prompts.renderers import Renderer, render_chat
 
 _END = "<|end_of_text|>"
@@ -162,16 +162,15 @@ def _cell(reference: Reference, renderer: Renderer, conversation: Conversation) 
         return cell("different", f"{renderer.name} refuses: {error}")
     if reference.same(prompt, expected):
         return cell("equal")
-    used = _listed(reference, renderer.name, conversation, prompt)
+    used = _listed(reference, renderer.paths, conversation, prompt)
     if used:
         return cell("listed", ", ".join(used))
     return cell("different", explain_difference(conversation, expected, reference.shown(prompt)))
 
 
-def _listed(reference: Reference, renderer: str, conversation: Conversation, prompt: Prompt) -> tuple[str, ...]:
+def _listed(reference: Reference, paths: Sequence[str], conversation: Conversation, prompt: Prompt) -> tuple[str, ...]:
     """The deviations that predict this prompt exactly; empty when none does."""
-    sent = as_api(conversation) if renderer in ("go", "modelfile", "ollama") else conversation
-    for changed, used in predictions(renderer, sent, reference.template.source):
+    for changed, used in predictions(paths, conversation, reference.template.source):
         try:
             predicted = restored(render_chat(reference.template, changed, reference.now))
         except ModelError:

@@ -21,6 +21,11 @@ class Renderer(Protocol):
         """Its column in the matrix."""
         ...
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of known deviations that a chat may take here."""
+        ...
+
     def render(self, conversation: Conversation) -> Prompt:
         """The prompt; raises ModelError when the template refuses, NotApplicable, or EngineError."""
         ...
@@ -45,6 +50,7 @@ class JinjaRenderer:
     template: ChatTemplate
     now: datetime
     name: str = "chat"
+    paths: tuple[str, ...] = ()
 
     def render(self, conversation: Conversation) -> Prompt:
         """Render in process."""
@@ -58,6 +64,7 @@ class TransformersRenderer:
     template: ChatTemplate
     now: datetime
     name: str = "transformers"
+    paths: tuple[str, ...] = ()
 
     def render(self, conversation: Conversation) -> Prompt:
         """Render with ``render_jinja_template``, which is what ``apply_chat_template`` calls."""
@@ -86,6 +93,7 @@ class GoRenderer:
     source: str
     now: datetime
     name: str = "go"
+    paths: tuple[str, ...] = ("template",)
 
     def render(self, conversation: Conversation) -> Prompt:
         """Render one conversation."""

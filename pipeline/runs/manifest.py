@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -48,15 +48,9 @@ class StageRecord:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> StageRecord:
         """Read what the manifest holds of a stage; KeyError, TypeError or AttributeError when it is something else."""
-        return cls(
-            key=raw["key"],
-            inputs={**raw.get("inputs", {})},
-            artefacts={name: Seal(seen["sha256"], seen["bytes"]) for name, seen in raw["artefacts"].items()},
-            result={**raw["result"]},
-            seconds=raw["seconds"],
-            finished_at=raw["finished_at"],
-            raw=raw,
-        )
+        artefacts = {name: Seal(**_known(Seal, seen)) for name, seen in raw["artefacts"].items()}
+        inputs, result = {**raw.get("inputs", {})}, {**raw["result"]}
+        return cls(raw["key"], inputs, artefacts, result, raw["seconds"], raw["finished_at"], raw)
 
 
 @dataclass(frozen=True)
@@ -95,10 +89,9 @@ class TrainingRecord:
     @classmethod
     def of(cls, record: StageRecord) -> TrainingRecord:
         """Take the fields from the fine-tune's record."""
-        given, base = record.inputs, record.inputs.get("base", {})
-        known = {name: record.result[name] for name in cls.__dataclass_fields__ if name in record.result}
-        what = BaseRecord(**{name: base[name] for name in BaseRecord.__dataclass_fields__ if name in base})
-        return cls(**known | {"base": what, "data": given.get("data", {}), "parameters": given.get("parameters", {})})
+        given = {"data": {}, "parameters": {}, **record.inputs}
+        base = BaseRecord(**_known(BaseRecord, given.get("base", {})))
+        return cls(**_known(cls, {**record.result, **given, "base": base}))
 
     @property
     def full(self) -> bool:
@@ -131,11 +124,16 @@ class ServedRecord:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> ServedRecord:
         """Read what the manifest holds of a backend, or what a report entry says of it."""
-        return cls(**{name: raw.get(name) for name in cls.__dataclass_fields__ if name != "raw"}, raw=raw)
+        return cls(**_known(cls, {**raw, "raw": raw}))
 
     def to_json(self) -> dict[str, Any]:
         """As the manifest keeps it, with its seal."""
         return sealed({name: value for name, value in vars(self).items() if name != "raw"})
+
+
+def _known(record: type, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a JSON object a record has fields for."""
+    return {field.name: raw[field.name] for field in fields(record) if field.name in raw}
 
 
 class Manifest:

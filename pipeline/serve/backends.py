@@ -47,12 +47,12 @@ class Started:
 
 
 def find(run: RunFolder, name: str, settings: Settings) -> Endpoint | None:
-    """An endpoint that already runs: started for this run, or (openai) given by URL; None when there is none."""
-    if name != "openai":
+    """An endpoint that already runs: started for this run, or given by URL where none is started; None when there is none."""
+    engine, there = engines.get(name), settings.address(name)
+    if engine.serves != "url":
         return serving.attach(name, Target.of_run(run, name))
-    if not settings.openai_compatible_base_url:
-        raise InputError("openai: no endpoint given", remedy="set OPENAI_COMPATIBLE_BASE_URL and OPENAI_COMPATIBLE_MODEL")
-    there = settings.address(name)
+    if not there.base_url:
+        raise InputError(f"{name}: no endpoint given", remedy=f"set {engine.prefix}_BASE_URL and {engine.prefix}_MODEL")
     return Endpoint(name, there.root, there.model, api_key=there.api_key.get_secret_value())
 
 

@@ -103,6 +103,14 @@ class Note:
     process: Server | None = None
     digest: str = ""
 
+    def about(self, url: str, model: str, digest: str = "") -> bool:
+        """Whether this is what a model of that name at a URL is now: its server still runs, or Ollama has the model made then.
+
+        One that someone made again has another digest.
+        """
+        still = self.digest == digest if self.digest else self.process is not None
+        return still and same_place(self.url, url) and same_name(model, self.model)
+
 
 def write(servers: Path, engine: str, said: Mapping[str, Any], loaded: Artefact | None) -> None:
     """Remember what answered its first token, and which artefact was loaded then: the file may be exported again meanwhile."""

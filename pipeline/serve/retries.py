@@ -21,12 +21,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from pipeline import engines
-from pipeline.engines.base import Engine
+from pipeline.engines.base import LEAST_CONTEXT, Engine
 from pipeline.errors import InputError, StartFailure
 from pipeline.planning.plan import Plan, Request, Setting
 
 MAX_RETRIES = 3
-_LEAST_CONTEXT = 512
 _KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
 
 
@@ -120,13 +119,8 @@ def _set_by_user(plan: Plan, name: str) -> Setting | None:
     return next((s for s in every if s.source == "user" and s.name in (name, opposite, parameter)), None)
 
 
-def _value(plan: Plan, name: str) -> int | None:
-    found = next((s.value for s in plan.flags if s.name == name), None)
-    return int(found) if found and found.isdigit() else None
-
-
 def _length(case: _Case) -> Change | None:
-    if not case.failed.numbers or case.failed.numbers[0] < _LEAST_CONTEXT:
+    if not case.failed.numbers or case.failed.numbers[0] < LEAST_CONTEXT:
         return None
     length = min(int(case.failed.numbers[0]), case.request.model.shape.max_positions)
     return Change(f"{case.failed.cause}: {length} tokens is what the engine says fits", {"--max-model-len": str(length)})
@@ -157,31 +151,22 @@ def _share(case: _Case) -> Change | None:
 
 
 def _eager(case: _Case) -> Change | None:
-    if case.plan.engine != "vllm" or any(s.name == "--enforce-eager" for s in case.plan.flags):
+    flag = engines.get(case.plan.engine).eager_flag
+    if not flag or any(s.name == flag for s in case.plan.flags):
         return None
-    return Change(f"{case.failed.cause}: without compilation and graphs", {"--enforce-eager": None})
+    return Change(f"{case.failed.cause}: without compilation and graphs", {flag: None})
 
 
 def _fewer(case: _Case) -> Change | None:
-    name = {"vllm": "--max-num-seqs", "sglang": "--max-running-requests"}.get(case.plan.engine)
-    now = _value(case.plan, name) if name else None
-    if name is None or now is None or now < 2:
-        return None
-    return Change(f"{case.failed.cause}: half the sequences at once", {name: str(now // 2)})
+    name = engines.get(case.plan.engine).sequences_flag
+    now = next((int(s.value) for s in case.plan.flags if s.name == name and s.value and s.value.isdigit()), 0)
+    return Change(f"{case.failed.cause}: half the sequences at once", {name: str(now // 2)}) if now > 1 else None
 
 
 def _smaller(case: _Case) -> Change | None:
-    """Less memory: eager on a GPU, then fewer sequences; for llama.cpp and Ollama half the context."""
-    if case.plan.engine == "llamacpp":
-        total, slots = _value(case.plan, "-c"), max(1, case.plan.max_num_seqs)
-        half = min((total or 0) // 2, slots * case.request.model.shape.max_positions)
-        if half // slots < _LEAST_CONTEXT:
-            return None
-        keep = {} if _set_by_user(case.plan, "--parallel") else {"--parallel": str(slots)}
-        return Change(f"{case.failed.cause}: half the context", {"-c": str(half), **keep})
-    if case.plan.engine == "ollama":
-        length = case.plan.max_model_len // 2
-        return Change(f"{case.failed.cause}: half the context", {"--num-ctx": str(length)}) if length >= _LEAST_CONTEXT else None
+    """Less memory: half the context where that frees it, else eager on a GPU, then fewer sequences."""
+    if half := engines.get(case.plan.engine).half_context(case.plan, case.request):
+        return Change(f"{case.failed.cause}: half the context", half)
     first = _eager(case) if case.request.hardware.gpus else None
     return first or _fewer(case)
 

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import psutil
 
-from pipeline.config import KEY_VARIABLES
+from pipeline.config import key_variables
 from pipeline.engines.base import Launch
 from pipeline.errors import EnvironmentFailure, InputError, StartFailure
 from pipeline.runs import lock
@@ -93,7 +93,8 @@ def start(launch: Launch, log: Path, *, owner: int | None) -> Server:
     guard = str(Path(__file__).with_name("guard.py"))
     command = [sys.executable, "-P", guard, "--owner", str(owner or 0), "--", *launch.argv]
     # an empty key, as in a copied .env.example, means none; llama-server would ask for it
-    given = {name: value for name, value in os.environ.items() if value or name not in KEY_VARIABLES.values()}
+    keys = key_variables().values()
+    given = {name: value for name, value in os.environ.items() if value or name not in keys}
     environment = {**given, **launch.env, "PYTHONUNBUFFERED": "1"}
     if launch.ours:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))

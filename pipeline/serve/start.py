@@ -34,7 +34,6 @@ from pipeline.serve.server import Progress, Server
 
 LOOPBACK = "127.0.0.1"
 _DEATH_SECONDS = 5.0
-_SERVES_FOLDER = frozenset({"vllm", "sglang"})  # the others serve the run's GGUF
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,13 @@ class Target:
     @classmethod
     def of_run(cls, run: RunFolder, engine: str, name: str | None = None) -> Target:
         """The artefact of a run that an engine serves; InputError when it has not been exported."""
-        model = run.merged if engine in _SERVES_FOLDER else run.gguf
+        facts = engines.get(engine)
+        model = facts.artefact(run)
+        if model is None:
+            raise InputError(f"{engine} is not started from here", remedy=f"set {facts.prefix}_BASE_URL to the running server")
         if not model.exists():
             raise InputError(f"run {run.name} has no {model.name}", remedy=f"granite-pipeline export --run {run.name}")
-        modelfile = run.modelfile if engine == "ollama" and run.modelfile.exists() else None
+        modelfile = run.modelfile if facts.creates_model and run.modelfile.exists() else None
         return cls(model, name or run.name, run.path, modelfile)
 
 
@@ -157,7 +159,7 @@ def _start_once(engine: Engine, plan: Plan, request: Request, target: Target, op
         version = engine.available().version
         described = _described(plan, launch)
         endpoint = Endpoint(engine.name, launch.url, launch.model, version, process, described, api_key=key_for(engine.name))
-        if engine.name == "ollama":
+        if engine.creates_model:
             create_in_ollama(endpoint, target, progress, plan)
         first_token(endpoint)
     except BaseException as error:

@@ -48,8 +48,13 @@ class Outcome:
     answers: tuple[Answer, ...] = ()
 
 
-def _title(name: str) -> str:
-    return str(getattr(engines.get(name), "title", name))
+def titled(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A report with the titles of its backends, which older ones lack; one that follows no contract as it is."""
+    backends = report.get("backends")
+    if not isinstance(backends, list) or not all(isinstance(backend, dict) for backend in backends):
+        return dict(report)
+    known = {name: engines.get(name).title for name in engines.NAMES}
+    return {**report, "backends": [{"title": known.get(str(b.get("name"))), **b} for b in backends]}
 
 
 def absent(name: str, status: str, reason: str, launched: Mapping[str, Any] | None = None) -> Outcome:
@@ -62,7 +67,7 @@ def absent(name: str, status: str, reason: str, launched: Mapping[str, Any] | No
     entry = Backend(
         **{**nothing, **(launched or {})},
         name=name,
-        title=_title(name),
+        title=engines.get(name).title,
         status="skipped" if missing else "failed",
         reason=what,
         install=install or None,
@@ -92,7 +97,7 @@ def judged(evidence: Evidence, material: Material) -> Outcome:
     entry = Backend(
         **evidence.launched,
         name=name,
-        title=_title(name),
+        title=engines.get(name).title,
         status="failed" if failed else "passed",
         reason="; ".join(f"{check.id}: {check.figure}" for check in failed) or None,
         # a prompt passes when the served answer is the one the trained model gives in process

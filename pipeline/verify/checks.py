@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline import engines
 from pipeline.errors import PipelineError
 from pipeline.net.chat import Streamed
 from pipeline.prompts.conversation import Conversation
@@ -65,7 +66,7 @@ async def parity(prober: Prober, rows: Sequence[HeldOut], expected: Sequence[tup
         except (LookupError, TypeError, ValueError) as error:
             return Check(check_id, "failed", f"its answer about the prompt is not understood: {error!r}")
         except PipelineError as error:
-            return Check(check_id, "skipped" if prober.endpoint.engine == "openai" else "failed", str(error))
+            return Check(check_id, "failed" if engines.get(prober.endpoint.engine).tells_prompt else "skipped", str(error))
         fed = prompt.text or "" if prompt.ids is None else list(prompt.ids)
         if fed != (text if isinstance(fed, str) else ids):
             return Check(check_id, "failed", f"prompt {number} differs: {difference(fed, text, ids)}")

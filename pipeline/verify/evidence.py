@@ -18,10 +18,12 @@ from typing import Any
 import httpx
 from pydantic import TypeAdapter
 
+from pipeline import engines
+from pipeline.engines.base import Engine
 from pipeline.errors import ModelError, PipelineError
 from pipeline.model.tokenizer import Tokenizer
 from pipeline.net.chat import Streamed
-from pipeline.net.client import ask, open_client
+from pipeline.net.client import open_client
 from pipeline.prompts.chat import ChatTemplate
 from pipeline.prompts.conversation import load_suite
 from pipeline.prompts.renderers import render_chat
@@ -34,7 +36,7 @@ from pipeline.runs.text import masked
 from pipeline.serve.notes import written_after
 from pipeline.serve.start import Endpoint
 from pipeline.verify import checks
-from pipeline.verify.distributions import Reference, next_tokens
+from pipeline.verify.distributions import Reference
 from pipeline.verify.material import Material
 from pipeline.verify.prober import Prober, ask_all
 from pipeline.verify.probes import injection, structured_output, tool_call
@@ -137,9 +139,10 @@ async def interrogate(
     endpoint: Endpoint, run: RunFolder, material: Material, plan: Plan, progress: Callable[[str], None] = lambda _: None
 ) -> Evidence:
     """Question one endpoint; what it cannot answer is noted, not raised, except answers to chats (EngineError)."""
-    begun, at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
+    engine, begun, at = engines.get(endpoint.engine), time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     with open_client(endpoint.url, endpoint.api_key) as client:
-        file = _file(client, endpoint)
+        file = engine.loaded_file(client, endpoint.model)
+        file = None if file == endpoint.model else file
         known = plan.known if plan.known and plan.known.speaks_for(endpoint, file, material) else None
         rows = tuple(row for row in plan.rows if known is None or row not in known.rows)
         said = await _chats(endpoint, material, rows, plan.features, progress)
@@ -152,14 +155,12 @@ async def interrogate(
             rows = known.rows + rows
         said |= _distributions(client, endpoint, plan) if plan.reference else {}
         said |= (
-            {"tokenised": _tokenised(client, endpoint.engine, run, [material.prompts[i][0] for i in plan.rows])}
-            if plan.reference
-            else {}
+            {"tokenised": _tokenised(client, engine, run, [material.prompts[i][0] for i in plan.rows])} if plan.reference else {}
         )
     return Evidence(
         engine=endpoint.engine,
         version=endpoint.version,
-        dtype=served_dtype(endpoint),
+        dtype=engine.served_dtype(endpoint.server.argv if endpoint.server else ()),
         rows=rows,
         file=file,
         file_sha256=_sha256(file),
@@ -218,6 +219,7 @@ async def _chats(
 def _distributions(client: httpx.Client, endpoint: Endpoint, plan: Plan) -> dict[str, Any]:
     """Next-token distributions at held-out positions of the rows asked and at the controls'; or why there are none."""
     assert plan.reference
+    engine = engines.get(endpoint.engine)
     held_out, controls = plan.reference.held_out, plan.reference.controls
     asked = {
         "probes": [(i, held_out[i].ids) for i in plan.probes([p.row for p in held_out]) if held_out[i].row in plan.rows],
@@ -226,7 +228,7 @@ def _distributions(client: httpx.Client, endpoint: Endpoint, plan: Plan) -> dict
     tops: dict[str, Any] = {}
     try:
         for name, chosen in asked.items():
-            said = next_tokens(client, endpoint.engine, endpoint.model, [ids for _, ids in chosen])
+            said = engine.next_tokens(client, endpoint.model, [ids for _, ids in chosen])
             tops[name] = dict(zip((i for i, _ in chosen), said, strict=True))
     except PipelineError as error:
         tops["problems"] = {"logprobs": error.message}
@@ -286,44 +288,13 @@ def written_since(path: Path, started_at: str) -> bool:
     return written_after(path, datetime.fromisoformat(started_at).timestamp() + 1)
 
 
-def served_dtype(endpoint: Endpoint) -> str:
-    """The number type an engine computes in: what it was told, Q8_0 for a GGUF; "unknown" for somebody else's server.
-
-    "quantised" where the engine makes the weights or the KV cache smaller than the exported ones.
-    """
-    argv = list(endpoint.server.argv) if endpoint.server else []
-    if endpoint.engine in ("llamacpp", "ollama"):
-        return "Q8_0"
-    if {"--quantization", "--kv-cache-dtype"} & set(argv):
-        return "quantised"
-    known = argv[argv.index("--dtype") + 1] if "--dtype" in argv else "unknown"
-    return "float16" if known == "auto" else known
-
-
-def _file(client: httpx.Client, endpoint: Endpoint) -> str | None:
-    """The model file or folder that the server itself says it loaded; None where it does not tell."""
-    try:
-        if endpoint.engine == "llamacpp":
-            found = client.get("/props").json().get("model_path")
-        else:
-            served = client.get("/v1/models").json()["data"]
-            found = next((entry.get("root") for entry in served if entry["id"] == endpoint.model), None)
-    except (httpx.HTTPError, ValueError, KeyError, AttributeError):
-        return None
-    return str(found) if found and str(found) != endpoint.model else None
-
-
-def _tokenised(client: httpx.Client, engine: str, run: RunFolder, texts: Sequence[str]) -> tuple[int, int] | None:
-    """llama.cpp's own tokenizer on the conversation suite and the prompts: how many texts give the tokenizer's IDs, of how many."""
-    if engine != "llamacpp":
+def _tokenised(client: httpx.Client, engine: Engine, run: RunFolder, texts: Sequence[str]) -> tuple[int, int] | None:
+    """The engine's own tokenizer on the conversation suite and the prompts: how many texts give the tokenizer's IDs, of how many."""
+    if not texts or engine.tokenize(client, texts[0]) is None:
         return None
     tokenizer, template = Tokenizer(run.merged), ChatTemplate.from_folder(run.merged)
     every = list(texts)
     for conversation in load_suite():
         with contextlib.suppress(ModelError):  # the template refuses it
             every.append(render_chat(template, conversation, datetime(2026, 1, 1)))
-    same = 0
-    for text in every:
-        body: dict[str, Any] = {"content": text, "add_special": False, "parse_special": True}
-        same += [int(token) for token in ask(client, "/tokenize", body)["tokens"]] == tokenizer.encode(text)
-    return same, len(every)
+    return sum(engine.tokenize(client, text) == tokenizer.encode(text) for text in every), len(every)

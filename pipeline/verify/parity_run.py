@@ -22,7 +22,7 @@ from pipeline.serve import backends
 from pipeline.serve import start as serving
 from pipeline.serve.start import Options, Target
 from pipeline.verify.files import prompt_problems
-from pipeline.verify.sources import SERVERS, EngineRenderer, Source, choose_renderers
+from pipeline.verify.sources import EngineRenderer, Source, choose_renderers, servers
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Compared:
 def compare_here(source: Source, engines: str | None, *, start: bool) -> Compared:
     """Compare the renderers named (default: all that are here), with the run's own servers; ``start`` brings those up."""
     run = source.run
-    names = [name for name in SERVERS if engines is None or name in engines.split(",")]
+    names = [name for name in servers() if engines is None or name in engines.split(",")]
     with run_servers(run, names, start=start) if run else nullcontext(Running()) as running:
         chosen, absent = choose_renderers(engines, source, running.renderers)
         matrix = compare(source.reference, chosen)

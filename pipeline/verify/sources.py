@@ -8,26 +8,27 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
 
 import httpx
 
 from pipeline import engines
-from pipeline.config import key_for
+from pipeline.config import key_for, load, root_url
 from pipeline.engines.base import Engine
 from pipeline.errors import EngineError, InputError, MissingDependency
 from pipeline.modelfile.modelfile import parse_modelfile
 from pipeline.modelfile.template import derive
-from pipeline.net.client import ask
+from pipeline.net.client import ask, wait_for
 from pipeline.prompts.chat import ChatTemplate, Tokenizer
 from pipeline.prompts.conversation import Conversation, Prompt
 from pipeline.prompts.gorender import find_go
 from pipeline.prompts.parity import Reference
 from pipeline.prompts.renderers import GoRenderer, JinjaRenderer, Renderer, TransformersRenderer
 from pipeline.runs.folder import DEFAULT_NAME, RunFolder
+from pipeline.serve import notes
 from pipeline.verify.files import trained_template
 
 _TIMEOUT = 60.0
+_LIST_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class EngineRenderer:
     def engine(self) -> Engine:
         """The engine of that name."""
         return engines.get(self.name)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths that the engine declares."""
+        return self.engine.renderers
 
     @cached_property
     def client(self) -> httpx.Client:
@@ -65,13 +71,16 @@ def _client(url: str, key: str) -> httpx.Client:
     return httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT, limits=httpx.Limits(max_keepalive_connections=0))
 
 
-# the run's own files as they would be rendered, without a server: what vLLM, llama.cpp and Ollama are given
+# rendered without a server: in process, and from the run's own files as engines are given them
+_HERE = ("chat", "transformers", "go")
 _FILES = ("merged", "gguf", "modelfile")
-_PORTS = {"llamacpp": 8005, "vllm": 8003, "ollama": 11434}
-SERVERS = tuple(_PORTS)
-NAMES = ("chat", "transformers", "go", *_FILES, *_PORTS)
 # Templates given as a file name no tokens; these are the same in every Granite model
 _TOKENS = {"bos_token": "<|end_of_text|>", "eos_token": "<|end_of_text|>"}
+
+
+def servers() -> list[str]:
+    """The engines that can be asked what they feed a model."""
+    return [engine.name for engine in engines.every() if engine.tells_prompt]
 
 
 @dataclass(frozen=True)
@@ -120,10 +129,10 @@ def make_renderer(name: str, source: Source, *, url: str | None = None, model: s
         return GoRenderer(derive(template).text, now)
     if name in _FILES:
         return _file_renderer(name, source)
-    if name not in _PORTS:
-        raise InputError(f"no renderer {name!r}", remedy=f"use one of {', '.join(NAMES)}")
-    base = (url or f"http://127.0.0.1:{_PORTS[name]}").rstrip("/").removesuffix("/v1")
-    return EngineRenderer(name, base, model if model is not None else _served(name, base, source, asked=True))
+    if name not in servers():
+        raise InputError(f"no renderer {name!r}", remedy=f"use one of {', '.join((*_HERE, *_FILES, *servers()))}")
+    base = root_url(url or load().address(name).base_url)
+    return EngineRenderer(name, base, model if model is not None else _served(engines.get(name), base, source, asked=True))
 
 
 def _file_renderer(name: str, source: Source) -> Renderer:
@@ -150,21 +159,21 @@ def choose_renderers(
 
     ``running`` holds the run's own servers, which are taken before others are looked for.
 
-    With none named: all that are here - a server only when it serves this very model - and why the others are left out.
+    With none named: all that are here - a server at its configured address only when it serves this very model - and why
+    the others are left out.
     """
     if wanted is not None:
         names = [item.strip() for item in wanted.split(",") if item.strip()]
         return [(running or {}).get(name) or _named(name, source) for name in names], {}
     chosen: list[Renderer] = []
     absent = {}
-    for name in NAMES:
+    for name in (*_HERE, *_FILES, *servers()):
         try:
-            if name in (running or {}) or name not in _PORTS:
+            if name in (running or {}) or name not in servers():
                 chosen.append((running or {}).get(name) or make_renderer(name, source))
                 continue
-            base = f"http://127.0.0.1:{_PORTS[name]}"
-            model = _served(name, base, source, asked=False)
-            chosen.append(EngineRenderer(name, base, model))
+            base = load().address(name).root
+            chosen.append(EngineRenderer(name, base, _served(engines.get(name), base, source, asked=False)))
         except (EngineError, InputError, MissingDependency) as error:
             absent[name] = f"{error.message}" + (f" ({error.remedy})" if error.remedy else "")
     return chosen, absent
@@ -184,56 +193,25 @@ def prompt_text(renderer: Renderer, conversation: Conversation, source: Source) 
     return source.reference.shown(prompt)
 
 
-def _served(name: str, base: str, source: Source, *, asked: bool) -> str:
-    """The model on a server that is this one ("" for llama-server, which has one).
+def _served(engine: Engine, base: str, source: Source, *, asked: bool) -> str:
+    """The name of the model at a URL that is the run's: the run's record says so, or the server says that it loaded its file.
 
     EngineError when the server does not answer; when it serves something else InputError, unless it was asked for by name
     and there is nothing to choose: then what it serves is what is to be compared.
     """
-    key = key_for(name)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    with httpx.Client(base_url=base, headers=headers, timeout=3.0) as client:
-        try:
-            found, others = _FINDERS[name](client, source)
-        except httpx.HTTPError as error:
-            raise EngineError(f"no {name} server at {base}: {error}") from None
-    if found is not None:
-        return found
-    if asked and len(others) == 1:
-        return others[0]
+    listing = wait_for(engine.listing(base, key_for(engine.name), _LIST_SECONDS))
+    if listing.models is None:
+        raise EngineError(f"no {engine.name} server at {base}: {listing.reached.detail or 'it lists no models'}")
+    names = [model.name for model in listing.models]
+    if source.run is not None:
+        note, artefact = notes.of_run(source.run, engine.name), engine.artefact(source.run)
+        for model in listing.models:
+            noted = note and note.about(base, model.name, model.digest)
+            if noted or (artefact and model.path and Path(model.path).resolve() == artefact.resolve()):
+                return model.name
+    if asked and len(names) == 1:
+        return names[0]
     raise InputError(
-        f"the {name} server at {base} serves another model: {', '.join(others) or 'none'}",
-        remedy=f"--engines {name}={base}#MODEL compares one of its models",
+        f"the {engine.name} server at {base} serves another model: {', '.join(names) or 'none'}",
+        remedy=f"--engines {engine.name}={base}#MODEL compares one of its models",
     )
-
-
-def _find_llamacpp(client: httpx.Client, source: Source) -> tuple[str | None, list[str]]:
-    """By the chat template it shows."""
-    same = str(_json(client.get("/props")).get("chat_template", "")).rstrip("\n") == source.template.source.rstrip("\n")
-    return ("" if same else None), [""]
-
-
-def _find_vllm(client: httpx.Client, source: Source) -> tuple[str | None, list[str]]:
-    """By the folder it was started with."""
-    models = _json(client.get("/v1/models")).get("data") or []
-    same = (
-        str(m["id"]) for m in models if source.folder and Path(str(m.get("root") or "/")).resolve() == source.folder.resolve()
-    )
-    return next(same, None), [str(m["id"]) for m in models]
-
-
-def _find_ollama(client: httpx.Client, source: Source) -> tuple[str | None, list[str]]:
-    """By the TEMPLATE it was created with."""
-    names = [str(m["name"]) for m in _json(client.get("/api/tags")).get("models") or []]
-    wanted = derive(source.template).text
-    same = (name for name in names if _json(client.post("/api/show", json={"model": name})).get("template") == wanted)
-    return next(same, None), names
-
-
-_FINDERS = {"llamacpp": _find_llamacpp, "vllm": _find_vllm, "ollama": _find_ollama}
-
-
-def _json(answer: httpx.Response) -> dict[str, Any]:
-    answer.raise_for_status()
-    found: dict[str, Any] = answer.json()
-    return found

@@ -17,8 +17,8 @@ import psutil
 import pytest
 from serving_faults import Watched, cli, copy_of, embedded_gguf, nothing_left, processes_of, request_of, starts, target_of, until
 
-from pipeline.doctor.servers import listing
 from pipeline.errors import EnvironmentFailure, StartFailure
+from pipeline.operate.services import listing
 from pipeline.planning.plan import Setting
 from pipeline.serve import server
 from pipeline.serve import start as serving

@@ -63,6 +63,13 @@ def test_the_example_file_holds_every_variable_and_loads(tmp_path: Path) -> None
     assert config.load(example) == config.load(tmp_path / "none")
 
 
+def test_what_an_engine_declares_is_what_is_documented() -> None:
+    for engine in engines.every():
+        assert config.Settings.model_fields[f"{engine.prefix}_BASE_URL".lower()].default == engine.url()
+        assert config.Settings.model_fields[f"{engine.prefix}_MODEL".lower()].default == engine.default_model
+        assert {name.lower() for name in (*engine.settings, engine.key_variable) if name} <= set(config.Settings.model_fields)
+
+
 @pytest.mark.parametrize(
     ("variable", "engine", "flag", "value"),
     [

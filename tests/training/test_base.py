@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.runs.folder import RunFolder
+from pipeline.runs.manifest import Manifest
 from training import base, embedded
 from training.parameters import FinetuneParameters
 from training.tuning.finetune import finetune
@@ -37,3 +38,12 @@ def test_a_run_is_not_trained_on_its_own_output(run: RunFolder, tmp_path: Path) 
             finetune(run, FinetuneParameters(base=str(folder), data=str(rows)))
         assert "another --name" in caught.value.remedy
     assert not run.manifest.exists()
+
+
+def test_the_base_of_a_run_is_the_recorded_one_at_its_revision(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = {"base": {"id": "owner/name", "revision": "abc", "sha256": "1"}, "data": {}, "parameters": {"base": "owner/name"}}
+    Manifest(run.manifest).record("finetune", inputs, [], {}, 1)
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.setattr(base, "resolve", lambda *given: asked.append(given))
+    base.BaseModel.of_run(run)
+    assert asked == [("owner/name", run.base_cache, "abc")]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pipeline.certify
+from pipeline.engines.base import ASKED
 from pipeline.model.tokenizer import Tokenizer
 from pipeline.prompts.chat import ChatTemplate
 from pipeline.prompts.neutralise import control_tokens, neutralise_message
@@ -22,7 +23,7 @@ from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import sha256_file
 from pipeline.runs.manifest import Manifest
 from pipeline.runs.stages import StageResult, run_stage
-from pipeline.verify.distributions import ASKED, ROWS, Probe, Reference
+from pipeline.verify.distributions import ROWS, Probe, Reference
 from pipeline.verify.score import read_held_out, read_reference
 from training.base import BaseModel
 from training.export.merge import Adapter, merged_weights, read_adapter

@@ -20,6 +20,8 @@ from pipeline.runs.hashes import sha256_file
 from training.datasets.formats import UNDERSTOOD, RowError, convert, detect
 from training.datasets.sources import Advance, Record, records, resolve
 
+_SHOWN = 5
+
 
 @dataclass(frozen=True)
 class Row:
@@ -52,43 +54,6 @@ class Dataset:
     refused: tuple[Refusal, ...]
     sha256: str
     ignored: tuple[str, ...] = ()
-
-
-def showable(text: str, limit: int = 300) -> str:
-    """Text from a file as it can be printed: no lone surrogates, and cut at ``limit`` characters."""
-    cut = text if len(text) <= limit else text[:limit] + "..."
-    return cut.encode("utf-8", "replace").decode()
-
-
-def digest(messages: tuple[dict[str, Any], ...], tools: Any = None) -> str:
-    """Hex SHA-256 of messages exactly as they are."""
-    return hashlib.sha256(json.dumps([messages, tools], sort_keys=True).encode()).hexdigest()
-
-
-def prompt_keys(row: Row) -> list[str]:
-    """A key for the prompt before each assistant turn, shortest first; case and white space do not count."""
-    running = hashlib.sha256()
-    keys = []
-    for message in row.messages:
-        if message["role"] == "assistant":
-            keys.append(running.hexdigest())
-        calls = json.dumps(message.get("tool_calls"), sort_keys=True)
-        running.update(json.dumps([message["role"], _fold(message["content"]), calls]).encode())
-    return keys
-
-
-def prompt_key(row: Row) -> str:
-    """The key of the prompt that the last assistant turn answers."""
-    return prompt_keys(row)[-1]
-
-
-def _fold(text: str) -> str:
-    return " ".join(text.casefold().split())
-
-
-__all__ = ["Dataset", "Refusal", "Row", "load", "overlap", "read", "require_clean", "split"]
-
-_SHOWN = 5
 
 
 def read(source: str | Path, advance: Advance | None = None) -> Dataset:
@@ -215,3 +180,35 @@ def overlap(train: Sequence[Row], held_out: Sequence[Row]) -> list[Row]:
     """Held-out rows whose prompt is answered somewhere in training, case and white space aside."""
     known = {key for row in train for key in prompt_keys(row)}
     return [row for row in held_out if prompt_key(row) in known]
+
+
+def showable(text: str, limit: int = 300) -> str:
+    """Text from a file as it can be printed: no lone surrogates, and cut at ``limit`` characters."""
+    cut = text if len(text) <= limit else text[:limit] + "..."
+    return cut.encode("utf-8", "replace").decode()
+
+
+def digest(messages: tuple[dict[str, Any], ...], tools: Any = None) -> str:
+    """Hex SHA-256 of messages exactly as they are."""
+    return hashlib.sha256(json.dumps([messages, tools], sort_keys=True).encode()).hexdigest()
+
+
+def prompt_keys(row: Row) -> list[str]:
+    """A key for the prompt before each assistant turn, shortest first; case and white space do not count."""
+    running = hashlib.sha256()
+    keys = []
+    for message in row.messages:
+        if message["role"] == "assistant":
+            keys.append(running.hexdigest())
+        calls = json.dumps(message.get("tool_calls"), sort_keys=True)
+        running.update(json.dumps([message["role"], _fold(message["content"]), calls]).encode())
+    return keys
+
+
+def prompt_key(row: Row) -> str:
+    """The key of the prompt that the last assistant turn answers."""
+    return prompt_keys(row)[-1]
+
+
+def _fold(text: str) -> str:
+    return " ".join(text.casefold().split())

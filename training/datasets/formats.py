@@ -29,6 +29,8 @@ UNDERSTOOD = {
 _ROLES = {"human": "user", "gpt": "assistant", "developer": "system", "observation": "tool"}
 _ROLES |= {role: role for role in ("system", "user", "assistant", "tool")}
 _KEPT = ("name", "tool_calls", "tool_call_id")
+_MAY_FOLLOW: dict[str | None, tuple[str, ...]] = {None: ("system", "user"), "system": ("user",), "user": ("assistant",)}
+_MAY_FOLLOW |= {"assistant": ("user", "tool"), "tool": ("tool", "assistant")}
 _DEPTH = 64
 
 
@@ -65,34 +67,30 @@ def convert(name: str, row: Mapping[str, Any]) -> Converted:
 
 
 def _turns(name: str, row: Mapping[str, Any]) -> list[Any]:
+    """A row's turns as they are written, the row's system message before them unless they begin with one."""
     if name == "messages":
         return _list(row["messages"], "messages")
-    if name == "alpaca":
-        asked, given = _text(row, "instruction"), _text(row, "input")
-        user = f"{asked}\n\n{given}" if given else asked
-        return [*_system(row), _turn("user", user), _turn("assistant", _text(row, "output"))]
     if name == "conversations":
         turns = _list(row["conversations"], "conversations")
-        return turns if _opens_with_system(turns) else [*_system(row), *turns]
-    prompt, completion = (
-        _list(row[column], column) if isinstance(row[column], list) else [_turn(role, _text(row, column))]
-        for column, role in (("prompt", "user"), ("completion", "assistant"))
-    )
-    return [*([] if _opens_with_system(prompt) else _system(row)), *prompt, *completion]
+    elif name == "alpaca":
+        asked, given = _text(row, "instruction"), _text(row, "input")
+        turns = [_turn("user", f"{asked}\n\n{given}" if given else asked), _turn("assistant", _text(row, "output"))]
+    else:
+        turns = [*_part(row, "prompt", "user"), *_part(row, "completion", "assistant")]
+    first = turns[0]
+    if isinstance(first, dict) and _ROLES.get(str(first.get("role", first.get("from")))) == "system":
+        return turns
+    system = _text(row, "system")
+    return [_turn("system", system), *turns] if system.strip() else turns
+
+
+def _part(row: Mapping[str, Any], column: str, role: str) -> list[Any]:
+    """One side of TRL's pair: a list of messages, or the text of one."""
+    return _list(row[column], column) if isinstance(row[column], list) else [_turn(role, _text(row, column))]
 
 
 def _turn(role: str, content: str) -> Message:
     return {"role": role, "content": content}
-
-
-def _system(row: Mapping[str, Any]) -> list[Message]:
-    text = _text(row, "system")
-    return [_turn("system", text)] if text.strip() else []
-
-
-def _opens_with_system(turns: list[Any]) -> bool:
-    first = turns[0] if turns else None
-    return isinstance(first, dict) and _ROLES.get(str(first.get("role", first.get("from")))) == "system"
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:
@@ -106,16 +104,26 @@ def _text(row: Mapping[str, Any], column: str) -> str:
 
 def _list(value: Any, column: str) -> list[Any]:
     """A list of turns or tools; CSV and some Parquet files hold it as JSON text."""
-    if isinstance(value, str):
-        try:
-            value = parse(value)
-        except ValueError as error:
-            raise RowError(f"{column!r} is {error}") from None
+    value = _parsed(value, f"{column!r} is")
     if not isinstance(value, list):
         raise RowError(f"{column!r} must be a list, this is {type(value).__name__}")
     if not value:
         raise RowError(f"{column!r} is empty")
     return value
+
+
+def _parsed(value: Any, what: str) -> Any:
+    """What a JSON text says, any other value as it is; ``what`` begins the reason when the text is no JSON."""
+    try:
+        return parse(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise RowError(f"{what} {error}") from None
+
+
+def _function(entry: Any) -> dict[str, Any] | None:
+    """The named function of a tool or of a tool call, in OpenAI's wrapping or without it; None when it has no name."""
+    function = entry.get("function", entry) if isinstance(entry, dict) else None
+    return function if isinstance(function, dict) and isinstance(function.get("name"), str) else None
 
 
 def _message(turn: Any, number: int, ignored: set[str]) -> Message:
@@ -159,17 +167,13 @@ def _calls(value: Any, number: int) -> list[dict[str, Any]]:
     """Tool calls in OpenAI's shape, the arguments parsed: a chat template writes an object, a string it would quote."""
     calls = []
     for call in _list(value, "tool_calls"):
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        function = _function(call)
+        if not function or not function["name"]:
             raise RowError(f"turn {number} has a tool call without a function name")
-        arguments = function.get("arguments") or {}
-        if isinstance(arguments, str):
-            try:
-                arguments = parse(arguments)
-            except ValueError as error:
-                raise RowError(f"turn {number}: the arguments of {function['name']} are {error}") from None
+        what = f"turn {number}: the arguments of {function['name']}"
+        arguments = _parsed(function.get("arguments") or {}, f"{what} are")
         if not isinstance(arguments, dict):
-            raise RowError(f"turn {number}: the arguments of {function['name']} must be an object")
+            raise RowError(f"{what} must be an object")
         known = {"id": call["id"]} if call.get("id") else {}
         calls.append({**known, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return calls
@@ -179,10 +183,8 @@ def _tools(value: Any) -> tuple[dict[str, Any], ...] | None:
     if value is None or value in ("", "[]", []):
         return None
     tools = _list(value, "tools")
-    for tool in tools:
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise RowError("'tools' has an entry without a function name")
+    if not all(map(_function, tools)):
+        raise RowError("'tools' has an entry without a function name")
     return tuple(tools)
 
 
@@ -193,17 +195,10 @@ def _check_order(messages: list[Message]) -> None:
         raise RowError("has no assistant turn, so there is nothing to learn from")
     if roles[-1] != "assistant":
         raise RowError(f"ends with a {roles[-1]} turn; the last turn must be the assistant's")
-    allowed = {
-        None: ("system", "user"),
-        "system": ("user",),
-        "user": ("assistant",),
-        "assistant": ("user", "tool"),
-        "tool": ("tool", "assistant"),
-    }
     for number, (before, role) in enumerate(zip([None, *roles], roles, strict=False), 1):
-        if role not in allowed[before]:
+        if role not in _MAY_FOLLOW[before]:
             place = f"after {'an' if before == 'assistant' else 'a'} {before} turn" if before else "as the first turn"
-            raise RowError(f"turn {number} is {role} {place}; expected {' or '.join(allowed[before])}")
+            raise RowError(f"turn {number} is {role} {place}; expected {' or '.join(_MAY_FOLLOW[before])}")
 
 
 def _check_text(value: Any) -> None:
@@ -217,19 +212,13 @@ def _check_text(value: Any) -> None:
         if isinstance(item, str):
             if "\0" in item:
                 raise RowError("contains a NUL character")
-            if not item.isascii() and not _is_utf8(item):
-                raise RowError("is not valid UTF-8")
+            try:
+                item.encode()
+            except UnicodeEncodeError:
+                raise RowError("is not valid UTF-8") from None
         elif isinstance(item, dict):
             stack += [(part, depth + 1) for pair in item.items() for part in pair]
         elif isinstance(item, list | tuple):
             stack += [(part, depth + 1) for part in item]
         elif not isinstance(item, int | float | None):
             raise RowError(f"holds a value that JSON cannot ({type(item).__name__})")
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

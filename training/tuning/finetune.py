@@ -8,7 +8,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -25,9 +25,9 @@ from training.datasets import soc
 from training.datasets.dataset import Row, load, overlap, split
 from training.memory import finetune_need, longest_row, require_memory
 from training.parameters import FinetuneParameters
-from training.progress import progress_callback
 from training.tuning import checkpoints, trainers
-from training.tuning.prepare import IGNORED, Example, Prepared, Preparer
+from training.tuning.loop import make_trainer
+from training.tuning.prepare import Prepared, Preparer
 
 log = logging.getLogger(__name__)
 STAGE = "finetune"
@@ -43,6 +43,26 @@ class Split:
     train: list[Row]
     held_out: list[Row]
     sha256: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One fine-tune, ready to begin: what is trained and scored on, and the dated inputs that its checkpoints belong to."""
+
+    run: RunFolder
+    params: FinetuneParameters
+    base: BaseModel
+    rows: Prepared
+    held_out: Prepared
+    noted: dict[str, Any]
+
+    def counts(self) -> dict[str, Any]:
+        """Rows and tokens, as the manifest keeps them."""
+        rows = {"train": len(self.rows.examples), "held_out": len(self.held_out.examples)}
+        return {
+            "rows": {**rows, "too_long": list(self.rows.too_long), "neutralised": self.rows.neutralised},
+            "tokens": {"all": self.rows.tokens, "trained": self.rows.trained_tokens},
+        }
 
 
 def read_split(params: FinetuneParameters) -> Split:
@@ -81,12 +101,12 @@ def finetune(run: RunFolder, params: FinetuneParameters, *, force: Force = False
         # dated templates: one date a run, also when it is resumed; not among the inputs, for tomorrow it is the same training
         noted = checkpoints.dated(run.checkpoints, inputs)
         preparer = Preparer(base.folder, datetime.fromisoformat(noted["date"]))
-        prepared = preparer.prepare(data.train, params.max_length)
-        held_out = preparer.prepare(data.held_out, params.max_length)
-        log.info("finetune: %d rows, %d tokens (%d trained), %d rows too long and left out", len(prepared.examples), prepared.tokens, prepared.trained_tokens, len(prepared.too_long))  # fmt: skip
-        need = finetune_need(base.folder, params, longest_row(prepared.examples))
+        rows, held_out = (preparer.prepare(part, params.max_length) for part in (data.train, data.held_out))
+        said = (len(rows.examples), rows.tokens, rows.trained_tokens, len(rows.too_long))
+        log.info("finetune: %d rows, %d tokens (%d trained), %d rows too long and left out", *said)
+        need = finetune_need(base.folder, params, longest_row(rows.examples))
         require_memory("fine-tuning", need, "lower --batch-size (and raise --gradient-accumulation) or --max-length")
-        result = _train(run, params, base, prepared, held_out, noted)
+        result = _train(Job(run, params, base, rows, held_out, noted))
         result["date"] = noted["date"]
         result["system"] = _shared_system(data.train)
         write_atomic(run.heldout, "".join(_jsonl(preparer.clean(row)) for row in data.held_out))
@@ -117,39 +137,29 @@ def _jsonl(row: Row) -> str:
     return json.dumps({"messages": list(row.messages), **tools}, ensure_ascii=False) + "\n"
 
 
-def _train(run: RunFolder, params: FinetuneParameters, base: BaseModel, rows: Prepared, held_out: Prepared, noted: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
-    from transformers import set_seed
-
-    backend, reason = trainers.choose(params, base.folder)
+def _train(job: Job) -> dict[str, Any]:
+    """Train, or go on from a checkpoint; leaves the adapter and returns what came of it."""
+    run, params = job.run, job.params
+    backend, reason = trainers.choose(params, job.base.folder)
     dtype = trainers.training_dtype()
     log.info("trainer: %s (%s), dtype %s", backend, reason, dtype)
-    set_seed(params.seed)
-    model = trainers.trainable(base.folder, params, backend, dtype)
+    model = trainers.trainable(job.base.folder, params, backend, dtype)
     require_free_space(run.path, _disk_need(model), "fine-tuning (adapter and checkpoints)")
-    trainer = _trainer(model, run.checkpoints, params, dtype, rows.examples, held_out.examples[:_EVAL_ROWS])
+    trainer = make_trainer(model, run.checkpoints, params, dtype, job.rows.examples, job.held_out.examples[:_EVAL_ROWS])
     before = trainer.evaluate()["eval_loss"]
     started = time.monotonic()
-    checkpoint = checkpoints.latest(run.checkpoints, noted)
+    checkpoint = checkpoints.latest(run.checkpoints, job.noted)
     trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.monotonic() - started
-    if trainer.state.global_step < trainer.state.max_steps:
-        interrupt.leave_if_asked(f"the checkpoint of step {trainer.state.global_step} of {trainer.state.max_steps} is kept")
+    seconds, state = time.monotonic() - started, trainer.state
+    if state.global_step < state.max_steps:
+        interrupt.leave_if_asked(f"the checkpoint of step {state.global_step} of {state.max_steps} is kept")
     after = trainer.evaluate()["eval_loss"]
-    history = _history(trainer.state.log_history, before)
+    history = _history(state.log_history, before)
     _check_learning(history, model, params)
-    with staged(run.adapter) as target:
-        model.save_pretrained(str(target))
-        _settle_adapter(target)
-        write_json(target / "finetune.json", params.to_json())
-    steps = trainer.state.global_step
+    _save(model, run.adapter, params)
     # a resumed training is timed from where it went on
-    seen = (
-        (steps - checkpoints.step(checkpoint))
-        * params.batch_size
-        * params.gradient_accumulation
-        * rows.tokens
-        / len(rows.examples)
-    )
+    done = state.global_step - checkpoints.step(checkpoint)
+    seen = done * params.batch_size * params.gradient_accumulation * job.rows.tokens / len(job.rows.examples)
     return {
         "trainer": backend,
         "trainer_reason": reason,
@@ -157,15 +167,21 @@ def _train(run: RunFolder, params: FinetuneParameters, base: BaseModel, rows: Pr
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(model.device),
         "packages": _versions(),
-        "rows": {"train": len(rows.examples), "held_out": len(held_out.examples), "too_long": list(rows.too_long), "neutralised": rows.neutralised},
-        "tokens": {"all": rows.tokens, "trained": rows.trained_tokens},
+        **job.counts(),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "steps": steps,
+        "steps": state.global_step,
         "train_seconds": round(seconds, 1),
         "tokens_per_second": round(seen / seconds, 1),
         "eval_loss": {"before": before, "after": after},
         "history": history,
-    }  # fmt: skip
+    }
+
+
+def _save(model: Any, adapter: Path, params: FinetuneParameters) -> None:
+    with staged(adapter) as target:
+        model.save_pretrained(str(target))
+        _settle_adapter(target)
+        write_json(target / "finetune.json", params.to_json())
 
 
 def _settle_adapter(folder: Path) -> None:
@@ -182,59 +198,6 @@ def _disk_need(model: Any) -> int:
     return 3 * 3 * trained + trained + 2**24
 
 
-def _trainer(model: Any, folder: Path, params: FinetuneParameters, dtype: Any, rows: Sequence[Example], held_out: Sequence[Example]) -> Any:  # fmt: skip
-    import torch
-    from transformers import Trainer, TrainingArguments
-
-    steps_per_epoch = math.ceil(len(rows) / (params.batch_size * params.gradient_accumulation))
-    total = params.max_steps or math.ceil(steps_per_epoch * params.epochs)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=total,
-        per_device_train_batch_size=params.batch_size,
-        per_device_eval_batch_size=params.batch_size,
-        gradient_accumulation_steps=params.gradient_accumulation,
-        learning_rate=params.peak_learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=min(params.warmup_steps, total),
-        weight_decay=params.weight_decay,
-        optim="adamw_torch",
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
-        use_cpu=not torch.cuda.is_available(),
-        logging_steps=max(1, total // 50),
-        eval_strategy="steps",
-        eval_steps=max(1, total // 2),
-        save_steps=params.save_steps,
-        save_total_limit=2,
-        prediction_loss_only=True,
-        disable_tqdm=not log.isEnabledFor(logging.INFO),
-        seed=params.seed,
-        report_to="none",
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-    pad = model.config.pad_token_id
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=list(rows),
-        eval_dataset=list(held_out),
-        data_collator=_collator(pad if pad is not None else 0),
-        callbacks=[progress_callback(log), checkpoints.sealing_callback()],
-    )
-    return _silent(trainer)
-
-
-def _silent(trainer: Any) -> Any:
-    """The trainer without the callbacks that write to stdout, where --json is; ours log to stderr."""
-    from transformers import PrinterCallback, ProgressCallback
-
-    for noisy in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(noisy)
-    return trainer
-
-
 def _versions() -> dict[str, str]:
     """Installed versions of what shapes the result."""
     found = {}
@@ -242,23 +205,6 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
-
-
-def _collator(pad_id: int) -> Callable[[Sequence[Example]], dict[str, Any]]:
-    """Right-pad a batch; padding carries no loss and no attention, so any id will do."""
-
-    def collate(batch: Sequence[Example]) -> dict[str, Any]:
-        import torch
-
-        width = max(len(e.input_ids) for e in batch)
-        rows = [(e, width - len(e.input_ids)) for e in batch]
-        return {
-            "input_ids": torch.tensor([[*e.input_ids, *[pad_id] * gap] for e, gap in rows]),
-            "attention_mask": torch.tensor([[1] * len(e.input_ids) + [0] * gap for e, gap in rows]),
-            "labels": torch.tensor([[*e.labels, *[IGNORED] * gap] for e, gap in rows]),
-        }
-
-    return collate
 
 
 def _history(log_history: list[dict[str, Any]], before: float) -> list[dict[str, Any]]:

@@ -82,7 +82,10 @@ def training_dtype() -> Any:
 
 
 def trainable(folder: Path, params: FinetuneParameters, backend: str, dtype: Any) -> Any:
-    """Load the base and make it trainable: LoRA on every linear layer but the router and head, or all weights."""
+    """Load the base and make it trainable: LoRA on every linear layer but the router and head, or all weights; seeded."""
+    from transformers import set_seed
+
+    set_seed(params.seed)
     if params.method == "qlora":
         _require_gpu()
     return _unsloth(folder, params, dtype) if backend == "unsloth" else _hf(folder, params, dtype)

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from pipeline import engines
 from pipeline.certify.subject import Subject
 from pipeline.report.check import Check, guarded, held, skipped
 from pipeline.runs.hashes import sha256_json
@@ -144,8 +145,9 @@ def _launch(subject: Subject) -> Check:
     edited = [name for name, record in records.items() if not record.intact]
     if not served and not edited:
         return skipped("custody.launch", "no launch of this run is recorded yet")
-    # Ollama's server is started without a model
-    foreign = [name for name, record in served.items() if name != "ollama" and not _of_run(record, subject)]
+    # a server in which the model is made is started without one
+    told = [name for name in served if name not in engines.NAMES or not engines.get(name).creates_model]
+    foreign = [name for name in told if not _of_run(served[name], subject)]
     nameless = [name for name, record in served.items() if not record.engine_version]
     problems = [f"the record of {name} is not as verify wrote it (granite-pipeline verify writes it anew)" for name in edited]
     problems += [f"{name} was started with a model that is not this run's" for name in foreign]

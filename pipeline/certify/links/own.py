@@ -187,6 +187,6 @@ def asker(endpoint: Endpoint, run: RunFolder) -> Ask:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(message) for message in prompt]
         body = greedy(endpoint.model, [neutralise_message(message, controls) for message in messages], _TOKENS)
         with open_client(endpoint.url, endpoint.api_key) as client:
-            return chat(client, body, f"{endpoint.engine}, a question of --eval:").text
+            return chat(client, body, f"{endpoint.engine}: a question of --eval failed:").text
 
     return ask

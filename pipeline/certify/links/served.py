@@ -72,9 +72,9 @@ def _distributions(evidence: Evidence, reference: Reference) -> list[Check]:
     numbers = sorted(evidence.probes)
     distance, divergences = compare_tops([reference.held_out[i].top for i in numbers], [evidence.probes[i] for i in numbers])
     found = [_distance(check_id, distance, divergences, evidence.dtype)]
-    if evidence.engine == "llamacpp":
+    if evidence.tokenised is not None:
         found.append(_distance("gguf.logits", distance, divergences, evidence.dtype))
-        same, every = evidence.tokenised or (0, 0)
+        same, every = evidence.tokenised
         figure = f"{same} of {every} texts (conversation suite and held-out prompts) give the tokenizer's IDs in llama.cpp"
         found.append(held("gguf.tokenizer", same == every > 0, figure, "all", "tokenizer.json"))
     return [*found, *_drift(evidence, reference)]

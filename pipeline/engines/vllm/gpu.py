@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.engines.flags import VLLM
+from pipeline.engines.flags import listed_flags
 from pipeline.engines.vllm.common import common_environment, identity, structured_outputs, template_warning, tool_parser
 from pipeline.errors import InputError
 from pipeline.machine.gpus import Gpu
@@ -32,7 +32,7 @@ def plan(request: Request) -> Plan:
         fit = replace(fit, feasible=False)
     settings = _settings(request, wish, fit)
     chosen = {k: v for k, v in user.values.items() if (k, v) != ("--quantization", "none")}
-    flags, env = Overrides(chosen).lay_over(settings, VLLM)
+    flags, env = Overrides(chosen).lay_over(settings, listed_flags("vllm"))
     return Plan(
         engine="vllm",
         feasible=fit.feasible,

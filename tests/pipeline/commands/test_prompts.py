@@ -101,7 +101,7 @@ class TestParity:
         assert found["counts"]["chat"]["equal"] == len(found["cells"]) >= 80
 
     def test_table_names_what_is_absent(self, files, monkeypatch):
-        monkeypatch.setattr("pipeline.verify.sources._PORTS", {"llamacpp": 9, "vllm": 9, "ollama": 9})
+        monkeypatch.setenv("VLLM_BASE_URL", "http://127.0.0.1:9/v1")
         shown = " ".join(call("parity", "--template", files / "t.jinja").split())
         assert "chat: 141 equal" in shown
         assert "skipped vllm: no vllm server at http://127.0.0.1:9" in shown

@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from pipeline.config import Settings, load
-from pipeline.doctor import servers
 from pipeline.doctor.findings import Facts, Finding, examine, worst_first
 from pipeline.doctor.serving import APPLICATIONS, backend, containers, last_starts, status_api
 from pipeline.doctor.settings import settings
@@ -135,10 +134,10 @@ def test_a_stages_log_is_no_server_log(run: RunFolder) -> None:
     server_log.write_text("ready\n")
     (run.logs / "verify-20260102-000000.log").write_text("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\n")
     assert list(last_starts(_facts(Settings(_env_file=None), run))) == []
-    assert servers.logs(run.path) == servers.logs(run.path, "vllm") == [server_log]
+    assert services.logs(run.path) == services.logs(run.path, "vllm") == [server_log]
     server_log.unlink()
     with pytest.raises(InputError, match="run test has no server log"):
-        servers.logs(run.path)
+        services.logs(run.path)
 
 
 def test_a_container_that_exits_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -6,7 +7,6 @@ import pytest
 from pipeline import engines
 from pipeline.engines import flags
 from pipeline.engines.base import Engine
-from pipeline.engines.flags import LLAMACPP, VLLM
 from pipeline.engines.llamacpp_server import parser as xllamacpp_parser
 from pipeline.errors import EngineError, InputError
 from pipeline.machine.named import hardware_from
@@ -16,7 +16,7 @@ from pipeline.planning.plan import Plan, Request, Setting
 
 @pytest.fixture
 def llamacpp(monkeypatch: pytest.MonkeyPatch) -> Engine:
-    monkeypatch.setattr(flags.shutil, "which", lambda _: None)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
     engine = engines.get("llamacpp")
     if not engine.available().usable:
         pytest.skip("xllamacpp is not installed")
@@ -52,7 +52,7 @@ def test_engines_without_flags_are_not_asked(tmp_path: Path) -> None:
 
 def test_our_server_s_flags_are_llama_server_s() -> None:
     ours = {o for a in xllamacpp_parser()._actions for o in a.option_strings if o.startswith("--")}
-    assert ours <= {*LLAMACPP.flags, *LLAMACPP.switches, "--help"}
+    assert ours <= {*engines.get("llamacpp").flags.flags, *engines.get("llamacpp").flags.switches, "--help"}
 
 
 @pytest.mark.slow
@@ -61,13 +61,13 @@ def test_the_committed_vllm_list_is_the_installed_parser_s(tmp_path: Path) -> No
     if engine.available().version != "0.32.0":
         pytest.skip("the list was read from 0.32.0")
     installed = {flag for flag in flags.installed_flags(engine, tmp_path) if flag.startswith("--")}
-    assert installed == {*VLLM.flags, *VLLM.switches}
+    assert installed == {*engine.flags.flags, *engine.flags.switches}
 
 
 def test_unknown_engines_list_the_known_ones() -> None:
     with pytest.raises(InputError) as caught:
         engines.get("tgi")
-    assert caught.value.remedy == "known engines: vllm, llamacpp, ollama, sglang, openai"
+    assert caught.value.remedy == "known engines: ollama, vllm, openai, llamacpp, sglang"
 
 
 @pytest.mark.parametrize("name", engines.NAMES)

@@ -5,12 +5,10 @@ from itertools import product
 import pytest
 
 from pipeline import engines
-from pipeline.engines.flags import LLAMACPP, OLLAMA, SGLANG, VLLM
 from pipeline.machine.named import NAMES, hardware_from
 from pipeline.model.model import Model
 from pipeline.model.shape import SHAPES
 from pipeline.planning.gpu_fit import legal_tensor_parallel
-from pipeline.planning.overrides import Known
 from pipeline.planning.plan import Plan, Purpose, Request
 
 _MORE = (
@@ -18,7 +16,7 @@ _MORE = (
     *("cpu-1c-2g", "cpu-2c-24g", "cpu-8c-32g-avx512", "cpu-16c-64g-bf16", "cpu-64c-256g-amx", "cpu-4c-8g-arm"),
 )
 _MACHINES = (*NAMES, *_MORE)
-_KNOWN: dict[str, Known] = {"vllm": VLLM, "llamacpp": LLAMACPP, "ollama": OLLAMA, "sglang": SGLANG}
+_LAUNCHED = [engine.name for engine in engines.every() if engine.serves != "url"]
 _PURPOSES: tuple[Purpose, ...] = ("verify", "serve", "throughput", "latency")
 
 
@@ -28,7 +26,7 @@ def _plan(engine: str, machine: str, shape: str, purpose: Purpose) -> tuple[Plan
 
 
 def _violations(engine: str, plan: Plan, request: Request) -> list[str]:
-    known, shape, hardware = _KNOWN[engine], request.model.shape, request.hardware
+    known, shape, hardware = engines.get(engine).flags, request.model.shape, request.hardware
     gpu = hardware.gpus[0] if hardware.gpus else None
     dtype_flag = next((s.value for s in plan.flags if s.name == "--dtype"), None)
     rules = {
@@ -52,7 +50,7 @@ def _violations(engine: str, plan: Plan, request: Request) -> list[str]:
     return [name for name, broken in rules.items() if broken]
 
 
-@pytest.mark.parametrize("engine", _KNOWN)
+@pytest.mark.parametrize("engine", _LAUNCHED)
 @pytest.mark.parametrize("machine", _MACHINES)
 def test_invariants(engine: str, machine: str) -> None:
     found = [

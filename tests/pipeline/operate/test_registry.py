@@ -22,10 +22,8 @@ from pipeline.operate.observer import Observer
 from pipeline.operate.registry import (
     ModelStatus,
     address_for,
-    check_llamacpp_models,
     check_ollama_models,
     check_openai_compatible_models,
-    check_sglang_models,
     check_vllm_models,
     warmup_model,
 )
@@ -39,7 +37,17 @@ VLLM: dict[str, Any] = {
     "/v1/models": {"data": [{"id": "m", "max_model_len": 4096, "root": "/models/m", "parent": None}]},
     "/health": b"",
 }
-CHECKS = [check_ollama_models, check_vllm_models, check_openai_compatible_models, check_llamacpp_models, check_sglang_models]
+
+
+async def _check_llamacpp(base: str, model: str = "", **given: Any) -> list[ModelStatus]:
+    return await registry.check(Address("llamacpp", base, model, model), **given)
+
+
+async def _check_sglang(base: str, model: str = "", **given: Any) -> list[ModelStatus]:
+    return await registry.check(Address("sglang", base, model, model), **given)
+
+
+CHECKS = [check_ollama_models, check_vllm_models, check_openai_compatible_models, _check_llamacpp, _check_sglang]
 
 
 def _one(statuses: list[ModelStatus]) -> ModelStatus:
@@ -188,7 +196,7 @@ def test_llamacpp_tells_the_context_of_a_slot_not_the_models_limit() -> None:
     listed = {"data": [{"id": "m", "meta": {"n_ctx_train": 131072, "size": 9}}]}
     props = {"default_generation_settings": {"n_ctx": 4096}, "model_path": "/models/x.gguf"}
     with serving({"/v1/models": listed, "/props": props}) as stub:
-        status = _one(asyncio.run(check_llamacpp_models(stub.url, "m", output=NONE)))
+        status = _one(asyncio.run(_check_llamacpp(stub.url, "m", output=NONE)))
     assert (status.context, status.size, status.artefact) == (4096, 9, None)
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.commands.servers import stop
-from pipeline.doctor.servers import listing
 from pipeline.engines.base import Launch
 from pipeline.errors import EnvironmentFailure
 from pipeline.net.loopback import claim
 from pipeline.operate import services
+from pipeline.operate.services import listing
 from pipeline.serve import server
 from pipeline.serve.server import Server
 

@@ -33,6 +33,7 @@ class Said:
 
     prompt: Prompt | Exception
     name: str = "said"
+    paths: tuple[str, ...] = ()
 
     def render(self, conversation: Conversation) -> Prompt:
         if isinstance(self.prompt, Exception):

@@ -25,10 +25,11 @@ def test_documented_paths() -> None:
     ]
 
 
-def test_a_certificate_folder_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["certificate", "servers", "reference", "manifest.json", "unsloth.Q8_0.gguf"])
+def test_a_part_of_a_run_that_leads_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
     run = RunFolder("t", tmp_path / "out")
     run.path.mkdir(parents=True)
     run.require_inside()
-    run.certificate.symlink_to(tmp_path)
-    with pytest.raises(InputError, match="certificate is a symbolic link"):
+    (run.path / name).symlink_to(tmp_path)
+    with pytest.raises(InputError, match=f"{name} is a symbolic link"):
         run.require_inside()

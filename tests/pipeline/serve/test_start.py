@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from pipeline.commands.serve import _target
-from pipeline.config import KEY_VARIABLES, Settings, key_for, load
+from pipeline.config import Settings, key_for, key_variables, load
 from pipeline.engines.base import Launch
 from pipeline.engines.ollama import Ollama
 from pipeline.engines.ollama import plan as ollama_plan
@@ -136,7 +136,7 @@ def test_the_servers_key_is_sent_to_it_and_masked(
     fake: Fake, engine: str, variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in KEY_VARIABLES.values():
+    for name in key_variables().values():
         monkeypatch.delenv(name, raising=False)
     (tmp_path / ".env").write_text(f"{variable}=sk-planted\n")
     target = Target(tmp_path / "m", "m", tmp_path)

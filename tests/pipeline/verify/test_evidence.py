@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from pipeline.engines.llamacpp import LlamaCpp
 from pipeline.net.client import wait_for
 from pipeline.report.check import Check
 from pipeline.runs.files import write_json
@@ -48,7 +49,7 @@ def asked(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(module, "ask_all", ask_all)
     monkeypatch.setattr(module.checks, "parity", parity)
-    monkeypatch.setattr(module, "_file", lambda *_: str(run.gguf))
+    monkeypatch.setattr(LlamaCpp, "loaded_file", lambda *_: str(run.gguf))
     return prompts
 
 
@@ -110,7 +111,7 @@ def test_other_prompts_are_asked_anew(run: RunFolder, endpoint: Endpoint, asked:
 def test_a_server_that_does_not_tell_its_file_is_asked_anew(
     run: RunFolder, endpoint: Endpoint, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_file", lambda *_: None)
+    monkeypatch.setattr(LlamaCpp, "loaded_file", lambda *_: None)
     before = _say(endpoint, run, (0,))
     assert _say(endpoint, run, (0,), before).reused is None
 

@@ -8,10 +8,11 @@ from threading import Thread
 
 import pytest
 
-from pipeline.errors import InputError
-from pipeline.modelfile.template import derive
+from pipeline.errors import EngineError, InputError
+from pipeline.net.loopback import claim
 from pipeline.prompts.parity import Reference
 from pipeline.runs.folder import RunFolder
+from pipeline.serve import notes
 from pipeline.verify.sources import EngineRenderer, Source, choose_renderers, make_renderer
 
 
@@ -47,46 +48,49 @@ def source(embedded, now, tmp_path):
 
 @pytest.fixture
 def found_by_itself(stub, monkeypatch):
-    """What is chosen when no engine is named, the stub standing on the port of one of them."""
+    """What is chosen of one engine when none is named, the stub standing at its configured address."""
 
     def choose(name, source):
-        port = int(stub[0].rpartition(":")[2])
-        monkeypatch.setattr("pipeline.verify.sources._PORTS", {name: port})
-        monkeypatch.setattr("pipeline.verify.sources.NAMES", (name,))
-        return choose_renderers(None, source)
+        monkeypatch.setenv(f"{name.upper()}_BASE_URL", stub[0])
+        chosen, absent = choose_renderers(None, source)
+        return [renderer for renderer in chosen if renderer.name == name], absent
 
     return choose
 
 
-def test_llamacpp_by_its_chat_template(stub, source, found_by_itself):
+def test_llamacpp_by_the_file_it_loaded(stub, source, found_by_itself):
     url, answers = stub
-    answers["/props"] = {"chat_template": source.template.source + "\n"}
-    assert found_by_itself("llamacpp", source) == ([EngineRenderer("llamacpp", url)], {})
-    answers["/props"] = {"chat_template": "another"}
+    answers["/v1/models"] = {"data": [{"id": "soc"}]}
+    answers["/props"] = {"model_path": str(source.run.gguf)}
+    assert found_by_itself("llamacpp", source)[0] == [EngineRenderer("llamacpp", url, "soc")]
+    answers["/props"] = {"model_path": "/another.gguf"}
     chosen, absent = found_by_itself("llamacpp", source)
-    assert (chosen, "serves another model" in absent["llamacpp"]) == ([], True)
-    assert make_renderer("llamacpp", source, url=url) == EngineRenderer("llamacpp", url)  # asked for: compared as it is
+    assert (chosen, "serves another model: soc" in absent["llamacpp"]) == ([], True)
+    assert make_renderer("llamacpp", source, url=url) == EngineRenderer("llamacpp", url, "soc")  # asked for: compared as it is
 
 
 def test_vllm_by_its_folder(stub, source, found_by_itself):
     url, answers = stub
     answers["/v1/models"] = {"data": [{"id": "a", "root": "/elsewhere"}, {"id": "b", "root": str(source.folder)}]}
-    assert found_by_itself("vllm", source) == ([EngineRenderer("vllm", url, "b")], {})
+    assert found_by_itself("vllm", source)[0] == [EngineRenderer("vllm", url, "b")]
     assert choose_renderers(f"vllm={url}/v1#a", source) == ([EngineRenderer("vllm", url, "a")], {})
     answers["/v1/models"] = {"data": [{"id": "only", "root": "org/model"}]}
     assert found_by_itself("vllm", source)[0] == []
     assert choose_renderers(f"vllm={url}", source) == ([EngineRenderer("vllm", url, "only")], {})
 
 
-def test_ollama_by_its_template(stub, source, found_by_itself):
+def test_ollama_by_the_run_s_own_record(stub, source, found_by_itself):
     url, answers = stub
-    templates = {"x:latest": "{{ .Prompt }}", "soc:latest": derive(source.template).text}
-    answers["/api/tags"] = {"models": [{"name": name} for name in templates]}
-    answers["/api/show"] = lambda asked: {"template": templates[asked["model"]]}
-    assert found_by_itself("ollama", source) == ([EngineRenderer("ollama", url, "soc:latest")], {})
-    del templates["soc:latest"]
-    templates["y:latest"] = ""
-    answers["/api/tags"] = {"models": [{"name": name} for name in templates]}
-    with pytest.raises(InputError, match="serves another model: x:latest, y:latest") as caught:
+    answers["/api/tags"] = {"models": [{"name": "x:latest", "digest": "1"}, {"name": "soc:latest", "digest": "2"}]}
+    notes.write(source.run.servers, "ollama", {"url": url, "model": "soc", "digest": "2"}, None)
+    assert found_by_itself("ollama", source)[0] == [EngineRenderer("ollama", url, "soc:latest")]
+    answers["/api/tags"]["models"][1]["digest"] = "made again by someone else"
+    with pytest.raises(InputError, match="serves another model: x:latest, soc:latest") as caught:
         choose_renderers(f"ollama={url}", source)
     assert "#MODEL" in caught.value.remedy
+
+
+def test_nothing_at_the_configured_address(source, monkeypatch):
+    monkeypatch.setenv("VLLM_BASE_URL", f"http://127.0.0.1:{claim('127.0.0.1', 0)}/v1")
+    with pytest.raises(EngineError, match=r"no vllm server at .*connection refused"):
+        choose_renderers("vllm", source)

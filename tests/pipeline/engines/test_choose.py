@@ -1,17 +1,16 @@
 from __future__ import annotations
 
 import json
-from typing import get_args
 
 import pytest
 from typer.testing import CliRunner
 
+from pipeline import engines
 from pipeline.cli import app
-from pipeline.config import Backend
+from pipeline.engines.choose import PURPOSES, recommend
 from pipeline.errors import InputError
 from pipeline.machine.hardware import Cpu, Hardware
 from pipeline.machine.named import hardware_from
-from pipeline.planning.choose import PURPOSES, recommend
 
 
 @pytest.mark.parametrize(
@@ -44,7 +43,7 @@ def test_a_machine_too_small_is_sent_elsewhere() -> None:
 @pytest.mark.parametrize("purpose", PURPOSES)
 def test_every_backend_is_chosen_or_argued_against(purpose: str) -> None:
     answer = recommend(hardware_from("l4"), 3, purpose)
-    assert {answer.backend, *answer.others} == set(get_args(Backend))
+    assert {answer.backend, *answer.others} == set(engines.NAMES)
 
 
 def test_an_unknown_purpose_is_refused() -> None:

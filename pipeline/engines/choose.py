@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.config import Backend
+from pipeline import engines
 from pipeline.errors import InputError
 from pipeline.machine.hardware import Hardware
 
@@ -25,10 +25,10 @@ _SMALL_RAM, _LEAST_RAM = 6.0, 1.5
 class Choice:
     """The backend, the command that serves with it, why, and why not each of the others."""
 
-    backend: Backend
+    backend: str
     command: str
     reasons: tuple[str, ...]
-    others: dict[Backend, str]
+    others: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
         """For ``choose --json``."""
@@ -42,15 +42,16 @@ def recommend(hardware: Hardware, users: int = 1, purpose: str = "serve") -> Cho
     if users < 1:
         raise InputError(f"{users} users make no sense", remedy="give 1 or more")
     backend, reasons = _decide(hardware, users, purpose)
-    others = {name: why for name, why in _against(hardware, users).items() if name != backend}
+    others = {e.name: e.advice(hardware, users) for e in engines.every() if e.name != backend}
     words = {"batch": " --purpose throughput"}.get(purpose, " --purpose latency" if users == 1 and backend == "vllm" else "")
     command = f"granite-pipeline serve {backend}{words}"
-    if backend == "openai":
-        command = "set OPENAI_COMPATIBLE_BASE_URL and OPENAI_COMPATIBLE_MODEL, then LLM_BACKEND=openai"
+    engine = engines.get(backend)
+    if engine.serves == "url":
+        command = f"set {engine.prefix}_BASE_URL and {engine.prefix}_MODEL, then LLM_BACKEND={backend}"
     return Choice(backend, command, tuple(reasons), others)
 
 
-def _decide(hardware: Hardware, users: int, purpose: str) -> tuple[Backend, list[str]]:
+def _decide(hardware: Hardware, users: int, purpose: str) -> tuple[str, list[str]]:
     gpu, many = hardware.accelerator, users > _FEW_USERS or purpose == "batch"
     room = max((g.free_gib for g in hardware.gpus), default=0.0)
     seen = _machine(hardware)
@@ -72,19 +73,6 @@ def _decide(hardware: Hardware, users: int, purpose: str) -> tuple[Backend, list
     if many:
         why = "without bfloat16 in hardware vLLM computes in float32, where its batching gains little over llama.cpp's Q8_0"
     return "llamacpp", [seen, why, f"{users} at once, purpose {purpose}"]
-
-
-def _against(hardware: Hardware, users: int) -> dict[Backend, str]:
-    cuda = hardware.accelerator in ("nvidia", "amd")
-    return {
-        "vllm": "its start takes a minute and its memory is reserved: worth it for many users on a GPU or a bfloat16 CPU",
-        "llamacpp": "it computes few requests at once; vLLM's batching is several times faster under load",
-        "ollama": "llama.cpp underneath, with its own prompt templates: choose it where your tools already speak to Ollama",
-        "sglang": "as fast as vLLM with long shared prompts; it needs its own environment and is planned here, not run"
-        if cuda
-        else "its packages need a CUDA or ROCm GPU",
-        "openai": f"a server elsewhere is not needed: this machine can serve {users} itself",
-    }
 
 
 def _machine(hardware: Hardware) -> str:
