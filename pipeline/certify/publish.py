@@ -7,8 +7,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.certify.card import write_card
 from pipeline.certify.certificate import Certificate, Link, not_proven, place
-from pipeline.certify.hub import write_card
 from pipeline.report.write import ReportPaths, paths_in, write_report
 from pipeline.runs import lock
 from pipeline.runs.files import read_json

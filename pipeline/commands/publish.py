@@ -27,7 +27,7 @@ def card(
 
     Example: granite-pipeline card --run generic
     """
-    from pipeline.certify.hub import write_card
+    from pipeline.certify.card import write_card
 
     typer.echo(str(write_card(RunFolder(run, output))))
 
