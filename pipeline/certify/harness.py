@@ -30,7 +30,8 @@ def command(endpoint: Endpoint, run: RunFolder, tasks: str, target: Path) -> lis
         "num_concurrent": "4",
     }
     joined = ",".join(f"{key}={value}" for key, value in arguments.items())
-    return [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", joined, "--tasks", tasks, "--output_path", str(target)]  # fmt: skip
+    harness = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", joined]
+    return [*harness, "--tasks", tasks, "--output_path", str(target)]
 
 
 def run_tasks(endpoint: Endpoint, run: RunFolder, tasks: str) -> Check:

@@ -11,9 +11,9 @@ from typing import Any
 from pipeline.certify.card import write_card
 from pipeline.certify.certificate import not_proven, read
 from pipeline.errors import EnvironmentFailure, InputError, MissingDependency
+from pipeline.report.certificate import changed_files
 from pipeline.runs.files import read_json, tree_bytes, write_json
 from pipeline.runs.folder import RunFolder
-from pipeline.runs.hashes import sha256_tree
 
 PARTS = ("merged", "gguf", "adapter")
 _PRIVATE = frozenset({"argv", "env", "log", "starts", "cases"})
@@ -83,9 +83,8 @@ def require_current_certificate(run: RunFolder) -> None:
     if held.offline or held.unproven:
         why = "it is from files alone" if held.offline else f"nothing is proven for {not_proven(held)}"
         raise InputError(f"the certificate of run {run.name} is incomplete: {why}", remedy=remedy)
-    for name, sha256 in held.subject["artefacts"].items():
-        if not (run.path / name).exists() or sha256_tree(run.path / name) != sha256:
-            raise InputError(f"{name} has changed since the certificate was made", remedy=remedy)
+    if changed := changed_files(run, held.to_json(), read=True):
+        raise InputError(f"{changed[0]} has changed since the certificate was made", remedy=remedy)
 
 
 def push(run: RunFolder, repository: str, uploads: list[Upload], *, private: bool = True) -> str:

@@ -12,6 +12,8 @@ from pydantic.dataclasses import dataclass
 from pipeline.errors import Interrupted, PipelineError
 
 Status = Literal["passed", "failed", "skipped", "warning"]
+# of each status on a terminal
+STYLES = {"passed": "green", "failed": "bold red", "skipped": "dim", "warning": "yellow"}
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,8 @@ async def _by_prompt(prober: Prober, yardstick: Yardstick) -> Check:
         ids = yardstick.tokenizer.encode(prompt.text or "") if prompt.ids is None else prompt.ids
         counts.append(yardstick.count(ids))
     frame, raw, clean = counts
-    return _attacked(prober, raw > frame, clean > frame, how, f"by {how}: {raw - frame} control tokens in raw text, {clean - frame} in neutralised text")  # fmt: skip
+    seen = f"by {how}: {raw - frame} control tokens in raw text, {clean - frame} in neutralised text"
+    return _attacked(prober, raw > frame, clean > frame, how, seen)
 
 
 async def _by_usage(prober: Prober, yardstick: Yardstick, why: PipelineError) -> Check:
@@ -64,7 +65,9 @@ async def _by_usage(prober: Prober, yardstick: Yardstick, why: PipelineError) ->
     if neutral - base != own[clean]:  # another tokenizer: its counts say nothing about control tokens
         return _unknown(prober, f"{why.message}, and its prompt lengths are not this tokenizer's")
     works = raw - base == own[ATTACK]
-    return _attacked(prober, works, False, "prompt token counts", f"by prompt token counts: the raw attack adds {raw - base} tokens ({own[ATTACK]} as control tokens)")  # fmt: skip
+    how = "prompt token counts"
+    seen = f"by {how}: the raw attack adds {raw - base} tokens ({own[ATTACK]} as control tokens)"
+    return _attacked(prober, works, False, how, seen)
 
 
 async def _billed(prober: Prober, text: str) -> int:

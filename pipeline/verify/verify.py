@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,8 +16,7 @@ from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import sha256_json
 from pipeline.runs.manifest import Manifest, ServedRecord
 from pipeline.runs.stages import Force, Partial, forced, product, run_stage
-from pipeline.serve import backends, start
-from pipeline.serve.start import Options
+from pipeline.serve import backends
 from pipeline.verify.assemble import Outcome, absent, assemble, judged
 from pipeline.verify.evidence import Evidence, Plan, interrogate, launched, restored, stored
 from pipeline.verify.material import Material, read_material
@@ -94,19 +92,15 @@ def _verify(
 
 
 def _backend(run: RunFolder, name: str, settings: Settings, material: Material, *, keep: bool) -> tuple[Outcome, Evidence | None]:
-    attached = backends.find(run, name, settings) is not None
-    started = backends.start(run, name, settings, Options(purpose="verify", owner=os.getpid()))
-    if started.endpoint is None:
-        return absent(name, started.status, started.reason), None
-    try:
-        plan = Plan(tuple(range(len(material.rows))), features=True)
-        evidence = wait_for(interrogate(started.endpoint, run, material, plan, log.info))
-        return judged(evidence, material), evidence
-    except PipelineError as error:
-        return absent(name, "failed", str(error), launched(started.endpoint)), None
-    finally:
-        if not (keep and attached):
-            start.stop(run.path, name)
+    with backends.borrowed(run, name, settings, keep=keep) as started:
+        if started.endpoint is None:
+            return absent(name, started.status, started.reason), None
+        try:
+            plan = Plan(tuple(range(len(material.rows))), features=True)
+            evidence = wait_for(interrogate(started.endpoint, run, material, plan, log.info))
+            return judged(evidence, material), evidence
+        except PipelineError as error:
+            return absent(name, "failed", str(error), launched(started.endpoint)), None
 
 
 def summary_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from pipeline import engines
@@ -23,8 +22,8 @@ from pipeline.report.check import Check, Status, guarded, held, skipped
 from pipeline.runs import lock
 from pipeline.runs.files import read_json, write_json
 from pipeline.runs.folder import RunFolder
-from pipeline.serve import backends, start
-from pipeline.serve.start import Endpoint, Options
+from pipeline.serve import backends
+from pipeline.serve.start import Endpoint
 from pipeline.verify.distributions import ROWS, Reference
 from pipeline.verify.evidence import Evidence, Plan, interrogate, read_evidence, stored
 from pipeline.verify.material import Material, read_material
@@ -54,7 +53,8 @@ class Asked:
     """What every backend is asked, and what the last verification knows of each."""
 
     material: Material
-    plan: Plan
+    rows: tuple[int, ...]
+    reference: Reference
     known: Mapping[str, Evidence]
 
 
@@ -107,7 +107,7 @@ def _models(subject: Subject, scope: Scope) -> tuple[list[Check], Asked | None]:
         if scope.prompts > ROWS:
             log.warning("certify: %d prompts have a reference in process and are asked, not %d", len(chosen), scope.prompts)
         rows = tuple(chosen[i] for i in probes.spread(len(chosen), scope.prompts))
-        asked = Asked(read_material(subject.run), Plan(rows, scope.positions, reference), read_evidence(subject.run))
+        asked = Asked(read_material(subject.run), rows, reference, read_evidence(subject.run))
         return in_process(reference)
 
     # what the machine lacks (memory, a package) breaks no link
@@ -141,24 +141,17 @@ def _backend(
     name: str, subject: Subject, settings: Settings, asked: Asked, scope: Scope, evidence: dict[str, Evidence]
 ) -> list[Check]:
     run, material = subject.run, asked.material
-    attached = backends.find(run, name, settings) is not None
-    started = backends.start(run, name, settings, Options(purpose="verify", owner=os.getpid()))
-    if started.endpoint is None:
-        status: Status = "skipped" if started.status == "skipped" else "failed"
-        return [Check(f"served.{name}", status, started.reason.partition("; to have it: ")[0])]
-    try:
-        plan = replace(asked.plan, known=asked.known.get(name))
+    with backends.borrowed(run, name, settings, keep=scope.keep) as started:
+        if started.endpoint is None:
+            status: Status = "skipped" if started.status == "skipped" else "failed"
+            return [Check(f"served.{name}", status, started.reason.partition("; to have it: ")[0])]
+        plan = Plan(asked.rows, scope.positions, asked.reference, known=asked.known.get(name))
         evidence[name] = said = wait_for(interrogate(started.endpoint, run, material, plan, log.info))
         own = _own(started.endpoint, run, scope)
-    finally:
-        if not (scope.keep and attached):
-            start.stop(run.path, name)
     write_json(run.certificate / f"evidence-{name}.json", stored({name: said})[name])
-    log.info(
-        "certify: %s answered in %.0f s%s", name, said.seconds, f", with what verify asked {said.reused}" if said.reused else ""
-    )
-    assert asked.plan.reference
-    return [*judge(said, subject, asked.plan.reference, material.base, material.tuned), *own]
+    before = f", with what verify asked {said.reused}" if said.reused else ""
+    log.info("certify: %s answered in %.0f s%s", name, said.seconds, before)
+    return [*judge(said, subject, asked.reference, material.base, material.tuned), *own]
 
 
 def _own(endpoint: Endpoint, run: RunFolder, scope: Scope) -> list[Check]:

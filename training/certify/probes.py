@@ -82,7 +82,8 @@ def reference(run: RunFolder, base: Path, *, full: bool = False) -> Reference:
             summed = merged.log_probabilities(chosen)
             figures |= {"merge": _difference(adapted, summed), "cast": _difference(summed, tuned)}
     figures["drift"] = _difference(base_controls, tuned_controls)
-    return Reference(_probes(chosen, tuned), _probes(controls, tuned_controls), tuple(p.top for p in _probes(controls, base_controls)), figures)  # fmt: skip
+    as_base = tuple(probe.top for probe in _probes(controls, base_controls))
+    return Reference(_probes(chosen, tuned), _probes(controls, tuned_controls), as_base, figures)
 
 
 def _of_base(run: RunFolder, base: Path, chosen: Sequence[Passage], *, full: bool) -> tuple[list[Passage], Any, Any]:

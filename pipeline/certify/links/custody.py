@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,12 +36,12 @@ def check_custody(subject: Subject) -> list[Check]:
         return [
             Check("custody.chain", "failed", f"the manifest has no record of {', '.join(lacking)}", "every stage recorded", "")
         ]
-    checks = {"artefacts": _artefacts, "chain": _chain, "base": _base, "dataset": _dataset, "records": _records, "scores": _scores, "launch": _launch}  # fmt: skip
-    return [found for name, check in checks.items() for found in guarded(f"custody.{name}", partial(_alone, check, subject))]
 
+    def made(check: Callable[[Subject], Check]) -> list[Check]:
+        return guarded(f"custody.{check.__name__.lstrip('_')}", lambda: [check(subject)])
 
-def _alone(check: Callable[[Subject], Check], subject: Subject) -> list[Check]:
-    return [check(subject)]
+    every = (_artefacts, _chain, _base, _dataset, _records, _scores, _launch)
+    return [found for check in every for found in made(check)]
 
 
 def _artefacts(subject: Subject) -> Check:
@@ -125,7 +124,8 @@ def _scores(subject: Subject) -> Check:
             problems += [f"{which}: {text}" for text in _rescored(rows, answers, stage.result)]
     if not compared:
         return skipped("custody.scores", "no recorded scores with their answers to compare")
-    return held("custody.scores", not problems, "; ".join(problems) or "recorded scores follow from the answers", "equal", "scored again now")  # fmt: skip
+    figure = "; ".join(problems) or "recorded scores follow from the answers"
+    return held("custody.scores", not problems, figure, "equal", "scored again now")
 
 
 def _rescored(rows: list[Any], answers: list[Answer], recorded: dict[str, Any]) -> Iterator[str]:
