@@ -1,4 +1,4 @@
-# Every target runs the same code as the notebooks and the granite-pipeline command.
+# Every target runs the same code as the notebooks and as granite-pipeline.
 PYTHON ?= python3
 VENV ?= .venv
 DEVICE ?= auto
@@ -6,7 +6,7 @@ NAME ?= generic
 OUTPUT ?= training/output
 BIN := $(VENV)/bin
 # a changed requirement changes the stamp's name, so that set-up runs again by itself
-STAMP := $(VENV)/.ready-$(shell cat pyproject.toml constraints/*.txt training/scripts/setup_environment.py | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/.ready-$(shell cat pyproject.toml constraints/*.txt training/scripts/setup_environment.py training/scripts/checks.json | cksum | cut -d' ' -f1)
 PIPELINE := $(BIN)/granite-pipeline
 RUN = --name '$(NAME)' --output '$(OUTPUT)'
 opt = $(if $($(1)),$(2) '$($(1))')

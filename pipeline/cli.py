@@ -2,35 +2,82 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import logging
 import signal
 import sys
-import traceback
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
-from dotenv import load_dotenv
-from rich.console import Console
-from rich.logging import RichHandler
+from typer.core import TyperCommand, TyperGroup
 
-from pipeline import __version__
-from pipeline.commands import data, deploy, doctor, operate, plan, prompts, publish, run, runs, serve, servers, verify
-from pipeline.commands.options import add_agent_option
-from pipeline.config import ENV_FILE, check_env_file
-from pipeline.errors import EnvironmentFailure, PipelineError
-from pipeline.net.loopback import spare_loopback
+from pipeline import __version__, commands
+from pipeline.commands import show
+from pipeline.errors import EnvironmentFailure, InputError, PipelineError
 from pipeline.runs.files import disk_errors_named, path_refused
-from pipeline.runs.text import MaskingFilter, mask
+from pipeline.runs.text import mask
+
+_HELP = {"help_option_names": ["-h", "--help"]}
+_FILES = {verb: file for verbs in commands.PANELS.values() for verb, file in verbs.items()}
+
+
+class _Verbs(Mapping[str, Any]):
+    """The verbs by name; the file of one is imported when it is asked for."""
+
+    def __getitem__(self, verb: str) -> Any:
+        module = importlib.import_module(f"pipeline.commands.{_FILES[verb]}")
+        alone = typer.Typer(add_completion=False, context_settings=_HELP)
+        alone.command(verb)(getattr(module, verb.replace("-", "_")))
+        return typer.main.get_command(alone)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_FILES)
+
+    def __len__(self) -> int:
+        return len(_FILES)
+
+
+class _Group(TyperGroup):
+    """``granite-pipeline`` itself: the overview of the verbs reads their files and imports none."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands = _Verbs()  # type: ignore[assignment]
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self.commands)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        told = [
+            TyperCommand(name=verb, help=first_words(verb), rich_help_panel=panel)
+            for panel, verbs in commands.PANELS.items()
+            for verb in verbs
+        ]
+        overview = TyperGroup(name=self.name, commands=told, params=self.params, help=self.help)
+        overview.rich_markup_mode = self.rich_markup_mode
+        overview.format_help(ctx, formatter)
+
+
+def first_words(verb: str) -> str:
+    """The first paragraph of a verb's docstring, read from its file."""
+    tree = ast.parse(Path(commands.__path__[0], f"{_FILES[verb]}.py").read_text(encoding="utf-8"))
+    wanted = verb.replace("-", "_")
+    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == wanted)
+    return (ast.get_docstring(function) or "").partition("\n\n")[0]
+
 
 app = typer.Typer(
     name="granite-pipeline",
+    cls=_Group,
     help="Fine-tune IBM Granite models, export them, serve them, and prove that what is served is what was trained.\n\n"
     "Start with: granite-pipeline run",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=_HELP,
 )
 
 
@@ -42,20 +89,7 @@ def _main(
     if version:
         typer.echo(__version__)
         raise typer.Exit
-    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", handlers=[_handler()])
-    for noisy in ("httpx", "papermill", "torchao", "transformers", "asyncio", "torch.utils._pytree"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-
-
-def _handler() -> logging.Handler:
-    handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False, log_time_format="%H:%M:%S")
-    handler.addFilter(MaskingFilter())
-    return handler
-
-
-for _group in (run, plan, doctor, prompts, serve, servers, operate, deploy, verify, publish, runs, data):
-    _group.register(app)
-add_agent_option(app)
+    show.log_to_stderr(logging.WARNING if quiet else logging.INFO)
 
 
 def main() -> None:
@@ -64,10 +98,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.argv[1:] = _bare_force(sys.argv[1:])
     try:
-        check_env_file()
-        # for what is read from the environment itself: HF_TOKEN, VLLM_PYTHON and the servers' own variables
-        load_dotenv(ENV_FILE, encoding="utf-8-sig")
-        spare_loopback()
+        if sys.argv[1:] not in ([], ["-h"], ["--help"], ["--version"]):
+            _environment()
         with disk_errors_named(Path.cwd()):
             app()
     except PipelineError as error:
@@ -75,16 +107,32 @@ def main() -> None:
     except OSError as error:
         _leave(path_refused(error) or EnvironmentFailure(f"{error.filename or 'the system'}: {error.strerror or error}"))
     except Exception:  # a defect of ours: shown whole, but never with a secret in it, nor as a failed verification
+        import traceback
+
         sys.stderr.write(mask(traceback.format_exc()))
         sys.exit(EnvironmentFailure.exit_code)
     except KeyboardInterrupt:
         said = "stopped; finished stages and sealed checkpoints are kept, the same command goes on from there"
-        Console(stderr=True).print(said, style="yellow")
+        show.line(said, err=True, style="yellow")
         sys.exit(130)
 
 
+def _environment() -> None:
+    """Put ``.env`` into the environment: HF_TOKEN, VLLM_PYTHON and the servers' own variables are read from there."""
+    if sys.platform == "win32":  # pragma: no cover - process groups and signals differ
+        raise InputError("servers are supervised through POSIX process groups; use WSL on Windows")
+    from dotenv import load_dotenv
+
+    from pipeline.config import ENV_FILE, check_env_file
+    from pipeline.net.loopback import spare_loopback
+
+    check_env_file()
+    load_dotenv(ENV_FILE, encoding="utf-8-sig")
+    spare_loopback()
+
+
 def _leave(error: PipelineError) -> NoReturn:
-    Console(stderr=True).print(f"error: {mask(str(error))}", style="red", markup=False, highlight=False, soft_wrap=True)
+    show.line(f"error: {mask(str(error))}", err=True, style="red")
     sys.exit(error.exit_code)
 
 

@@ -12,8 +12,8 @@ from typing import Any
 from dotenv import find_dotenv, load_dotenv
 
 from pipeline.net.loopback import spare_loopback
+from pipeline.runs import log
 from pipeline.runs.folder import RunFolder
-from pipeline.runs.text import MaskingFilter
 
 OWNER_VARIABLE = "GRANITE_PIPELINE_OWNER"
 
@@ -22,11 +22,7 @@ def begin(name: str, output: str) -> RunFolder:
     """Log with the time of day, and return the run folder; call it once, first."""
     load_dotenv(find_dotenv(usecwd=True))
     spare_loopback()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, force=True)
-    for handler in logging.getLogger().handlers:  # JupyterLab saves what is logged with the notebook
-        handler.addFilter(MaskingFilter())
-    for noisy in ("httpx", "torchao", "transformers", "asyncio", "matplotlib", "torch.utils._pytree", "IPKernelApp", "traitlets"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    log.begin(logging.StreamHandler(sys.stdout), again=True)  # JupyterLab saves what is logged with the notebook
     return RunFolder(name, Path(output).resolve())
 
 

@@ -36,15 +36,10 @@ def build(folder: Path) -> None:
     header = read_gguf_header(gguf, whole_arrays=True)
     with staged(folder) as target:
         target.mkdir()
-        _write_tokenizer(target, header)
+        write_tokenizer(target, header)
         _write_weights(target, gguf, header)
         for path in target.iterdir():
             path.chmod(0o644)  # safetensors writes 0600
-
-
-def write_tokenizer(target: Path) -> None:
-    """Write the tokenizer and chat template alone: SmolLM2's byte-level BPE (digits one by one)."""
-    _write_tokenizer(target, read_gguf_header(_gguf(), whole_arrays=True))
 
 
 def _gguf() -> Path:
@@ -55,11 +50,12 @@ def _gguf() -> Path:
     return found[0]
 
 
-def _write_tokenizer(target: Path, header: GgufHeader) -> None:
+def write_tokenizer(target: Path, header: GgufHeader | None = None) -> None:
+    """Write the tokenizer and chat template: SmolLM2's byte-level BPE (digits one by one)."""
     from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
 
-    metadata = header.metadata
+    metadata = (header or read_gguf_header(_gguf(), whole_arrays=True)).metadata
     words = [_RENAMED.get(word, word) for word in metadata["tokenizer.ggml.tokens"]]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(BPE({word: i for i, word in enumerate(words)}, merges))

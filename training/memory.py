@@ -9,7 +9,6 @@ import logging
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import OutOfMemory
 from pipeline.machine.hardware import Hardware
@@ -71,8 +70,3 @@ def require_memory(stage: str, need: Need, lower: str, free: float | None = None
     if need.gib > free:
         raise OutOfMemory(said, remedy=lower)
     log.log(logging.WARNING if need.gib > _TIGHT * free else logging.INFO, "%s", said)
-
-
-def longest_row(examples: Any) -> int:
-    """Tokens of the longest example."""
-    return max((len(example.input_ids) for example in examples), default=0)

@@ -1,30 +1,31 @@
-"""``granite-pipeline certify``: prove each link from training to the served answer, or name the broken one."""
+"""``certify``, ``card``, ``push``: prove each link from training to the served answer, and publish what is proven."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from pipeline import config
-from pipeline.certify import signing
+from pipeline.certify import card as model_card
+from pipeline.certify import hub, signing
 from pipeline.certify.certificate import place, require_certified
 from pipeline.certify.publish import publish, table
+from pipeline.commands import options, show
 from pipeline.errors import InputError
 from pipeline.runs import lock
-from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
+from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT
 from pipeline.verify.distributions import ROWS
+from pipeline.verify.verify import BACKENDS
 
-_BACKENDS = "vllm,llamacpp,ollama"
+_DEFAULT = ",".join(BACKENDS)
 
 
 def certify(
-    run: Annotated[str, typer.Option("--run", "--name", help="Name of the run.")] = DEFAULT_NAME,
-    output: Annotated[Path, typer.Option("--output", help="Folder that holds the runs.")] = DEFAULT_OUTPUT,
-    backends: Annotated[str, typer.Option("--backends", help="Comma-separated: vllm,llamacpp,ollama,openai.")] = _BACKENDS,
+    run: options.Run = DEFAULT_NAME,
+    output: options.Output = DEFAULT_OUTPUT,
+    backends: options.Backends = _DEFAULT,
     prompts: Annotated[
         int, typer.Option("--prompts", min=1, help=f"Held-out prompts put to each backend, {ROWS} at most.")
     ] = ROWS,
@@ -38,7 +39,8 @@ def certify(
         Path | None, typer.Option("--public-key", metavar="KEY.pem", help="With --offline: check the signed certificate too.")
     ] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Only what files prove: no server, no model in memory.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the certificate as JSON.")] = False,
+    agent: options.Agent = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Certify that what is served is what was trained: seven links, each with its figure and the bound it is held to.
 
@@ -61,23 +63,64 @@ def certify(
 
     if public_key is not None and not offline:
         raise InputError("--public-key checks a signed certificate, which only --offline does", remedy="add --offline")
-    folder = RunFolder(run, output)
+    this = options.folder(agent, run, output)
     if offline:
-        certificate = offline_module.certify_offline(folder, public_key)
+        certificate = offline_module.certify_offline(this, public_key)
     else:
-        names = tuple(name.strip() for name in backends.split(",") if name.strip())
-        scope = certify.Scope(names, prompts, own=tuple(own or ()), tasks=tasks)
-        certificate = certify.certify(folder, config.load(), scope)
+        scope = certify.Scope(tuple(options.listed(backends)), prompts, own=tuple(own or ()), tasks=tasks)
+        certificate = certify.certify(this, config.load(), scope)
     if sign is not None:
-        with lock.held(folder, "certify"):
-            signing.sign(folder, sign)
+        with lock.held(this, "certify"):
+            signing.sign(this, sign)
     # a check of a signed certificate changes nothing
-    paths = publish(folder, certificate) if public_key is None else None
+    paths = publish(this, certificate) if public_key is None else None
     if as_json:
-        typer.echo(json.dumps(certificate.to_json(), ensure_ascii=False, indent=2))
-    console = Console(stderr=True)
-    console.print(table(certificate))
-    console.print(f"certificate: {place(certificate, folder.certificate)}", soft_wrap=True)
+        show.as_json(certificate.to_json(), ascii_only=False)
+    show.draw(table(certificate), err=True)
+    show.line(f"certificate: {place(certificate, this.certificate)}", err=True)
     if paths is not None:
-        console.print(f"report: {paths.html}", soft_wrap=True)
+        show.line(f"report: {paths.html}", err=True)
     require_certified(certificate)
+
+
+def card(run: options.Run = DEFAULT_NAME, output: options.Output = DEFAULT_OUTPUT, agent: options.Agent = None) -> None:
+    """Write the run's model card, README.md in the hub's format, from its manifest and certificate.
+
+    Example: granite-pipeline card --run generic
+    """
+    typer.echo(str(model_card.write_card(options.folder(agent, run, output))))
+
+
+def push(
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Model repository on the hub.")],
+    run: options.Run = DEFAULT_NAME,
+    output: options.Output = DEFAULT_OUTPUT,
+    parts: Annotated[str, typer.Option("--parts", help="Comma-separated: merged,gguf,adapter.")] = "merged,gguf,adapter",
+    public: Annotated[bool, typer.Option("--public", help="A new repository is public; else private.")] = False,
+    uncertified: Annotated[
+        bool, typer.Option("--uncertified", help="Even without a certificate that proves every link.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be uploaded.")] = False,
+    agent: options.Agent = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Upload a certified run to a model hub: merged weights, GGUF, Modelfile, adapter, card, manifest and certificate.
+
+    The certificate must prove every link (not --offline) and be about the files as they are now. Manifest and certificate
+    go without command lines, environments, folders of this machine and the cases of your own checks. HF_TOKEN gives the
+    right to write. With --dry-run nothing leaves this machine.
+
+    Example: granite-pipeline push me/granite-soc --run generic --dry-run
+    """
+    this = options.folder(agent, run, output)
+    if not uncertified:
+        hub.require_current_certificate(this)
+    uploads = hub.plan(this, tuple(options.listed(parts)))
+    if as_json:
+        files = [{"path": one.path, "bytes": one.bytes, "file": str(one.file)} for one in uploads]
+        show.as_json({"repository": repository, "dry_run": dry_run, "files": files}, indent=None)
+    else:
+        title = f"{'would go' if dry_run else 'going'} to {repository}"
+        show.table(title, ("file", "MB"), ((one.path, f"{one.bytes / 1e6:.1f}") for one in uploads), err=True)
+    if not dry_run:
+        show.line(f"pushed: {hub.push(this, repository, uploads, private=not public)}", err=True)

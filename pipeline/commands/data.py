@@ -1,39 +1,29 @@
-"""The training verbs of the command line: ``data``, ``train``, ``export``, ``certify``."""
+"""``data``: what is in a dataset, before a training is started with it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
-from pipeline.commands import certify, train
+from pipeline.commands import options, show
 from pipeline.runs.files import require_path
-from training.datasets.dataset import Dataset, read, require_clean
-from training.datasets.summary import Summary, summarise
+
+if TYPE_CHECKING:
+    from training.datasets.dataset import Dataset
+    from training.datasets.summary import Label, Summary
 
 _BIG = 20 << 20
 _SHOWN_REFUSALS = 20
 _SHOWN_VALUES = 8
 
 
-def register(app: typer.Typer) -> None:
-    """Add the training verbs."""
-    app.command("data")(data)
-    app.command("train")(train.train)
-    app.command("export")(train.export)
-    app.command("certify")(certify.certify)
-
-
 def data(
     source: Annotated[
         str, typer.Argument(metavar="FILE", help=".jsonl, .json, .csv, .tsv or .parquet file, or hub:owner/name[@rev][:split].")
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
+    as_json: options.AsJson = False,
     tokenizer: Annotated[
         Path | None,
         typer.Option("--tokenizer", help="Model folder whose tokenizer.json counts the tokens; else they are estimated."),
@@ -49,6 +39,9 @@ def data(
 
     Example: granite-pipeline data training/data/soc_train.jsonl --max-length 128
     """
+    from training.datasets.dataset import require_clean
+    from training.datasets.summary import summarise
+
     dataset = _read(source)
     summary = summarise(dataset, tokenizer, max_length)
     if as_json:
@@ -60,37 +53,31 @@ def data(
 
 def _read(source: str) -> Dataset:
     """Read with a progress bar on stderr when the file is big enough to wait for."""
+    from training.datasets.dataset import read
+
     path = Path(source)
     require_path(path)
     size = path.stat().st_size if path.is_file() else 0
     if size < _BIG:
         return read(source)
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=show.console(err=True), transient=True) as progress:
         task = progress.add_task("reading", total=size)
         return read(source, lambda count: progress.advance(task, count))
 
 
 def _print(summary: Summary) -> None:
     """Tables for people; text from the file is shown as it is, never as markup or terminal codes."""
-    console = Console()
-    table = Table(title=_plain(summary.source), show_header=False, title_justify="left")
-    table.add_column()
-    table.add_column(overflow="fold")
-    for name, value in _lines(summary):
-        table.add_row(name, _plain(value))
-    console.print(table)
+    show.table(_plain(summary.source), ("", ""), [(name, _plain(value)) for name, value in _lines(summary)])
     if summary.labels:
-        console.print(_label_table(summary))
+        show.table("answer fields", ("field", "values", "most frequent"), [_label_row(label) for label in summary.labels])
     if summary.refused:
-        refused = Table(title="refused rows", title_justify="left")
-        refused.add_column("where", overflow="fold")
-        refused.add_column("reason", overflow="fold")
-        for where, reason in summary.refused[:_SHOWN_REFUSALS]:
-            refused.add_row(_plain(where), _plain(reason))
-        console.print(refused)
+        shown = summary.refused[:_SHOWN_REFUSALS]
+        show.table("refused rows", ("where", "reason"), [(_plain(where), _plain(reason)) for where, reason in shown])
         if len(summary.refused) > _SHOWN_REFUSALS:
-            console.print(f"and {len(summary.refused) - _SHOWN_REFUSALS} more; --json lists them all")
+            show.line(f"and {len(summary.refused) - _SHOWN_REFUSALS} more; --json lists them all")
 
 
 def _lines(summary: Summary) -> list[tuple[str, str]]:
@@ -115,16 +102,11 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
     return [(name, value) for name, value in lines if value]
 
 
-def _label_table(summary: Summary) -> Table:
-    table = Table(title="answer fields", title_justify="left")
-    for column in ("field", "values", "most frequent"):
-        table.add_column(column, overflow="fold")
-    for label in summary.labels:
-        shown = [f"{value[:40]} {count}" for value, count in label.top[:_SHOWN_VALUES]]
-        more = ["..."] if label.distinct > len(shown) else []
-        table.add_row(_plain(label.field), str(label.distinct), _plain(", ".join(shown + more)))
-    return table
+def _label_row(label: Label) -> tuple[str, int, str]:
+    shown = [f"{value[:40]} {count}" for value, count in label.top[:_SHOWN_VALUES]]
+    more = ["..."] if label.distinct > len(shown) else []
+    return _plain(label.field), label.distinct, _plain(", ".join(shown + more))
 
 
-def _plain(text: str) -> Text:
-    return Text("".join(character if character.isprintable() else "�" for character in text))
+def _plain(text: str) -> str:
+    return "".join(character if character.isprintable() else "�" for character in text)

@@ -2,49 +2,42 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
-from rich.console import Console
 
 from pipeline import config, engines
+from pipeline.commands import options, show
 from pipeline.commands.serve import attend
 from pipeline.config import Strategy
+from pipeline.deploy import compose as containers
+from pipeline.deploy import systemd as units
 from pipeline.engines.base import Launch
-from pipeline.errors import InputError, MissingDependency
+from pipeline.errors import MissingDependency
+from pipeline.machine.named import hardware_from
+from pipeline.model.model import Model
 from pipeline.operate import services
 from pipeline.operate.routing import DEFAULT_PORT, REQUEST_TIMEOUT
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 
-Output = Annotated[Path, typer.Option("--output", help="Folder that holds the runs.")]
-Host = Annotated[str, typer.Option("--host", help="Address to bind; anything but 127.0.0.1 is reachable by others.")]
-Detach = Annotated[bool, typer.Option("--detach", help="Leave it running and return; --stop ends it.")]
-Stop = Annotated[bool, typer.Option("--stop", help="Stop the one that was left running.")]
 STATUS_PORT = 8080
 # what the committed files are planned for
 COMPOSE_MODEL, COMPOSE_CPU, COMPOSE_GPU = "granite-4.0-350m", "cpu-4c-16g", "l4"
-
-
-def register(app: typer.Typer) -> None:
-    """Add the verbs."""
-    app.command("gateway")(gateway)
-    app.command("status-api")(status_api)
-    app.command("compose")(compose)
-    app.command("systemd")(systemd)
 
 
 def gateway(
     strategy: Annotated[
         str | None, typer.Option("--strategy", help="local-first, cloud-first or cheapest; default: GATEWAY_STRATEGY.")
     ] = None,
-    host: Host = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", help="Port; 0 picks a free one.")] = DEFAULT_PORT,
+    host: options.Host = "127.0.0.1",
+    port: options.Port = DEFAULT_PORT,
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds a backend may take for one answer.")] = REQUEST_TIMEOUT,
-    output: Output = DEFAULT_OUTPUT,
-    detach: Detach = False,
-    stop: Stop = False,
+    output: options.Output = DEFAULT_OUTPUT,
+    detach: options.Detach = False,
+    stop: options.Stop = False,
 ) -> None:
     """One OpenAI-compatible address for all backends, with health checks and fallback (LiteLLM's proxy).
 
@@ -62,19 +55,18 @@ def gateway(
         return
     settings = config.load()
     strategy = strategy or settings.gateway_strategy
-    if strategy not in get_args(Strategy):
-        raise InputError(f"no strategy {strategy!r}", remedy="use " + ", ".join(get_args(Strategy)))
+    options.require_known("strategy", strategy, get_args(Strategy))
     _require("litellm", "gateway")
-    options = ("--strategy", strategy, "--timeout", f"{timeout:g}")
-    _serve(services.gateway_launch(settings, host, port, output, options), output, detach=detach)
+    words = ("--strategy", strategy, "--timeout", f"{timeout:g}")
+    _serve(services.gateway_launch(settings, host, port, output, words), output, detach=detach)
 
 
 def status_api(
-    host: Host = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", help="Port; 0 picks a free one.")] = STATUS_PORT,
-    output: Output = DEFAULT_OUTPUT,
-    detach: Detach = False,
-    stop: Stop = False,
+    host: options.Host = "127.0.0.1",
+    port: options.Port = STATUS_PORT,
+    output: options.Output = DEFAULT_OUTPUT,
+    detach: options.Detach = False,
+    stop: options.Stop = False,
 ) -> None:
     """Serve the health of the backends: a page for people, JSON for applications, /metrics for Prometheus.
 
@@ -93,9 +85,10 @@ def status_api(
 def compose(
     gpu: Annotated[bool, typer.Option("--gpu", help="The overlay for NVIDIA GPUs (docker-compose.gpu.yml).")] = False,
     model_shape: Annotated[str, typer.Option("--model-shape", help="Plan for a published model's shape.")] = COMPOSE_MODEL,
-    machine: Annotated[str | None, typer.Option("--hardware", help="The machine it will run on, as in plan --hardware.")] = None,
-    run: Annotated[str | None, typer.Option("--run", "--name", help="Plan for what this run exported instead.")] = None,
-    output: Output = DEFAULT_OUTPUT,
+    machine: options.Hardware = None,
+    run: options.SomeRun = None,
+    output: options.Output = DEFAULT_OUTPUT,
+    agent: options.Agent = None,
 ) -> None:
     """Print docker-compose.yml, or with --gpu its overlay, with planned flags; the committed files are this verb's output.
 
@@ -109,38 +102,31 @@ def compose(
       granite-pipeline compose --gpu --hardware 2xa10g > docker-compose.gpu.yml
       LLM_BACKEND=llamacpp docker compose --profile local-llamacpp up
     """
-    from pipeline.deploy.compose import compose as cpu_file
-    from pipeline.deploy.compose import gpu_overlay, to_yaml
-    from pipeline.machine.named import hardware_from
-    from pipeline.model.model import Model
-
+    run = options.chosen(agent, run).run
     where = hardware_from(machine or (COMPOSE_GPU if gpu else COMPOSE_CPU))
     shape = Model.open(RunFolder(run, output).merged) if run else Model.from_shape(model_shape)
-    given = [
-        *(["--gpu"] if gpu else []),
-        *(["--run", run] if run else ["--model-shape", model_shape] if model_shape != COMPOSE_MODEL else []),
-    ]
-    given += ["--hardware", machine] if machine else []
-    made = gpu_overlay(shape, where) if gpu else cpu_file(shape, where)
-    command = " ".join(["granite-pipeline compose", *given])
-    typer.echo(to_yaml(made, command, f"{run or model_shape} on {where.name}"), nl=False)
+    command = "granite-pipeline compose" + (" --gpu" if gpu else "")
+    command += f" --run {run}" if run else f" --model-shape {model_shape}" if model_shape != COMPOSE_MODEL else ""
+    command += f" --hardware {machine}" if machine else ""
+    made = containers.gpu_overlay(shape, where) if gpu else containers.compose(shape, where)
+    typer.echo(containers.to_yaml(made, command, f"{run or model_shape} on {where.name}"), nl=False)
 
 
 def systemd(
     service: Annotated[
         str, typer.Argument(help="vllm, llamacpp, sglang, ollama, gateway or status-api; default: LLM_BACKEND.")
     ] = "",
-    run: Annotated[str, typer.Option("--run", "--name", help="Name of the run.")] = DEFAULT_NAME,
-    output: Output = DEFAULT_OUTPUT,
-    name: Annotated[str | None, typer.Option("--served-model-name", help="Name that clients use.")] = None,
+    run: options.Run = DEFAULT_NAME,
+    output: options.Output = DEFAULT_OUTPUT,
+    name: options.ServedName = None,
+    agent: options.Agent = None,
 ) -> None:
     """Print a systemd unit with the flags planned for this machine. Keys are read from .env, never written here.
 
     Example: granite-pipeline systemd llamacpp > ~/.config/systemd/user/granite-llamacpp.service
     """
-    from pipeline.deploy.systemd import planned_launch, unit
-
     settings = config.load()
+    run, service, name = options.chosen(agent, run, service, name, word="service")
     chosen = service or settings.llm_backend
     out = output.resolve()
     if chosen == "gateway":
@@ -148,31 +134,27 @@ def systemd(
     elif chosen == "status-api":
         launch = services.status_launch("127.0.0.1", STATUS_PORT, out, free=False)
     else:
-        launch = planned_launch(chosen, RunFolder(run, out), settings, name)
+        launch = units.planned_launch(chosen, RunFolder(run, out), settings, name)
     writable = [out, Path.home() / ".cache"]
     if chosen in engines.NAMES:
         writable += engines.get(chosen).folders()
     what = f"Granite {chosen}" + (f", run {run}" if chosen in engines.NAMES else "")
-    typer.echo(unit(launch, what, Path.cwd(), writable), nl=False)
+    typer.echo(units.unit(launch, what, Path.cwd(), writable), nl=False)
 
 
 def _serve(launch: Launch, output: Path, *, detach: bool) -> None:
-    console = Console(stderr=True)
-    with console.status(f"starting {launch.engine}") as spinner:
-        owner = None if detach else os.getpid()
-        process = services.start(launch, output, owner, lambda text: spinner.update(text[:120]))
-    console.print(f"{launch.engine}: {launch.url}, log {process.log}", soft_wrap=True, markup=False, highlight=False)
+    with show.progress(f"starting {launch.engine}") as progress:
+        process = services.start(launch, output, None if detach else os.getpid(), progress)
+    show.line(f"{launch.engine}: {launch.url}, log {process.log}", err=True)
     if not detach:
         attend(process, services.folder(output))
 
 
 def _stop(name: str, output: Path) -> None:
     stopped = services.stop(name, output)
-    Console(stderr=True).print(f"stopped: {name}" if stopped else f"no {name} was left running")
+    show.line(f"stopped: {name}" if stopped else f"no {name} was left running", err=True)
 
 
 def _require(package: str, extra: str) -> None:
-    import importlib.util
-
     if importlib.util.find_spec(package) is None:
         raise MissingDependency(f"{package} is not installed", remedy=f"pip install 'granite-pipeline[{extra}]'")

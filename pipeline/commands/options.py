@@ -1,74 +1,117 @@
-"""``--agent`` for every verb that takes a run, added in one place."""
+"""The options that verbs share, each declared once, and what is made of them: NAME=VALUE pairs, lists, an agent's run."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
-from typing import Annotated, Any
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Annotated, Generic, NamedTuple, TypeVar
 
 import typer
-from typer.models import OptionInfo
 
-from pipeline.config import load
 from pipeline.errors import InputError
-from pipeline.operate.agents import Agents
-from pipeline.runs.folder import DEFAULT_NAME
+from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 
-_NAMED = {"--run", "--name"}
-# parameters of verbs that say what an agent's backend and model say, with the words a person gives them
-_BACKEND = {"engine": "engine", "service": "service"}
-_MODEL = {"name": "--served-model-name"}
+Run = Annotated[str, typer.Option("--run", "--name", help="Name of the run, one folder below --output.")]
+SomeRun = Annotated[str | None, typer.Option("--run", "--name", help="Use what this run exported.")]
+Agent = Annotated[str | None, typer.Option("--agent", help="Use the run, backend and model that agents.yaml gives this agent.")]
+Output = Annotated[Path, typer.Option("--output", help="Folder that holds the runs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Backends = Annotated[str, typer.Option("--backends", help="Comma-separated: vllm,llamacpp,ollama,openai.")]
+OnlyEngine = Annotated[str, typer.Argument(help="Only this engine.")]
+ServedName = Annotated[str | None, typer.Option("--served-model-name", help="Name that clients use.")]
+ModelPath = Annotated[Path | None, typer.Option("--model", "--gguf", help="This model folder or GGUF instead of a run's.")]
+Purposed = Annotated[str, typer.Option("--purpose", help="verify (fast start), serve, throughput or latency.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Your own value instead of the planned one. Repeatable.")
+]
+Hardware = Annotated[
+    str | None,
+    typer.Option(
+        "--hardware",
+        metavar="NAME|FILE.json|JSON",
+        help="Another machine: rtx4060, l4, 2xa10g, h100, cpu-2c-24g, cpu-16c-64g-bf16, ..., a JSON file or inline JSON.",
+    ),
+]
+Host = Annotated[str, typer.Option("--host", help="Address to bind; anything but 127.0.0.1 is reachable by others.")]
+Port = Annotated[int, typer.Option("--port", help="Port; 0 picks a free one.")]
+Detach = Annotated[bool, typer.Option("--detach", help="Leave it running and return.")]
+Stop = Annotated[bool, typer.Option("--stop", help="Stop the one that was left running.")]
+EvalData = Annotated[str | None, typer.Option("--eval-data", help="Held-out rows; else a share of --data is held out.")]
+Force = Annotated[
+    str,
+    typer.Option(
+        "--force",
+        metavar="[STAGE]",
+        help="Do it again even when nothing changed: all, or finetune, merge, gguf, modelfile, evaluate, verify.",
+    ),
+]
+Template = Annotated[Path | None, typer.Option("--template", help="A chat template (.jinja) instead of a run's.")]
 
-
-def add_agent_option(app: typer.Typer) -> None:
-    """Give ``--agent`` to every verb that takes a run: it stands for the run, backend and model that agents.yaml names."""
-    for command in app.registered_commands:
-        parameter = _run_parameter(command.callback)
-        if command.callback is not None and parameter:
-            command.callback = _with_agent(command.callback, parameter)
-
-
-def _run_parameter(callback: Callable[..., Any] | None) -> str | None:
-    """The name of the parameter that holds the run, when the verb has one."""
-    if callback is None:
-        return None
-    hints = inspect.get_annotations(callback, eval_str=True)
-    if "agent" in hints:
-        return None
-    for name, hint in hints.items():
-        # inside Annotated, typer keeps the first option string where a default would stand
-        options = [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, OptionInfo)]
-        declared = {word for option in options for word in (option.default, *(option.param_decls or ()))}
-        if declared & _NAMED:
-            return name
-    return None
-
-
-def _with_agent(callback: Callable[..., Any], parameter: str) -> Callable[..., Any]:
-    @functools.wraps(callback)
-    def verb(*args: Any, agent: str | None = None, **values: Any) -> Any:
-        if agent is not None:
-            found = Agents.load(load().agents_file).get(agent)
-            _set(values, parameter, "--run", found.run, f"--agent {agent} is run {found.run}")
-            for words, given in ((_BACKEND, found.backend), (_MODEL, found.model)):
-                for name in (words.keys() & values.keys()) - {parameter} if given else ():
-                    kind = "backend" if words is _BACKEND else "model"
-                    _set(values, name, words[name], str(given), f"--agent {agent} has {kind} {given}")
-        return callback(*args, **values)
-
-    option = Annotated[
-        str | None, typer.Option("--agent", help="Use the run, backend and model that agents.yaml gives this agent.")
-    ]
-    signature = inspect.signature(callback, eval_str=True)
-    added = inspect.Parameter("agent", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option)
-    verb.__signature__ = signature.replace(parameters=[*signature.parameters.values(), added])  # type: ignore[attr-defined]
-    verb.__annotations__ = {**inspect.get_annotations(callback, eval_str=True), "agent": option}
-    return verb
+_RunName = TypeVar("_RunName", str, str | None)
 
 
-def _set(values: dict[str, Any], name: str, word: str, wanted: str, said: str) -> None:
-    """Put the agent's value in a parameter that was left out; InputError naming both when another one was given."""
-    if values.get(name) not in (None, "", DEFAULT_NAME, wanted):
-        raise InputError(f"{said}, {word} says {values[name]}", remedy="give one of the two")
-    values[name] = wanted
+class Chosen(NamedTuple, Generic[_RunName]):
+    """What is meant by the words of a verb: a run, an engine ("" for none named) and the name its model is served under."""
+
+    run: _RunName
+    engine: str
+    model: str | None
+
+
+def chosen(
+    agent: str | None, run: _RunName, engine: str = "", model: str | None = None, *, word: str = "engine"
+) -> Chosen[_RunName]:
+    """The words as given, or with what agents.yaml says of the agent; InputError naming both when another one was given.
+
+    ``word`` is what the verb calls its engine.
+    """
+    if agent is None:
+        return Chosen(run, engine, model)
+    from pipeline import config
+    from pipeline.operate.agents import Agents
+
+    found = Agents.load(config.load().agents_file).get(agent)
+    _agree(f"--agent {agent} is run {found.run}", "--run", found.run, None if run == DEFAULT_NAME else run)
+    if found.backend:
+        _agree(f"--agent {agent} has backend {found.backend}", word, found.backend, engine)
+    if found.model:
+        _agree(f"--agent {agent} has model {found.model}", "--served-model-name", found.model, model)
+    return Chosen(found.run, found.backend or engine, found.model or model)
+
+
+def folder(agent: str | None, run: str | None, output: Path = DEFAULT_OUTPUT) -> RunFolder:
+    """The folder of the run that is meant."""
+    meant = chosen(agent, run).run
+    return RunFolder(DEFAULT_NAME if meant is None else meant, output)
+
+
+def _agree(said: str, word: str, wanted: str, given: str | None) -> None:
+    if given and given != wanted:
+        raise InputError(f"{said}, {word} says {given}", remedy="give one of the two")
+
+
+def pair(option: str, text: str, *, bare: str | None = None) -> tuple[str, str]:
+    """The two sides of NAME=VALUE; a NAME alone means ``bare``, or is refused when that is None."""
+    name, equals, value = text.partition("=")
+    if not name.strip() or (not equals and bare is None):
+        raise InputError(f"{option} {text!r} is not NAME=VALUE")
+    return name.strip(), value if equals else str(bare)
+
+
+def overrides(given: Iterable[str] | None) -> dict[str, str]:
+    """The values of ``--set``; a KEY alone switches a flag on."""
+    try:
+        return dict(pair("--set", text, bare="true") for text in given or ())
+    except InputError as error:
+        raise InputError(error.message.replace("NAME", "KEY"), remedy="for example --set max_model_len=4096") from None
+
+
+def listed(text: str) -> list[str]:
+    """The words of a comma-separated list."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def require_known(kind: str, word: str, known: Collection[str]) -> None:
+    """Raise InputError, with the known words, when a word is none of them."""
+    if word not in known:
+        raise InputError(f"no {kind} {word!r}", remedy="use " + ", ".join(known))

@@ -2,72 +2,65 @@
 
 from __future__ import annotations
 
-import json
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pipeline.commands import options, show
 from pipeline.errors import InputError
-from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
-
-RunName = Annotated[str | None, typer.Option("--run", help="Name of a run; its merged model's chat template is used.")]
-Output = Annotated[Path, typer.Option("--output", help="Folder that holds the runs.")]
-TemplateFile = Annotated[Path | None, typer.Option("--template", help="A chat template (.jinja) instead of a run's.")]
-Url = Annotated[str | None, typer.Option("--url", help="Base URL of the engine (default: its usual local port).")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the verbs."""
-    app.command("render")(render)
-    app.command("parity")(parity)
-    app.command("modelfile")(modelfile)
+from pipeline.modelfile import modelfile as made_for
+from pipeline.modelfile.grammar import parse_modelfile
+from pipeline.prompts.conversation import Conversation, read_messages, read_tools
+from pipeline.prompts.parity import require_same
+from pipeline.runs.files import write_atomic
+from pipeline.runs.folder import DEFAULT_OUTPUT
+from pipeline.verify.parity_run import compare_here, print_matrix
+from pipeline.verify.sources import make_renderer, prompt_text, read_source
 
 
 def render(
     messages: Annotated[Path, typer.Option("--messages", help="JSON file: a list of messages, or {'messages': [...]}.")],
     tools: Annotated[Path | None, typer.Option("--tools", help="JSON file: a list of tools in OpenAI's form.")] = None,
-    run: RunName = None,
-    template: TemplateFile = None,
+    run: options.SomeRun = None,
+    template: options.Template = None,
     renderer: Annotated[str, typer.Option(help="jinja, transformers, go, llamacpp, vllm or ollama.")] = "jinja",
-    url: Url = None,
+    url: Annotated[str | None, typer.Option("--url", help="Base URL of the engine (default: its usual local port).")] = None,
     model: Annotated[
         str | None,
         typer.Option("--model", help="Model name on the engine (default: the one with this chat template, or its only one)."),
     ] = None,
     prefill: Annotated[bool, typer.Option("--continue", help="Continue the last (assistant) message.")] = False,
     now: Annotated[datetime | None, typer.Option(help="Clock that dated templates see.")] = None,
-    output: Output = DEFAULT_OUTPUT,
+    output: options.Output = DEFAULT_OUTPUT,
+    agent: options.Agent = None,
 ) -> None:
     """Print the exact prompt that a renderer makes of a conversation, and nothing else.
 
     Example: granite-pipeline render --run generic --messages chat.json --renderer go
     """
-    from pipeline.prompts.conversation import Conversation, read_messages, read_tools
-    from pipeline.verify.sources import make_renderer, prompt_text, read_source
-
-    source = read_source(run, template, output, now)
+    source = read_source(options.chosen(agent, run).run, template, output, now)
     chat = Conversation("stdin", read_messages(messages), read_tools(tools) if tools else None, None, prefill)
-    chosen = make_renderer(renderer, source, url=url, model=model)
-    typer.echo(prompt_text(chosen, chat, source), nl=False)
+    typer.echo(prompt_text(make_renderer(renderer, source, url=url, model=model), chat, source), nl=False)
 
 
 def parity(
-    run: RunName = None,
-    template: TemplateFile = None,
+    run: options.SomeRun = None,
+    template: options.Template = None,
     engines: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated: chat, transformers, go, merged, gguf, modelfile, llamacpp, vllm, ollama; NAME=URL#MODEL for a server elsewhere."
+            help="Comma-separated: chat, transformers, go, merged, gguf, modelfile, llamacpp, vllm, ollama; NAME=URL#MODEL for a "
+            "server elsewhere."
         ),
     ] = None,
     start: Annotated[
         bool, typer.Option("--start", help="Start the run's llama.cpp, vLLM and Ollama where installed, and stop them again.")
     ] = False,
-    as_json: AsJson = False,
-    output: Output = DEFAULT_OUTPUT,
+    as_json: options.AsJson = False,
+    output: options.Output = DEFAULT_OUTPUT,
+    agent: options.Agent = None,
 ) -> None:
     """Compare the prompt of every renderer with the tokenizer's, over the conversation suite.
 
@@ -80,25 +73,21 @@ def parity(
       granite-pipeline parity --start
       granite-pipeline parity --run generic --engines chat,gguf,llamacpp=http://127.0.0.1:8005
     """
-    from pipeline.prompts.parity import require_same
-    from pipeline.verify.parity_run import compare_here, print_matrix
-    from pipeline.verify.sources import read_source
-
-    source = read_source(run, template, output, None)
+    source = read_source(options.chosen(agent, run).run, template, output, None)
     if start and source.run is None:
         raise InputError("--start starts the servers of a run", remedy="give --run instead of --template")
     found = compare_here(source, engines, start=start)
     if as_json:
-        typer.echo(json.dumps(found.to_json(), ensure_ascii=False))
+        show.as_json(found.to_json(), indent=None, ascii_only=False)
     else:
-        print_matrix(found.matrix, found.absent, found.problems)
+        print_matrix(found.matrix, found.absent, found.problems, show.console())
     require_same(found.matrix, found.problems)
 
 
 def modelfile(
-    run: RunName = None,
+    run: options.SomeRun = None,
     gguf: Annotated[Path | None, typer.Option("--gguf", help="A GGUF instead of a run; the Modelfile goes to stdout.")] = None,
-    template: TemplateFile = None,
+    template: options.Template = None,
     system: Annotated[str | None, typer.Option("--system", help="System message for requests that bring none.")] = None,
     num_ctx: Annotated[
         int | None, typer.Option("--num-ctx", min=1, help="Context length (default: the model's, at most 8192).")
@@ -108,39 +97,38 @@ def modelfile(
     explain: Annotated[
         bool, typer.Option("--explain", help="Say which renderer each Ollama generation uses; write nothing.")
     ] = False,
-    output: Output = DEFAULT_OUTPUT,
+    output: options.Output = DEFAULT_OUTPUT,
+    agent: options.Agent = None,
 ) -> None:
     """Write the Ollama Modelfile of a run, or print one for any GGUF.
 
     The TEMPLATE is derived from the model's chat template and gives the same prompts; a chat template for which none can be
     proven is refused. Example: granite-pipeline modelfile --run generic --num-ctx 8192
     """
-    from pipeline.modelfile.modelfile import explain as explanations
-    from pipeline.modelfile.modelfile import for_gguf, for_run, parse_modelfile
-    from pipeline.runs.files import write_atomic
-
-    if (run is None) == (gguf is None) and run is not None:
+    run = options.chosen(agent, run).run
+    if run is not None and gguf is not None:
         raise InputError("give --run or --gguf, not both")
     wanted = _parameters(parameter or [], num_ctx)
     license_text = _read_text(license_file) if license_file else None
-    folder = RunFolder(run or DEFAULT_NAME, output)
-    made = for_gguf(gguf, template, system, wanted, license_text) if gguf else for_run(folder, system, wanted, license_text)
+    this = options.folder(None, run, output)
+    if gguf:
+        made = made_for.for_gguf(gguf, template, system, wanted, license_text)
+    else:
+        made = made_for.for_run(this, system, wanted, license_text)
     if explain:
-        for choice in explanations(parse_modelfile(made.text), made.jinja):
+        for choice in made_for.explain(parse_modelfile(made.text), made.jinja):
             typer.echo(f"Ollama {choice.generation}: {choice.renderer}; {choice.reason}")
     elif gguf:
         typer.echo(made.text, nl=False)
     else:
-        write_atomic(folder.modelfile, made.text)
-        typer.echo(folder.modelfile)
+        write_atomic(this.modelfile, made.text)
+        typer.echo(this.modelfile)
 
 
 def _parameters(given: list[str], num_ctx: int | None) -> dict[str, str | int | list[str]]:
     found: dict[str, list[str]] = {}
     for item in given:
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise InputError(f"--parameter {item!r} is not NAME=VALUE")
+        name, value = options.pair("--parameter", item)
         found.setdefault(name, []).append(value)
     made: dict[str, str | int | list[str]] = {name: values if name == "stop" else values[-1] for name, values in found.items()}
     return made | ({"num_ctx": num_ctx} if num_ctx else {})

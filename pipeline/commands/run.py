@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 import time
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from pipeline import batch
 from pipeline.batch import STAGES, Executed, run_notebooks
+from pipeline.commands import options, show
 from pipeline.errors import InputError, RunLocked, VerificationFailed
 from pipeline.notebook import OWNER_VARIABLE
 from pipeline.report.write import paths_in, summary_table
@@ -29,20 +26,13 @@ from pipeline.verify.verify import require_passed
 log = logging.getLogger(__name__)
 
 
-def register(app: typer.Typer) -> None:
-    """Add the ``run`` verb."""
-    app.command("run")(run)
-
-
 def run(
-    name: Annotated[str, typer.Option("--name", "--run", help="Name of the run, one folder below --output.")] = DEFAULT_NAME,
+    name: options.Run = DEFAULT_NAME,
     base: Annotated[str | None, typer.Option("--base", help="embedded (default), a hub id, or a model folder.")] = None,
     data: Annotated[str | None, typer.Option("--data", help="soc (default), a file, or hub:owner/name.")] = None,
-    eval_data: Annotated[
-        str | None, typer.Option("--eval-data", help="Held-out rows; else a share of --data is held out.")
-    ] = None,
-    backends: Annotated[str | None, typer.Option("--backends", help="Comma-separated: vllm,llamacpp,ollama,openai.")] = None,
-    output: Annotated[Path, typer.Option("--output", help="Folder that holds the runs.")] = DEFAULT_OUTPUT,
+    eval_data: options.EvalData = None,
+    backends: options.Backends = "",
+    output: options.Output = DEFAULT_OUTPUT,
     stages: Annotated[str, typer.Option("--stages", help="Comma-separated notebooks to run.")] = ",".join(STAGES),
     parameter: Annotated[
         list[str] | None,
@@ -50,14 +40,8 @@ def run(
             "--parameter", "-p", metavar="NAME=VALUE", help="Any other notebook parameter, e.g. -p EPOCHS=2. Repeatable."
         ),
     ] = None,
-    force: Annotated[
-        str,
-        typer.Option(
-            "--force",
-            metavar="[STAGE]",
-            help="Do it again even when nothing changed: all, or finetune, merge, gguf, modelfile, evaluate, verify.",
-        ),
-    ] = "",
+    force: options.Force = "",
+    agent: options.Agent = None,
 ) -> None:
     """Fine-tune, export, serve and verify, by executing the notebooks in order with papermill.
 
@@ -71,10 +55,11 @@ def run(
       granite-pipeline run --stages 04_verify --backends llamacpp
       granite-pipeline run --force gguf
     """
+    name = options.chosen(agent, name).run
     folder = RunFolder(name, output.resolve())
     given: dict[str, Any] = {"NAME": name, "OUTPUT": str(folder.output)}
     given |= {key: value for key, value in (("BASE", base), ("DATA", data), ("EVAL_DATA", eval_data)) if value}
-    given |= {"BACKENDS": backends.split(",")} if backends else {}
+    given |= {"BACKENDS": options.listed(backends)} if backends else {}
     given |= {"FORCE": True if force == "all" else force} if force else {}
     given |= dict(_assignment(text) for text in parameter or [])
     # notebooks run in their own folder
@@ -84,22 +69,24 @@ def run(
     if inputs is None:  # nothing that is verified, or a hub id that may have moved on
         _work(folder, chosen, given)
         return
-    again = bool(given.get("FORCE")) or bool(Manifest(folder.manifest).changed())
-    if run_stage(folder, "run", inputs, [folder.evidence], lambda: _work(folder, chosen, given), force=again).skipped:
-        log.info("run %s: nothing changed since it was verified; --force does it again", name)
+    manifest = Manifest(folder.manifest)
+    before = manifest.stage("run")
+    if before and not given.get("FORCE") and not manifest.changed() and manifest.holds(before, inputs):
+        log.info("run %s: nothing changed since it was verified at %s; --force does it again", name, before.finished_at)
         _conclude(folder)
+        return
+    run_stage(folder, "run", inputs, [folder.evidence], lambda: _work(folder, chosen, given), force=True)
 
 
 def _work(folder: RunFolder, chosen: list[str], given: dict[str, Any]) -> dict[str, Any]:
     """Execute the notebooks and say what they did; VerificationFailed when the last one did not pass."""
-    begun, console = time.monotonic(), Console(stderr=True)
+    begun = time.monotonic()
     executed, stopped = _execute(folder, chosen, given)
-    table = Table("notebook", "seconds", "executed copy", title=f"run {folder.name}: {time.monotonic() - begun:.0f} s")
-    for entry in executed:
-        table.add_row(entry.name, f"{entry.seconds:.0f}", str(entry.copy))
-    console.print(table)
+    rows = [(entry.name, f"{entry.seconds:.0f}", entry.copy) for entry in executed]
+    title = f"run {folder.name}: {time.monotonic() - begun:.0f} s"
+    show.table(title, ("notebook", "seconds", "executed copy"), rows, err=True)
     if stopped:
-        console.print(f"servers stopped: {', '.join(stopped)}")
+        show.line(f"servers stopped: {', '.join(stopped)}", err=True)
     if "04_verify" in chosen:
         _conclude(folder)
     return {"passed": True}
@@ -130,15 +117,14 @@ def _execute(folder: RunFolder, chosen: list[str], given: dict[str, Any]) -> tup
 
 
 def _conclude(folder: RunFolder) -> None:
-    console = Console(stderr=True)
     report = read_json(paths_in(folder.report).json)
-    console.print(summary_table(report))
-    console.print(f"report: {paths_in(folder.report).html}", soft_wrap=True)
+    show.draw(summary_table(report), err=True)
+    show.line(f"report: {paths_in(folder.report).html}", err=True)
     require_passed(report)
 
 
 def _stages(text: str) -> list[str]:
-    wanted = [word.strip() for word in text.split(",") if word.strip()]
+    wanted = options.listed(text)
     for word in wanted:
         if word not in STAGES:
             raise InputError(f"no notebook {word!r}", remedy=f"known: {', '.join(STAGES)}")
@@ -146,16 +132,10 @@ def _stages(text: str) -> list[str]:
 
 
 def _assignment(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise InputError(f"parameter {text!r} is not NAME=VALUE")
+    name, value = options.pair("parameter", text)
     if name in ("NAME", "OUTPUT"):  # the report that is printed is that of --name, below --output
         raise InputError(f"-p {name}=... would train one run and report another", remedy=f"use --{name.lower()} {value}")
     try:
         return name, json.loads(value)
     except ValueError:
         return name, {"True": True, "False": False, "None": None}.get(value, value)
-
-
-if sys.platform == "win32":  # pragma: no cover - process groups and signals differ
-    raise InputError("servers are supervised through POSIX process groups; use WSL on Windows")

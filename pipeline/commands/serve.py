@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast, get_args
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from pipeline import config, engines
+from pipeline.commands import options, show
 from pipeline.engines.base import Engine
 from pipeline.engines.vllm.lora import base_folder, parse
 from pipeline.errors import InputError
@@ -24,38 +21,25 @@ from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 from pipeline.serve import ollama_service, server, start
 from pipeline.serve.start import Endpoint, Options, Target
 
-log = logging.getLogger(__name__)
-Run = Annotated[str, typer.Option("--run", "--name", help="Name of the run.")]
-Output = Annotated[Path, typer.Option("--output", help="Folder that holds the runs.")]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the verbs."""
-    app.command("serve")(serve)
-    app.command("status")(status)
-
 
 def serve(
     engine: Annotated[str, typer.Argument(help="vllm, llamacpp, ollama or sglang; default: LLM_BACKEND.")] = "",
-    run: Run = DEFAULT_NAME,
-    output: Output = DEFAULT_OUTPUT,
-    model: Annotated[Path | None, typer.Option("--model", "--gguf", help="Serve this folder or GGUF instead of a run's.")] = None,
-    name: Annotated[str | None, typer.Option("--served-model-name", help="Name that clients use.")] = None,
-    host: Annotated[
-        str, typer.Option("--host", help="Address to bind; anything but 127.0.0.1 is reachable by others.")
-    ] = start.LOOPBACK,
+    run: options.Run = DEFAULT_NAME,
+    output: options.Output = DEFAULT_OUTPUT,
+    model: options.ModelPath = None,
+    name: options.ServedName = None,
+    host: options.Host = start.LOOPBACK,
     port: Annotated[
         int | None, typer.Option("--port", help="Port; 0 picks a free one. Default: the engine's documented one.")
     ] = None,
-    purpose: Annotated[str, typer.Option("--purpose", help="verify (fast start), serve, throughput or latency.")] = "serve",
-    setting: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a planned flag. Repeatable.")
-    ] = None,
+    purpose: options.Purposed = "serve",
+    setting: options.Set = None,
     adapters: Annotated[
         str | None,
         typer.Option("--adapters", metavar="NAME=RUN,...", help="vLLM only: serve these LoRA adapters on their base model."),
     ] = None,
-    detach: Annotated[bool, typer.Option("--detach", help="Leave the server running and return.")] = False,
+    detach: options.Detach = False,
+    agent: options.Agent = None,
 ) -> None:
     """Serve a run (or any model) with flags planned for this machine, each with its reason.
 
@@ -71,42 +55,37 @@ def serve(
       granite-pipeline serve vllm --adapters triage=generic,summary=other
     """
     settings = config.load()
-    chosen = engines.get(engine or settings.llm_backend)
-    folder = RunFolder(run, output)
+    run, engine, name = options.chosen(agent, run, engine, name)
+    chosen, this = engines.get(engine or settings.llm_backend), RunFolder(run, output)
     loras = _adapters(chosen, adapters, output)
-    target = _on_base(folder, loras, model, name) if loras else _target(folder, chosen, model, name, settings)
-    overrides = {**settings.overrides(chosen.name), **dict(_pair(text) for text in setting or [])}
-    if purpose not in ("verify", "serve", "throughput", "latency"):
-        raise InputError(f"no purpose {purpose!r}", remedy="use verify, serve, throughput or latency")
-    wanted: Purpose = purpose  # type: ignore[assignment]
-    options = Options(
-        wanted, host, chosen.default_port if port is None else port, None if detach else os.getpid(), None, overrides, loras
-    )
+    target = _on_base(this, loras, model, name) if loras else _target(this, chosen, model, name, settings)
+    given = {**settings.overrides(chosen.name), **options.overrides(setting)}
+    options.require_known("purpose", purpose, get_args(Purpose))
+    listens = chosen.default_port if port is None else port
+    how = Options(cast(Purpose, purpose), host, listens, None if detach else os.getpid(), None, given, loras)
     # on Linux Ollama is a system service that holds its port; one that runs is used, unless another port is asked for
     mine = not chosen.creates_model or port is not None or host != start.LOOPBACK
     there = None if mine else ollama_service.find(settings.address(chosen.name).base_url)
     if there is None:
-        run_server(chosen.name, target, options, detach=detach)
+        run_server(chosen.name, target, how, detach=detach)
     else:
-        in_running_ollama(there, target, options)
+        in_running_ollama(there, target, how)
 
 
-def in_running_ollama(there: Endpoint, target: Target, options: Options) -> None:
+def in_running_ollama(there: Endpoint, target: Target, how: Options) -> None:
     """Make the model in an Ollama that already runs, and say that it goes on running."""
-    console = Console(stderr=True)
-    with console.status("creating the model") as spinner:
-        endpoint = ollama_service.serve_there(there, target, options, lambda text: spinner.update(text[:120]))
-    show(endpoint, console)
-    words = f"made in the Ollama that already runs at {endpoint.url}; it goes on running (--port 0 starts another one)"
-    console.print(words, soft_wrap=True, markup=False, highlight=False)
+    with show.progress("creating the model") as progress:
+        endpoint = ollama_service.serve_there(there, target, how, progress)
+    _ready(endpoint)
+    said = f"made in the Ollama that already runs at {endpoint.url}; it goes on running (--port 0 starts another one)"
+    show.line(said, err=True)
 
 
-def run_server(engine: str, target: Target, options: Options, *, detach: bool) -> None:
+def run_server(engine: str, target: Target, how: Options, *, detach: bool) -> None:
     """Serve in the foreground until interrupted, or (``detach``) leave the server running."""
-    console = Console(stderr=True)
-    with console.status(f"starting {engine}") as spinner:
-        endpoint = start.serve(engine, target, options, lambda text: spinner.update(text[:120]))
-    show(endpoint, console)
+    with show.progress(f"starting {engine}") as progress:
+        endpoint = start.serve(engine, target, how, progress)
+    _ready(endpoint)
     if not detach and endpoint.server is not None:
         attend(endpoint.server, target.servers)
 
@@ -118,46 +97,41 @@ def attend(process: server.Server, records: Path) -> None:
             time.sleep(0.5)
         raise server.failure(process, "died while serving")
     except KeyboardInterrupt:
-        Console(stderr=True).print("stopping")
+        show.line("stopping", err=True)
     finally:
         server.end(process, records)
 
 
-def show(endpoint: Endpoint, console: Console) -> None:
+def _ready(endpoint: Endpoint) -> None:
     """Print the flags with their reasons, and how to talk to the endpoint."""
-    table = Table("setting", "value", "source", "reason", title=f"{endpoint.engine} {endpoint.version or ''}")
-    for reason in (endpoint.plan or {}).get("reasons", []):
-        table.add_row(reason["flag"], str(reason["value"] or ""), reason["source"], reason["reason"])
-    console.print(table)
-    console.print(f"ready after {endpoint.ready_seconds:.0f} s: {endpoint.url}/v1, model {endpoint.model}", soft_wrap=True)
+    reasons = (endpoint.plan or {}).get("reasons", [])
+    rows = [(reason["flag"], reason["value"] or "", reason["source"], reason["reason"]) for reason in reasons]
+    show.table(f"{endpoint.engine} {endpoint.version or ''}", ("setting", "value", "source", "reason"), rows, err=True)
+    show.line(f"ready after {endpoint.ready_seconds:.0f} s: {endpoint.url}/v1, model {endpoint.model}", err=True)
 
 
 def status(
-    run: Run = DEFAULT_NAME,
-    output: Output = DEFAULT_OUTPUT,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    run: options.Run = DEFAULT_NAME,
+    output: options.Output = DEFAULT_OUTPUT,
+    agent: options.Agent = None,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Show which servers of a run are up and whether each answers."""
-    folder = RunFolder(run, output).path
-    running = server.running(folder / "servers")
-    rows = [
-        {
-            "backend": s.engine,
-            "url": s.url,
-            "model": s.model,
-            "pid": s.pid,
-            "healthy": start.reachable(s.url + s.ready_path),
-            "log": str(s.log),
-        }
-        for s in running
-    ]
+    """Show which servers of a run are up and whether each answers.
+
+    Example: granite-pipeline status --run mine --json
+    """
+    this = options.folder(agent, run, output)
+    rows, table = [], []
+    for s in server.running(this.path / "servers"):
+        healthy = start.reachable(s.url + s.ready_path)
+        rows.append({"backend": s.engine, "url": s.url, "model": s.model, "pid": s.pid, "healthy": healthy, "log": str(s.log)})
+        table.append((s.engine, s.url, s.model, "yes" if healthy else "no", f"{s.memory_gib():.2f}"))
     if as_json:
-        typer.echo(json.dumps({"run": run, "servers": rows}, indent=2))
-        return
-    table = Table("backend", "url", "model", "healthy", "memory, GiB", title=f"servers of run {run}")
-    for s, row in zip(running, rows, strict=True):
-        table.add_row(s.engine, s.url, s.model, "yes" if row["healthy"] else "no", f"{s.memory_gib():.2f}")
-    Console().print(table if rows else f"no server of run {run} is running")
+        show.as_json({"run": this.name, "servers": rows})
+    elif rows:
+        show.table(f"servers of run {this.name}", ("backend", "url", "model", "healthy", "memory, GiB"), table)
+    else:
+        show.line(f"no server of run {this.name} is running")
 
 
 def _target(run: RunFolder, engine: Engine, model: Path | None, name: str | None, settings: config.Settings) -> Target:
@@ -190,10 +164,3 @@ def _on_base(run: RunFolder, loras: Sequence[Adapter], model: Path | None, name:
     """The base model under its own name; logs and records stay in the run's folder."""
     base = base_folder(loras, model)
     return Target(base, name or base.name, run.path)
-
-
-def _pair(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not key:
-        raise InputError(f"--set {text!r} is not KEY=VALUE")
-    return key, value if equals else "true"

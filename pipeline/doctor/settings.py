@@ -15,6 +15,7 @@ from pipeline import engines
 from pipeline.config import ENV_FILE, Settings, root_url
 from pipeline.doctor.findings import Facts, Finding, Status, worst_first
 from pipeline.engines.base import Engine
+from pipeline.operate import registry
 from pipeline.runs.text import without_password
 
 _PREFIXES = ("LLM", "OPENAI", "GATEWAY", "AGENTS")
@@ -22,6 +23,7 @@ _PREFIXES = ("LLM", "OPENAI", "GATEWAY", "AGENTS")
 _FOREIGN = frozenset({"VLLM_PYTHON", "SGLANG_PYTHON", "OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_API_BASE"})
 _OURS = re.compile(r"(BASE_?URL|MODEL(_?NAME)?|API_?KEY|BACKEND|URL|MODEL_LEN|CTX_SIZE|PARALLEL|MEMORY_UTIL)$")
 _SIMILAR = 0.84
+_ASK_SECONDS = 2.0
 
 
 def settings(facts: Facts) -> list[Finding]:
@@ -77,6 +79,19 @@ def hidden(in_file: Mapping[str, str], env: Mapping[str, str], env_file: Path) -
         if name.lower() in Settings.model_fields and value and env.get(name) not in (None, "", value):
             words = f"{name}: the environment wins over {env_file}, so the value in the file is not used"
             yield _about(f"{words}; unset {name} to use it", "warn")
+
+
+async def ask_selected(settings: Settings) -> list[Finding]:
+    """What the selected backend, when it is up, has to say about the model name."""
+    address = settings.address()
+    if not address.base_url:
+        return []
+    statuses = await registry.check(address, timeout=_ASK_SECONDS)
+    served = [status.name for status in statuses if status.available]
+    if not served:
+        words = statuses[0].detail or "it serves no model"
+        return [_about(f"the selected backend {address.backend} is not usable now: {words}", "warn")]
+    return [found for found in [served_contradiction(settings, served)] if found]
 
 
 def served_contradiction(settings: Settings, served: list[str]) -> Finding | None:

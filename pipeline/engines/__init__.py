@@ -52,21 +52,4 @@ def every() -> Iterator[Engine]:
     return map(get, NAMES)
 
 
-def title(name: str) -> str | None:
-    """An engine's name as its makers write it, None for a name that is no engine's."""
-    return get(name).title if name in NAMES else None
-
-
-__all__ = [
-    "NAMES",
-    "Availability",
-    "Engine",
-    "Launch",
-    "NotApplicable",
-    "Prompt",
-    "every",
-    "get",
-    "register",
-    "title",
-    "unregister",
-]
+__all__ = ["NAMES", "Availability", "Engine", "Launch", "NotApplicable", "Prompt", "every", "get", "register", "unregister"]

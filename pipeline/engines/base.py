@@ -1,6 +1,6 @@
 """What an inference engine declares and can do; every other room knows engines only through this.
 
-A new engine is one class: ``name``, ``plan`` and ``launch``, and the facts below that differ from their defaults.
+A new engine is one class: ``name``, ``plan``, ``program``, and the facts below that differ from their defaults.
 """
 
 from __future__ import annotations
@@ -107,6 +107,11 @@ class Engine(ABC):
     default_port: ClassVar[int] = 0
     # what follows host and port in the URL that applications are given
     url_path: ClassVar[str] = "/v1"
+    # answers 200 once the model is loaded, which takes so many seconds at most
+    ready_path: ClassVar[str] = "/health"
+    start_timeout: ClassVar[float] = 600.0
+    # why another engine may be chosen rather than this one, for so many {users}
+    drawback: ClassVar[str] = "none of this project's measurements are of it"
     # what it loads: a model folder or a GGUF file; "url": nothing is launched from here, the server is someone else's
     serves: ClassVar[Literal["folder", "gguf", "url"]] = "folder"
     # the environment variables that configure it begin with this: VLLM_BASE_URL, VLLM_MODEL, ...
@@ -128,6 +133,8 @@ class Engine(ABC):
     # the model is made inside a running server, which is started without one
     creates_model: ClassVar[bool] = False
     serves_adapters: ClassVar[bool] = False
+    # whether its program lists its flags with --help
+    tells_flags: ClassVar[bool] = False
     # settings known where the engine is not installed
     flags: ClassVar[Known] = Known()
     # the flag that leaves out compilation and graphs, and the one that limits requests computed together: for retries
@@ -145,9 +152,20 @@ class Engine(ABC):
     def plan(self, request: Request) -> Plan:
         """Choose flags for this model, hardware and purpose, each with its reason."""
 
-    @abstractmethod
+    def program(self) -> Sequence[str]:
+        """The words that start its server, before the flags; EngineError where none is started from here."""
+        raise EngineError(f"{self.title} is not started from here", remedy=f"set {self.prefix}_BASE_URL to the running server")
+
     def launch(self, plan: Plan, request: Request, *, host: str, port: int) -> Launch:
-        """Turn a feasible plan into the process to start."""
+        """Turn a plan into the process to start; EngineError when it is not feasible."""
+        require_feasible(plan)
+        argv = (*self.program(), *plan.arguments, *self.more_words(request), "--host", host, "--port", str(port))
+        url = f"http://{host}:{port}"
+        return Launch(self.name, argv, plan.environment, url, self.ready_path, request.name, self.start_timeout)
+
+    def more_words(self, request: Request) -> Sequence[str]:
+        """Words after the planned flags that are no settings."""
+        return ()
 
     def available(self) -> Availability:
         """Look for the program or package, without starting it."""
@@ -159,7 +177,7 @@ class Engine(ABC):
 
     def advice(self, hardware: Hardware, users: int) -> str:
         """Why another engine may be chosen rather than this one."""
-        return "none of this project's measurements are of it"
+        return self.drawback.format(users=users)
 
     def url(self, host: str = LOOPBACK) -> str:
         """Where it answers on its documented port; empty where it has none."""
@@ -180,7 +198,7 @@ class Engine(ABC):
 
     def flags_question(self) -> list[str]:
         """A command that prints its flags, as ``--help`` or as a line FLAGS and a JSON list; empty when it takes none."""
-        return []
+        return [*self.program(), "--help"] if self.tells_flags else []
 
     def half_context(self, plan: Plan, request: Request) -> Mapping[str, str | None]:
         """Settings with half the context, where a shorter context is what frees memory; empty where it is not, or too short."""

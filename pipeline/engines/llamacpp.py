@@ -8,24 +8,13 @@ import shutil
 import subprocess
 import sys
 from asyncio import gather
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
 import httpx
 
-from pipeline.engines.base import (
-    ASKED,
-    LEAST_CONTEXT,
-    Availability,
-    Body,
-    Container,
-    Engine,
-    Launch,
-    Mismatch,
-    openai_body,
-    require_feasible,
-)
+from pipeline.engines.base import ASKED, LEAST_CONTEXT, Availability, Body, Container, Engine, Mismatch, openai_body
 from pipeline.engines.flags import listed_flags
 from pipeline.engines.listing import Listing, integer, openai_listing
 from pipeline.machine.hardware import Hardware
@@ -73,7 +62,7 @@ def _settings(request: Request, fit: GgufFit) -> list[Setting]:
     total = fit.slots * fit.length
     settings = [
         Setting("--model", str(model.path or f"{model.name}.Q8_0.gguf"), "the GGUF to serve"),
-        Setting("--alias", request.served_name or model.name, "the name clients ask for"),
+        Setting("--alias", request.name, "the name clients ask for"),
         Setting(
             "-c",
             str(total),
@@ -128,6 +117,9 @@ class LlamaCpp(Engine):
     name = "llamacpp"
     title = "llama.cpp"
     default_port = 8005
+    drawback = "it computes few requests at once; vLLM's batching is several times faster under load"
+    tells_flags = True
+    start_timeout = 300.0
     serves = "gguf"
     key_variable = "LLAMA_API_KEY"
     settings: ClassVar[Mapping[str, str]] = {"LLAMACPP_CTX_SIZE": "ctx-size", "LLAMACPP_PARALLEL": "parallel"}
@@ -162,14 +154,6 @@ class LlamaCpp(Engine):
         remedy = "put a llama-server built for this GPU on PATH (brew install llama.cpp, or llama.cpp's releases)"
         return Mismatch(False, "may be the portable CPU wheel, and there is a GPU", remedy)
 
-    def advice(self, hardware: Hardware, users: int) -> str:
-        """It batches little."""
-        return "it computes few requests at once; vLLM's batching is several times faster under load"
-
-    def flags_question(self) -> list[str]:
-        """The help of the program that would be started."""
-        return [*_program(), "--help"]
-
     def half_context(self, plan: Plan, request: Request) -> Mapping[str, str | None]:
         """Half of ``-c``, with the same slots."""
         total = next((flag.value for flag in plan.flags if flag.name == "-c"), None) or "0"
@@ -183,12 +167,10 @@ class LlamaCpp(Engine):
         """Flags for this GGUF, machine and purpose."""
         return plan(request)
 
-    def launch(self, plan: Plan, request: Request, *, host: str, port: int) -> Launch:
-        """The server process with the plan's flags; EngineError when the plan is not feasible."""
-        require_feasible(plan)
-        argv = (*_program(), *plan.arguments, "--host", host, "--port", str(port))
-        name = request.served_name or request.model.name
-        return Launch(self.name, argv, plan.environment, f"http://{host}:{port}", "/health", name, start_timeout=300.0)
+    def program(self) -> Sequence[str]:
+        """``llama-server``, else the wheel's in this interpreter."""
+        program = shutil.which("llama-server")
+        return [program] if program else [sys.executable, "-m", "pipeline.engines.llamacpp_server"]
 
     async def listing(self, root: str, api_key: str, timeout: float) -> Listing:
         """With the context of one slot and the file it loaded, from ``/props``."""
@@ -238,12 +220,6 @@ class LlamaCpp(Engine):
         # add_special lets the model's own metadata decide about a BOS token, which is what the completion path does
         answer = ask(client, "/tokenize", {"content": text, "add_special": True, "parse_special": True})
         return Prompt(text, tuple(answer["tokens"]))
-
-
-def _program() -> list[str]:
-    """The words that start the server: ``llama-server``, else the wheel's in this interpreter."""
-    program = shutil.which("llama-server")
-    return [program] if program else [sys.executable, "-m", "pipeline.engines.llamacpp_server"]
 
 
 def _llama_server_version(program: str) -> str:

@@ -16,7 +16,6 @@ from pipeline.engines.base import LEAST_CONTEXT, Availability, Body, Container, 
 from pipeline.engines.flags import listed_flags
 from pipeline.engines.listing import Listed, Listing, entries, integer
 from pipeline.errors import EngineError
-from pipeline.machine.hardware import Hardware
 from pipeline.model.toolcalls import Call
 from pipeline.net.client import ask
 from pipeline.net.reach import get_json
@@ -116,7 +115,10 @@ class Ollama(Engine):
     name = "ollama"
     title = "Ollama"
     default_port = 11434
+    drawback = "llama.cpp underneath, with its own prompt templates: choose it where your tools already speak to Ollama"
     url_path = ""
+    ready_path = "/api/version"
+    start_timeout = 120.0
     serves = "gguf"
     default_model = "granite-soc:latest"
     tag = ":latest"
@@ -143,10 +145,6 @@ class Ollama(Engine):
             return Availability(False, reason=f"{program} --version failed: {error}", remedy=_INSTALL)
         words = [word for word in (done.stdout + done.stderr).split() if word[:1].isdigit()]
         return Availability(True, version=words[-1] if words else None)
-
-    def advice(self, hardware: Hardware, users: int) -> str:
-        """It is llama.cpp with prompts of its own."""
-        return "llama.cpp underneath, with its own prompt templates: choose it where your tools already speak to Ollama"
 
     def folders(self) -> list[Path]:
         """Where it keeps models."""
@@ -186,10 +184,12 @@ class Ollama(Engine):
     def launch(self, plan: Plan, request: Request, *, host: str, port: int) -> Launch:
         """``ollama serve`` on this address; EngineError when the plan is not feasible."""
         require_feasible(plan)
-        env = {**plan.environment, "OLLAMA_HOST": f"{host}:{port}"}
-        argv = (shutil.which("ollama") or "ollama", "serve")
-        name = request.served_name or request.model.name
-        return Launch(self.name, argv, env, f"http://{host}:{port}", "/api/version", name, start_timeout=120.0)
+        env, url = {**plan.environment, "OLLAMA_HOST": f"{host}:{port}"}, f"http://{host}:{port}"
+        return Launch(self.name, (*self.program(), "serve"), env, url, self.ready_path, request.name, self.start_timeout)
+
+    def program(self) -> Sequence[str]:
+        """The program, on PATH or not."""
+        return [shutil.which("ollama") or "ollama"]
 
     async def create(self, client: httpx.AsyncClient, name: str, gguf: Path, parts: Mapping[str, Any]) -> None:
         """Make or replace the model ``name`` from a GGUF; ``parts`` are ``template``, ``system``, ``parameters``, ``license``.

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import httpx
 
-from pipeline.engines.base import Engine, Launch
+from pipeline.engines.base import Engine
 from pipeline.errors import EngineError, InputError
-from pipeline.machine.hardware import Hardware
-from pipeline.planning.plan import Memory, Plan, Request
+from pipeline.planning.plan import Plan, Request
 from pipeline.prompts.conversation import Conversation, Prompt
-
-_REMEDY = "set OPENAI_COMPATIBLE_BASE_URL to the running server"
 
 
 class OpenAiCompatible(Engine):
@@ -18,14 +15,11 @@ class OpenAiCompatible(Engine):
 
     name = "openai"
     title = "OpenAI-compatible"
+    drawback = "a server elsewhere is not needed: this machine can serve {users} itself"
     serves = "url"
     prefix = "OPENAI_COMPATIBLE"
     key_variable = "OPENAI_COMPATIBLE_API_KEY"
     default_model = ""
-
-    def advice(self, hardware: Hardware, users: int) -> str:
-        """It is for machines that hold no model."""
-        return f"a server elsewhere is not needed: this machine can serve {users} itself"
 
     def plan(self, request: Request) -> Plan:
         """An empty plan: the server's flags are its owner's."""
@@ -34,24 +28,14 @@ class OpenAiCompatible(Engine):
             raise InputError(
                 "--set does nothing for an OpenAI-compatible URL", remedy="change the settings where that server is started"
             )
-        warning = "nothing is launched: the flags of this server are its owner's"
         return Plan(
-            "openai",
-            True,
-            (),
-            (),
-            model.dtype,
-            model.quantization,
-            1,
-            model.shape.max_positions,
-            0,
-            Memory(),
-            warnings=(warning,),
+            engine=self.name,
+            feasible=True,
+            dtype=model.dtype,
+            quantization=model.quantization,
+            max_model_len=model.shape.max_positions,
+            warnings=("nothing is launched: the flags of this server are its owner's",),
         )
-
-    def launch(self, plan: Plan, request: Request, *, host: str, port: int) -> Launch:
-        """Always raises EngineError: there is nothing to start."""
-        raise EngineError("an OpenAI-compatible server is not started from here", remedy=_REMEDY)
 
     def prompt(self, client: httpx.Client, model: str, conversation: Conversation) -> Prompt:
         """Always raises EngineError: the OpenAI API has no way to ask for the rendered prompt."""

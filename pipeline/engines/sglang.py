@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
-from pipeline.engines.base import Availability, Container, Engine, Launch, require_feasible
+from pipeline.engines.base import Availability, Container, Engine
 from pipeline.engines.flags import listed_flags
 from pipeline.errors import InputError
 from pipeline.machine.hardware import Hardware
@@ -48,7 +48,7 @@ def plan(request: Request) -> Plan:
     short = f"needs {m.total:.1f} GiB per GPU (weights {m.weights:.1f}), {m.available:.1f} GiB are free"
     settings = [
         Setting("--model-path", str(request.model.path or hub_id(request.model.name)), "the model to serve"),
-        Setting("--served-model-name", request.served_name or request.model.name, "the name clients ask for"),
+        Setting("--served-model-name", request.name, "the name clients ask for"),
         Setting("--dtype", dtype, f"compute capability {gpu.compute_capability or 'unknown'}"),
         Setting(
             "--context-length",
@@ -67,20 +67,34 @@ def plan(request: Request) -> Plan:
         settings.append(Setting("--disable-cuda-graph", None, "starts faster and leaves the memory to the KV cache"))
     flags, env = user.lay_over(settings, listed_flags("sglang"))
     return Plan(
-        "sglang", fit.feasible, flags, env, dtype, request.model.quantization or choice.quantization, choice.tensor_parallel,
-        fit.length, fit.sequences, m, (), alternatives.nearest_gpu(request, fit, wish),
-        tuple([why_not] if why_not else [] if fit.feasible else [short]),
-    )  # fmt: skip
+        engine="sglang",
+        feasible=fit.feasible,
+        flags=flags,
+        env=env,
+        dtype=dtype,
+        quantization=request.model.quantization or choice.quantization,
+        tensor_parallel=choice.tensor_parallel,
+        max_model_len=fit.length,
+        max_num_seqs=fit.sequences,
+        memory=m,
+        alternatives=alternatives.nearest_gpu(request, fit, wish),
+        warnings=tuple([why_not] if why_not else [] if fit.feasible else [short]),
+    )
 
 
 def _no_gpu(request: Request) -> Plan:
     model = request.model
     memory = Memory(weights=model.weights_gib("float32"), available=request.hardware.ram_free_gib)
-    why_not = "SGLang's packages need a CUDA or ROCm GPU; its CPU build is compiled from source"
     return Plan(
-        "sglang", False, (), (), "float32", model.quantization, 1, model.shape.max_positions, 0, memory, (),
-        ("the vllm engine's CPU build, or llamacpp",), (why_not,),
-    )  # fmt: skip
+        engine="sglang",
+        feasible=False,
+        dtype="float32",
+        quantization=model.quantization,
+        max_model_len=model.shape.max_positions,
+        memory=memory,
+        alternatives=("the vllm engine's CPU build, or llamacpp",),
+        warnings=("SGLang's packages need a CUDA or ROCm GPU; its CPU build is compiled from source",),
+    )
 
 
 _INSTALL = "python -m venv sglang-env && sglang-env/bin/pip install sglang, then SGLANG_PYTHON=sglang-env/bin/python"
@@ -93,6 +107,7 @@ class Sglang(Engine):
     name = "sglang"
     title = "SGLang"
     default_port = 8004
+    tells_flags = True
     settings: ClassVar[Mapping[str, str]] = {"SGLANG_MAX_MODEL_LEN": "context-length"}
     call_forms = ()  # it has no parser for Granite
     flags = listed_flags("sglang")
@@ -120,20 +135,13 @@ class Sglang(Engine):
             return "as fast as vLLM with long shared prompts; it needs its own environment and is planned here, not run"
         return "its packages need a CUDA or ROCm GPU"
 
-    def flags_question(self) -> list[str]:
-        """Its launcher's help."""
-        return [_python(), "-m", "sglang.launch_server", "--help"]
-
     def plan(self, request: Request) -> Plan:
         """Flags for this model, these GPUs and this purpose."""
         return plan(request)
 
-    def launch(self, plan: Plan, request: Request, *, host: str, port: int) -> Launch:
-        """``python -m sglang.launch_server`` with the plan's flags; EngineError when the plan is not feasible."""
-        require_feasible(plan)
-        argv = (_python(), "-m", "sglang.launch_server", *plan.arguments, "--host", host, "--port", str(port))
-        name = request.served_name or request.model.name
-        return Launch(self.name, argv, plan.environment, f"http://{host}:{port}", "/health", name)
+    def program(self) -> Sequence[str]:
+        """The server's module."""
+        return [_python(), "-m", "sglang.launch_server"]
 
 
 def _python() -> str:

@@ -34,29 +34,28 @@ class Modelfile:
 
     commands: tuple[tuple[str, str], ...]
 
-    def _last(self, command: str) -> str | None:
-        found = [value for name, value in self.commands if name == command]
-        return found[-1] if found else None
+    def _all(self, command: str) -> list[str]:
+        return [value for name, value in self.commands if name == command]
 
     @property
     def source(self) -> str:
         """The GGUF file, folder or model name of FROM."""
-        return self._last("from") or ""
+        return next(reversed(self._all("from")), "")
 
     @property
     def template(self) -> str | None:
         """The Go TEMPLATE."""
-        return self._last("template")
+        return next(reversed(self._all("template")), None)
 
     @property
     def system(self) -> str | None:
         """The SYSTEM message, used where a request brings none."""
-        return self._last("system")
+        return next(reversed(self._all("system")), None)
 
     @property
     def licenses(self) -> list[str]:
         """Every LICENSE."""
-        return [value for name, value in self.commands if name == "license"]
+        return self._all("license")
 
     @property
     def parameters(self) -> dict[str, list[str]]:

@@ -19,18 +19,6 @@ from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import BaseRecord
 
 log = logging.getLogger(__name__)
-__all__ = [
-    "Modelfile",
-    "base_license",
-    "build_modelfile",
-    "explain",
-    "for_gguf",
-    "for_run",
-    "parse_modelfile",
-    "read_modelfile",
-    "to_create_request",
-    "write_modelfile",
-]
 
 Parameter = str | int | float | bool | Sequence[str]
 # Ollama's options and their types (api/types.go, Options and Runner, August 2026)

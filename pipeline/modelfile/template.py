@@ -17,16 +17,9 @@ from typing import Any
 
 from pipeline.errors import ModelError
 from pipeline.prompts.chat import EMBEDDED_TEMPLATE, END, MIDDLE, START, ChatTemplate
+from pipeline.prompts.gorender import find_go
 from pipeline.prompts.parity import Reference, compare
 from pipeline.prompts.renderers import GoRenderer
-
-
-def go_differences(derived: OllamaTemplate, template: ChatTemplate, now: datetime | None = None) -> list[str]:
-    """Unexplained differences between a TEMPLATE run by Go and the chat template, one line each."""
-    clock = now or datetime.now()
-    matrix = compare(Reference(template, clock), [GoRenderer(derived.text, clock)])
-    return [f"{cell.conversation}: {cell.detail}" for cell in matrix.differences]
-
 
 _FOLDER = Path(__file__).parent / "skeletons"
 # SHA-256 of published chat templates (without final newlines) whose TEMPLATE the tests prove with real Go.
@@ -80,10 +73,15 @@ def _own_system(system: str | None, printed: str = "") -> str:
     return f"{{{{- if not $given -}}}}{{{{- $head = {text} -}}}}{{{{- $given = true -}}}}{printed}{{{{- end -}}}}"
 
 
+def go_differences(derived: OllamaTemplate, template: ChatTemplate, now: datetime | None = None) -> list[str]:
+    """Unexplained differences between a TEMPLATE run by Go and the chat template, one line each."""
+    clock = now or datetime.now()
+    matrix = compare(Reference(template, clock), [GoRenderer(derived.text, clock)])
+    return [f"{cell.conversation}: {cell.detail}" for cell in matrix.differences]
+
+
 def prove(derived: OllamaTemplate, template: ChatTemplate) -> None:
     """Compare a TEMPLATE, run by real Go, with the chat template over the conversation suite; ModelError on a difference."""
-    from pipeline.prompts.gorender import find_go
-
     if find_go() is None:
         raise ModelError(
             f"this chat template is {derived.family} but not a published one, and there is no Go here to prove a TEMPLATE for it",

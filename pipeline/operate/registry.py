@@ -73,6 +73,13 @@ async def check(
     return await _listed(engines.get(address.backend), address.base_url, key, wanted, timeout, output)
 
 
+async def check_every(settings: Settings, only: str = "", output: Path = DEFAULT_OUTPUT) -> dict[str, list[ModelStatus]]:
+    """The models of every backend that has a URL, or of one, asked at the same time."""
+    names = [name for name in engines.NAMES if only in ("", name) and settings.address(name).base_url]
+    found = await asyncio.gather(*(check(settings.address(name), output=output) for name in names))
+    return dict(zip(names, found, strict=True))
+
+
 async def _listed(engine: Engine, url: str, key: str, model: str, timeout: float, output: Path) -> list[ModelStatus]:
     """What a server lists, never empty: with an entry for the wanted model when the server does not have it, or has none at all."""
     root = root_url(url)

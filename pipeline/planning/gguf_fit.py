@@ -1,4 +1,4 @@
-"""GGUF quantisations a plan may recommend, best quality first, with their bits per weight."""
+"""What fits of a GGUF on this machine, for llama.cpp and Ollama: slots, context, memory; and which quantisation would."""
 
 from __future__ import annotations
 
@@ -13,32 +13,13 @@ from pipeline.planning.plan import Memory, Purpose, Request, Setting
 
 # bits per weight over a whole dense model; source: llama.cpp tools/quantize/README.md (8B figures); Q8_0 is exact (34/32 bytes)
 BITS = {"Q8_0": 8.5, "Q6_K": 6.56, "Q5_K_M": 5.70, "Q4_K_M": 4.89}
-
-
-def gguf_gib(model: Model, kind: str = "Q8_0") -> float:
-    """GiB of weights of this model as a GGUF of that type; a GGUF on disk keeps its own size."""
-    if model.format == "gguf":
-        return model.weight_bytes / GIB
-    return model.parameters * BITS[kind] / 8 / GIB
-
-
 _SLOTS: dict[Purpose, int] = {"verify": 8, "serve": 8, "throughput": 16, "latency": 1}
-
-
 _CONTEXT: dict[Purpose, int] = {"verify": 4096, "serve": 8192, "throughput": 4096, "latency": 16384}
-
-
 _LEAST_CONTEXT = 2048
-
-
 # RAM is shared with everything else on the machine: a KV cache takes a quarter of it, or 2 GiB
 _KV_SHARE, _SMALL_KV = 0.25, 2.0
-
-
 # bytes of one KV element by llama.cpp's cache type
 _KV_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
-
-
 # libgomp's own count when there are more threads than cores. Measured on 2 shared cores, tokens/s at 1, 8 and 32 requests:
 # sleeping at once 40, 59, 76; 1000 spins 81, 104, 91; 100,000 spins 106, 9, 13 (benchmarks/serve.py --sweep)
 SHORT_SPIN = Setting(
@@ -46,6 +27,13 @@ SHORT_SPIN = Setting(
     "1000",
     "threads spin shortly at barriers, then sleep: sleeping at once halves the speed, long spins stall a machine that is shared",
 )
+
+
+def gguf_gib(model: Model, kind: str = "Q8_0") -> float:
+    """GiB of weights of this model as a GGUF of that type; a GGUF on disk keeps its own size."""
+    if model.format == "gguf":
+        return model.weight_bytes / GIB
+    return model.parameters * BITS[kind] / 8 / GIB
 
 
 @dataclass(frozen=True)

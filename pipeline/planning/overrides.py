@@ -17,8 +17,8 @@ _RESERVED = {
     "--port": "use --port",
     "--model": "use --model or --run",
     "--model-path": "use --model or --run",
-    "--alias": "use --served-name",
-    "--served-model-name": "use --served-name",
+    "--alias": "use --served-model-name",
+    "--served-model-name": "use --served-model-name",
     "--api-key": "put the key in the environment (VLLM_API_KEY, LLAMA_API_KEY): argv is visible to everyone on the machine",
     "--hf-token": "put the token in the environment as HF_TOKEN: argv is visible to everyone on the machine",
 }

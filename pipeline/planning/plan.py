@@ -10,6 +10,8 @@ from typing import Any, Literal
 from pipeline.machine.hardware import Hardware
 from pipeline.model.model import Model
 
+Purpose = Literal["verify", "serve", "throughput", "latency"]
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -22,9 +24,6 @@ class Adapter:
     base: str
 
 
-Purpose = Literal["verify", "serve", "throughput", "latency"]
-
-
 @dataclass(frozen=True)
 class Request:
     """What is to be served, on what, for what; ``overrides`` are the user's own settings and win."""
@@ -35,6 +34,11 @@ class Request:
     served_name: str = ""
     overrides: Mapping[str, str] = field(default_factory=dict)
     adapters: tuple[Adapter, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The name clients ask for."""
+        return self.served_name or self.model.name
 
 
 @dataclass(frozen=True)
@@ -70,14 +74,14 @@ class Plan:
 
     engine: str
     feasible: bool
-    flags: tuple[Setting, ...]
-    env: tuple[Setting, ...]
-    dtype: str
-    quantization: str | None
-    tensor_parallel: int
-    max_model_len: int
-    max_num_seqs: int
-    memory: Memory
+    flags: tuple[Setting, ...] = ()
+    env: tuple[Setting, ...] = ()
+    dtype: str = ""
+    quantization: str | None = None
+    tensor_parallel: int = 1
+    max_model_len: int = 0
+    max_num_seqs: int = 0
+    memory: Memory = Memory()
     parameters: tuple[Setting, ...] = ()
     alternatives: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()

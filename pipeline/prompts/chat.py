@@ -15,14 +15,12 @@ from typing import Any
 
 from pipeline.errors import ModelError
 from pipeline.model.gguf import read_gguf_header
-from pipeline.model.tokenizer import Tokenizer
 from pipeline.prompts import sandbox
-from pipeline.prompts.neutralise import control_tokens, neutralise
 from pipeline.runs.files import read_object, read_utf8
 
-__all__ = ["EMBEDDED_TEMPLATE", "ChatTemplate", "Tokenizer", "assistant_spans", "control_tokens", "neutralise"]
-
 Message = Mapping[str, Any]
+# how Granite frames a turn
+START, MIDDLE, END = "<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>\n"
 
 EMBEDDED_TEMPLATE = (Path(__file__).parent / "granite_embedded.jinja").read_text(encoding="utf-8")
 """The embedded base model's chat template: Granite's turn format with tools, documents and generation marks."""
@@ -182,6 +180,3 @@ def _turn_start(template: ChatTemplate, messages: Sequence[Message], now: dateti
     elif done.startswith(asked):
         return len(asked)
     raise ModelError("the chat template's generation prompt is not how it starts an assistant turn: served would not be trained")
-
-
-START, MIDDLE, END = "<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>\n"

@@ -8,7 +8,8 @@ from datetime import datetime
 from typing import Any, Literal
 
 from pipeline.errors import ModelError, VerificationFailed
-from pipeline.prompts.chat import MIDDLE, START, ChatTemplate, Tokenizer
+from pipeline.model.tokenizer import Tokenizer
+from pipeline.prompts.chat import MIDDLE, START, ChatTemplate
 from pipeline.prompts.conversation import Conversation, NotApplicable, Prompt, load_suite
 from pipeline.prompts.deviations import predictions
 from pipeline.prompts.ollama_view import restored

@@ -26,6 +26,7 @@ from pipeline.prompts.sandbox_worker import HEADER, OK, SYNTAX, TOO_MUCH
 SECONDS = 3.0
 LARGEST_SOURCE = 1 << 20
 _START_SECONDS = 60.0
+_REMEDY = "use the template published with the model; this one may be made to do harm"
 _ROOM = 16 << 20  # characters a template may add to what it is given
 _TRUSTED = frozenset({(Path(__file__).parent / "granite_embedded.jinja").read_text(encoding="utf-8").rstrip("\n")})
 
@@ -49,9 +50,6 @@ def _text(status: bytes, text: str) -> str:
     if status == TOO_MUCH:
         raise ModelError(f"the chat template {text}", remedy=_REMEDY)
     raise ModelError(f"the chat template refuses these messages: {text}")
-
-
-_REMEDY = "use the template published with the model; this one may be made to do harm"
 
 
 def _size(value: Any) -> int:

@@ -21,6 +21,11 @@ from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+OK, SYNTAX, REFUSED, TOO_MUCH = b"0", b"1", b"2", b"3"
+HEADER = struct.Struct("<Q")
+# address space on top of what the interpreter has taken; a 128k-token conversation takes a few MB
+MEMORY_BYTES = 512 << 20
+
 
 class _Generation(Extension):
     """``{% generation %}``: marks what the assistant wrote; it prints its body."""
@@ -55,12 +60,6 @@ def compiled(source: str) -> jinja2.Template:
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     return environment.from_string(source)
-
-
-OK, SYNTAX, REFUSED, TOO_MUCH = b"0", b"1", b"2", b"3"
-HEADER = struct.Struct("<Q")
-# address space on top of what the interpreter has taken; a 128k-token conversation takes a few MB
-MEMORY_BYTES = 512 << 20
 
 
 def render(source: str, context: dict[str, object], largest: int) -> tuple[bytes, str]:

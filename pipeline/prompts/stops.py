@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.errors import ModelError
 from pipeline.prompts.chat import ChatTemplate
@@ -30,8 +30,7 @@ class Token:
     id: int
 
 
-@dataclass(frozen=True)
-class StopFiles:
+class StopFiles(NamedTuple):
     """The three files that name end and pad tokens: config.json, generation_config.json, tokenizer_config.json."""
 
     config: Mapping[str, Any]
@@ -85,7 +84,7 @@ def repair_folder(folder: Path) -> list[str]:
     """Repair a model folder's files in place, each atomically; the sentences say what changed, empty when all agreed."""
     before, vocabulary = _stop_files(folder), special_ids(folder)
     after, notes = repair_stops(before, turn_end(ChatTemplate.from_folder(folder), vocabulary), vocabulary)
-    for path, old, new in zip(_paths(folder), _parts(before), _parts(after), strict=True):
+    for path, old, new in zip(_paths(folder), before, after, strict=True):
         if old != new:
             write_json(path, dict(new))
     return notes
@@ -110,10 +109,10 @@ def extra_ends(folder: Path, base: Path | None, end: Token, vocabulary: Mapping[
 
     Without the base every control token of the vocabulary may end an answer, and no other.
     """
-    of_base = [] if base is None else _parts(_stop_files(base))
+    of_base = [] if base is None else _stop_files(base)
     known = set(vocabulary.values()) if base is None else {one for values in of_base for one in _ends(values)}
     found = []
-    for path, values in zip(_paths(folder), _parts(_stop_files(folder)), strict=True):
+    for path, values in zip(_paths(folder), _stop_files(folder), strict=True):
         extra = _ends(values) - known - {end.id}
         found += (
             [f"{path.name}: eos_token_id {sorted(extra)} beside {end.id} ({end.text}), which alone ends a turn"] if extra else []
@@ -173,10 +172,6 @@ def _paths(folder: Path) -> list[Path]:
 
 def _stop_files(folder: Path) -> StopFiles:
     return StopFiles(*(read_object(path) if path.is_file() else {} for path in _paths(folder)))
-
-
-def _parts(files: StopFiles) -> tuple[Mapping[str, Any], ...]:
-    return files.config, files.generation, files.tokenizer
 
 
 def _text(token: Any) -> str | None:

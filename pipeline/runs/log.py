@@ -1,4 +1,4 @@
-"""What a run says, with date and time, in a file of its run folder, secrets masked."""
+"""What is logged: to the terminal or notebook, and for a run with date and time in a file of its folder; secrets masked."""
 
 from __future__ import annotations
 
@@ -13,6 +13,29 @@ from pipeline.runs.folder import RunFolder
 from pipeline.runs.text import MaskingFilter
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+# libraries of which only errors are told
+_NOISY = (
+    "httpx",
+    "papermill",
+    "torchao",
+    "transformers",
+    "asyncio",
+    "matplotlib",
+    "torch.utils._pytree",
+    "IPKernelApp",
+    "traitlets",
+)
+
+
+def begin(
+    handler: logging.Handler, level: int = logging.INFO, *, words: str = "%(asctime)s %(message)s", again: bool = False
+) -> None:
+    """Show what is logged through a handler, with the time of day; ``again`` replaces the handlers that are there."""
+    handler.addFilter(MaskingFilter())
+    logging.basicConfig(level=level, format=words, datefmt="%H:%M:%S", handlers=[handler], force=again)
+    for noisy in _NOISY:
+        logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
 class _Quiet(logging.FileHandler):

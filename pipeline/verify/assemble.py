@@ -11,21 +11,9 @@ from pipeline import engines
 from pipeline.config import resolved
 from pipeline.machine.hardware import Hardware
 from pipeline.net.chat import Streamed
+from pipeline.report import schema
 from pipeline.report.check import Check, held, skipped
-from pipeline.report.schema import (
-    Backend,
-    BaseModelId,
-    EffectiveSetting,
-    Evaluation,
-    Example,
-    Feature,
-    Injection,
-    Milliseconds,
-    PromptCount,
-    Result,
-    Scores,
-    Training,
-)
+from pipeline.report.schema import Backend, Evaluation, Result
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest, TrainingRecord
 from pipeline.verify import checks
@@ -71,7 +59,7 @@ def absent(name: str, status: str, reason: str, launched: Mapping[str, Any] | No
         status="skipped" if missing else "failed",
         reason=what,
         install=install or None,
-        prompts=PromptCount(total=0, passed=0),
+        prompts=schema.PromptCount(total=0, passed=0),
         checks=[check],
     )
     return Outcome(entry, (check,))
@@ -101,27 +89,27 @@ def judged(evidence: Evidence, material: Material) -> Outcome:
         status="failed" if failed else "passed",
         reason="; ".join(f"{check.id}: {check.figure}" for check in failed) or None,
         # a prompt passes when the served answer is the one the trained model gives in process
-        prompts=PromptCount(total=count, passed=same),
+        prompts=schema.PromptCount(total=count, passed=same),
         exact=scores["exact"],
         fields={k: v for k, v in scores.items() if k not in ("n", "exact", "finish_stop") and v is not None},
         prompt_parity=None if parity.status == "skipped" else parity.status == "passed",
         finish_stop=scores["finish_stop"],
         ttft_ms=_first_tokens(seen.streams),
         tokens_per_second=round(evidence.tokens_per_second, 1),
-        injection=Injection(**injection.data, detail=injection.figure),
-        structured_output=Feature(**structured.data, detail=structured.figure),
-        tool_calls=Feature(**tools.data, detail=tools.figure),
+        injection=schema.Injection(**injection.data, detail=injection.figure),
+        structured_output=schema.Feature(**structured.data, detail=structured.figure),
+        tool_calls=schema.Feature(**tools.data, detail=tools.figure),
         checks=list(found),
     )
     return Outcome(entry, found, answers)
 
 
-def _first_tokens(streams: Sequence[Streamed]) -> Milliseconds | None:
+def _first_tokens(streams: Sequence[Streamed]) -> schema.Milliseconds | None:
     """Median and 95th percentile of the time to the first token, ms; None when no answer had a token."""
     times = sorted(1000 * s.first_token for s in streams if s.chunks)
     if not times:
         return None
-    return Milliseconds(p50=_share(times, 0.5), p95=_share(times, 0.95))
+    return schema.Milliseconds(p50=_share(times, 0.5), p95=_share(times, 0.95))
 
 
 def _share(times: Sequence[float], share: float) -> float:
@@ -132,7 +120,9 @@ def assemble(run: RunFolder, material: Material, outcomes: Mapping[str, Outcome]
     """The report: the run's own checks and those of its backends, with everything they are judged by."""
     manifest = Manifest(run.manifest)
     training = manifest.require_training()
-    evaluation = Evaluation(base=Scores(**score(material.rows, material.base)), tuned=Scores(**material.tuned_score))
+    evaluation = Evaluation(
+        base=schema.Scores(**score(material.rows, material.base)), tuned=schema.Scores(**material.tuned_score)
+    )
     found = [*_line_checks(training, evaluation), *run_checks(run), *(c for o in outcomes.values() for c in o.checks)]
     if all(outcome.entry.status == "skipped" for outcome in outcomes.values()):
         found.append(Check("backends", "failed", "no backend could be started on this machine"))
@@ -142,10 +132,11 @@ def assemble(run: RunFolder, material: Material, outcomes: Mapping[str, Outcome]
         run=run.name,
         passed=all(check.status != "failed" for check in found),
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        base_model=BaseModelId(**asdict(training.base)),
+        base_model=schema.BaseModelId(**asdict(training.base)),
         eval=evaluation,
-        training=Training(
-            **{key: getattr(training, key) for key in ("method", "trainer", "dtype", "steps", "tokens_per_second", "history")},
+        training=schema.Training(
+            **{key: getattr(training, key) for key in ("method", "trainer", "dtype", "steps", "tokens_per_second")},
+            history=[schema.Point(**entry) for entry in training.history],
             seconds=training.train_seconds,
             parameters=dict(training.parameters),
         ),
@@ -157,7 +148,7 @@ def assemble(run: RunFolder, material: Material, outcomes: Mapping[str, Outcome]
             for name, stage in manifest.stages.items()
         },
         hardware=hardware.to_json(),
-        settings=[EffectiveSetting(**asdict(setting)) for setting in resolved()],
+        settings=[schema.EffectiveSetting(**asdict(setting)) for setting in resolved()],
         not_tested=[
             *([] if hardware.gpus else ["No GPU on this machine: GPU training and GPU serving were not run."]),
             "Load beyond 32 requests at a time was not measured.",
@@ -178,7 +169,7 @@ def _line_checks(training: TrainingRecord, evaluation: Evaluation) -> list[Check
     return found
 
 
-def _examples(material: Material, outcomes: Mapping[str, Outcome]) -> list[Example]:
+def _examples(material: Material, outcomes: Mapping[str, Outcome]) -> list[schema.Example]:
     """Some rows with every answer: first those that any backend gets wrong, then the others."""
     answered = {name: o.answers for name, o in outcomes.items() if o.answers}
 
@@ -188,7 +179,7 @@ def _examples(material: Material, outcomes: Mapping[str, Outcome]) -> list[Examp
     wrong_first = sorted(range(len(material.rows)), key=trouble)
     chosen = sorted({*wrong_first[: _EXAMPLES // 3], *range(_EXAMPLES - _EXAMPLES // 3)} & set(range(len(material.rows))))
     return [
-        Example(
+        schema.Example(
             prompt=material.rows[i].prompt,
             expected=material.rows[i].expected,
             base=material.base[i].text,

@@ -12,8 +12,9 @@ from typing import Any
 
 from pipeline.errors import ModelError
 from pipeline.model.gguf import read_gguf_header
-from pipeline.modelfile.modelfile import parse_modelfile
-from pipeline.prompts.chat import ChatTemplate, Tokenizer
+from pipeline.model.tokenizer import Tokenizer
+from pipeline.modelfile.grammar import parse_modelfile
+from pipeline.prompts.chat import ChatTemplate
 from pipeline.prompts.conversation import load_suite
 from pipeline.prompts.parity import Reference, compare
 from pipeline.prompts.renderers import JinjaRenderer

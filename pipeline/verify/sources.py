@@ -15,10 +15,11 @@ from pipeline import engines
 from pipeline.config import key_for, load, root_url
 from pipeline.engines.base import Engine
 from pipeline.errors import EngineError, InputError, MissingDependency
-from pipeline.modelfile.modelfile import parse_modelfile
+from pipeline.model.tokenizer import Tokenizer
+from pipeline.modelfile.grammar import parse_modelfile
 from pipeline.modelfile.template import derive
 from pipeline.net.client import ask, wait_for
-from pipeline.prompts.chat import ChatTemplate, Tokenizer
+from pipeline.prompts.chat import ChatTemplate
 from pipeline.prompts.conversation import Conversation, Prompt
 from pipeline.prompts.gorender import find_go
 from pipeline.prompts.parity import Reference

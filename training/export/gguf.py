@@ -1,4 +1,8 @@
-"""GGUF: merged weights -> ``unsloth.Q8_0.gguf`` through llama.cpp's converter, loaded and generated from before it counts."""
+"""GGUF: merged weights -> ``unsloth.Q8_0.gguf`` through llama.cpp's converter, loaded and generated from before it counts.
+
+``python -m training.export.gguf FILE`` loads a GGUF, generates greedily and prints one JSON line: a process of its own, because
+a bad file can crash llama.cpp.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +33,8 @@ _LAYER_NAMES = {"full_attention": "attention", "linear_attention": "mamba"}
 # Q8_0: 32 weights in 34 bytes instead of 64; small and one-dimensional tensors stay float32
 _Q8_SHARE = 0.56
 _PROBE_SECONDS = 300
+_PROBE = "<|start_of_role|>user<|end_of_role|>Say hello.<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>"
+_PROBE_TOKENS = 8
 
 
 def export_gguf(run: RunFolder, *, force: Force = False) -> StageResult:
@@ -73,7 +79,7 @@ def load_and_generate(gguf: Path) -> dict[str, Any]:
     """Load a GGUF with llama.cpp in a process of its own and generate a few tokens; EnvironmentFailure if it cannot."""
     if importlib.util.find_spec("xllamacpp") is None:
         raise MissingDependency("xllamacpp is not installed, so the GGUF cannot be proven to load", remedy="make setup")
-    command = [sys.executable, "-m", "training.export.gguf_probe", str(gguf)]
+    command = [sys.executable, "-m", "training.export.gguf", str(gguf)]
     # a failed assertion would start a debugger
     done = _run(command, {"GGML_NO_BACKTRACE": "1"}, timeout=_PROBE_SECONDS)
     if done.returncode != 0:
@@ -142,3 +148,32 @@ def _run_converter(source: Path, target: Path, name: str) -> None:
 
 def _tail(text: str, lines: int = 15) -> str:
     return "\n".join(text.strip().splitlines()[-lines:])
+
+
+def probe(path: str) -> dict[str, Any]:
+    """Generate a few tokens; raises RuntimeError when the model does not load or yields no token or a NaN."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = path
+    params.n_ctx = 256
+    params.n_parallel = 1
+    params.warmup = False
+    server = xllamacpp.Server(params)
+    answer = server.handle_completions(
+        {"prompt": _PROBE, "max_tokens": _PROBE_TOKENS, "temperature": 0, "logprobs": 1, "ignore_eos": True}
+    )
+    answer = json.loads(answer) if isinstance(answer, str) else answer
+    if "choices" not in answer:
+        raise RuntimeError(f"no completion: {answer}")
+    choice = answer["choices"][0]
+    tokens = answer["usage"]["completion_tokens"]
+    chances = [entry["logprob"] for entry in choice["logprobs"]["content"]]
+    if tokens < _PROBE_TOKENS or any(chance != chance for chance in chances):
+        raise RuntimeError(f"generated {tokens} tokens of {_PROBE_TOKENS}, log-probabilities {chances}")
+    return {"probe_tokens": tokens, "probe_text": choice["text"]}
+
+
+if __name__ == "__main__":
+    json.dump(probe(sys.argv[1]), sys.stdout)
+    sys.stdout.write("\n")

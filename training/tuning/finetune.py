@@ -23,7 +23,7 @@ from pipeline.runs.stages import Force, StageResult, run_stage
 from training.base import BaseModel, resolve
 from training.datasets import soc
 from training.datasets.dataset import Row, load, overlap, split
-from training.memory import finetune_need, longest_row, require_memory
+from training.memory import finetune_need, require_memory
 from training.parameters import FinetuneParameters
 from training.tuning import checkpoints, trainers
 from training.tuning.loop import make_trainer
@@ -104,7 +104,7 @@ def finetune(run: RunFolder, params: FinetuneParameters, *, force: Force = False
         rows, held_out = (preparer.prepare(part, params.max_length) for part in (data.train, data.held_out))
         said = (len(rows.examples), rows.tokens, rows.trained_tokens, len(rows.too_long))
         log.info("finetune: %d rows, %d tokens (%d trained), %d rows too long and left out", *said)
-        need = finetune_need(base.folder, params, longest_row(rows.examples))
+        need = finetune_need(base.folder, params, rows.longest)
         require_memory("fine-tuning", need, "lower --batch-size (and raise --gradient-accumulation) or --max-length")
         result = _train(Job(run, params, base, rows, held_out, noted))
         result["date"] = noted["date"]

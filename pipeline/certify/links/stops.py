@@ -10,7 +10,8 @@ from pipeline.certify.subject import Subject
 from pipeline.errors import InputError, ModelError
 from pipeline.model.gguf import read_gguf_header
 from pipeline.model.tokenizer import Tokenizer
-from pipeline.modelfile.modelfile import Modelfile, base_license, for_run, parse_modelfile
+from pipeline.modelfile.grammar import Modelfile, parse_modelfile
+from pipeline.modelfile.modelfile import base_license, for_run
 from pipeline.prompts.chat import ChatTemplate
 from pipeline.prompts.stops import StopFiles, extra_ends, gguf_problems, repair_stops, special_ids, turn_end
 from pipeline.report.check import Check, guarded, held, skipped

@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pipeline.planning.gpu_fit import hub_id
 from pipeline.planning.plan import Request, Setting
 
+_COMPACT = '{"backend":"xgrammar","disable_any_whitespace":true}'
 
-def identity(request: Request) -> list[Setting]:
-    """Which model, under which name."""
-    model = request.model
-    return [
+
+def with_common(request: Request, planned: Sequence[Setting]) -> list[Setting]:
+    """The settings planned for a machine, between those of every machine."""
+    model, parser = request.model, request.model.tool_format
+    settings = [
         Setting("--model", str(model.path or hub_id(model.name)), "the model to serve"),
-        Setting("--served-model-name", request.served_name or model.name, "the name clients ask for"),
+        Setting("--served-model-name", request.name, "the name clients ask for"),
+        *planned,
     ]
-
-
-def tool_parser(request: Request) -> list[Setting]:
-    """Tool calling in the form of the model's chat template, where it has tools."""
-    parser = request.model.tool_format
-    if parser is None:
-        return []
-    return [
-        Setting("--enable-auto-tool-choice", None, "requests with tools are refused without it"),
-        Setting("--tool-call-parser", parser, "the form in which the chat template writes tool calls"),
-    ]
-
-
-def structured_outputs() -> list[Setting]:
-    """JSON answers without white space of the model's choosing: a small model may pad with it until the token limit."""
-    wanted = '{"backend":"xgrammar","disable_any_whitespace":true}'
+    if parser is not None:
+        settings += [
+            Setting("--enable-auto-tool-choice", None, "requests with tools are refused without it"),
+            Setting("--tool-call-parser", parser, "the form in which the chat template writes tool calls"),
+        ]
     why = "JSON by schema comes compact: left free, a small model pads it with white space until the token limit"
-    return [Setting("--structured-outputs-config", wanted, why)]
+    settings += [
+        Setting("--structured-outputs-config", _COMPACT, why),
+        Setting("VLLM_NO_USAGE_STATS", "1", "no usage reports leave the machine"),
+        Setting("DO_NOT_TRACK", "1", "no usage reports leave the machine"),
+    ]
+    if model.path is not None:
+        settings.append(Setting("HF_HUB_OFFLINE", "1", "the model is a local folder: no hub look-ups at start"))
+    return settings
 
 
 def template_warning(request: Request) -> list[str]:
@@ -38,14 +39,3 @@ def template_warning(request: Request) -> list[str]:
     if request.model.has_chat_template:
         return []
     return ["the folder has no chat template: every chat would be refused; save it with the tokenizer"]
-
-
-def common_environment(local: bool) -> list[Setting]:
-    """Variables every start gets: no usage reports, and no hub look-ups for a model that is a local folder."""
-    settings = [
-        Setting("VLLM_NO_USAGE_STATS", "1", "no usage reports leave the machine"),
-        Setting("DO_NOT_TRACK", "1", "no usage reports leave the machine"),
-    ]
-    if local:
-        settings.append(Setting("HF_HUB_OFFLINE", "1", "the model is a local folder: no hub look-ups at start"))
-    return settings

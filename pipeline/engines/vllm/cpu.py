@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from pipeline.engines.flags import listed_flags
-from pipeline.engines.vllm.common import common_environment, identity, structured_outputs, template_warning, tool_parser
+from pipeline.engines.vllm.common import template_warning, with_common
 from pipeline.planning import alternatives
 from pipeline.planning.gpu_fit import refusal
 from pipeline.planning.memory import kv_gib, mamba_gib, vllm_cpu_activation_gib, vllm_cpu_overhead_gib
@@ -42,7 +42,7 @@ def plan(request: Request) -> Plan:
     sizes = _sizes(request, user)
     memory = _memory(request, sizes)
     why_not = _why_not(request, sizes, memory)
-    flags, env = user.lay_over(_settings(request, sizes), listed_flags("vllm"))
+    flags, env = user.lay_over(with_common(request, _settings(request, sizes)), listed_flags("vllm"))
     return Plan(
         engine="vllm",
         feasible=not why_not,
@@ -128,7 +128,6 @@ def _settings(request: Request, sizes: _Sizes) -> list[Setting]:
     if cpu.fast_bfloat16:
         why = f"bfloat16 runs in hardware here ({isa}); float16, which auto takes from an FP16 checkpoint, is emulated: 10 times slower"
     settings = [
-        *identity(request),
         Setting("--dtype", sizes.dtype, why),
         Setting(
             "--max-model-len", str(sizes.length), f"context per request; the model allows {request.model.shape.max_positions}"
@@ -140,9 +139,8 @@ def _settings(request: Request, sizes: _Sizes) -> list[Setting]:
     if sizes.eager:
         why = "starts in half the time; compiling pays off only later" if compiler else "torch.compile finds no C++ compiler here"
         settings.append(Setting("--enforce-eager", None, why))
-    settings += [*tool_parser(request), *structured_outputs()]
     settings.append(Setting(_KV, str(sizes.kv), "GiB of KV cache; unset, vLLM reserves most of the RAM"))
-    return settings + _threads(cpu.cores) + common_environment(request.model.path is not None)
+    return settings + _threads(cpu.cores)
 
 
 def _threads(cores: int) -> list[Setting]:

@@ -7,13 +7,13 @@ import os
 import subprocess
 import sys
 from asyncio import gather
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import httpx
 
-from pipeline.engines.base import Availability, Body, Container, Engine, Launch, Mismatch, openai_body, require_feasible
+from pipeline.engines.base import Availability, Body, Container, Engine, Mismatch, openai_body
 from pipeline.engines.flags import listed_flags
 from pipeline.engines.listing import Listing, openai_listing
 from pipeline.engines.vllm import cpu, gpu, lora
@@ -50,6 +50,7 @@ class Vllm(Engine):
     name = "vllm"
     title = "vLLM"
     default_port = 8003
+    drawback = "its start takes a minute and its memory is reserved: worth it for many users on a GPU or a bfloat16 CPU"
     key_variable = "VLLM_API_KEY"
     default_model = "granite-soc-specialist"
     settings: ClassVar[Mapping[str, str]] = {
@@ -94,10 +95,6 @@ class Vllm(Engine):
             return Mismatch(True, "is the CUDA build: without a GPU it fails to infer a device", remedy)
         return None
 
-    def advice(self, hardware: Hardware, users: int) -> str:
-        """It reserves memory and starts slowly."""
-        return "its start takes a minute and its memory is reserved: worth it for many users on a GPU or a bfloat16 CPU"
-
     def flags_question(self) -> list[str]:
         """Its parser, in the Python that launches it."""
         return [vllm_python(), "-c", _FLAGS_CODE]
@@ -114,22 +111,13 @@ class Vllm(Engine):
         plan = gpu.plan(request) if request.hardware.gpus else cpu.plan(request)
         return lora.with_adapters(plan, request)
 
-    def launch(self, plan: Plan, request: Request, *, host: str, port: int) -> Launch:
-        """``python -m vllm.entrypoints.openai.api_server`` with the plan's flags; EngineError when the plan is not feasible."""
-        require_feasible(plan)
-        argv = [
-            vllm_python(),
-            "-m",
-            "vllm.entrypoints.openai.api_server",
-            *plan.arguments,
-            *lora.module_words(request),
-            "--host",
-            host,
-            "--port",
-            str(port),
-        ]
-        name = request.served_name or request.model.name
-        return Launch(self.name, tuple(argv), plan.environment, f"http://{host}:{port}", "/health", name)
+    def program(self) -> Sequence[str]:
+        """The server's module."""
+        return [vllm_python(), "-m", "vllm.entrypoints.openai.api_server"]
+
+    def more_words(self, request: Request) -> Sequence[str]:
+        """The adapters."""
+        return lora.module_words(request)
 
     def force_call(self, body: Body, call: Call) -> Body | None:
         """The model is made to write the call as its chat template does, so that the launched parser has to read that form."""

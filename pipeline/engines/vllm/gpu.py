@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeline.engines.flags import listed_flags
-from pipeline.engines.vllm.common import common_environment, identity, structured_outputs, template_warning, tool_parser
+from pipeline.engines.vllm.common import template_warning, with_common
 from pipeline.errors import InputError
 from pipeline.machine.gpus import Gpu
 from pipeline.planning import alternatives
@@ -30,7 +30,7 @@ def plan(request: Request) -> Plan:
     fit = best(request.model, alike(request.hardware.gpus), wish)
     if why_not:
         fit = replace(fit, feasible=False)
-    settings = _settings(request, wish, fit)
+    settings = with_common(request, _settings(request, wish, fit))
     chosen = {k: v for k, v in user.values.items() if (k, v) != ("--quantization", "none")}
     flags, env = Overrides(chosen).lay_over(settings, listed_flags("vllm"))
     return Plan(
@@ -122,7 +122,6 @@ def _settings(request: Request, wish: Wish, fit: Fit) -> list[Setting]:
     gpu, choice, limit = request.hardware.gpus[0], fit.choice, request.model.shape.max_positions
     share, why_share = utilization(gpu)
     settings = [
-        *identity(request),
         Setting("--dtype", wish.dtype, _why_dtype(gpu, wish.dtype)),
         Setting("--max-model-len", str(fit.length), f"context per request that the KV cache holds; the model allows {limit}"),
         Setting("--max-num-seqs", str(fit.sequences), _why_sequences(request, fit)),
@@ -149,7 +148,7 @@ def _settings(request: Request, wish: Wish, fit: Fit) -> list[Setting]:
         settings.append(
             Setting("--no-enable-prefix-caching", None, "a third of the mamba state per request, so three times the requests")
         )
-    return settings + tool_parser(request) + structured_outputs() + common_environment(request.model.path is not None)
+    return settings
 
 
 def _why_dtype(gpu: Gpu, dtype: str) -> str:

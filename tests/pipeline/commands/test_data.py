@@ -3,9 +3,9 @@ import subprocess
 import sys
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
+from pipeline.cli import app
 from pipeline.commands import data
 from pipeline.errors import PipelineError
 
@@ -23,8 +23,6 @@ def write(tmp_path):
 
 
 def _run(*arguments):
-    app = typer.Typer()
-    data.register(app)
     return CliRunner().invoke(app, ["data", *map(str, arguments)])
 
 

@@ -4,19 +4,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner, Result
 
-from pipeline.commands import plan as planning
+from pipeline.cli import app
 from pipeline.errors import InputError
 from pipeline.runs.folder import RunFolder
 
-_APP = typer.Typer()
-planning.register(_APP)
-
 
 def _run(*words: str) -> Result:
-    return CliRunner().invoke(_APP, list(words), env={"COLUMNS": "200"})
+    return CliRunner().invoke(app, list(words), env={"COLUMNS": "200"})
 
 
 def _json(*words: str) -> dict[str, object]:
@@ -70,7 +66,7 @@ def test_the_table_of_a_refusal_shows_what_fits() -> None:
         (["--engine", "vllm", "--model-shape", "granite-4.1-8b", "--model", "x"], "only one of"),
         (["--engine", "vllm", "--model-shape", "granite-4.1-8b", "--hardware", "pdp11"], "no machine 'pdp11'"),
         (["--engine", "vllm", "--model-shape", "granite-4.1-8b", "--purpose", "fun"], "no purpose 'fun'"),
-        (["--engine", "vllm", "--model-shape", "granite-4.1-8b", "--set", "x"], "is not KEY=VALUE"),
+        (["--engine", "vllm", "--model-shape", "granite-4.1-8b", "--set", "=x"], "is not KEY=VALUE"),
         (["--engine", "vllm", "--run", "absent"], "run absent has no merged_fp16"),
         (["--engine", "llamacpp", "--run", "absent"], "run absent has no unsloth.Q8_0.gguf"),
         (["--engine", "vllm", "--model", "/nowhere/at/all"], "no such model"),
@@ -122,3 +118,9 @@ def test_a_cpu_plan_refuses_more_than_one_gpu_in_parallel() -> None:
     assert isinstance(result.exception, InputError)
     assert "--tensor-parallel-size is '2'; it must be a whole number from 1 to 1: it counts GPUs" in result.exception.message
     assert _json(*words, "tensor-parallel-size=1")["tensor_parallel"] == 1
+
+
+def test_a_setting_without_a_value_is_a_switch_as_in_serve() -> None:
+    words = ("plan", "--engine", "vllm", "--model-shape", "granite-4.1-8b", "--hardware", "h100", "--set")
+    assert _json(*words, "enforce-eager") == _json(*words, "enforce-eager=true")
+    assert "--enforce-eager" in _json(*words, "enforce-eager")["argv"]  # type: ignore[operator]

@@ -3,18 +3,15 @@ from __future__ import annotations
 import json
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
-from pipeline.commands import prompts
+from pipeline.cli import app
 from pipeline.errors import EngineError, InputError, PipelineError, VerificationFailed
-from pipeline.modelfile.modelfile import parse_modelfile
+from pipeline.modelfile.grammar import parse_modelfile
 from pipeline.prompts.chat import EMBEDDED_TEMPLATE
 from pipeline.prompts.gorender import find_go
 from pipeline.runs.files import write_json
 
-app = typer.Typer()
-prompts.register(app)
 USER = {"role": "user", "content": "Hi {{ x }}\n"}
 
 

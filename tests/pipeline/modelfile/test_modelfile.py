@@ -5,7 +5,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import InputError, ModelError
-from pipeline.modelfile.modelfile import build_modelfile, explain, for_gguf, parse_modelfile, to_create_request, write_modelfile
+from pipeline.modelfile.grammar import parse_modelfile
+from pipeline.modelfile.modelfile import build_modelfile, explain, for_gguf, to_create_request, write_modelfile
 from pipeline.modelfile.template import derive
 from pipeline.prompts.chat import EMBEDDED_TEMPLATE, ChatTemplate
 from pipeline.prompts.gorender import render_go

@@ -7,8 +7,9 @@ import pytest
 from rich.console import Console
 
 from pipeline.errors import EngineError, ModelError
+from pipeline.model.tokenizer import Tokenizer
 from pipeline.modelfile.template import derive, go_differences
-from pipeline.prompts.chat import ChatTemplate, Tokenizer
+from pipeline.prompts.chat import ChatTemplate
 from pipeline.prompts.conversation import Conversation, NotApplicable, Prompt, load_suite
 from pipeline.prompts.deviations import DEVIATIONS
 from pipeline.prompts.parity import Reference, compare

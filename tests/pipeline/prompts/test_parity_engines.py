@@ -10,7 +10,8 @@ import pytest
 from servers import llama, python
 
 from pipeline.engines.vllm.engine import Vllm
-from pipeline.prompts.chat import ChatTemplate, Tokenizer
+from pipeline.model.tokenizer import Tokenizer
+from pipeline.prompts.chat import ChatTemplate
 from pipeline.prompts.conversation import Conversation, load_suite
 from pipeline.prompts.parity import Reference, compare
 from pipeline.prompts.renderers import JinjaRenderer, render_chat

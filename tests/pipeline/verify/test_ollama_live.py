@@ -11,7 +11,8 @@ import httpx
 import pytest
 
 from pipeline.engines.ollama import Ollama
-from pipeline.modelfile.modelfile import build_modelfile, parse_modelfile, to_create_request
+from pipeline.modelfile.grammar import parse_modelfile
+from pipeline.modelfile.modelfile import build_modelfile, to_create_request
 from pipeline.prompts.conversation import load_suite
 from pipeline.prompts.parity import Reference, compare
 from pipeline.serve.start import Endpoint

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from pipeline.modelfile.modelfile import parse_modelfile
+from pipeline.modelfile.grammar import parse_modelfile
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
 from training.export import gguf, merge, package

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.modelfile.modelfile import parse_modelfile
+from pipeline.modelfile.grammar import parse_modelfile
 from pipeline.prompts.chat import EMBEDDED_TEMPLATE
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
