@@ -22,7 +22,6 @@ import psutil
 from pipeline import config, errors
 from pipeline.errors import EnvironmentFailure, InputError, MissingDependency, PipelineError
 from pipeline.runs import interrupt, lock
-from pipeline.runs import log as runlog
 from pipeline.runs.files import write_atomic
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import HashCache, sha256_json
@@ -89,7 +88,7 @@ def run_notebooks(run: RunFolder, stages: Sequence[str], parameters: Mapping[str
     declared = {stage: parameters_of(FOLDER / f"{stage}.ipynb") for stage in stages}
     _refuse_unknown(parameters, declared)
     done = []
-    with lock.held(run, "run"), runlog.written(run, "run"), _interrupts_kernel():
+    with lock.held(run, "run"), _interrupts_kernel():
         run.notebooks.mkdir(parents=True, exist_ok=True)
         for stage in stages:
             copy, begun = run.notebooks / f"{stage}.ipynb", time.monotonic()

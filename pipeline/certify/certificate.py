@@ -10,8 +10,7 @@ from typing import Any
 
 from pipeline import __version__
 from pipeline.errors import InputError, VerificationFailed
-from pipeline.report.check import Check, Status
-from pipeline.report.junit import junit_xml
+from pipeline.report.check import Check, Status, junit_xml
 from pipeline.runs.files import read_json, write_atomic, write_json
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import sha256_json

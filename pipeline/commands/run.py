@@ -16,6 +16,7 @@ from pipeline.commands import options, show
 from pipeline.errors import InputError, RunLocked, VerificationFailed
 from pipeline.notebook import OWNER_VARIABLE
 from pipeline.report.write import paths_in, summary_table
+from pipeline.runs import log as runlog
 from pipeline.runs.files import absolute, read_json
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 from pipeline.runs.manifest import Manifest
@@ -67,7 +68,8 @@ def run(
     chosen = _stages(stages)
     inputs = batch.inputs(folder, chosen, given) if "04_verify" in chosen else None
     if inputs is None:  # nothing that is verified, or a hub id that may have moved on
-        _work(folder, chosen, given)
+        with runlog.written(folder, "run"):
+            _work(folder, chosen, given)
         return
     manifest = Manifest(folder.manifest)
     before = manifest.stage("run")

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.report import junit, page
+from pipeline.report import check, page
 from pipeline.report.check import STYLES, Check
 from pipeline.report.phrases import NONE, percent
 from pipeline.report.schema import Backend, Result, parse
@@ -67,7 +67,7 @@ def junit_xml(result: Mapping[str, Any]) -> str:
     """One suite for the line and one per backend, one test case per check."""
     run = parse(clean(result))
     suites = [("line", run.line_checks), *((b.name, _backend_checks(run.checks_of(b), b)) for b in run.backends)]
-    return junit.junit_xml(run.run, [(name, f"{run.run}.{name}", checks) for name, checks in suites])
+    return check.junit_xml(run.run, [(name, f"{run.run}.{name}", checks) for name, checks in suites])
 
 
 def summary_table(result: Mapping[str, Any]) -> Table:

@@ -10,9 +10,8 @@ from functools import partial
 from pipeline import engines
 from pipeline.certify.bounds import CAST, MEASURED, MERGE, Bound
 from pipeline.certify.certificate import Certificate, make, save
-from pipeline.certify.harness import run_tasks
 from pipeline.certify.links.own import load as load_own
-from pipeline.certify.links.own import run_own
+from pipeline.certify.links.own import run_own, run_tasks
 from pipeline.certify.links.served import judge
 from pipeline.certify.subject import Subject
 from pipeline.config import Settings
