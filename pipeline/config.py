@@ -97,6 +97,10 @@ class Settings(BaseSettings):
             return value.get_secret_value() if isinstance(value, SecretStr) else "" if value is None else str(value)
         return os.environ.get(variable) or self._file.get(variable) or default
 
+    def key(self, backend: str) -> str:
+        """The key that a server of this backend asks for; empty for none."""
+        return self.address(backend).api_key.get_secret_value()
+
 
 @dataclass(frozen=True)
 class Address:
@@ -176,11 +180,6 @@ def load(env_file: Path = ENV_FILE) -> Settings:
 def key_variables() -> dict[str, str]:
     """The variables that hold keys of servers, by engine."""
     return {engine.name: engine.key_variable for engine in engines.every() if engine.key_variable}
-
-
-def key_for(engine: str) -> str:
-    """The key that a server of this engine asks for, from the environment or ``.env``; empty for none."""
-    return load().address(engine).api_key.get_secret_value()
 
 
 def resolved(env_file: Path = ENV_FILE) -> list[Resolved]:

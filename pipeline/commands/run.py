@@ -21,7 +21,8 @@ from pipeline.runs.files import absolute, read_json
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 from pipeline.runs.manifest import Manifest
 from pipeline.runs.stages import run_stage
-from pipeline.serve import server, start
+from pipeline.serve import records as recorded
+from pipeline.serve import start
 from pipeline.verify.verify import require_passed
 
 log = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ def _execute(folder: RunFolder, chosen: list[str], given: dict[str, Any]) -> tup
     # servers started by a notebook end with this process, however it ends
     os.environ[OWNER_VARIABLE] = str(os.getpid())
     records, executed, refused = folder.servers, list[Executed](), False
-    before = {(process.engine, process.pid) for process in server.running(records)}
+    before = {(process.engine, process.pid) for process in recorded.running(records)}
     if before and "04_verify" in chosen:  # it stops what it used, unless told not to
         given = {"KEEP_SERVERS": True, **given}
     try:
@@ -113,7 +114,7 @@ def _execute(folder: RunFolder, chosen: list[str], given: dict[str, Any]) -> tup
         refused = True
         raise
     finally:
-        ours = [p for p in server.running(records) if (p.engine, p.pid) not in before and not refused]
+        ours = [p for p in recorded.running(records) if (p.engine, p.pid) not in before and not refused]
         stopped = [process.engine for process in ours if start.stop(folder.path, process.engine)]
     return executed, stopped
 

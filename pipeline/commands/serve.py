@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, cast, get_args
 
@@ -18,7 +19,7 @@ from pipeline.engines.vllm.lora import base_folder, parse
 from pipeline.errors import InputError
 from pipeline.planning.plan import Adapter, Purpose
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
-from pipeline.serve import ollama_service, server, start
+from pipeline.serve import backends, ollama_service, records, server, start
 from pipeline.serve.start import Endpoint, Options, Target
 
 
@@ -59,6 +60,7 @@ def serve(
     chosen, this = engines.get(engine or settings.llm_backend), RunFolder(run, output)
     loras = _adapters(chosen, adapters, output)
     target = _on_base(this, loras, model, name) if loras else _target(this, chosen, model, name, settings)
+    target = replace(target, key=settings.key(chosen.name))
     given = {**settings.overrides(chosen.name), **options.overrides(setting)}
     options.require_known("purpose", purpose, get_args(Purpose))
     listens = chosen.default_port if port is None else port
@@ -66,31 +68,22 @@ def serve(
     # on Linux Ollama is a system service that holds its port; one that runs is used, unless another port is asked for
     mine = not chosen.creates_model or port is not None or host != start.LOOPBACK
     there = None if mine else ollama_service.find(settings.address(chosen.name).base_url)
-    if there is None:
-        run_server(chosen.name, target, how, detach=detach)
-    else:
-        in_running_ollama(there, target, how)
+    run_server(chosen.name, target, how, there, detach=detach)
 
 
-def in_running_ollama(there: Endpoint, target: Target, how: Options) -> None:
-    """Make the model in an Ollama that already runs, and say that it goes on running."""
-    with show.progress("creating the model") as progress:
-        endpoint = ollama_service.serve_there(there, target, how, progress)
-    _ready(endpoint)
-    said = f"made in the Ollama that already runs at {endpoint.url}; it goes on running (--port 0 starts another one)"
-    show.line(said, err=True)
-
-
-def run_server(engine: str, target: Target, how: Options, *, detach: bool) -> None:
-    """Serve in the foreground until interrupted, or (``detach``) leave the server running."""
+def run_server(engine: str, target: Target, how: Options, there: Endpoint | None = None, *, detach: bool) -> None:
+    """Serve in the foreground until interrupted, or (``detach``) leave the server running; in ``there`` where one already runs."""
     with show.progress(f"starting {engine}") as progress:
-        endpoint = start.serve(engine, target, how, progress)
+        endpoint = backends.bring_up(engine, target, how, progress, there)
     _ready(endpoint)
-    if not detach and endpoint.server is not None:
+    if endpoint.server is None:
+        said = f"made in the Ollama that already runs at {endpoint.url}; it goes on running (--port 0 starts another one)"
+        show.line(said, err=True)
+    elif not detach:
         attend(endpoint.server, target.servers)
 
 
-def attend(process: server.Server, records: Path) -> None:
+def attend(process: server.Server, folder: Path) -> None:
     """Stay beside a server until Ctrl-C, and stop it then; EngineError when it dies first."""
     try:
         while process.alive:
@@ -99,7 +92,7 @@ def attend(process: server.Server, records: Path) -> None:
     except KeyboardInterrupt:
         show.line("stopping", err=True)
     finally:
-        server.end(process, records)
+        records.end(process, folder)
 
 
 def _ready(endpoint: Endpoint) -> None:
@@ -122,7 +115,7 @@ def status(
     """
     this = options.folder(agent, run, output)
     rows, table = [], []
-    for s in server.running(this.path / "servers"):
+    for s in records.running(this.servers):
         healthy = start.reachable(s.url + s.ready_path)
         rows.append({"backend": s.engine, "url": s.url, "model": s.model, "pid": s.pid, "healthy": healthy, "log": str(s.log)})
         table.append((s.engine, s.url, s.model, "yes" if healthy else "no", f"{s.memory_gib():.2f}"))

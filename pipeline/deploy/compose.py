@@ -40,7 +40,7 @@ def compose(model: Model, hardware: Hardware) -> dict[str, Any]:
     """The CPU file: an engine a profile, status API and gateway with every profile, all published on 127.0.0.1 only."""
     contained = _contained()
     services = {engine.name: _service(engine, facts, model, hardware) for engine, facts in contained if facts.image}
-    services |= {f"{engine.name}-create": _create(engine, facts) for engine, facts in contained if engine.creates_model}
+    services |= {f"{engine.name}-create": _create(engine, facts) for engine, facts in contained if facts.create}
     services |= {engine.name: _gpu_only(engine, facts) for engine, facts in contained if not facts.image}
     services["status-api"] = _ours(8080, ["python", "-m", "pipeline.operate.status"])
     words = ["python", "-m", "pipeline.operate.proxy", "--config", "/tmp/litellm.yaml"]
@@ -149,13 +149,14 @@ def _health(port: int, test: Sequence[str] = (), start_period: str = "10m") -> d
 
 def _create(engine: Engine, facts: Container) -> dict[str, Any]:
     """A model that is made in the server needs to be made once, from the run's Modelfile; then this container ends."""
+    model = f"${{{engine.prefix}_MODEL:-{engine.default_model}}}"
     return {
         "image": facts.image,
         "profiles": [_profile(engine)],
         "volumes": [_RUNS],
-        "environment": [f"OLLAMA_HOST={engine.url(engine.name)}"],
+        "environment": [f"{facts.create_at}={engine.url(engine.name)}"],
         "working_dir": _RUN,
-        "entrypoint": ["ollama", "create", f"${{{engine.prefix}_MODEL:-{engine.default_model}}}", "-f", "Modelfile"],
+        "entrypoint": [word.replace("{model}", model) for word in facts.create],
         "depends_on": {engine.name: {"condition": "service_healthy"}},
         "restart": "no",
     }

@@ -18,10 +18,10 @@ from pipeline.errors import PipelineError
 from pipeline.machine import packages as installed
 from pipeline.machine.hardware import Hardware
 from pipeline.machine.packages import Installed
-from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
+from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
 from pipeline.runs.text import mask
-from pipeline.serve import server
+from pipeline.serve import records
 from pipeline.serve.server import Server
 
 Status = Literal["fail", "warn", "ok"]
@@ -57,18 +57,17 @@ class Facts:
     env_file: Path = ENV_FILE
 
     @staticmethod
-    def gather(run: RunFolder | None = None, base: str | None = None) -> Facts:
+    def gather(run: RunFolder, base: str | None = None) -> Facts:
         """Look at this machine; ``base`` is a hub id about to be trained, else the run's own."""
-        folder = run or RunFolder(DEFAULT_NAME, DEFAULT_OUTPUT)
         settings = load()
         return Facts(
-            hardware=Hardware.detect(folder.output),
+            hardware=Hardware.detect(run.output),
             packages=installed.here(),
             server=installed.of(vllm_python()),
             engines={engine.name: engine.available() for engine in engines.every() if engine.serves != "url"},
             settings=settings,
-            run=folder,
-            base=base or _base_of(folder),
+            run=run,
+            base=base or _base_of(run),
             token=hub_token(settings),
             environment=dict(os.environ),
         )
@@ -76,7 +75,7 @@ class Facts:
     @cached_property
     def servers(self) -> list[Server]:
         """The run's living servers; InputError for a damaged record."""
-        return server.running(self.run.servers) if self.run.path.is_dir() else []
+        return records.running(self.run.servers) if self.run.path.is_dir() else []
 
 
 Examiner = Callable[[Facts], Iterable[Finding]]

@@ -17,12 +17,14 @@ from pipeline.config import root_url
 from pipeline.doctor.findings import Examiner, Facts, Finding, Status
 from pipeline.engines.vllm.engine import vllm_python
 from pipeline.errors import PipelineError
+from pipeline.net.client import bearer
 from pipeline.net.loopback import holder, listening
 from pipeline.operate.services import listing
 from pipeline.runs.files import read_json
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
 from pipeline.runs.stages import LOOKING
+from pipeline.serve import ollama_service
 
 _CPU_TORCH = "pip install torch==2.13.0+cpu, or make setup DEVICE=cpu"
 _CUDA_TORCH = "make setup DEVICE=cuda"
@@ -98,13 +100,8 @@ def _build_of(name: str, version: str, facts: Facts) -> Finding:
 def ollama(facts: Facts) -> Iterator[Finding]:
     """Where no Ollama is installed, one may still answer at OLLAMA_BASE_URL."""
     url = root_url(facts.settings.ollama_base_url)
-    try:
-        answer = httpx.get(f"{url}/api/version", timeout=2)
-        version = answer.json().get("version") if answer.status_code == httpx.codes.OK else None
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError):
-        version = None
-    if version:
-        yield Finding("Ollama", "ok", f"{version} answers at {url}")
+    if there := ollama_service.find(url):
+        yield Finding("Ollama", "ok", f"{there.version} answers at {url}")
     elif engines.get(facts.settings.llm_backend).creates_model:
         evidence = f"LLM_BACKEND is {facts.settings.llm_backend} and nothing answers at {url}"
         yield Finding("Ollama", "fail", evidence, "ollama serve, or set OLLAMA_BASE_URL")
@@ -192,10 +189,9 @@ def hub(facts: Facts) -> Iterator[Finding]:
     if not base or base == "embedded" or Path(base).exists() or base.count("/") != 1:
         return
     url = (facts.environment.get("HF_ENDPOINT") or _HUB).rstrip("/")
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         path = f"{url}/{base}/resolve/main/config.json"
-        code = httpx.head(path, headers=headers, timeout=5, follow_redirects=True).status_code
+        code = httpx.head(path, headers=bearer(token), timeout=5, follow_redirects=True).status_code
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         remedy = "go online, set HF_ENDPOINT to a mirror, or give --base a folder"
         yield Finding("hub", "warn", f"{url} cannot be reached ({type(error).__name__})", remedy)

@@ -14,7 +14,7 @@ from pipeline.runs import lock
 from pipeline.runs.files import leftovers, read_json, remove, tree_bytes
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
-from pipeline.serve import server
+from pipeline.serve import records
 
 # newest first: the first of these that is there is how far a run got
 _STATES = (("evaluate_tuned", "exported"), ("gguf", "converted"), ("merge", "merged"), ("finetune", "trained"))
@@ -112,7 +112,7 @@ def _info(run: RunFolder) -> RunInfo:
     there = lock.holder(run)
     names: tuple[str, ...] = ()
     with contextlib.suppress(PipelineError):
-        names = tuple(process.engine for process in server.running(run.servers))
+        names = tuple(process.engine for process in records.running(run.servers))
     sizes = {part: tree_bytes(run.path / part) for part in _PARTS if (run.path / part).exists()}
     sizes["all"] = tree_bytes(run.path)
     changed = datetime.fromtimestamp(run.path.stat().st_mtime, UTC).isoformat(timespec="seconds")

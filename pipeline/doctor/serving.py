@@ -9,21 +9,19 @@ import json
 import shutil
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
-
-import httpx
 
 from pipeline import engines
 from pipeline.deploy.compose import PROJECT
 from pipeline.doctor.findings import Examiner, Facts, Finding, Status
 from pipeline.doctor.settings import settings
 from pipeline.net.client import wait_for
+from pipeline.net.reach import get_json
 from pipeline.operate import registry, services
 from pipeline.operate.registry import ModelStatus
 from pipeline.operate.services import start_logs
 from pipeline.runs.text import mask, without_password
-from pipeline.serve import server
-from pipeline.serve.logs import classify
+from pipeline.serve import records
+from pipeline.serve.logs import classify, end_of
 
 _ASK_SECONDS = 3.0
 _LONGEST_LOG = 1 << 20
@@ -46,14 +44,12 @@ def backend(facts: Facts) -> Iterator[Finding]:
 def status_api(facts: Facts) -> Iterator[Finding]:
     """A status API that was started before LLM_BACKEND changed keeps the settings of its start; a gateway does not tell its own."""
     wanted = facts.settings.llm_backend
-    for process in server.running(services.folder(facts.run.output)):
+    for process in records.running(services.folder(facts.run.output)):
         if process.engine != "status-api":
             continue
-        try:
-            used = str(httpx.get(f"{process.url}/api/v1/inference/status", timeout=_ASK_SECONDS).json()["backend"])
-        except (httpx.HTTPError, ValueError, KeyError):
-            continue
-        if used != wanted:
+        seen = wait_for(get_json(process.url, "/api/v1/inference/status", timeout=_ASK_SECONDS))
+        used = seen.data.get("backend") if seen.ok and isinstance(seen.data, dict) else None
+        if used and used != wanted:
             words = f"LLM_BACKEND={wanted}, but the status API at {process.url} was started with {used}"
             yield Finding("LLM_BACKEND", "fail", words, "settings are read at start: restart it, and your applications")
 
@@ -63,7 +59,7 @@ def last_starts(facts: Facts) -> Iterator[Finding]:
     alive = {process.engine for process in facts.servers}
     for engine in engines.NAMES:
         logs = [] if engine in alive else start_logs(facts.run.path, engine)
-        if logs and (known := classify(_tail(logs[-1]))):
+        if logs and (known := classify(end_of(logs[-1], _LONGEST_LOG))):
             evidence = f"{known.cause} ({logs[-1]}: {mask(known.line)[:160]})"
             yield Finding(f"last start of {engine}", "warn", evidence, known.remedy)
 
@@ -119,9 +115,3 @@ def _docker(*words: str) -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return "" if done.returncode else done.stdout + done.stderr
-
-
-def _tail(log: Path) -> str:
-    with log.open("rb") as handle:
-        handle.seek(max(0, log.stat().st_size - _LONGEST_LOG))
-        return handle.read().decode("utf-8", errors="replace")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -22,7 +22,8 @@ _PREFIXES = ("LLM", "OPENAI", "GATEWAY", "AGENTS")
 # what other programs read under the same prefixes, so not misspelt
 _FOREIGN = frozenset({"VLLM_PYTHON", "SGLANG_PYTHON", "OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_API_BASE"})
 _OURS = re.compile(r"(BASE_?URL|MODEL(_?NAME)?|API_?KEY|BACKEND|URL|MODEL_LEN|CTX_SIZE|PARALLEL|MEMORY_UTIL)$")
-_SIMILAR = 0.84
+# how alike a name must be to be called misspelt; one that has a prefix and an ending of ours may be less so
+_SIMILAR, _SIMILAR_WITH_PREFIX = 0.84, 0.6
 _ASK_SECONDS = 2.0
 
 
@@ -36,22 +37,19 @@ def check(settings: Settings, env_file: Path = ENV_FILE, environment: Mapping[st
     env = dict(os.environ if environment is None else environment)
     read = dotenv_values(env_file, encoding="utf-8-sig") if env_file.is_file() else {}
     in_file = {name: value or "" for name, value in read.items()}
-    return worst_first([*contradictions(settings), *misspelt({**in_file, **env}, in_file), *hidden(in_file, env, env_file)])
+    return worst_first([*contradictions(settings), *misspelt({**in_file, **env}), *hidden(in_file, env, env_file)])
 
 
-def misspelt(variables: Mapping[str, str], in_file: Mapping[str, str]) -> Iterator[Finding]:
+def misspelt(names: Iterable[str]) -> Iterator[Finding]:
     """Variables that look like one of the documented ones and are not read by anything."""
-    known = [field.upper() for field in Settings.model_fields] + [v for engine in engines.every() for v in engine.variables()]
-    read = _FOREIGN.union(*(engine.flags.variables for engine in engines.every()))
-    prefixes = (*_PREFIXES, *(engine.prefix for engine in engines.every()))
-    for name in sorted(variables):
-        if name in known or name in read:
-            continue
-        near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=_SIMILAR)
+    every = list(engines.every())
+    known = [field.upper() for field in Settings.model_fields] + [v for engine in every for v in engine.variables()]
+    read = _FOREIGN.union(known, *(engine.flags.variables for engine in every))
+    prefixes = (*_PREFIXES, *(engine.prefix for engine in every))
+    for name in sorted(name for name in names if name not in read):
         ours = name.startswith(prefixes) and _OURS.search(name)
-        if not near and ours:
-            near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.6)
-        if near and (name in in_file or ours or _ratio(name, near[0]) >= _SIMILAR):
+        near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=_SIMILAR_WITH_PREFIX if ours else _SIMILAR)
+        if near:
             yield _about(f"{name} is set but nothing reads it: did you mean {near[0]}?", "warn")
 
 
@@ -118,7 +116,3 @@ def _is_url(value: str) -> bool:
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         return False
-
-
-def _ratio(name: str, other: str) -> float:
-    return difflib.SequenceMatcher(None, name.upper(), other).ratio()

@@ -72,7 +72,9 @@ class Container:
 
     ``image`` is empty for an engine that needs a GPU. ``variables`` are documented variables that override a planned flag,
     ``gpu_flags`` flags with a default that the GPU file always has, ``entry`` the words before the flags where the image's
-    entry point is not the server, ``health`` the test ("{port}" is filled in; empty: /health asked with the image's Python).
+    entry point is not the server, ``health`` the test ("{port}" is filled in; empty: /health asked with the image's Python),
+    ``create`` the command that makes a run's model ("{model}") in the server that the variable ``create_at`` names, where the
+    server is started without one.
     """
 
     gpu_image: str
@@ -84,6 +86,8 @@ class Container:
     volumes: tuple[str, ...] = ()
     shm_size: str = ""
     gpu_ipc: str = ""
+    create: tuple[str, ...] = ()
+    create_at: str = ""
 
 
 @dataclass(frozen=True)

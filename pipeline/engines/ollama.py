@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 from asyncio import gather
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,6 @@ def _alternatives(why_not: str, other: tuple[str, float, str] | None) -> tuple[s
 
 
 _INSTALL = "curl -fsSL https://ollama.com/install.sh | sh (macOS: brew install ollama), or set OLLAMA_BASE_URL to a running one"
-_CHUNK = 1 << 20
 
 
 class Ollama(Engine):
@@ -132,6 +131,8 @@ class Ollama(Engine):
         gpu_image="ollama/ollama:0.33.3",
         health=("CMD", "ollama", "list"),
         volumes=("ollama:/root/.ollama",),
+        create=("ollama", "create", "{model}", "-f", "Modelfile"),
+        create_at="OLLAMA_HOST",
     )
 
     def available(self) -> Availability:
@@ -191,24 +192,23 @@ class Ollama(Engine):
         """The program, on PATH or not."""
         return [shutil.which("ollama") or "ollama"]
 
-    async def create(self, client: httpx.AsyncClient, name: str, gguf: Path, parts: Mapping[str, Any]) -> None:
+    def create(self, client: httpx.Client, name: str, gguf: Path, parts: Mapping[str, Any]) -> None:
         """Make or replace the model ``name`` from a GGUF; ``parts`` are ``template``, ``system``, ``parameters``, ``license``.
 
         Ollama ignores a ``modelfile`` field over HTTP and needs parameters of the right JSON type (num_ctx as a number).
         """
+        # not with the client of PyPI's ollama: it sends a blob again that is there already (gigabytes), puts OLLAMA_API_KEY
+        # into requests to any host, has no /api/version and no _debug_render_only, and reads lists strictly
         digest = "sha256:" + sha256_file(gguf)
-        known = await client.head(f"/api/blobs/{digest}")
-        if known.status_code == httpx.codes.NOT_FOUND:
-            sent = await client.post(f"/api/blobs/{digest}", content=_chunks(gguf), timeout=None)
+        if client.head(f"/api/blobs/{digest}").status_code == httpx.codes.NOT_FOUND:
+            with gguf.open("rb") as content:
+                sent = client.post(f"/api/blobs/{digest}", content=content, timeout=None)
             if sent.is_error:
                 raise EngineError(f"Ollama refused the upload of {gguf.name} ({sent.status_code})", evidence=sent.text[:2000])
         body = {"model": name, "files": {gguf.name: digest}, "stream": False, **parts}
-        answer = await client.post("/api/create", json=body, timeout=None)
-        said = (
-            answer.json()
-            if answer.headers.get("content-type", "").startswith("application/json")
-            else {"error": answer.text[:2000]}
-        )
+        answer = client.post("/api/create", json=body, timeout=None)
+        is_json = answer.headers.get("content-type", "").startswith("application/json")
+        said = answer.json() if is_json else {"error": answer.text[:2000]}
         if answer.is_error or said.get("status") != "success":
             raise EngineError(f"Ollama could not create {name} ({answer.status_code})", evidence=str(said.get("error", said)))
 
@@ -233,9 +233,3 @@ class Ollama(Engine):
         if rendered is None:
             raise EngineError("this Ollama does not tell the prompt it renders", remedy="use Ollama 0.12 or later")
         return Prompt(str(rendered))
-
-
-async def _chunks(path: Path) -> AsyncIterator[bytes]:
-    with path.open("rb") as handle:
-        while chunk := handle.read(_CHUNK):
-            yield chunk

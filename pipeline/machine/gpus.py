@@ -39,7 +39,7 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Found:
+class Detected:
     """GPUs that may be used, the driver's version and the CUDA version it supports, and what could not be asked."""
 
     gpus: tuple[Gpu, ...] = ()
@@ -48,38 +48,38 @@ class Found:
     notes: tuple[str, ...] = ()
 
 
-def detect(ram_gib: float, ram_free_gib: float, root: Path = Path("/")) -> Found:
+def detect(ram_gib: float, ram_free_gib: float, root: Path = Path("/")) -> Detected:
     """GPUs of the first vendor that has any: NVIDIA, AMD, Apple; RAM is what Apple's GPUs share."""
     found = detect_nvidia()
     if found.gpus:
         return found
     if gpus := detect_amd(root):
-        return Found(gpus, driver=read(root / "sys/module/amdgpu/version") or None)
+        return Detected(gpus, driver=read(root / "sys/module/amdgpu/version") or None)
     if sys.platform == "darwin" and platform.machine() == "arm64":
-        return Found((_apple(ram_gib, ram_free_gib),))
+        return Detected((_apple(ram_gib, ram_free_gib),))
     return found
 
 
-def detect_nvidia() -> Found:
+def detect_nvidia() -> Detected:
     """NVIDIA GPUs and MIG slices that CUDA_VISIBLE_DEVICES leaves visible."""
     try:
         import pynvml
     except ImportError:
-        return Found(notes=("nvidia-ml-py is not installed: NVIDIA GPUs were not looked for",))
+        return Detected(notes=("nvidia-ml-py is not installed: NVIDIA GPUs were not looked for",))
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
         missing = isinstance(error, pynvml.NVMLError_LibraryNotFound | pynvml.NVMLError_DriverNotLoaded)
-        return Found(notes=() if missing else (f"the NVIDIA driver does not answer: {error}",))
+        return Detected(notes=() if missing else (f"the NVIDIA driver does not answer: {error}",))
     try:
         return _ask_nvml(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
     except pynvml.NVMLError as error:
-        return Found(notes=(f"the NVIDIA driver does not answer: {error}",))
+        return Detected(notes=(f"the NVIDIA driver does not answer: {error}",))
     finally:
         pynvml.nvmlShutdown()
 
 
-def _ask_nvml(nvml: Any, visible: str | None) -> Found:
+def _ask_nvml(nvml: Any, visible: str | None) -> Detected:
     named: dict[str, Gpu] = {}
     for index in range(nvml.nvmlDeviceGetCount()):
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
@@ -88,7 +88,7 @@ def _ask_nvml(nvml: Any, visible: str | None) -> Found:
             key = f"{index}:{number}" if slices else str(index)
             named[f"{key} {nvml.nvmlDeviceGetUUID(device)}"] = _nvidia_gpu(nvml, handle, device, bool(slices))
     version = nvml.nvmlSystemGetCudaDriverVersion_v2()
-    return Found(
+    return Detected(
         gpus=visible_gpus(named, visible),
         driver=str(nvml.nvmlSystemGetDriverVersion()),
         cuda=f"{version // 1000}.{version % 1000 // 10}",

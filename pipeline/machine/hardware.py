@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -75,18 +76,14 @@ class Hardware:
     def detect(folder: Path = Path()) -> Hardware:
         """Look at this machine; ``folder`` is where disk space is measured. Missing GPU libraries are normal, not errors."""
         total, free = memory_bytes()
-        found = gpus.detect(total / GIB, free / GIB)
         existing = next(p for p in [folder.resolve(), *folder.resolve().parents] if p.exists())
         return Hardware(
             cpu=detect_cpu(),
             ram_gib=round(total / GIB, 2),
             ram_free_gib=round(free / GIB, 2),
             compiler=any(map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))),
-            gpus=found.gpus,
-            driver=found.driver,
-            cuda=found.cuda,
-            notes=found.notes,
             disk_free_gib=round(shutil.disk_usage(existing).free / GIB, 2),
+            **vars(gpus.detect(total / GIB, free / GIB)),
         )
 
 
@@ -153,14 +150,11 @@ def _reclaimable(folder: Path) -> int:
 
 
 def _cpuinfo(root: Path) -> tuple[str, set[str]]:
-    name, flags = "", set[str]()
-    for line in gpus.read(root / "proc/cpuinfo").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features") and not flags:
-            flags = set(value.split())
-        elif key.strip() == "model name" and not name:
-            name = value.strip()
-    return name, flags
+    """Name and flags of the first core."""
+    text = gpus.read(root / "proc/cpuinfo")
+    name = re.search(r"^model name\s*:(.*)", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)", text, re.MULTILINE)
+    return name[1].strip() if name else "", set(flags[1].split()) if flags else set()
 
 
 def _integer(path: Path) -> int | None:

@@ -19,11 +19,10 @@ _END = "data: [DONE]"
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer to a chat: its text, why it ended, and the tokens that were billed (None where the server does not say)."""
+    """One answer to a chat: its text, why it ended, and how many tokens it has (None where the server does not say)."""
 
     text: str
     finish_reason: str
-    prompt_tokens: int | None = None
     tokens: int | None = None
 
     @classmethod
@@ -32,7 +31,7 @@ class Reply:
         try:
             choice, usage = said["choices"][0], said.get("usage") or {}
             text, ended = str(choice["message"]["content"] or ""), str(choice.get("finish_reason"))
-            return cls(text, ended, usage.get("prompt_tokens"), usage.get("completion_tokens"))
+            return cls(text, ended, usage.get("completion_tokens"))
         except (LookupError, TypeError, AttributeError) as error:
             raise EngineError(f"{who} {PATH}: no chat answer ({error!r})", evidence=str(said)[:1000]) from None
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import httpx
 
 from pipeline.errors import EngineError, InputError, ModelError
-from pipeline.net.loopback import is_local
+from pipeline.net.loopback import is_here
 from pipeline.runs.text import without_password
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ def client_settings(url: str, key: str, timeout: float | httpx.Timeout) -> dict[
         "headers": bearer(key),
         "timeout": timeout,
         "limits": limits,
-        "trust_env": not is_local(url),
+        "trust_env": not is_here(url),
         "verify": tls(),
     }
 
@@ -87,44 +87,30 @@ def product_errors(request: str) -> Iterator[None]:
         raise Unanswered(f"{request} does not answer", error) from None
 
 
-def json_of(answer: httpx.Response, who: str = "POST") -> dict[str, Any]:
-    """The JSON of an answer; Refused with the server's words for an error status, Unanswered for anything but JSON."""
-    path = answer.request.url.path
+def json_of(answer: httpx.Response, who: str) -> dict[str, Any]:
+    """The JSON of an answer; Refused with the server's words for an error status, ValueError for anything but JSON."""
     if answer.is_error:
-        raise Refused(f"{who} {path} answered {answer.status_code}", answer.status_code, answer.text)
-    try:
-        said: dict[str, Any] = answer.json()
-    except ValueError as error:
-        raise Unanswered(f"{who} {path} does not answer with JSON", error) from None
+        raise Refused(f"{who} {answer.request.url.path} answered {answer.status_code}", answer.status_code, answer.text)
+    said: dict[str, Any] = answer.json()
     return said
 
 
 def post(client: httpx.Client, path: str, body: Mapping[str, Any], who: str = "POST") -> dict[str, Any]:
     """POST JSON and return the JSON answer; Refused or Unanswered begin with ``who``."""
     with product_errors(f"{who} {client.base_url.join(path)}"):
-        answer = client.post(path, json=dict(body))
-    return json_of(answer, who)
+        return json_of(client.post(path, json=dict(body)), who)
 
 
 async def post_async(client: httpx.AsyncClient, path: str, body: Mapping[str, Any], who: str = "POST") -> dict[str, Any]:
     """As :func:`post`, in asynchronous code."""
     with product_errors(f"{who} {client.base_url.join(path)}"):
-        answer = await client.post(path, json=dict(body))
-    return json_of(answer, who)
-
-
-def get(client: httpx.Client, path: str, who: str = "GET") -> dict[str, Any]:
-    """GET JSON; Refused or Unanswered begin with ``who``."""
-    with product_errors(f"{who} {client.base_url.join(path)}"):
-        answer = client.get(path)
-    return json_of(answer, who)
+        return json_of(await client.post(path, json=dict(body)), who)
 
 
 async def get_async(client: httpx.AsyncClient, path: str, who: str = "GET") -> dict[str, Any]:
-    """As :func:`get`, in asynchronous code."""
+    """As :func:`post_async`, for a GET."""
     with product_errors(f"{who} {client.base_url.join(path)}"):
-        answer = await client.get(path)
-    return json_of(answer, who)
+        return json_of(await client.get(path), who)
 
 
 def ask(client: httpx.Client, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,7 +126,7 @@ def ask(client: httpx.Client, path: str, body: Mapping[str, Any]) -> dict[str, A
 def status_of(url: str, timeout: float = 2.0) -> int:
     """The status a GET of a URL ends with, 0 when nothing speaks HTTP there."""
     try:
-        return httpx.get(url, timeout=timeout, trust_env=not is_local(url), verify=tls()).status_code
+        return httpx.get(url, timeout=timeout, trust_env=not is_here(url), verify=tls()).status_code
     except (httpx.HTTPError, httpx.InvalidURL, ValueError):
         return 0
 

@@ -1,4 +1,4 @@
-"""Requests that only this machine should send: what a browser says of the page that asks, and of the name it asked for."""
+"""This machine as a server's address: which URLs mean it, who may ask it, which of its ports are free."""
 
 from __future__ import annotations
 
@@ -13,23 +13,58 @@ import psutil
 
 from pipeline.errors import EnvironmentFailure, InputError
 
+HERE = ("127.0.0.1", "localhost", "::1")
+_NO_PROXY = ("NO_PROXY", "no_proxy")
+
+
+def is_local(url: str) -> bool:
+    """True for a URL on this machine."""
+    host = urlsplit(url).hostname or ""
+    with contextlib.suppress(ValueError):
+        # a name such as 127.0.0.1.example is no address: anyone may own it
+        return ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def is_here(url: str) -> bool:
+    """As :func:`is_local`, or the address that means all of this machine's: where a server started from here may answer."""
+    return is_local(url) or urlsplit(url).hostname in ("0.0.0.0", "::")
+
+
+def same_place(url: str, other: str) -> bool:
+    """True for two URLs of one server: the names of this machine, and the address that means all of them, are equal."""
+    return _place(url) == _place(other)
+
+
+def _place(url: str) -> tuple[str, str, int | None, str]:
+    parts = urlsplit(url)
+    port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    return parts.scheme, "localhost" if is_here(url) else parts.hostname or "", port, parts.path.rstrip("/")
+
 
 def from_here(headers: Iterable[tuple[bytes, bytes]]) -> bool:
-    """False for a page of another site (``Origin``), and for a name that was made to point here (``Host``: DNS rebinding)."""
-    for name, value in headers:
-        text = value.decode("latin-1")
-        if name.lower() == b"origin" and not _loopback(text):
-            return False
-        if name.lower() == b"host" and not _loopback(f"http://{text}"):
-            return False
-    return True
+    """Whether a request is one that only this machine should send, by what a browser says of the page and of the name it asks.
 
-
-def _loopback(url: str) -> bool:
+    False for a page of another site (``Origin``), and for a name that was made to point here (``Host``: DNS rebinding).
+    """
+    before = {b"origin": "", b"host": "http://"}
+    asked = [(name.lower(), value.decode("latin-1")) for name, value in headers]
     try:
-        return is_local(url)
+        return all(is_local(before[name] + value) for name, value in asked if name in before)
     except ValueError:
         return False
+
+
+def spare_loopback() -> None:
+    """Add this machine to ``NO_PROXY`` and ``no_proxy``, for this process and what it starts; what they hold is kept."""
+    given = {name: os.environ.get(name, "") for name in _NO_PROXY}
+    for name, other in zip(_NO_PROXY, reversed(_NO_PROXY), strict=True):
+        # most clients read only the lower-case name where both are set, so an absent one starts from the other
+        kept = [part.strip() for part in (given[name] or given[other]).split(",") if part.strip()]
+        # "*" means no proxy at all, and some clients know it only when it stands alone
+        if kept != ["*"]:
+            kept += [host for host in HERE if host not in kept]
+        os.environ[name] = ",".join(kept)
 
 
 def claim(host: str, port: int) -> int:
@@ -66,40 +101,3 @@ def holder(port: int) -> str:
                 process = psutil.Process(connection.pid)
                 return f"held by process {process.pid}: {' '.join(process.cmdline())[:160]}"
     return ""
-
-
-_HERE = ("127.0.0.1", "localhost", "::1")
-_NAMES = ("NO_PROXY", "no_proxy")
-
-
-def spare_loopback() -> None:
-    """Add this machine to ``NO_PROXY`` and ``no_proxy``, for this process and what it starts; what they hold is kept."""
-    given = {name: os.environ.get(name, "") for name in _NAMES}
-    for name, other in zip(_NAMES, reversed(_NAMES), strict=True):
-        # most clients read only the lower-case name where both are set, so an absent one starts from the other
-        kept = [part.strip() for part in (given[name] or given[other]).split(",") if part.strip()]
-        # "*" means no proxy at all, and some clients know it only when it stands alone
-        if kept != ["*"]:
-            kept += [host for host in _HERE if host not in kept]
-        os.environ[name] = ",".join(kept)
-
-
-def is_local(url: str) -> bool:
-    """True for a URL on this machine."""
-    host = urlsplit(url).hostname or ""
-    with contextlib.suppress(ValueError):
-        # a name such as 127.0.0.1.example is no address: anyone may own it
-        return ip_address(host).is_loopback
-    return host == "localhost"
-
-
-def same_place(url: str, other: str) -> bool:
-    """True for two URLs of one server: the names of this machine, and the address that means all of them, are equal."""
-    return _place(url) == _place(other)
-
-
-def _place(url: str) -> tuple[str, str, int | None, str]:
-    parts = urlsplit(url)
-    here = is_local(url) or parts.hostname in ("0.0.0.0", "::")
-    port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-    return parts.scheme, "localhost" if here else parts.hostname or "", port, parts.path.rstrip("/")

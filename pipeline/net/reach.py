@@ -18,6 +18,14 @@ from pipeline.runs.text import without_password
 
 TIMEOUT = 5.0
 _MOST_BYTES = 4 << 20
+_KEY = ("key", "{root} refuses the API key ({status}): correct it, or set one")
+# status -> name of the failure, what it means and what to do
+_REFUSALS = {
+    401: _KEY,
+    403: _KEY,
+    404: ("not_found", "{root} has no {path} (404): another server listens there, or the base URL has a path too much"),
+    503: ("loading", "{root} is up but not ready (503): the model may still be loading"),
+}
 
 
 @dataclass(frozen=True)
@@ -73,23 +81,16 @@ async def _read(answer: httpx.Response) -> bytes:
 def _judged(answer: httpx.Response, body: bytes, root: str, path: str, latency: float) -> Reached:
     status = answer.status_code
     if answer.has_redirect_location or answer.is_redirect:
-        return Reached(False, None, status, latency, "redirect", _redirected(root, answer.headers))
-    if status in (401, 403):
-        return Reached(False, None, status, latency, "key", f"{root} refuses the API key ({status}): correct it, or set one")
-    if status == 404:
-        words = f"{root} has no {path} (404): another server listens there, or the base URL has a path too much"
-        return Reached(False, None, status, latency, "not_found", words)
-    if status == 503:
-        return Reached(
-            False, None, status, latency, "loading", f"{root} is up but not ready (503): the model may still be loading"
-        )
-    if status >= 400:
-        return Reached(False, None, status, latency, "status", f"{root}{path} answered {status}: look into that server's log")
-    try:
-        return Reached(True, json.loads(body) if body.strip() else None, status, latency)
-    except (ValueError, RecursionError):  # the second: nested a hundred thousand deep
-        words = f"{root}{path} answered something that is not JSON: another kind of server listens there"
-        return Reached(False, None, status, latency, "not_json", words)
+        kind, words = "redirect", _redirected(root, answer.headers)
+    elif status >= 400:
+        kind, words = _REFUSALS.get(status, ("status", "{root}{path} answered {status}: look into that server's log"))
+        words = words.format(root=root, path=path, status=status)
+    else:
+        try:
+            return Reached(True, json.loads(body) if body.strip() else None, status, latency)
+        except (ValueError, RecursionError):  # the second: nested a hundred thousand deep
+            kind, words = "not_json", f"{root}{path} answered something that is not JSON: another kind of server listens there"
+    return Reached(False, None, status, latency, kind, words)
 
 
 def _redirected(root: str, headers: Mapping[str, str]) -> str:

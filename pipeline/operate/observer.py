@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from pipeline.config import Address, Settings
 from pipeline.operate import registry
 from pipeline.operate.registry import ModelStatus
 from pipeline.runs.folder import DEFAULT_OUTPUT
-from pipeline.serve.notes import Artefact, written_after
+from pipeline.serve.artefacts import Artefact, written_after
 
 # a dead server refuses the connection at once; a slow answer counts as one only the second time, for busy is not dead
 PERIOD, TIMEOUT = 1.0, 1.5
@@ -22,7 +21,7 @@ _PATIENCE = 2
 
 
 @dataclass(frozen=True)
-class Seen:
+class Observation:
     """What is known of one backend: its models, whether its configured model answers, since when (wall clock), how fresh."""
 
     address: Address
@@ -43,7 +42,7 @@ class Observer:
     """Asks the backends every :data:`PERIOD` seconds while its task runs; readers get the latest observation."""
 
     def __init__(self, addresses: Sequence[Address], output: Path = DEFAULT_OUTPUT, period: float = PERIOD) -> None:
-        self.seen = {address.backend: Seen(address) for address in addresses}
+        self.seen = {address.backend: Observation(address) for address in addresses}
         self.output = output
         self.period = period
         self._tasks: list[asyncio.Task[None]] = []
@@ -62,16 +61,14 @@ class Observer:
     async def __aexit__(self, *_: object) -> None:
         for task in self._tasks:
             task.cancel()
-        for task in self._tasks:
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     @property
     def stale(self) -> bool:
         """True when what is said of any backend is not an observation."""
         return any(self.outdated(seen) for seen in self.seen.values())
 
-    def outdated(self, seen: Seen) -> bool:
+    def outdated(self, seen: Observation) -> bool:
         """True when this backend has not been asked for so long that what is said of it is not an observation."""
         return time.time() - seen.checked_at > 5 * (self.period + TIMEOUT)
 
@@ -86,7 +83,7 @@ class Observer:
             statuses = [ModelStatus(before.address.model, False, detail=words, kind="check")]
         self.seen[name] = _after(before, statuses)
 
-    def _credible(self, before: Seen, status: ModelStatus) -> ModelStatus:
+    def _credible(self, before: Observation, status: ModelStatus) -> ModelStatus:
         """The status, without an artefact that was exported after this server was seen up: it cannot have loaded that one."""
         ours = status.artefact
         if ours is None or not before.healthy or ours == before.artefact(status.name):
@@ -101,7 +98,7 @@ class Observer:
                 await asyncio.sleep(self.period)
 
 
-def _after(before: Seen, statuses: list[ModelStatus]) -> Seen:
+def _after(before: Observation, statuses: list[ModelStatus]) -> Observation:
     now = time.time()
     wanted = registry.same_model(statuses, before.address.model)
     if wanted is None:
@@ -111,14 +108,12 @@ def _after(before: Seen, statuses: list[ModelStatus]) -> Seen:
     timeouts = before.timeouts + 1 if slow else 0
     if slow and before.healthy and timeouts < _PATIENCE:
         return replace(before, checked_at=now, timeouts=timeouts)
-    # a name that is not served now is still known for what it was, so that its fine-tune can be had elsewhere
-    known = {model.name: model.artefact for model in before.models}
-    listed = tuple(s if s.available or s.artefact else replace(s, artefact=known.get(s.name)) for s in statuses)
-    models = listed if any(s.available for s in statuses) else _remembered(before.models, wanted.detail)
+    if any(status.available for status in statuses):
+        # a name that is not served now is still known for what it was, so that its fine-tune can be had elsewhere
+        known = {model.name: model.artefact for model in before.models}
+        models = [s if s.available or s.artefact else replace(s, artefact=known.get(s.name)) for s in statuses]
+    else:
+        # of a backend that is down the models are known for when it returns
+        models = [replace(model, available=False, loaded=False, detail=wanted.detail) for model in before.models]
     changed = now if wanted.available != before.healthy or not before.changed_at else before.changed_at
-    return Seen(before.address, wanted.available, models, wanted.detail, changed, now, timeouts)
-
-
-def _remembered(models: tuple[ModelStatus, ...], detail: str) -> tuple[ModelStatus, ...]:
-    """The models of a backend that is down: not available, but their artefacts are known for when it returns."""
-    return tuple(replace(model, available=False, loaded=False, detail=detail) for model in models)
+    return Observation(before.address, wanted.available, tuple(models), wanted.detail, changed, now, timeouts)

@@ -51,7 +51,7 @@ _FIRST = "granite_first_choice"
 def main(argv: list[str] | None = None) -> int:
     """Serve until SIGTERM; keys come from the environment."""
     spare_loopback()
-    parser = argparse.ArgumentParser(prog="gateway_server")
+    parser = argparse.ArgumentParser(prog="python -m pipeline.operate.proxy")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--config", type=Path, required=True, help="where LiteLLM's configuration is written")

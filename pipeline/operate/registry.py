@@ -18,8 +18,8 @@ from pipeline.net.client import Refused, Unanswered, open_async, post_async
 from pipeline.net.reach import TIMEOUT
 from pipeline.operate.agents import Agents
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
-from pipeline.serve import notes
-from pipeline.serve.notes import Artefact
+from pipeline.serve import artefacts, records
+from pipeline.serve.artefacts import Artefact
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,14 @@ async def _listed(engine: Engine, url: str, key: str, model: str, timeout: float
     if listing.models is None:
         words = "the answer has no list of models: another kind of server listens there, or the base URL is wrong"
         return [ModelStatus(model, False, latency_ms=latency, detail=reached.detail or words, kind=reached.kind or "not_json")]
-    known = tuple(notes.every(output))
-    since = notes.up_since(root, known)
+    known = tuple(records.every(output))
+    since = records.up_since(root, known)
     found = []
     for one in listing.models:
         # an adapter is not the artefact the server was started with
         about = [] if one.adapter else [note.artefact for note in known if note.about(root, one.name, one.digest)]
         started = next(filter(None, about), None)
-        ours = started or notes.of_served_path(one.path, output, since)
+        ours = started or artefacts.of_served_path(one.path, output, since)
         found.append(ModelStatus(one.name, True, one.loaded, one.context, one.size, latency, artefact=ours))
     wanted = model if ":" in model or not model else model + engine.tag
     if (found and not wanted) or any(status.name == wanted for status in found):
@@ -159,10 +159,11 @@ def address_for(config: Settings, agent_name: str | None, output: Path = DEFAULT
     address = config.address(agent.backend or "")
     if agent.model:
         return replace(address, model=agent.model)
-    note = notes.of_run(RunFolder(run, output), address.backend)
-    if note:
+    record = records.of_run(RunFolder(run, output), address.backend)
+    if record and record.ready:
         # started on another port than the configured one, it is found there as long as it runs
-        return replace(address, model=note.model, base_url=note.process.url if note.process else address.base_url)
+        up = record.running
+        return replace(address, model=record.ready.model, base_url=up.url if up else address.base_url)
     if run == DEFAULT_NAME:
         return address
     raise InputError(
@@ -185,4 +186,4 @@ def same_model(statuses: Sequence[ModelStatus], name: str) -> ModelStatus | None
     """The status of a model by name; Ollama's ``:latest`` may be left out, and no name means the only model there is."""
     if not name and len(statuses) == 1:
         return statuses[0]
-    return next((s for s in statuses if notes.same_name(s.name, name)), None)
+    return next((s for s in statuses if records.same_name(s.name, name)), None)

@@ -18,9 +18,8 @@ from pipeline.runs.files import write_atomic
 from pipeline.runs.folder import DEFAULT_OUTPUT, RunFolder
 from pipeline.runs.manifest import Manifest
 from pipeline.runs.text import without_password
-from pipeline.serve import notes
-from pipeline.serve import notes as artefact
-from pipeline.serve.notes import Artefact
+from pipeline.serve import records
+from pipeline.serve.artefacts import Artefact, manifest_hash
 
 DEFAULT_PORT = 4000
 # seconds a request may take before the next backend is tried; a hanging backend is noticed sooner by the health checks
@@ -92,7 +91,7 @@ class Router:
         seen = self.observer.seen.get(deployment.backend)
         found = seen.artefact(deployment.model) if seen else None
         if found is None and not self.healthy(deployment):
-            return notes.last_served(root_url(deployment.url), deployment.model, notes.every(self.observer.output))
+            return records.last_served(root_url(deployment.url), deployment.model, records.every(self.observer.output))
         return found
 
     def fine_tune(self, deployment: Deployment) -> str | None:
@@ -139,7 +138,7 @@ class Router:
         if not runs:
             return None
         try:
-            return artefact.manifest_hash(Manifest(RunFolder(runs[0], self.observer.output).manifest))
+            return manifest_hash(Manifest(RunFolder(runs[0], self.observer.output).manifest))
         except (InputError, KeyError, TypeError):
             return None
 

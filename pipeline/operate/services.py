@@ -10,32 +10,30 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-import httpx
-
 from pipeline import engines
 from pipeline.config import Settings
 from pipeline.engines.base import Launch
 from pipeline.errors import InputError
-from pipeline.net.loopback import claim
+from pipeline.net.client import status_of
+from pipeline.net.loopback import HERE, claim
 from pipeline.operate.agents import Agents
 from pipeline.operate.routing import deployments, gateway_folder
-from pipeline.runs.files import write_json
 from pipeline.runs.folder import DEFAULT_OUTPUT
-from pipeline.serve import server
+from pipeline.serve import records, server
+from pipeline.serve.records import Ready, Record
 from pipeline.serve.server import Progress, Server
 
 # LiteLLM's proxy takes 20 to 30 s to import on a small machine
 _READY_SECONDS = 300.0
 NAMES = ("gateway", "status-api")
 State = Literal["loading", "ready", "silent"]
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def gateway_launch(
     settings: Settings, host: str, port: int, output: Path, options: Sequence[str] = (), *, free: bool = True
 ) -> Launch:
     """The gateway's process; InputError when it would be open to others without a key."""
-    if host not in _LOOPBACK and not settings.gateway_api_key.get_secret_value():
+    if host not in HERE and not settings.gateway_api_key.get_secret_value():
         raise InputError(
             f"the gateway on {host} could be used by everyone who reaches this machine",
             remedy="set GATEWAY_API_KEY, or leave out --host",
@@ -63,25 +61,21 @@ def start(launch: Launch, output: Path, owner: int | None, progress: Progress) -
 
     EnvironmentFailure names the one that runs already: two would share one record and one log.
     """
-    records = folder(output)
-    log, remedy = records.parent / f"{launch.engine}.log", f"granite-pipeline {launch.engine} --stop"
-    process = server.begin(launch, log, records, owner=owner, remedy=remedy)
+    there = folder(output)
+    log, remedy = there.parent / f"{launch.engine}.log", f"granite-pipeline {launch.engine} --stop"
+    process = records.begin(launch, log, there, owner=owner, remedy=remedy)
     try:
         seconds = server.wait_ready(process, launch.start_timeout, progress)
-        write_json(server.note_path(records, launch.engine), {"ready_seconds": seconds})
+        records.mark_ready(there, launch.engine, process, Ready(process.url, process.model, ready_seconds=seconds))
     except BaseException:
-        server.end(process, records)
+        records.end(process, there)
         raise
     return process
 
 
 def stop(name: str, output: Path = DEFAULT_OUTPUT) -> bool:
     """Stop a service that was left running; False when there is none."""
-    for process in server.running(folder(output)):
-        if process.engine == name:
-            server.end(process, folder(output))
-            return True
-    return False
+    return records.stop(folder(output), name)
 
 
 @dataclass(frozen=True)
@@ -120,7 +114,7 @@ def listing(output: Path) -> list[Listed]:
     listed = []
     for at in sorted(output.glob("*/servers")):
         run = "-" if at == folder(output) else at.parent.name
-        listed += [Listed(run, process, _state(process, at)) for process in server.running(at)]
+        listed += [Listed(run, one.process, _state(one)) for one in records.living(at) if one.process]
     return listed
 
 
@@ -145,10 +139,7 @@ def _launch(name: str, module: str, address: tuple[str, int], words: Sequence[st
     return Launch(name, argv, {}, f"http://{reached}:{port}", "/health", name, start_timeout=_READY_SECONDS)
 
 
-def _state(process: Server, records: Path) -> State:
-    if not server.note_path(records, process.engine).is_file():
+def _state(record: Record) -> State:
+    if record.ready is None or record.process is None:
         return "loading"
-    try:
-        return "ready" if httpx.get(process.url + process.ready_path, timeout=2).status_code == httpx.codes.OK else "silent"
-    except httpx.HTTPError:
-        return "silent"
+    return "ready" if status_of(record.process.url + record.process.ready_path) == 200 else "silent"

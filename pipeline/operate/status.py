@@ -27,7 +27,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from pipeline import __version__, config
 from pipeline.config import Settings
 from pipeline.net.loopback import from_here, is_local, spare_loopback
-from pipeline.operate.observer import Observer, Seen
+from pipeline.operate.observer import Observation, Observer
 from pipeline.report import html
 from pipeline.report.certificate import summaries
 from pipeline.runs.folder import DEFAULT_OUTPUT
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     import uvicorn
 
     spare_loopback()
-    parser = argparse.ArgumentParser(prog="status_server")
+    parser = argparse.ArgumentParser(prog="python -m pipeline.operate.status")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
@@ -116,7 +116,7 @@ def inference_status(settings: Settings, observer: Observer) -> dict[str, Any]:
     }
 
 
-def backend_json(seen: Seen) -> dict[str, Any]:
+def backend_json(seen: Observation) -> dict[str, Any]:
     """One backend with its models, for ``/models``."""
     return {
         "base_url": without_password(seen.address.base_url),

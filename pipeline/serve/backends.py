@@ -13,7 +13,9 @@ from pipeline import engines
 from pipeline.config import Settings
 from pipeline.errors import EngineError, InputError, PipelineError
 from pipeline.runs.folder import RunFolder
+from pipeline.serve import ollama_service
 from pipeline.serve import start as serving
+from pipeline.serve.server import Progress
 from pipeline.serve.start import Endpoint, Options, Target
 
 log = logging.getLogger(__name__)
@@ -52,10 +54,17 @@ def find(run: RunFolder, name: str, settings: Settings) -> Endpoint | None:
     """An endpoint that already runs: started for this run, or given by URL where none is started; None when there is none."""
     engine, there = engines.get(name), settings.address(name)
     if engine.serves != "url":
-        return serving.attach(name, Target.of_run(run, name))
+        return serving.attach(name, Target.of_run(run, name, key=settings.key(name)))
     if not there.base_url:
         raise InputError(f"{name}: no endpoint given", remedy=f"set {engine.prefix}_BASE_URL and {engine.prefix}_MODEL")
-    return Endpoint(name, there.root, there.model, api_key=there.api_key.get_secret_value())
+    return Endpoint(name, there.root, there.model, api_key=settings.key(name))
+
+
+def bring_up(engine: str, target: Target, options: Options, progress: Progress, there: Endpoint | None = None) -> Endpoint:
+    """An endpoint for a target that is not up: made in ``there``, a service that already runs, or a server started for it."""
+    if there is not None:
+        return ollama_service.serve_there(there, target, options, progress)
+    return serving.serve(engine, target, options, progress)
 
 
 def start(run: RunFolder, name: str, settings: Settings, options: Options) -> Started:
@@ -68,7 +77,7 @@ def start(run: RunFolder, name: str, settings: Settings, options: Options) -> St
             return Started(name, "skipped", f"{available.reason}; to have it: {available.remedy}")
         if endpoint is None:
             wanted = replace(options, overrides={**settings.overrides(name), **options.overrides})
-            endpoint = serving.serve(name, Target.of_run(run, name), wanted, _say)
+            endpoint = bring_up(name, Target.of_run(run, name, key=settings.key(name)), wanted, _say)
         return Started(name, "ready", endpoint=endpoint)
     except InputError:
         raise

@@ -1,4 +1,4 @@
-"""Why a server did not start: log patterns, their cause and what to do; the table is in ``failures.json``."""
+"""What a server's log says: why it did not start (``failures.json``), and how far a start has come (``milestones.json``)."""
 
 from __future__ import annotations
 
@@ -28,15 +28,14 @@ class Failure:
         return {"remedy": self.remedy, "kind": self.name, "cause": self.cause, "numbers": self.numbers}
 
 
-@cache
-def _table() -> list[tuple[str, re.Pattern[str], str, str]]:
-    rows = json.loads((Path(__file__).parent / "failures.json").read_text(encoding="utf-8"))
-    return [(row["name"], re.compile(row["pattern"]), row["cause"], row["remedy"]) for row in rows]
+def plain(log: str) -> str:
+    """A log without its colours."""
+    return _COLOUR.sub("", log)
 
 
 def classify(log: str) -> Failure | None:
     """The first row of the table that matches any line; rows are ordered from specific to general."""
-    lines = _COLOUR.sub("", log).splitlines()
+    lines = plain(log).splitlines()
     for name, pattern, cause, remedy in _table():
         for line in lines:
             if found := pattern.search(line):
@@ -45,30 +44,33 @@ def classify(log: str) -> Failure | None:
     return None
 
 
-# log line -> words; {} takes what the pattern's group found. vLLM 0.32, llama.cpp b11549, Ollama, SGLang 0.5
-_MILESTONES = [
-    (r"checkpoint shards:\s+\d+% Completed \| (\d+/\d+)", "loading weights, file {}"),
-    (r"Starting to load model|load_model: loading model|llama_model_loader: loaded meta|Load weight begin", "loading weights"),
-    (r"Loading weights took ([\d.]+) s|Load weight end", "weights loaded"),
-    (
-        r"Dynamo bytecode transform|Compiling a graph|torch\.compile (?:takes|took)|Using cache directory: .*torch_compile",
-        "compiling",
-    ),
-    (r"Capturing CUDA graphs?.*?(\d+/\d+)", "capturing graphs, {}"),
-    (r"Capturing CUDA graph|Capture cuda graph begin|Graph capturing", "capturing graphs"),
-    (r"KV cache size: ([\d,]+) tokens", "KV cache of {} tokens, warming up"),
-    (r"warming up the model|Warming up model", "warming up"),
-    (r"srv\s+load_model: initializing, (n_slots = \d+)", "making the KV cache, {}"),
-    (r"init engine \(profile|model loaded|Application startup complete", "loaded, waiting for the first token"),
-    (r"llama runner started|starting (?:runner|llama-server)", "starting the model's runner"),
-]
-_COMPILED = [(re.compile(pattern), words) for pattern, words in _MILESTONES]
+def end_of(log: Path, most: int) -> str:
+    """The last bytes of a log, at most so many, as text."""
+    with log.open("rb") as handle:
+        handle.seek(max(0, log.stat().st_size - most))
+        return handle.read().decode("utf-8", errors="replace")
 
 
 def phase(log: str) -> str:
     """The last milestone in the log; "starting" before the first."""
-    for line in reversed(_COLOUR.sub("", log).splitlines()):
-        for pattern, words in _COMPILED:
+    for line in reversed(plain(log).splitlines()):
+        for pattern, words in _milestones():
             if found := pattern.search(line):
                 return words.format(found[1]) if "{}" in words else words
     return "starting"
+
+
+@cache
+def _table() -> list[tuple[str, re.Pattern[str], str, str]]:
+    return [(row["name"], re.compile(row["pattern"]), row["cause"], row["remedy"]) for row in _rows("failures.json")]
+
+
+@cache
+def _milestones() -> list[tuple[re.Pattern[str], str]]:
+    # {} takes what the pattern's group found; vLLM 0.32, llama.cpp b11549, Ollama, SGLang 0.5
+    return [(re.compile(row["pattern"]), row["words"]) for row in _rows("milestones.json")]
+
+
+def _rows(name: str) -> list[dict[str, str]]:
+    rows: list[dict[str, str]] = json.loads((Path(__file__).parent / name).read_text(encoding="utf-8"))
+    return rows

@@ -13,10 +13,9 @@ from pipeline.net.client import wait_for
 from pipeline.net.loopback import is_local
 from pipeline.net.reach import get_json
 from pipeline.planning.plan import Plan
-from pipeline.serve import notes, server
-from pipeline.serve import notes as artefact
+from pipeline.serve import records
 from pipeline.serve.server import Progress
-from pipeline.serve.start import Endpoint, Options, Target, create_in_ollama, first_token, request_for, to_stop
+from pipeline.serve.start import Endpoint, Options, Target, create_in_ollama, first_token, note_ready, request_for, to_stop
 
 _ASK_SECONDS = 2.0
 
@@ -37,16 +36,13 @@ def serve_there(there: Endpoint, target: Target, options: Options, progress: Pro
     Raises EngineError when Ollama refuses, InputError for a server setting: those are its owner's.
     """
     begun = time.monotonic()
-    server.require_none("ollama", target.servers, to_stop(target))
+    records.require_none("ollama", target.servers, to_stop(target))
     plan = _plan(target, options) if is_local(there.url) else None
     endpoint = replace(there, model=target.name, plan=plan.to_json([]) if plan else None)
     progress(f"Ollama already runs at {there.url}: the model is made there")
     create_in_ollama(endpoint, target, progress, plan)
     first_token(endpoint)
-    endpoint = replace(endpoint, ready_seconds=round(time.monotonic() - begun, 1))
-    said = {name: getattr(endpoint, name) for name in ("url", "model", "version", "plan", "ready_seconds")}
-    notes.write(target.servers, "ollama", {**said, "digest": _digest(endpoint)}, artefact.of_file(target.model))
-    return endpoint
+    return note_ready(endpoint, target, begun, _digest(endpoint))
 
 
 def _plan(target: Target, options: Options) -> Plan:
@@ -65,7 +61,5 @@ def _plan(target: Target, options: Options) -> Plan:
 
 def _digest(endpoint: Endpoint) -> str:
     """Ollama's digest of the model, which changes when someone makes another one of the same name."""
-    tags = wait_for(get_json(endpoint.url, "/api/tags", timeout=_ASK_SECONDS))
-    listed = tags.data.get("models") if tags.ok and isinstance(tags.data, dict) else None
-    found = (m for m in listed or [] if isinstance(m, dict) and notes.same_name(str(m.get("name")), endpoint.model))
-    return next((str(model.get("digest") or "") for model in found), "")
+    listing = wait_for(engines.get(endpoint.engine).listing(endpoint.url, "", _ASK_SECONDS))
+    return next((one.digest for one in listing.models or () if records.same_name(one.name, endpoint.model)), "")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -15,22 +14,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 
 from pipeline.config import key_variables
 from pipeline.engines.base import Launch
-from pipeline.errors import EnvironmentFailure, InputError, StartFailure
-from pipeline.runs import lock
-from pipeline.runs.files import read_json, write_json
-from pipeline.serve.logs import Failure, classify, phase
+from pipeline.errors import StartFailure
+from pipeline.net.client import status_of
+from pipeline.serve.logs import Failure, classify, end_of, phase, plain
 
 _POLL_SECONDS = 0.5
+_OK = 200
 _STOP_SECONDS = 20.0
 # start times are read against the wall clock, which may be set; a pid that is used again starts much later
 _SAME_START = 120.0
 _TAIL_LINES = 12
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # milestones are looked for in the end of a log only: it may be long
 _READ_BYTES = 1 << 16
 Progress = Callable[[str], None]
@@ -70,13 +67,9 @@ class Server:
         return {**asdict(self), "log": str(self.log)}
 
     @classmethod
-    def from_json(cls, path: Path) -> Server:
-        """Read a record written by :func:`save`; InputError when it is not one."""
-        data = read_json(path)
-        try:
-            return cls(**{**data, "log": Path(data["log"]), "argv": tuple(data["argv"])})
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{path} is not a server record ({error!r})", remedy="delete it") from None
+    def from_json(cls, data: dict[str, Any]) -> Server:
+        """Read what :meth:`to_json` wrote; KeyError or TypeError when it is something else."""
+        return cls(**{**data, "log": Path(data["log"]), "argv": tuple(data["argv"])})
 
     def memory_gib(self) -> float:
         """Resident memory of the whole process group, GiB, pages its processes share counted once; 0 when it is gone."""
@@ -121,10 +114,9 @@ def wait_ready(server: Server, timeout: float, progress: Progress) -> float:
         if not server.alive:
             stop(server)
             raise failure(server, "ended before it was ready")
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(server.url + server.ready_path, timeout=5).status_code == httpx.codes.OK:
-                return time.monotonic() - begun
-        doing = phase(_end_of(server.log))
+        if status_of(server.url + server.ready_path, timeout=5) == _OK:
+            return time.monotonic() - begun
+        doing = phase(end_of(server.log, _READ_BYTES))
         if doing != shown:
             shown = doing
             progress(f"{server.engine}: {doing} ({time.monotonic() - begun:.0f} s)")
@@ -154,7 +146,7 @@ def failure(server: Server, what: str, *, ended: bool = True) -> StartFailure:
 
     ``ended`` False: it was still running and we ended it, so its exit status says nothing.
     """
-    text = _COLOUR.sub("", server.log.read_text(encoding="utf-8", errors="replace")) if server.log.exists() else ""
+    text = plain(server.log.read_text(encoding="utf-8", errors="replace")) if server.log.exists() else ""
     known = (_by_exit(server) if ended else None) or classify(text)
     tail = "\n".join(f"  {line[:300]}" for line in text.strip().splitlines()[-_TAIL_LINES:])
     code = _codes.get(server.pid) if ended else None
@@ -190,75 +182,6 @@ def _by_exit(server: Server) -> Failure | None:
     return Failure("killed", cause, "find out who did (dmesg, the container's memory limit), then start it again", "")
 
 
-def save(server: Server, folder: Path) -> Path:
-    """Write the server's record to ``folder/<engine>.json``."""
-    path = folder / f"{server.engine}.json"
-    write_json(path, server.to_json())
-    return path
-
-
-def note_path(folder: Path, engine: str) -> Path:
-    """What is written beside a record once the server has answered: without it, the server is still loading."""
-    return folder / f"{engine}.endpoint"
-
-
-def begin(launch: Launch, log: Path, folder: Path, *, owner: int | None, remedy: str) -> Server:
-    """As :func:`start`, with a record in ``folder``; EnvironmentFailure, and nothing started, when :func:`require_none` says so."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # from the question to the record nobody else may start one
-    with lock.guarded(folder.parent):
-        require_none(launch.engine, folder, remedy)
-        process = start(launch, log, owner=owner)
-        try:
-            save(process, folder)
-            note_path(folder, launch.engine).unlink(missing_ok=True)
-        except BaseException:
-            stop(process)
-            raise
-    return process
-
-
-def require_none(engine: str, folder: Path, remedy: str) -> None:
-    """One server of a name in a folder: a second one would take the first one's record, and nobody could stop the first."""
-    for there in _recorded(folder):
-        if there.engine == engine and there.alive:
-            raise EnvironmentFailure(
-                f"{engine} already serves {there.model} from {folder.parent.name}",
-                evidence=f"{there.url}, process {there.pid}, log {there.log}",
-                remedy=f"use it, or stop it first: {remedy}",
-            )
-
-
-def running(folder: Path) -> list[Server]:
-    """The servers recorded in a folder that are alive; records of dead ones are removed."""
-    found = []
-    for server in _recorded(folder):
-        if server.alive:
-            found.append(server)
-        else:
-            forget(server, folder)
-    return found
-
-
-def end(server: Server, folder: Path) -> None:
-    """Stop this very server and remove its record; another one that bears its name by now is left alone."""
-    stop(server)
-    forget(server, folder)
-
-
-def forget(server: Server, folder: Path) -> None:
-    """Remove a server's record, unless it is another one's by now; its note stays, so that a gateway knows what was served."""
-    path = folder / f"{server.engine}.json"
-    with lock.guarded(folder.parent):
-        if path.is_file() and Server.from_json(path).pid == server.pid:
-            path.unlink()
-
-
-def _recorded(folder: Path) -> list[Server]:
-    """What the records say, dead or alive; one that is removed meanwhile is left out."""
-    return [Server.from_json(path) for path in sorted(folder.glob("*.json")) if path.is_file()]
-
-
 def _resident(process: psutil.Process) -> int:
     """Proportional set size in bytes where the system tells it (Linux), else the resident set."""
     with contextlib.suppress(psutil.Error, AttributeError):
@@ -287,9 +210,3 @@ def _group(server: Server) -> list[int]:
             if mine and info["create_time"] > server.started - _SAME_START:
                 found.append(process.pid)
     return found
-
-
-def _end_of(log: Path) -> str:
-    with log.open("rb") as handle:
-        handle.seek(max(0, log.stat().st_size - _READ_BYTES))
-        return handle.read().decode("utf-8", errors="replace")

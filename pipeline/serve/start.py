@@ -8,10 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from pipeline import engines
-from pipeline.config import key_for
 from pipeline.engines.base import Engine, Launch, require_feasible
 from pipeline.engines.flags import require_known_flags
 from pipeline.engines.ollama import Ollama
@@ -20,15 +17,15 @@ from pipeline.machine.hardware import Hardware
 from pipeline.model.model import Model
 from pipeline.modelfile.modelfile import read_modelfile, to_create_request
 from pipeline.net.chat import PATH, hello
-from pipeline.net.client import Refused, Unanswered, open_client, post, status_of, wait_for
+from pipeline.net.client import Refused, Unanswered, bearer, open_client, post, product_errors, status_of
 from pipeline.net.loopback import claim
 from pipeline.planning.plan import Adapter, Plan, Purpose, Request
-from pipeline.runs.files import read_json
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
-from pipeline.serve import notes, server
-from pipeline.serve import notes as artefact
+from pipeline.serve import records, server
+from pipeline.serve.artefacts import of_file
 from pipeline.serve.logs import classify
+from pipeline.serve.records import Ready
 from pipeline.serve.retries import MAX_RETRIES, Change, next_plan
 from pipeline.serve.server import Progress, Server
 
@@ -44,6 +41,7 @@ class Target:
     name: str
     folder: Path
     modelfile: Path | None = None
+    key: str = field(default="", repr=False)  # what its server asks for
 
     @property
     def servers(self) -> Path:
@@ -51,7 +49,7 @@ class Target:
         return self.folder / "servers"
 
     @classmethod
-    def of_run(cls, run: RunFolder, engine: str, name: str | None = None) -> Target:
+    def of_run(cls, run: RunFolder, engine: str, name: str | None = None, key: str = "") -> Target:
         """The artefact of a run that an engine serves; InputError when it has not been exported."""
         facts = engines.get(engine)
         model = facts.artefact(run)
@@ -60,7 +58,7 @@ class Target:
         if not model.exists():
             raise InputError(f"run {run.name} has no {model.name}", remedy=f"granite-pipeline export --run {run.name}")
         modelfile = run.modelfile if facts.creates_model and run.modelfile.exists() else None
-        return cls(model, name or run.name, run.path, modelfile)
+        return cls(model, name or run.name, run.path, modelfile, key)
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ class Endpoint:
     @property
     def headers(self) -> dict[str, str]:
         """Authorization, when the endpoint has a key."""
-        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        return bearer(self.api_key)
 
 
 def request_for(target: Target, options: Options, hardware: Hardware | None = None) -> Request:
@@ -114,7 +112,7 @@ def serve(engine_name: str, target: Target, options: Options, progress: Progress
     available = engine.available()
     if not available.usable:
         raise MissingDependency(f"{engine_name}: {available.reason}", remedy=available.remedy)
-    server.require_none(engine_name, target.servers, to_stop(target))
+    records.require_none(engine_name, target.servers, to_stop(target))
     return start_planned(engine, request_for(target, options), target, options, progress)
 
 
@@ -125,51 +123,91 @@ def start_planned(
     plan = plan or engine.plan(request)
     require_feasible(plan)
     require_known_flags(engine, plan)
-    changes: list[Change] = []
-    attempts: list[dict[str, Any]] = []
-    while True:
-        try:
-            endpoint = _start_once(engine, plan, request, target, options, progress, attempts)
-            _remember(target, engine.name, attempts, endpoint.ready_seconds)
-            return endpoint
-        except StartFailure as failed:
-            try:
-                plan = next_plan(engine, request, plan, failed, changes, port_given=options.port != 0)
-            except EngineError:
-                _remember(target, engine.name, attempts, None)
-                raise
-            attempts[-1]["retry"] = {"reason": changes[-1].reason, "settings": dict(changes[-1].settings)}
-            progress(
-                f"{failed.message}; retry {len(changes)} of {MAX_RETRIES}: {changes[-1].reason} {changes[-1].words}".rstrip()
-            )
-
-
-def _start_once(engine: Engine, plan: Plan, request: Request, target: Target, options: Options, progress: Progress, attempts: list[dict[str, Any]]) -> Endpoint:  # fmt: skip
-    """One start, to the first token; what it was and how it ended is appended to ``attempts``; nothing is left on failure."""
-    port = claim(options.host, options.port)
-    launch = engine.launch(plan, request, host=options.host, port=port)
-    log = target.folder / "logs" / f"{engine.name}-{time.strftime('%Y%m%d-%H%M%S')}{f'-{len(attempts)}' if attempts else ''}.log"
-    begun = time.monotonic()
-    attempt: dict[str, Any] = {"argv": list(launch.argv), "env": dict(launch.env), "log": str(log)}
-    attempts.append(attempt)
-    progress(f"starting {engine.name} on {launch.url}, log {log}")
-    process = server.begin(launch, log, target.servers, owner=options.owner, remedy=to_stop(target))
+    start = _Start(engine, request, target, options, progress)
     try:
-        server.wait_ready(process, options.timeout or launch.start_timeout, progress)
-        version = engine.available().version
-        described = _described(plan, launch)
-        endpoint = Endpoint(engine.name, launch.url, launch.model, version, process, described, api_key=key_for(engine.name))
-        if engine.creates_model:
-            create_in_ollama(endpoint, target, progress, plan)
-        first_token(endpoint)
-    except BaseException as error:
-        server.end(process, target.servers)
-        attempt |= {"seconds": round(time.monotonic() - begun, 1), "failed": str(getattr(error, "message", repr(error)))}
-        attempt |= {"kind": error.kind} if isinstance(error, StartFailure) else {}
+        endpoint = start.with_retries(plan)
+    except EngineError:
+        start.record(None)
         raise
-    endpoint = _with_ready(endpoint, begun, target)
-    attempt["seconds"] = endpoint.ready_seconds
+    start.record(endpoint.ready_seconds)
     return endpoint
+
+
+@dataclass(frozen=True)
+class _Start:
+    """An engine being started for a target; ``attempts`` is what the run's manifest keeps of each try."""
+
+    engine: Engine
+    request: Request
+    target: Target
+    options: Options
+    progress: Progress
+    attempts: list[dict[str, Any]] = field(default_factory=list)
+
+    def with_retries(self, plan: Plan) -> Endpoint:
+        """Down the retry ladder until a first token comes, or until a failure that no retry can mend is raised."""
+        changes: list[Change] = []
+        while True:
+            try:
+                return self._once(plan)
+            except StartFailure as failed:
+                plan = next_plan(self.engine, self.request, plan, failed, changes, port_given=self.options.port != 0)
+                change = changes[-1]
+                self.attempts[-1]["retry"] = {"reason": change.reason, "settings": dict(change.settings)}
+                which = f"retry {len(changes)} of {MAX_RETRIES}"
+                self.progress(f"{failed.message}; {which}: {change.reason} {change.words}".rstrip())
+
+    def record(self, ready_seconds: float | None) -> None:
+        """Append this start to the run's manifest, where the target is a run."""
+        path = self.target.folder / "manifest.json"
+        if path.is_file():
+            said = {"engine": self.engine.name, "ready_seconds": ready_seconds, "attempts": self.attempts}
+            Manifest(path).append("starts", said)
+
+    def _once(self, plan: Plan) -> Endpoint:
+        """One try, to the first token; nothing is left on failure."""
+        name, target, options = self.engine.name, self.target, self.options
+        launch = self.engine.launch(plan, self.request, host=options.host, port=claim(options.host, options.port))
+        number = f"-{len(self.attempts)}" if self.attempts else ""
+        log = target.folder / "logs" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}{number}.log"
+        attempt: dict[str, Any] = {"argv": list(launch.argv), "env": dict(launch.env), "log": str(log)}
+        self.attempts.append(attempt)
+        self.progress(f"starting {name} on {launch.url}, log {log}")
+        begun = time.monotonic()
+        process = records.begin(launch, log, target.servers, owner=options.owner, remedy=to_stop(target))
+        try:
+            endpoint = self._first_token(plan, launch, process)
+        except BaseException as error:
+            records.end(process, target.servers)
+            attempt |= {"seconds": round(time.monotonic() - begun, 1), "failed": str(getattr(error, "message", repr(error)))}
+            attempt |= {"kind": error.kind} if isinstance(error, StartFailure) else {}
+            raise
+        endpoint = note_ready(endpoint, target, begun)
+        attempt["seconds"] = endpoint.ready_seconds
+        return endpoint
+
+    def _first_token(self, plan: Plan, launch: Launch, process: Server) -> Endpoint:
+        """Wait until the server is up and its model answers."""
+        server.wait_ready(process, self.options.timeout or launch.start_timeout, self.progress)
+        described = {**plan.to_json(), "argv": list(launch.argv)}
+        version = self.engine.available().version
+        endpoint = Endpoint(process.engine, launch.url, launch.model, version, process, described, api_key=self.target.key)
+        if self.engine.creates_model:
+            create_in_ollama(endpoint, self.target, self.progress, plan)
+        first_token(endpoint)
+        return endpoint
+
+
+def note_ready(endpoint: Endpoint, target: Target, begun: float, digest: str = "") -> Endpoint:
+    """Record what answered its first token, and which artefact was loaded then: the file may be exported again meanwhile."""
+    manifest = target.folder / "manifest.json"
+    # the file's own hash, not the manifest's word; remembered since the export, so that nothing is read again
+    sha256 = Manifest(manifest).sha256(target.model) if manifest.is_file() and target.model.exists() else None
+    done = replace(endpoint, ready_seconds=round(time.monotonic() - begun, 1), sha256=sha256)
+    said = {name: getattr(done, name) for name in ("url", "model", "version", "plan", "ready_seconds", "sha256")}
+    ready = Ready(**said, artefact=of_file(target.model), digest=digest)
+    records.mark_ready(target.servers, done.engine, done.server, ready)
+    return done
 
 
 def to_stop(target: Target) -> str:
@@ -177,23 +215,14 @@ def to_stop(target: Target) -> str:
     return f"granite-pipeline stop --run {target.folder.name}"
 
 
-def _remember(target: Target, engine: str, attempts: list[dict[str, Any]], ready: float | None) -> None:
-    """Append this start to the run's manifest, where the target is a run."""
-    path = target.folder / "manifest.json"
-    if path.is_file():
-        Manifest(path).append("starts", {"engine": engine, "ready_seconds": ready, "attempts": attempts})
-
-
 def attach(engine_name: str, target: Target) -> Endpoint | None:
     """The endpoint of a server started earlier for this target, alive and past its first token, or None."""
-    for process in server.running(target.servers):
-        # the note is written after the first token: without it the server is still loading
-        note = server.note_path(target.servers, engine_name)
-        if process.engine == engine_name and note.is_file():
-            said = read_json(note)
-            extra = {key: said.get(key) for key in ("version", "plan", "ready_seconds", "sha256")}
-            return Endpoint(engine_name, process.url, process.model, server=process, api_key=key_for(engine_name), **extra)
-    return None
+    record = records.read(target.servers, engine_name)
+    if record is None or record.ready is None or not (process := record.running):
+        return None
+    there = record.ready
+    known = {name: getattr(there, name) for name in ("version", "plan", "ready_seconds", "sha256")}
+    return Endpoint(engine_name, process.url, process.model, server=process, api_key=target.key, **known)
 
 
 def create_in_ollama(endpoint: Endpoint, target: Target, progress: Progress, plan: Plan | None = None) -> None:
@@ -211,13 +240,10 @@ def create_in_ollama(endpoint: Endpoint, target: Target, progress: Progress, pla
     planned = {s.name: int(s.value) for s in (plan.parameters if plan else ()) if s.value is not None}
     parts["parameters"] = {**parts.get("parameters", {}), **planned}
 
-    async def create() -> None:
-        async with httpx.AsyncClient(base_url=endpoint.url, timeout=600) as client:
-            await Ollama().create(client, endpoint.model, target.model, parts)
-
     said = ", ".join(f"{name} {value}" for name, value in planned.items())
     progress(f"creating {endpoint.model} in Ollama{f' with {said}' if said else ''}")
-    wait_for(create())
+    with open_client(endpoint.url, timeout=600) as client, product_errors(f"Ollama at {endpoint.url}"):
+        Ollama().create(client, endpoint.model, target.model, parts)
 
 
 def first_token(endpoint: Endpoint, timeout: float = 300) -> None:
@@ -250,27 +276,9 @@ def _silent(process: Server, silent: Unanswered) -> StartFailure:
 
 def stop(folder: Path, engine: str) -> bool:
     """Stop the server of one engine recorded below a run folder; False when none runs."""
-    for process in server.running(folder / "servers"):
-        if process.engine == engine:
-            server.end(process, folder / "servers")
-            return True
-    return False
+    return records.stop(folder / "servers", engine)
 
 
 def reachable(url: str) -> bool:
     """True when something answers HTTP at a URL within two seconds."""
     return 0 < status_of(url) < 500
-
-
-def _described(plan: Plan, launch: Launch) -> dict[str, Any]:
-    return {**plan.to_json(), "argv": list(launch.argv)}
-
-
-def _with_ready(endpoint: Endpoint, begun: float, target: Target) -> Endpoint:
-    seconds = round(time.monotonic() - begun, 1)
-    manifest = target.folder / "manifest.json"
-    # the file's own hash, not the manifest's word; remembered since the export, so that nothing is read again
-    sha256 = Manifest(manifest).sha256(target.model) if manifest.is_file() and target.model.exists() else None
-    said = {"url": endpoint.url, "model": endpoint.model, "version": endpoint.version, "plan": endpoint.plan, "sha256": sha256}
-    notes.write(target.servers, endpoint.engine, {**said, "ready_seconds": seconds}, artefact.of_file(target.model))
-    return replace(endpoint, ready_seconds=seconds, sha256=sha256)

@@ -33,7 +33,7 @@ from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import sha256_json, sha256_tree
 from pipeline.runs.manifest import Manifest
 from pipeline.runs.text import masked
-from pipeline.serve.notes import written_after
+from pipeline.serve.artefacts import written_after
 from pipeline.serve.start import Endpoint
 from pipeline.verify import checks
 from pipeline.verify.distributions import Reference

@@ -13,14 +13,13 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from pipeline import config
+from pipeline.config import Settings
 from pipeline.errors import EngineError
 from pipeline.prompts.deviations import DEVIATIONS
 from pipeline.prompts.parity import Matrix, compare
 from pipeline.runs.folder import RunFolder
-from pipeline.serve import backends
-from pipeline.serve import start as serving
-from pipeline.serve.start import Options, Target
+from pipeline.serve import backends, records
+from pipeline.serve.start import Options
 from pipeline.verify.files import prompt_problems
 from pipeline.verify.sources import EngineRenderer, Source, choose_renderers, servers
 
@@ -54,22 +53,22 @@ def compare_here(source: Source, engines: str | None, *, start: bool) -> Compare
     """Compare the renderers named (default: all that are here), with the run's own servers; ``start`` brings those up."""
     run = source.run
     names = [name for name in servers() if engines is None or name in engines.split(",")]
-    with run_servers(run, names, start=start) if run else nullcontext(Running()) as running:
+    with run_servers(run, names, source.settings, start=start) if run else nullcontext(Running()) as running:
         chosen, absent = choose_renderers(engines, source, running.renderers)
         matrix = compare(source.reference, chosen)
     return Compared(matrix, prompt_problems(run) if run else [], absent | running.absent)
 
 
 @contextmanager
-def run_servers(run: RunFolder, names: Sequence[str], *, start: bool) -> Iterator[Running]:
+def run_servers(run: RunFolder, names: Sequence[str], settings: Settings, *, start: bool) -> Iterator[Running]:
     """The run's servers of these engines; those started here are stopped at the end.
 
     An engine that is not installed is left out with its reason; one that does not come up raises EngineError.
     """
-    found, mine, settings = Running(), list[str](), config.load()
+    found, mine = Running(), list[str]()
     try:
         for name in names:
-            endpoint = serving.attach(name, Target.of_run(run, name)) if (run.servers).is_dir() else None
+            endpoint = backends.find(run, name, settings) if (run.servers).is_dir() else None
             if endpoint is None and start:
                 log.info("parity: starting %s", name)
                 begun = backends.start(run, name, settings, Options(purpose="verify", owner=os.getpid()))
@@ -81,11 +80,11 @@ def run_servers(run: RunFolder, names: Sequence[str], *, start: bool) -> Iterato
                     continue
                 mine.append(name)
             if endpoint is not None:
-                found.renderers[name] = EngineRenderer(name, endpoint.url, endpoint.model)
+                found.renderers[name] = EngineRenderer(name, endpoint.url, endpoint.model, endpoint.api_key)
         yield found
     finally:
         for name in mine:
-            serving.stop(run.path, name)
+            records.stop(run.servers, name)
 
 
 def print_matrix(matrix: Matrix, absent: Mapping[str, str], problems: Sequence[str] = (), console: Console | None = None) -> None:

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 import httpx
 
-from pipeline import engines
-from pipeline.config import key_for, load, root_url
+from pipeline import config, engines
+from pipeline.config import Settings, root_url
 from pipeline.engines.base import Engine
 from pipeline.errors import EngineError, InputError, MissingDependency
 from pipeline.model.tokenizer import Tokenizer
 from pipeline.modelfile.grammar import parse_modelfile
 from pipeline.modelfile.template import derive
-from pipeline.net.client import ask, wait_for
+from pipeline.net.client import ask, open_client, wait_for
 from pipeline.prompts.chat import ChatTemplate
 from pipeline.prompts.conversation import Conversation, Prompt
 from pipeline.prompts.gorender import find_go
 from pipeline.prompts.parity import Reference
 from pipeline.prompts.renderers import GoRenderer, JinjaRenderer, Renderer, TransformersRenderer
 from pipeline.runs.folder import DEFAULT_NAME, RunFolder
-from pipeline.serve import notes
+from pipeline.serve import records
 from pipeline.verify.files import trained_template
 
 _TIMEOUT = 60.0
@@ -39,6 +39,7 @@ class EngineRenderer:
     name: str
     url: str
     model: str = ""
+    key: str = field(default="", repr=False, compare=False)
 
     @property
     def engine(self) -> Engine:
@@ -52,8 +53,8 @@ class EngineRenderer:
 
     @cached_property
     def client(self) -> httpx.Client:
-        """The client, made with the server's key, which is read once and not for each prompt."""
-        return _client(self.url, key_for(self.engine.name))
+        """The client, made with the server's key."""
+        return _client(self.url, self.key)
 
     def render(self, conversation: Conversation) -> Prompt:
         """Ask the server what it would feed the model."""
@@ -68,8 +69,7 @@ class EngineRenderer:
 def _client(url: str, key: str) -> httpx.Client:
     """One client for all requests to a server: making one costs more than a request does."""
     # no connection is kept, so that a client that is dropped from the cache leaves nothing open
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    return httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT, limits=httpx.Limits(max_keepalive_connections=0))
+    return open_client(url, key, _TIMEOUT)
 
 
 # rendered without a server: in process, and from the run's own files as engines are given them
@@ -95,6 +95,11 @@ class Source:
     def folder(self) -> Path | None:
         """The run's merged model."""
         return self.run.merged if self.run else None
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The settings, read when a server is asked for the first time: its key may be in them."""
+        return config.load()
 
     @property
     def template(self) -> ChatTemplate:
@@ -132,8 +137,9 @@ def make_renderer(name: str, source: Source, *, url: str | None = None, model: s
         return _file_renderer(name, source)
     if name not in servers():
         raise InputError(f"no renderer {name!r}", remedy=f"use one of {', '.join((*_HERE, *_FILES, *servers()))}")
-    base = root_url(url or load().address(name).base_url)
-    return EngineRenderer(name, base, model if model is not None else _served(engines.get(name), base, source, asked=True))
+    base = root_url(url or source.settings.address(name).base_url)
+    served = model if model is not None else _served(engines.get(name), base, source, asked=True)
+    return EngineRenderer(name, base, served, source.settings.key(name))
 
 
 def _file_renderer(name: str, source: Source) -> Renderer:
@@ -173,8 +179,9 @@ def choose_renderers(
             if name in (running or {}) or name not in servers():
                 chosen.append((running or {}).get(name) or make_renderer(name, source))
                 continue
-            base = load().address(name).root
-            chosen.append(EngineRenderer(name, base, _served(engines.get(name), base, source, asked=False)))
+            base = source.settings.address(name).root
+            model = _served(engines.get(name), base, source, asked=False)
+            chosen.append(EngineRenderer(name, base, model, source.settings.key(name)))
         except (EngineError, InputError, MissingDependency) as error:
             absent[name] = f"{error.message}" + (f" ({error.remedy})" if error.remedy else "")
     return chosen, absent
@@ -200,14 +207,14 @@ def _served(engine: Engine, base: str, source: Source, *, asked: bool) -> str:
     EngineError when the server does not answer; when it serves something else InputError, unless it was asked for by name
     and there is nothing to choose: then what it serves is what is to be compared.
     """
-    listing = wait_for(engine.listing(base, key_for(engine.name), _LIST_SECONDS))
+    listing = wait_for(engine.listing(base, source.settings.key(engine.name), _LIST_SECONDS))
     if listing.models is None:
         raise EngineError(f"no {engine.name} server at {base}: {listing.reached.detail or 'it lists no models'}")
     names = [model.name for model in listing.models]
     if source.run is not None:
-        note, artefact = notes.of_run(source.run, engine.name), engine.artefact(source.run)
+        record, artefact = records.of_run(source.run, engine.name), engine.artefact(source.run)
         for model in listing.models:
-            noted = note and note.about(base, model.name, model.digest)
+            noted = record and record.about(base, model.name, model.digest)
             if noted or (artefact and model.path and Path(model.path).resolve() == artefact.resolve()):
                 return model.name
     if asked and len(names) == 1:

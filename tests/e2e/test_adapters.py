@@ -13,7 +13,7 @@ from pipeline.engines.vllm.engine import Vllm
 from pipeline.engines.vllm.lora import base_folder, parse
 from pipeline.operate.registry import check_vllm_models
 from pipeline.runs.folder import RunFolder
-from pipeline.serve import notes, server, start
+from pipeline.serve import artefacts, server, start
 from pipeline.serve.start import Options, Target
 from pipeline.verify.score import read_held_out
 
@@ -37,7 +37,7 @@ def test_two_agents_on_one_base(tmp_path: Path) -> None:
     finally:
         server.stop(endpoint.server)
     assert set(told) == {"base", "triage", "second"}
-    assert told["triage"].artefact == notes.of_file(run.adapter)
+    assert told["triage"].artefact == artefacts.of_file(run.adapter)
     assert answers["triage"] == answers["second"]
     expected = [row.expected.strip() for row in rows]
     right = [sum(a.strip() == e for a, e in zip(answers[name], expected, strict=True)) for name in ("base", "triage")]

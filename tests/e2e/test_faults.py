@@ -20,7 +20,7 @@ from serving_faults import Watched, cli, copy_of, embedded_gguf, nothing_left, p
 from pipeline.errors import EnvironmentFailure, StartFailure
 from pipeline.operate.services import listing
 from pipeline.planning.plan import Setting
-from pipeline.serve import server
+from pipeline.serve import records, server
 from pipeline.serve import start as serving
 from pipeline.serve.start import Options, Target
 
@@ -186,7 +186,7 @@ def test_a_server_killed_while_serving_is_noticed_and_swept_up(victim: str, targ
     until(lambda: not process.alive, 5)
     assert server.failure(process, "died while serving").kind == "killed"
     server.stop(process)
-    assert server.running(target.servers) == []
+    assert records.running(target.servers) == []
     nothing_left(target.folder, _ports(engine), [process.pid])
 
 

@@ -19,7 +19,7 @@ from serving_faults import nothing_left, request_of, starts, target_of, until
 from pipeline.engines.vllm.engine import Vllm
 from pipeline.errors import EngineError, StartFailure
 from pipeline.planning.plan import Plan, Request, Setting
-from pipeline.serve import server, start
+from pipeline.serve import records, server, start
 from pipeline.serve.start import Options, Target
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Vllm().available().usable, reason="vLLM is not installed")]
@@ -78,7 +78,7 @@ def test_wrong_context_and_cache_are_mended_and_a_killed_engine_is_noticed(targe
     until(lambda: not process.alive, 40)
     assert server.failure(process, "died while serving").kind in ("engine-process-died", "engine-process-failed")
     server.stop(process)
-    assert server.running(target.servers) == []
+    assert records.running(target.servers) == []
     nothing_left(target.folder, [_port(endpoint.url)], [process.pid])
 
 

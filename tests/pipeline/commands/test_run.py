@@ -18,7 +18,8 @@ from pipeline.engines.base import Launch
 from pipeline.errors import InputError, RunLocked
 from pipeline.runs import lock
 from pipeline.runs.folder import RunFolder
-from pipeline.serve import server
+from pipeline.serve import records, server
+from pipeline.serve.records import Record
 from pipeline.serve.server import Server
 
 # a process of its own that holds the run, as a first `make run` does
@@ -33,11 +34,13 @@ with lock.held(RunFolder("test", Path(sys.argv[1])), "run"):
 STARTS_A_SERVER = """
 import os, sys
 from pathlib import Path
-from pipeline.serve import server
+from pipeline.serve import records, server
+from pipeline.serve.records import Record
 from pipeline.engines.base import Launch
 folder = Path({folder!r})
 launch = Launch("ollama", (sys.executable, "-c", "import time; time.sleep(600)"), {{}}, "http://127.0.0.1:9", "/health", "m")
-server.save(server.start(launch, folder / "logs" / "ollama-2.log", owner=None), folder / "servers")
+process = server.start(launch, folder / "logs" / "ollama-2.log", owner=None)
+records.save(folder / "servers", records.Record("ollama", process))
 """
 
 
@@ -46,7 +49,7 @@ def there(run: RunFolder) -> Iterator[Server]:
     """A llama.cpp server of the run that somebody else started."""
     launch = Launch("llamacpp", (sys.executable, "-c", "import time; time.sleep(600)"), {}, "http://127.0.0.1:9", "/health", "m")
     process = server.start(launch, run.logs / "llamacpp-1.log", owner=os.getpid())
-    server.save(process, run.path / "servers")
+    records.save(run.path / "servers", Record(process.engine, process))
     yield process
     server.stop(process)
 
@@ -67,13 +70,13 @@ def test_a_refused_run_leaves_the_first_runs_servers(run: RunFolder, there: Serv
     finally:
         holder.kill()
         holder.wait()
-    assert server.running(run.path / "servers") == [there]
+    assert records.running(run.path / "servers") == [there]
 
 
 def test_a_run_that_ends_leaves_the_servers_that_ran_before_it(run: RunFolder, there: Server) -> None:
     with pytest.raises(InputError, match="no notebook has a parameter 'NONSENSE'"):
         line._execute(run, ["01_finetune"], {"NONSENSE": 1})
-    assert server.running(run.path / "servers") == [there]
+    assert records.running(run.path / "servers") == [there]
 
 
 @pytest.mark.slow
@@ -90,4 +93,4 @@ def test_a_run_stops_what_its_notebooks_started_and_asks_them_to_keep_the_rest(
     monkeypatch.setattr(batch, "FOLDER", tmp_path)
     executed, stopped = line._execute(run, ["04_verify"], {})
     assert ([entry.name for entry in executed], stopped) == (["04_verify"], ["ollama"])
-    assert server.running(run.path / "servers") == [there]
+    assert records.running(run.path / "servers") == [there]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,7 +17,6 @@ from pipeline.doctor import machine as doctor
 from pipeline.doctor.findings import Facts, Finding, examine, hub_token
 from pipeline.doctor.machine import MACHINE
 from pipeline.engines.base import Availability
-from pipeline.machine import packages as installed
 from pipeline.machine.named import hardware_from
 from pipeline.machine.packages import Installed
 from pipeline.runs.folder import RunFolder
@@ -201,14 +197,3 @@ def test_a_check_that_breaks_is_a_warning(tmp_path: Path) -> None:
 
     found = examine(_facts(tmp_path), (broken, doctor.disk))
     assert [(f.check, f.status) for f in found] == [("broken", "warn"), ("disk", "ok")]
-
-
-def test_packages_are_read_without_importing_them() -> None:
-    code = "import sys, pipeline.machine.packages as i; i.here(); print([m for m in ('torch', 'transformers', 'vllm') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-    found = installed.here()
-    assert found.versions["pydantic"]
-    assert installed.of("/no/such/python") is None
-    script = subprocess.run([sys.executable, "-I", installed.__file__], capture_output=True, text=True, check=True)
-    assert json.loads(script.stdout)["versions"]["pydantic"] == found.versions["pydantic"]

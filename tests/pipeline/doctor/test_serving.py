@@ -24,7 +24,8 @@ from pipeline.machine.packages import Installed
 from pipeline.net.loopback import claim
 from pipeline.operate import services
 from pipeline.runs.folder import RunFolder
-from pipeline.serve import server
+from pipeline.serve import records, server
+from pipeline.serve.records import Record
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +63,7 @@ def test_connection_refused_while_the_runs_server_is_at_another_port(tmp_path: P
         "llamacpp", (sys.executable, "-c", "import time; time.sleep(60)"), {}, "http://127.0.0.1:54321", "/health", "m"
     )
     process = server.start(launch, run.logs / "llamacpp-1.log", owner=os.getpid())
-    server.save(process, run.path / "servers")
+    records.save(run.path / "servers", Record(process.engine, process))
     try:
         url = f"http://127.0.0.1:{claim('127.0.0.1', 0)}"
         found = _answers(_settings(tmp_path, LLM_BACKEND="llamacpp", LLAMACPP_BASE_URL=url), run)

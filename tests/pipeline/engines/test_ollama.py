@@ -1,4 +1,3 @@
-import asyncio
 import hashlib
 import json
 from dataclasses import replace
@@ -83,8 +82,8 @@ class _Server:
     def __init__(self, created: dict[str, Any], known: bool = False) -> None:
         self.created, self.known, self.seen = created, known, list[tuple[str, str, Any]]()
 
-    async def __call__(self, request: httpx.Request) -> httpx.Response:
-        content = await request.aread()
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        content = request.read()
         path = request.url.path
         body = json.loads(content) if path == "/api/create" else content
         self.seen.append((request.method, path, body))
@@ -94,11 +93,8 @@ class _Server:
 
 
 def _create(server: _Server, gguf: Path) -> None:
-    async def run() -> None:
-        async with httpx.AsyncClient(transport=httpx.MockTransport(server), base_url="http://x") as client:
-            await Ollama().create(client, "m", gguf, {"template": "{{ .Prompt }}", "parameters": {"num_ctx": 4096}})
-
-    asyncio.run(run())
+    with httpx.Client(transport=httpx.MockTransport(server), base_url="http://x") as client:
+        Ollama().create(client, "m", gguf, {"template": "{{ .Prompt }}", "parameters": {"num_ctx": 4096}})
 
 
 def test_create_uploads_the_blob_once_and_names_it(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_a_machine_without_a_driver_is_not_an_error(monkeypatch: pytest.MonkeyPa
         raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
 
     monkeypatch.setattr(pynvml, "nvmlInit", no_library)
-    assert detect_nvidia() == gpus.Found()
+    assert detect_nvidia() == gpus.Detected()
 
 
 def test_a_driver_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

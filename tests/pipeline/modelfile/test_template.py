@@ -33,7 +33,7 @@ def test_texts_are_the_models_own(published, go, now):
 
 def test_unknown_template_without_go_is_refused(published, monkeypatch):
     """Hiding the toolchain is the only way to have none where one is installed."""
-    monkeypatch.setattr("pipeline.prompts.gorender.find_go", lambda: None)
+    monkeypatch.setattr("pipeline.modelfile.template.find_go", lambda: None)
     template = ChatTemplate(published("4.0").source.replace("professional", "polite"))
     with pytest.raises(ModelError, match="no Go here to prove") as caught:
         prove(derive(template), template)

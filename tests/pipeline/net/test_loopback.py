@@ -16,7 +16,8 @@ from stub_server import Stub, serving
 from pipeline.net.loopback import spare_loopback
 from pipeline.operate import proxy as gateway_server
 from pipeline.operate import status
-from pipeline.serve import server
+from pipeline.serve import records
+from pipeline.serve.records import Record
 from pipeline.serve.server import Server
 
 ROOT = Path(__file__).parents[3]
@@ -52,7 +53,7 @@ def test_the_command_line_asks_a_runs_server_directly(proxy: Stub, tmp_path: Pat
         process = Server(
             "vllm", engine.url, "m", (), {}, me.pid, me.create_time(), tmp_path / "log", "2026-01-01T00:00:00", "/health"
         )
-        server.save(process, tmp_path / "test" / "servers")
+        records.save(tmp_path / "test" / "servers", Record(process.engine, process))
         words = ("status", "--run", "test", "--output", str(tmp_path), "--json")
         [row] = json.loads(_run(proxy, tmp_path, "-m", "pipeline", *words))["servers"]
     assert row["healthy"] is True

@@ -28,8 +28,8 @@ from pipeline.operate.registry import (
     warmup_model,
 )
 from pipeline.runs.folder import RunFolder
-from pipeline.serve import notes, server
-from pipeline.serve import notes as artefact
+from pipeline.serve import artefacts, records
+from pipeline.serve.records import Ready, Record
 from pipeline.serve.server import Server
 
 NONE = Path("/nonexistent")
@@ -246,9 +246,16 @@ def _served(output: Path, run: str, url: str, name: str) -> RunFolder:
     process = psutil.Process()
     log = output / "log"
     record = Server("vllm", url, name, (), {}, process.pid, process.create_time(), log, "", "/health")
-    server.save(record, folder.path / "servers")
-    notes.write(folder.path / "servers", "vllm", {"url": url, "model": name}, artefact.of_file(folder.merged))
+    ready = Ready(url, name, artefact=artefacts.of_file(folder.merged))
+    records.save(folder.servers, Record("vllm", record, ready))
     return folder
+
+
+def _gone(folder: RunFolder) -> None:
+    """As after a stop."""
+    record = records.read(folder.servers, "vllm")
+    assert record is not None and record.process is not None
+    records.forget(record.process, folder.servers)
 
 
 def test_an_agent_is_its_run_not_the_configured_model(tmp_path: Path) -> None:
@@ -263,7 +270,7 @@ def test_an_agent_is_its_run_not_the_configured_model(tmp_path: Path) -> None:
         found = address_for(settings, "summary", tmp_path)
         assert (found.model, found.base_url) == ("others-name", "http://127.0.0.1:1")
         # stopped: the name is still known, the address is the configured one again
-        (folder.path / "servers" / "vllm.json").unlink()
+        _gone(folder)
         stopped = address_for(settings, "summary", tmp_path)
         assert (stopped.model, stopped.base_url) == ("others-name", stub.url)
 
@@ -297,9 +304,9 @@ def test_a_file_written_after_the_server_started_is_not_what_it_serves(tmp_path:
     with serving(said) as stub:
         folder = _served(tmp_path, "noted", stub.url, "another-name")
         assert _one(asyncio.run(check_vllm_models(stub.url, "m", output=tmp_path))).artefact is None
-        (folder.path / "servers" / "vllm.json").unlink()
+        _gone(folder)
         unknown_start = _one(asyncio.run(check_vllm_models(stub.url, "m", output=tmp_path)))
-    assert unknown_start.artefact == artefact.of_file(made.merged)
+    assert unknown_start.artefact == artefacts.of_file(made.merged)
 
 
 def test_what_is_exported_while_a_server_is_watched_is_not_what_it_serves(tmp_path: Path) -> None:

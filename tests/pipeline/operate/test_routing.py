@@ -12,16 +12,19 @@ from typing import get_args
 import pytest
 from small_run import make_run
 
+pytest.importorskip("fastapi", reason="the gateway extra is not installed")
+
 from pipeline.config import Settings, Strategy, load
 from pipeline.errors import InputError
 from pipeline.operate import services
-from pipeline.operate.observer import Observer, Seen
+from pipeline.operate.observer import Observation, Observer
 from pipeline.operate.proxy import Keys, guarded
 from pipeline.operate.registry import ModelStatus
 from pipeline.operate.routing import Router, litellm_config, write_config
 from pipeline.runs.folder import RunFolder
-from pipeline.serve import notes
-from pipeline.serve.notes import Artefact
+from pipeline.serve import records
+from pipeline.serve.artefacts import Artefact
+from pipeline.serve.records import Ready
 
 OURS = Artefact("mine", "f" * 64, "merged_fp16", "a" * 64)
 SAME = Artefact("mine", "f" * 64, "unsloth.Q8_0.gguf", "b" * 64)
@@ -49,7 +52,7 @@ def _router(
     for backend, (up, ours) in seen.items():
         address = observer.seen[backend].address
         models = (ModelStatus(address.model, up, artefact=ours),)
-        observer.seen[backend] = Seen(address, up, models, "", 1, time.time())
+        observer.seen[backend] = Observation(address, up, models, "", 1, time.time())
     return Router(settings, observer, strategy)
 
 
@@ -126,9 +129,9 @@ def test_strategies(tmp_path: Path, strategy: Strategy, first: str) -> None:
 
 def test_an_agent_is_answered_by_its_runs_fine_tune_only(tmp_path: Path) -> None:
     run = make_run(RunFolder("mine", tmp_path))
-    from pipeline.serve import notes as artefact
+    from pipeline.serve import artefacts
 
-    mine = artefact.of_file(run.gguf)
+    mine = artefacts.of_file(run.gguf)
     settings = _settings(tmp_path, agents="agents: {triage: {run: mine}, fast: {run: mine, backend: llamacpp}}")
     router = _router(settings, {"vllm": (True, OTHER), "llamacpp": (True, mine)}, output=tmp_path)
     assert _order(router, "triage") == ["soc-gguf@llamacpp"]
@@ -236,8 +239,8 @@ def test_a_gateway_that_never_saw_the_primary_up_knows_it_from_its_note(tmp_path
     settings = _settings(tmp_path)
     seen: dict[str, tuple[bool, Artefact | None]] = {"vllm": (False, None), "llamacpp": (True, SAME)}
     assert _order(_router(settings, seen, output=tmp_path), "soc") == ["soc@vllm"]
-    said = {"url": "http://localhost:8003", "model": "soc"}
-    notes.write(RunFolder("mine", tmp_path).path / "servers", "vllm", said, OURS)
+    ready = Ready("http://localhost:8003", "soc", artefact=OURS)
+    records.mark_ready(RunFolder("mine", tmp_path).servers, "vllm", None, ready)
     assert _order(_router(settings, seen, output=tmp_path), "soc") == ["soc-gguf@llamacpp"]
     # one that is up and serves something unknown is not taken for what it served once
     seen["vllm"] = (True, None)

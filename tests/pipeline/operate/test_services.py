@@ -16,7 +16,7 @@ from pipeline.errors import EnvironmentFailure
 from pipeline.net.loopback import claim
 from pipeline.operate import services
 from pipeline.operate.services import listing
-from pipeline.serve import server
+from pipeline.serve import records
 from pipeline.serve.server import Server
 
 WEB = (
@@ -44,7 +44,7 @@ def test_a_second_service_is_refused_and_the_first_keeps_record_and_log(output: 
         _start(output)
     assert f"process {first.pid}" in caught.value.evidence
     assert caught.value.remedy.endswith("granite-pipeline gateway --stop")
-    assert server.running(services.folder(output)) == [first]
+    assert records.running(services.folder(output)) == [first]
     assert said
     assert first.log.read_bytes().startswith(said)
 
@@ -65,7 +65,7 @@ def test_of_two_that_start_at_once_one_is_refused(output: Path) -> None:
     for thread in threads:
         thread.join()
     assert (len(started), len(refused)) == (1, 1)
-    assert server.running(services.folder(output)) == started
+    assert records.running(services.folder(output)) == started
 
 
 def test_ps_shows_a_service_as_ready_and_stop_all_stops_it(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,4 +74,4 @@ def test_ps_shows_a_service_as_ready_and_stop_all_stops_it(output: Path, capsys:
     stop("", output=output, every=True)
     assert not first.alive
     assert capsys.readouterr().err == "stopped: status-api\n"
-    assert list(services.folder(output).glob("*.json")) == []
+    assert records.running(services.folder(output)) == []

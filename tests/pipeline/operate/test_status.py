@@ -27,11 +27,11 @@ from pipeline.config import Settings, load
 from pipeline.net.loopback import claim
 from pipeline.operate import observer as observing
 from pipeline.operate import services
-from pipeline.operate.observer import Observer, Seen
+from pipeline.operate.observer import Observation, Observer
 from pipeline.operate.registry import ModelStatus
 from pipeline.operate.status import create_app, exposition, inference_status, only_from_here, status_page
-from pipeline.serve import server
-from pipeline.serve.notes import Artefact
+from pipeline.serve import records, server
+from pipeline.serve.artefacts import Artefact
 
 HOSTILE = '"><script>document.title="owned"</script>\n{{ 7*7 }}‮'
 MODELS = {"/v1/models": {"data": [{"id": "m"}]}, "/health": b""}
@@ -55,7 +55,7 @@ def _hostile(tmp_path: Path) -> tuple[Settings, Observer]:
     settings = _settings(tmp_path, "http://127.0.0.1:1")
     watching = Observer.of(settings)
     model = ModelStatus(HOSTILE, True, True, 4096, None, 1.5, HOSTILE, Artefact(HOSTILE, "f" * 64, HOSTILE, "a" * 64))
-    watching.seen["vllm"] = Seen(watching.seen["vllm"].address, True, (model,), HOSTILE, time.time(), time.time())
+    watching.seen["vllm"] = Observation(watching.seen["vllm"].address, True, (model,), HOSTILE, time.time(), time.time())
     return settings, watching
 
 
@@ -108,7 +108,9 @@ def _check_paths(client: TestClient, stub: Stub) -> None:
     models = client.get("/models").json()
     assert [m["name"] for m in models["vllm"]["models"]] == ["m"]
     assert models["llamacpp"]["healthy"] is False
-    families = {family.name: family for family in text_string_to_metric_families(client.get("/metrics").text)}
+    metrics = client.get("/metrics")
+    assert metrics.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    families = {family.name: family for family in text_string_to_metric_families(metrics.text)}
     assert {s.labels["backend"]: s.value for s in families["granite_backend_healthy"].samples}["vllm"] == 1
     for path in ("/health", "/models", "/metrics"):
         assert client.get(f"/api/v1/inference{path}").status_code == 200
@@ -144,7 +146,7 @@ def test_one_slow_answer_is_not_an_outage_but_a_refused_connection_is_at_once(
         asyncio.run(watching.ask("vllm"))
         assert not watching.seen["vllm"].healthy
     gone = Observer.of(_settings(tmp_path, f"http://127.0.0.1:{claim('127.0.0.1', 0)}"))
-    gone.seen["vllm"] = Seen(gone.seen["vllm"].address, True, (ModelStatus("m", True),), "", 1, 1)
+    gone.seen["vllm"] = Observation(gone.seen["vllm"].address, True, (ModelStatus("m", True),), "", 1, 1)
     asyncio.run(gone.ask("vllm"))
     assert not gone.seen["vllm"].healthy
     assert [(m.name, m.available) for m in gone.seen["vllm"].models] == [("m", False)]
@@ -153,7 +155,7 @@ def test_one_slow_answer_is_not_an_outage_but_a_refused_connection_is_at_once(
 def test_an_observer_that_no_longer_asks_says_so(tmp_path: Path) -> None:
     settings, watching = _hostile(tmp_path)
     for name, seen in watching.seen.items():
-        watching.seen[name] = Seen(seen.address, True, seen.models, "", 1, time.time() - 3600)
+        watching.seen[name] = Observation(seen.address, True, seen.models, "", 1, time.time() - 3600)
     assert watching.stale
     assert inference_status(settings, watching)["healthy"] is False
 
@@ -222,7 +224,7 @@ def test_the_verb_leaves_it_running_on_loopback_and_stops_it(tmp_path: Path, mon
     words = ["status-api", "--output", str(tmp_path)]
     assert services.stop("status-api", tmp_path) is False
     assert CliRunner().invoke(cli, [*words, "--port", "0", "--detach"]).exception is None
-    (left,) = server.running(tmp_path / ".gateway" / "servers")
+    (left,) = records.running(tmp_path / ".gateway" / "servers")
     try:
         assert httpx.get(f"{left.url}/health", timeout=5).status_code == 200
         assert httpx.get(f"{left.url}/health", headers={"Host": "rebound.example"}, timeout=5).status_code == 403

@@ -18,7 +18,7 @@ from pipeline.operate.registry import check_ollama_models
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import sha256_file
 from pipeline.runs.manifest import Manifest
-from pipeline.serve import notes, ollama_service
+from pipeline.serve import artefacts, ollama_service, records
 
 JSON = {"Content-Type": "application/json"}
 SHAPE = {
@@ -56,13 +56,14 @@ def test_a_running_ollama_is_given_the_model_and_left_running(mine: RunFolder, m
         assert stub.bodies["/v1/chat/completions"]["model"] == "soc"
         seen = asyncio.run(check_ollama_models(stub.url, "soc", output=mine.output))
         assert seen[0].artefact is not None
-        assert seen[0].artefact == notes.of_file(mine.gguf)
+        assert seen[0].artefact == artefacts.of_file(mine.gguf)
         # made again by someone else under the same name
         stub.routes["/api/tags"] = {"models": [{"name": "soc:latest", "digest": "d2"}]}
         assert asyncio.run(check_ollama_models(stub.url, "soc", output=mine.output))[0].artefact is None
         variable = CliRunner().invoke(app, [*words, "--set", "num-parallel=2"])
         assert "OLLAMA_NUM_PARALLEL is a setting of the server, and this Ollama already runs" in str(variable.exception)
-    assert not list((mine.path / "servers").glob("*.json"))
+    record = records.read(mine.servers, "ollama")
+    assert record is not None and record.process is None and record.ready is not None and record.ready.digest == "d1"
 
 
 def test_what_is_no_ollama_is_not_used() -> None:

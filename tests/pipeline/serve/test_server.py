@@ -19,7 +19,8 @@ import pytest
 from pipeline.engines.base import Launch
 from pipeline.errors import EngineError, EnvironmentFailure, StartFailure
 from pipeline.net.loopback import claim, holder
-from pipeline.serve import server
+from pipeline.serve import records, server
+from pipeline.serve.records import Record
 
 # answers /health, and keeps a child of its own, as vLLM does
 SERVER = """
@@ -132,10 +133,10 @@ def test_a_time_out_ends_the_group(tmp_path: Path) -> None:
 
 def test_running_forgets_dead_servers(tmp_path: Path) -> None:
     process = server.start(_launch(tmp_path, SERVER), tmp_path / "log", owner=os.getpid())
-    record = server.save(process, tmp_path / "servers")
-    assert server.running(tmp_path / "servers") == [process]
+    record = records.save(tmp_path / "servers", Record(process.engine, process))
+    assert records.running(tmp_path / "servers") == [process]
     server.stop(process)
-    assert server.running(tmp_path / "servers") == []
+    assert records.running(tmp_path / "servers") == []
     assert not record.exists()
 
 
@@ -143,11 +144,11 @@ def test_ending_a_server_leaves_the_record_of_another_one(tmp_path: Path) -> Non
     first, second = (
         server.start(_launch(tmp_path, "import time; time.sleep(600)"), tmp_path / "log", owner=os.getpid()) for _ in "ab"
     )
-    server.save(second, tmp_path / "servers")
-    server.end(first, tmp_path / "servers")
+    records.save(tmp_path / "servers", Record(second.engine, second))
+    records.end(first, tmp_path / "servers")
     assert not first.alive
-    assert server.running(tmp_path / "servers") == [second]
-    server.end(second, tmp_path / "servers")
+    assert records.running(tmp_path / "servers") == [second]
+    records.end(second, tmp_path / "servers")
     assert list((tmp_path / "servers").iterdir()) == []
 
 

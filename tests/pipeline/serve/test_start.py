@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from pipeline.commands.serve import _target
-from pipeline.config import Settings, key_for, key_variables, load
+from pipeline.config import Settings, key_variables, load
 from pipeline.engines.base import Launch
 from pipeline.engines.ollama import Ollama
 from pipeline.engines.ollama import plan as ollama_plan
@@ -26,7 +26,8 @@ from pipeline.machine.named import hardware_from
 from pipeline.model.model import Model
 from pipeline.planning.plan import Plan, Request
 from pipeline.runs.folder import RunFolder
-from pipeline.serve import server, start
+from pipeline.serve import records, server, start
+from pipeline.serve.records import Ready, Record
 from pipeline.serve.server import Server
 from pipeline.serve.start import Endpoint, Target
 
@@ -110,11 +111,11 @@ def test_a_server_that_came_up_during_the_planning_is_not_overwritten(tmp_path: 
     target = Target(tmp_path / "m.gguf", "m", tmp_path)
     plan = ollama_plan(request)
     first = server.start(Sleeping().launch(plan, request, host="127.0.0.1", port=9), tmp_path / "log", owner=os.getpid())
-    server.save(first, target.servers)
+    records.save(target.servers, Record(first.engine, first))
     try:
         with pytest.raises(EnvironmentFailure, match="ollama already serves m from"):
             start.start_planned(Sleeping(), request, target, start.Options(owner=os.getpid()), lambda _: None, plan)
-        assert server.running(target.servers) == [first]
+        assert records.running(target.servers) == [first]
     finally:
         server.stop(first)
 
@@ -139,16 +140,14 @@ def test_the_servers_key_is_sent_to_it_and_masked(
     for name in key_variables().values():
         monkeypatch.delenv(name, raising=False)
     (tmp_path / ".env").write_text(f"{variable}=sk-planted\n")
-    target = Target(tmp_path / "m", "m", tmp_path)
-    target.servers.mkdir()
+    target = Target(tmp_path / "m", "m", tmp_path, key=load().key(engine))
     me = psutil.Process()
     process = Server(engine, fake.url, "m", (), {}, me.pid, me.create_time(), tmp_path / "log", "", "/health")
-    record = server.save(process, target.servers)
-    (target.servers / f"{engine}.endpoint").write_text("{}")
+    record = records.save(target.servers, Record(engine, process, Ready(fake.url, "m")))
     endpoint = start.attach(engine, target)
     assert endpoint is not None
     start.first_token(endpoint)
     assert fake.keys == ["Bearer sk-planted"]
-    assert "planted" not in repr(endpoint) + repr(load()) + record.read_text()
+    assert "planted" not in repr(endpoint) + repr(target) + repr(load()) + record.read_text()
     monkeypatch.setenv(variable, "sk-other")
-    assert (key_for(engine), key_for("sglang"), key_for("ollama")) == ("sk-other", "", "")
+    assert tuple(load().key(name) for name in (engine, "sglang", "ollama")) == ("sk-other", "", "")

@@ -37,11 +37,8 @@ def model(ollama_url, base, gguf):
     parsed = parse_modelfile(text)
     parts = {k: v for k, v in to_create_request(parsed, "", NAME).items() if k not in ("model", "files", "stream")}
 
-    async def create() -> None:
-        async with httpx.AsyncClient(base_url=ollama_url, timeout=300) as client:
-            await Ollama().create(client, NAME, gguf, parts)
-
-    asyncio.run(create())
+    with httpx.Client(base_url=ollama_url, timeout=300) as client:
+        Ollama().create(client, NAME, gguf, parts)
     yield ollama_url, parsed
     httpx.request("DELETE", f"{ollama_url}/api/delete", json={"model": NAME}, timeout=60)
 

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli import app
+from pipeline.config import Settings
 from pipeline.errors import EngineError, InputError
 from pipeline.runs.folder import RunFolder
 from pipeline.verify.parity_run import compare_here, run_servers
@@ -43,7 +44,7 @@ def test_the_whole_suite_on_a_server_started_for_it(run):
 def test_a_server_that_does_not_start_is_an_error_with_its_words(run):
     # a whole file by its header, in which llama.cpp misses a tensor
     run.gguf.write_bytes(run.gguf.read_bytes().replace(b"output_norm.weight", b"output_gone.weight"))
-    with pytest.raises(EngineError) as caught, run_servers(run, ["llamacpp"], start=True):
+    with pytest.raises(EngineError) as caught, run_servers(run, ["llamacpp"], Settings(), start=True):
         pass
     assert caught.value.message == "llamacpp did not start for the comparison"
     assert caught.value.evidence
@@ -52,7 +53,7 @@ def test_a_server_that_does_not_start_is_an_error_with_its_words(run):
 def test_without_start_nothing_is_started(tmp_path, tokenizer_folder):
     run = RunFolder("r", tmp_path)
     shutil.copytree(tokenizer_folder, run.merged)
-    with run_servers(run, ["llamacpp", "vllm"], start=False) as running:
+    with run_servers(run, ["llamacpp", "vllm"], Settings(), start=False) as running:
         assert (running.renderers, running.absent) == ({}, {})
     found = compare_here(read_source("r", None, tmp_path, None), "chat", start=False)
     assert (found.to_json()["passed"], found.problems, found.absent) == (True, [], {})

@@ -12,7 +12,8 @@ from pipeline.errors import EngineError, InputError
 from pipeline.net.loopback import claim
 from pipeline.prompts.parity import Reference
 from pipeline.runs.folder import RunFolder
-from pipeline.serve import notes
+from pipeline.serve import records
+from pipeline.serve.records import Ready
 from pipeline.verify.sources import EngineRenderer, Source, choose_renderers, make_renderer
 
 
@@ -82,7 +83,7 @@ def test_vllm_by_its_folder(stub, source, found_by_itself):
 def test_ollama_by_the_run_s_own_record(stub, source, found_by_itself):
     url, answers = stub
     answers["/api/tags"] = {"models": [{"name": "x:latest", "digest": "1"}, {"name": "soc:latest", "digest": "2"}]}
-    notes.write(source.run.servers, "ollama", {"url": url, "model": "soc", "digest": "2"}, None)
+    records.mark_ready(source.run.servers, "ollama", None, Ready(url, "soc", digest="2"))
     assert found_by_itself("ollama", source)[0] == [EngineRenderer("ollama", url, "soc:latest")]
     answers["/api/tags"]["models"][1]["digest"] = "made again by someone else"
     with pytest.raises(InputError, match="serves another model: x:latest, soc:latest") as caught:

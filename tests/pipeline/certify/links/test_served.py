@@ -55,6 +55,6 @@ def test_a_server_from_before_the_export_is_caught(subject: Subject) -> None:
 def test_the_hash_is_noted_from_the_file_itself_when_the_server_has_started(line: RunFolder) -> None:
     told = line.gguf.read_bytes()
     line.gguf.write_bytes(told[::-1])  # the same size: the manifest's word would not show it
-    noted = start._with_ready(Endpoint("llamacpp", "http://x", line.name), 0.0, Target.of_run(line, "llamacpp"))
+    noted = start.note_ready(Endpoint("llamacpp", "http://x", line.name), Target.of_run(line, "llamacpp"), 0.0)
     assert noted.sha256 == sha256_file(line.gguf) != Manifest(line.manifest).artefact_sha256("gguf", line.gguf.name)
-    assert read_json(line.path / "servers" / "llamacpp.endpoint")["sha256"] == noted.sha256
+    assert read_json(line.servers / "llamacpp.json")["ready"]["sha256"] == noted.sha256

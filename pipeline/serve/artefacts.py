@@ -1,19 +1,16 @@
-"""What was served from here, under which address and name: one note beside each server record, kept when the server is gone."""
+"""Which file or folder of ours is served: an artefact is known by the manifest that vouches for it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.net.loopback import same_place
-from pipeline.runs.files import read_json, tree_bytes, write_json
-from pipeline.runs.folder import DEFAULT_OUTPUT, RunFolder
+from pipeline.runs.files import tree_bytes
+from pipeline.runs.folder import DEFAULT_OUTPUT
 from pipeline.runs.hashes import sha256_json
 from pipeline.runs.manifest import Manifest
-from pipeline.serve.server import Server, note_path
 
 
 @dataclass(frozen=True)
@@ -91,68 +88,3 @@ def _sealed(manifest: Manifest, path: Path) -> Artefact | None:
             return None
         return Artefact(manifest.run, manifest_hash(manifest), path.name, seal.sha256)
     return None
-
-
-@dataclass(frozen=True)
-class Note:
-    """One past first token. ``process`` is its server while that runs; ``digest`` is Ollama's for the model it made."""
-
-    url: str
-    model: str
-    artefact: Artefact | None = None
-    process: Server | None = None
-    digest: str = ""
-
-    def about(self, url: str, model: str, digest: str = "") -> bool:
-        """Whether this is what a model of that name at a URL is now: its server still runs, or Ollama has the model made then.
-
-        One that someone made again has another digest.
-        """
-        still = self.digest == digest if self.digest else self.process is not None
-        return still and same_place(self.url, url) and same_name(model, self.model)
-
-
-def write(servers: Path, engine: str, said: Mapping[str, Any], loaded: Artefact | None) -> None:
-    """Remember what answered its first token, and which artefact was loaded then: the file may be exported again meanwhile."""
-    write_json(note_path(servers, engine), {**said, "artefact": loaded.to_json() if loaded else None})
-
-
-def of_run(run: RunFolder, engine: str) -> Note | None:
-    """What this engine serves of a run, or served last; None when that was never started from here."""
-    return _read(note_path(run.servers, engine))
-
-
-def every(output: Path) -> Iterator[Note]:
-    """The notes of all runs."""
-    for path in sorted(output.glob("*/servers/*.endpoint")):
-        if note := _read(path):
-            yield note
-
-
-def last_served(url: str, model: str, known: Iterable[Note]) -> Artefact | None:
-    """What a note says of a model at a URL, whether or not its server still runs."""
-    found = (n for n in known if same_place(n.url, url) and (same_name(n.model, model) or same_name(model, n.model)))
-    return next((note.artefact for note in found if note.artefact), None)
-
-
-def up_since(url: str, known: Iterable[Note]) -> float | None:
-    """Start (wall clock) of the server that was started from here and runs at this URL; None when it is someone else's."""
-    return next((n.process.started for n in known if n.process and same_place(n.process.url, url)), None)
-
-
-def same_name(served: str, asked: str) -> bool:
-    """True for the same name; Ollama's ``:latest`` may be left out."""
-    return served in (asked, f"{asked}:latest")
-
-
-def _read(path: Path) -> Note | None:
-    record = path.with_suffix(".json")
-    try:
-        said = read_json(path)
-        process = Server.from_json(record) if record.is_file() else None
-        url, model = said.get("url") or (process and process.url), said.get("model") or (process and process.model)
-        loaded = Artefact.from_json(said["artefact"]) if said.get("artefact") else None
-        alive = process if process is not None and process.alive else None
-        return Note(str(url), str(model), loaded, alive, str(said.get("digest") or "")) if url and model else None
-    except (InputError, KeyError, TypeError, AttributeError):
-        return None
