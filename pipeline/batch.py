@@ -1,7 +1,5 @@
 """Run the stage notebooks in order with papermill: parameters checked, copies kept, a failing cell shown."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import inspect

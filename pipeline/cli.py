@@ -1,7 +1,5 @@
 """``granite-pipeline``: the verbs, and how errors end them (exit codes: 0 ok, 1 verification failed, 2 bad input, 3 environment)."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import logging

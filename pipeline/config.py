@@ -1,7 +1,5 @@
 """Settings from the environment and ``.env``: the documented variables, their defaults and where each value came from."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, field
 from io import StringIO
@@ -82,7 +80,7 @@ class Settings(BaseSettings):
         """The name an engine's model is served under."""
         return self.address(engine).model
 
-    def address(self, backend: str = "") -> Address:
+    def address(self, backend: str = "") -> "Address":
         """Where a backend (default: the one in ``LLM_BACKEND``) answers, and the models asked of it."""
         engine = engines.get(backend or self.llm_backend)
         model = self._value(f"{engine.prefix}_MODEL", engine.default_model)

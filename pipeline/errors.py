@@ -17,8 +17,6 @@
 The message says what happened; ``evidence`` shows it (argv, exit code, last log lines, file:line); ``remedy`` says what to do.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 

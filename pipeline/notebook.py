@@ -1,7 +1,5 @@
 """What the notebooks share: one set-up call, tables and charts that show in JupyterLab and in executed copies."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

@@ -1,7 +1,5 @@
 """Base models: the embedded offline one, a hub id, or a local folder - all end as a local folder with a known hash."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,7 +33,7 @@ class BaseModel:
         return {name: value for name, value in asdict(self).items() if name != "folder"}
 
     @classmethod
-    def of_run(cls, run: RunFolder) -> BaseModel:
+    def of_run(cls, run: RunFolder) -> "BaseModel":
         """The base that a run was trained on, at the revision recorded then; InputError without a finished fine-tune."""
         training = Manifest(run.manifest).require_training()
         return resolve(training.parameters["base"], run.base_cache, training.base.revision)

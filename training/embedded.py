@@ -1,7 +1,5 @@
 """The embedded base model: SmolLM2-135M-Instruct out of its GGUF, in the Granite architecture and chat format, without torch."""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import shutil

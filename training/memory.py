@@ -3,8 +3,6 @@
 Estimates, on purpose on the low side: a stage that surely does not fit is refused, one that may not is warned about.
 """
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass
 from math import prod

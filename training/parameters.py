@@ -1,7 +1,5 @@
 """Everything that can be set for a fine-tune, in one place, with its default."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -88,7 +86,7 @@ class FinetuneParameters:
         return 2e-3 if self.base == "embedded" else 2e-4
 
     @classmethod
-    def from_notebook(cls, names: Mapping[str, Any]) -> FinetuneParameters:
+    def from_notebook(cls, names: Mapping[str, Any]) -> "FinetuneParameters":
         """Take each field from the notebook variable of the same name in capitals."""
         return cls(**{field.name: names[field.name.upper()] for field in fields(cls) if field.name.upper() in names})
 

@@ -15,8 +15,6 @@ engine's bound tells all 90.
 Bounds of float16, bfloat16 and quantised (8 or 4 bits, or an FP8 KV cache, made by the engine) are estimates from their precision.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 MEASURED = "measured: benchmarks/certify_bounds.py"

@@ -1,7 +1,5 @@
 """The model card: ``README.md`` of a run folder in the hub's format, written from the manifest and the certificate."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The certificate itself: links, verdict, an id made of its content; written as JSON and JUnit, read by report and status."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime

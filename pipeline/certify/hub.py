@@ -1,7 +1,5 @@
 """What of a run goes to a model hub, and taking it there: weights, card, redacted manifest and certificate."""
 
-from __future__ import annotations
-
 import os
 import re
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The certificate in the run's report, and on the terminal."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from rich.table import Table

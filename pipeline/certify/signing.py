@@ -3,8 +3,6 @@
 Uses ``model-signing`` (the OpenSSF's format), which is optional: pip install "granite-pipeline[sign]".
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import ModuleType
 

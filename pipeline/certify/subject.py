@@ -1,7 +1,5 @@
 """What a certificate is about: one run's files with their hashes as they are now, its base, and the rows it learnt from."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

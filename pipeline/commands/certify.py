@@ -1,7 +1,5 @@
 """``certify``, ``card``, ``push``: prove each link from training to the served answer, and publish what is proven."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

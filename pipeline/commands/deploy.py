@@ -1,7 +1,5 @@
 """``gateway`` and ``status-api``: one address for applications, and one for those who watch."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from pathlib import Path

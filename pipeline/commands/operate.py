@@ -1,7 +1,5 @@
 """``config``, ``models``, ``warmup``, ``choose``, ``doctor``: what applications will find, and what is wrong before they do."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -1,7 +1,5 @@
 """The options that verbs share, each declared once, and what is made of them: NAME=VALUE pairs, lists, an agent's run."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Generic, NamedTuple, TypeVar

@@ -1,7 +1,5 @@
 """``granite-pipeline hardware`` and ``granite-pipeline plan``: what this machine is, and how a model would be served on it."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args

@@ -1,7 +1,5 @@
 """``granite-pipeline render``, ``parity`` and ``modelfile``: prompts as each engine makes them."""
 
-from __future__ import annotations
-
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """``granite-pipeline run``: the whole line through its notebooks."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """``runs`` and ``prune``: what there is below the output folder, and removing what is not needed."""
 
-from __future__ import annotations
-
 import sys
 from typing import Annotated
 

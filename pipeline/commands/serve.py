@@ -1,7 +1,5 @@
 """``serve`` and ``status``: servers for a run."""
 
-from __future__ import annotations
-
 import os
 import re
 import time

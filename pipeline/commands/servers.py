@@ -1,7 +1,5 @@
 """``ps``, ``stop``, ``logs``: the servers that run, of every run."""
 
-from __future__ import annotations
-
 import re
 import sys
 import time

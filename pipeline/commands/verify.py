@@ -1,7 +1,5 @@
 """``verify``: prompts to every backend, judged, with a report; ``report`` draws it again."""
 
-from __future__ import annotations
-
 import webbrowser
 from typing import Annotated
 

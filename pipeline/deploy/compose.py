@@ -1,7 +1,5 @@
 """``docker-compose.yml`` and its GPU overlay, made from plans: one copy of every flag, with the documented variables in their places."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A systemd unit with the flags planned for this machine; keys are read from ``.env``, never written into it."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What ``doctor`` looks at, gathered once; how it says what it found; how its examiners are asked."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -57,7 +55,7 @@ class Facts:
     env_file: Path = ENV_FILE
 
     @staticmethod
-    def gather(run: RunFolder, base: str | None = None) -> Facts:
+    def gather(run: RunFolder, base: str | None = None) -> "Facts":
         """Look at this machine; ``base`` is a hub id about to be trained, else the run's own."""
         settings = load()
         return Facts(

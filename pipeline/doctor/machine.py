@@ -3,8 +3,6 @@
 Facts are read from metadata, never by importing torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

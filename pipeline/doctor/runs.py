@@ -1,7 +1,5 @@
 """The runs below an output folder: how far each got, how large it is, and what of it may be removed."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Each examiner looks for one cause; nothing is changed.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

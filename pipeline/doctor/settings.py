@@ -1,7 +1,5 @@
 """What is wrong with a configuration before anything is asked: misspelt variables, values that hide others, contradictions."""
 
-from __future__ import annotations
-
 import difflib
 import os
 import re

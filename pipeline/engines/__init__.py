@@ -1,7 +1,5 @@
 """Inference engines: the one registry. Each is a class of facts and pure functions from plan to argv and environment."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from importlib import import_module
 from typing import TypeVar

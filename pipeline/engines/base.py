@@ -3,8 +3,6 @@
 A new engine is one class: ``name``, ``plan``, ``program``, and the facts below that differ from their defaults.
 """
 
-from __future__ import annotations
-
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence

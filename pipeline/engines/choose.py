@@ -4,8 +4,6 @@ Figures are this project's own measurements with a 135M model on two cores (READ
 predict a larger model. ``granite-pipeline plan`` says whether a given model fits.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Settings an engine knows: the installed engine's own parser is asked; ``flags.json`` answers where it is not installed."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

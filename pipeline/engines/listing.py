@@ -1,7 +1,5 @@
 """The models that a running server lists, as each engine's API tells them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

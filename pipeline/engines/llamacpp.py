@@ -1,7 +1,5 @@
 """llama.cpp's HTTP server: a ``llama-server`` on PATH when there is one, else the one inside the xllamacpp wheel."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import re
 import shutil

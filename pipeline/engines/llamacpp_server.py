@@ -3,8 +3,6 @@
 The flags are the subset of llama-server's that the plans use, with llama-server's names and meanings, so one plan fits both.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import signal

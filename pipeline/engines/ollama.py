@@ -1,7 +1,5 @@
 """Ollama: a local ``ollama serve`` or any URL; the model is created over HTTP from a GGUF and Modelfile parts."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """Any OpenAI-compatible URL: nothing is launched; the server belongs to someone else (TGI, a hosted vLLM, a vendor)."""
 
-from __future__ import annotations
-
 import httpx
 
 from pipeline.engines.base import Engine

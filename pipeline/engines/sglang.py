@@ -1,7 +1,5 @@
 """SGLang: GPU servers from their own Python environment (``SGLANG_PYTHON``), since its pins exclude this one's."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

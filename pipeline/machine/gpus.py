@@ -3,8 +3,6 @@
 No driver and no GPU library is the normal case of a CPU machine, not an error; what could not be asked is told in ``notes``.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess

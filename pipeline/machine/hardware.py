@@ -3,8 +3,6 @@
 Not covered: network, interconnect topology (NVLink or PCIe) and per-process GPU quotas other than MIG.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import re
@@ -73,7 +71,7 @@ class Hardware:
         return asdict(self)
 
     @staticmethod
-    def detect(folder: Path = Path()) -> Hardware:
+    def detect(folder: Path = Path()) -> "Hardware":
         """Look at this machine; ``folder`` is where disk space is measured. Missing GPU libraries are normal, not errors."""
         total, free = memory_bytes()
         existing = next(p for p in [folder.resolve(), *folder.resolve().parents] if p.exists())

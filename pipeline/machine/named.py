@@ -6,8 +6,6 @@ sees (``torch.cuda.mem_get_info``), which is less than the box says: "80 GB" 79.
 browser (0.6), on an Apple for what else runs.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import dataclass, fields, replace

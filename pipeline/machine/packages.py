@@ -3,8 +3,6 @@
 Only the standard library is used: for another Python (``VLLM_PYTHON``) this very file is run by it and prints JSON.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import re

@@ -4,8 +4,6 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md - little-endia
 Long arrays (the vocabulary, its scores and merges) are skipped; their length is kept instead.
 """
 
-from __future__ import annotations
-
 import struct
 from dataclasses import dataclass, field, replace
 from math import prod

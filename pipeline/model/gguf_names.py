@@ -4,8 +4,6 @@ Written from the two formats (transformers' modeling files; llama.cpp's src/llam
 not from the converter, so that the converter's own mistakes are seen.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """A model as planning sees it: shape, format, precision and bytes - read from headers, never by loading weights."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -69,7 +67,7 @@ class Model:
         return self.parameters * 34 / 32 / GIB
 
     @staticmethod
-    def open(path: Path) -> Model:
+    def open(path: Path) -> "Model":
         """Read a GGUF file or a model folder, whichever ``path`` is."""
         if path.is_dir():
             return Model.from_folder(path)
@@ -81,7 +79,7 @@ class Model:
         )
 
     @staticmethod
-    def from_folder(path: Path) -> Model:
+    def from_folder(path: Path) -> "Model":
         """Read config.json and the safetensors headers of a folder; raises ModelError for a missing or broken one."""
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} has no config.json", remedy="give a model folder, or a .gguf file")
@@ -107,7 +105,7 @@ class Model:
         )
 
     @staticmethod
-    def from_gguf(path: Path) -> Model:
+    def from_gguf(path: Path) -> "Model":
         """Read a GGUF header; raises ModelError for a missing, cut or foreign file."""
         if not path.is_file():
             raise ModelError(f"{path}: no such GGUF file", remedy="make it with granite-pipeline export")
@@ -129,7 +127,7 @@ class Model:
         )
 
     @staticmethod
-    def from_shape(name: str) -> Model:
+    def from_shape(name: str) -> "Model":
         """A published Granite model known by name only (``granite-4.1-8b``), as its bfloat16 checkpoint would be."""
         key = name.removeprefix("ibm-granite/").removesuffix("-instruct").removesuffix("-base")
         key = ALIASES.get(key, key)

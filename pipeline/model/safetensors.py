@@ -4,8 +4,6 @@ Format: 8 bytes little-endian header length, a JSON object of that length, then 
 (https://huggingface.co/docs/safetensors/index#format).
 """
 
-from __future__ import annotations
-
 import json
 import struct
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 Formulas are checked against public configs and real headers in the tests; published models are in ``published.json``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """How a Granite generation writes a tool call, read off its chat template, and one call to try an engine with."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field

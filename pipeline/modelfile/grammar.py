@@ -4,8 +4,6 @@ Grammar: Ollama's docs/modelfile.md, and for what it leaves open the behaviour o
 the first line end where its quotes are balanced; characters that Go calls unprintable are dropped without a word.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from pipeline.errors import InputError

@@ -1,7 +1,5 @@
 """The Modelfile of a run: GGUF, TEMPLATE, parameters, system message, licence - and which renderer Ollama will use for it."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Mapping, Sequence

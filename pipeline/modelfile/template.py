@@ -4,8 +4,6 @@ The texts - default system message, tool instructions, marks around calls and re
 template with known words and cutting at them, so a model with its own wording gets its own TEMPLATE.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """The one caller of ``/v1/chat/completions``: a greedy chat and what came back, whole or as a stream."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -26,7 +24,7 @@ class Reply:
     tokens: int | None = None
 
     @classmethod
-    def of(cls, said: Mapping[str, Any], who: str = "POST") -> Reply:
+    def of(cls, said: Mapping[str, Any], who: str = "POST") -> "Reply":
         """Read a chat answer; EngineError with the answer when it is none."""
         try:
             choice, usage = said["choices"][0], said.get("usage") or {}

@@ -1,7 +1,5 @@
 """The one HTTP client: proxies, keys, time limits and errors are the same for every request, in plain and asynchronous code."""
 
-from __future__ import annotations
-
 import asyncio
 import ssl
 from collections.abc import Coroutine, Iterator, Mapping

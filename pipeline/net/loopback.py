@@ -1,7 +1,5 @@
 """This machine as a server's address: which URLs mean it, who may ask it, which of its ports are free."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import socket

@@ -1,7 +1,5 @@
 """One GET to someone else's server, with words for every way it can go wrong; nothing is raised and no redirect is followed."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import ssl

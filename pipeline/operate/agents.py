@@ -7,8 +7,6 @@ prices: {openai: 0.60}                                    # per million tokens; 
 allow_fallback: {granite-soc-specialist: [gpt-oss-20b]}   # models that are not the same fine-tune, allowed by name
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -36,7 +34,7 @@ class Agents(BaseModel):
     allow_fallback: dict[str, list[str]] = Field(default_factory=dict)
 
     @classmethod
-    def load(cls, path: Path) -> Agents:
+    def load(cls, path: Path) -> "Agents":
         """Read the file, or an empty one when it does not exist; InputError names the place that is wrong."""
         if not path.is_file():
             return cls()

@@ -1,7 +1,5 @@
 """Health as it is observed: every configured backend is asked in the background, and what was last seen is kept."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Sequence
@@ -48,12 +46,12 @@ class Observer:
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
-    def of(cls, settings: Settings, output: Path = DEFAULT_OUTPUT) -> Observer:
+    def of(cls, settings: Settings, output: Path = DEFAULT_OUTPUT) -> "Observer":
         """Watch every backend that has a URL."""
         addresses = [settings.address(name) for name in engines.NAMES]
         return cls([address for address in addresses if address.base_url], output)
 
-    async def __aenter__(self) -> Observer:
+    async def __aenter__(self) -> "Observer":
         """Start asking; each backend has a task of its own, so that a hanging one does not delay the others."""
         self._tasks = [asyncio.create_task(self._watch(name)) for name in self.seen]
         return self

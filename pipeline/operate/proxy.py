@@ -1,7 +1,5 @@
 """``python -m pipeline.operate.proxy``: LiteLLM's proxy with our routing, our answer headers, and nothing else of it reachable."""
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import contextlib

@@ -1,7 +1,5 @@
 """Which models each backend serves, whether they answer, and whether they are ours. A backend's fault is a status, never an exception."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The gateway's routing: which deployments may answer for a model name, in which order, and what LiteLLM is told about them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What runs in the background: gateway and status API, started and stopped as engines are; the list of every living server."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Sequence

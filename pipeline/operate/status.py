@@ -3,8 +3,6 @@
 ``python -m pipeline.operate.status --port N`` serves it.
 """
 
-from __future__ import annotations
-
 import argparse
 import base64
 import hashlib

@@ -1,7 +1,5 @@
 """The nearest things that do work, with numbers, for a model that does not fit or fits only quantised."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 

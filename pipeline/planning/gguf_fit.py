@@ -1,7 +1,5 @@
 """What fits of a GGUF on this machine, for llama.cpp and Ollama: slots, context, memory; and which quantisation would."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from pipeline.machine.gpus import GIB

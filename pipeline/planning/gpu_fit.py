@@ -3,8 +3,6 @@
 Used for vLLM and SGLang, which hold weights and KV cache alike. All memory is GiB per GPU.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

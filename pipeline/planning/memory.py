@@ -4,8 +4,6 @@ Sources of the constants: vLLM 0.32/0.33 source and llm-d-planner's accuracy rep
 collected in the serving note; "measured" ones were taken on a 2-core AVX2 machine with the versions in the constraints file.
 """
 
-from __future__ import annotations
-
 from pipeline.machine.gpus import GIB, Gpu
 from pipeline.model.shape import Shape
 

@@ -1,7 +1,5 @@
 """The user's own settings (``--set key=value``): normalised, validated, and laid over what was planned."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -51,7 +49,7 @@ class Overrides:
     values: Mapping[str, str]
 
     @staticmethod
-    def of(raw: Mapping[str, str], aliases: Mapping[str, str] | None = None) -> Overrides:
+    def of(raw: Mapping[str, str], aliases: Mapping[str, str] | None = None) -> "Overrides":
         """Accept ``max_model_len``, ``max-model-len``, ``--max-model-len`` alike; ``aliases`` maps other spellings to one."""
         values = {}
         for key, value in raw.items():

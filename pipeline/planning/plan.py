@@ -1,7 +1,5 @@
 """Launch plans: what an engine is told, and why; the memory each part will take."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

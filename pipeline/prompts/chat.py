@@ -3,8 +3,6 @@
 Not covered: tools given as Python functions (pass their JSON schema) and batches of conversations.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -38,7 +36,7 @@ class ChatTemplate:
     variables: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def from_folder(cls, folder: Path) -> ChatTemplate:
+    def from_folder(cls, folder: Path) -> "ChatTemplate":
         """Read a model folder's chat_template.jinja, else its tokenizer_config.json; ModelError when there is none."""
         config = read_object(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
         older = folder / "special_tokens_map.json"
@@ -58,7 +56,7 @@ class ChatTemplate:
         return cls(source, _named_tokens(named, folder))
 
     @classmethod
-    def from_file(cls, path: Path, variables: Mapping[str, str] | None = None) -> ChatTemplate:
+    def from_file(cls, path: Path, variables: Mapping[str, str] | None = None) -> "ChatTemplate":
         """Read a .jinja file."""
         try:
             return cls(path.read_text(encoding="utf-8"), variables or {})
@@ -66,7 +64,7 @@ class ChatTemplate:
             raise ModelError(f"cannot read the chat template {path}: {error}") from None
 
     @classmethod
-    def from_gguf(cls, path: Path, variables: Mapping[str, str] | None = None) -> ChatTemplate:
+    def from_gguf(cls, path: Path, variables: Mapping[str, str] | None = None) -> "ChatTemplate":
         """Read the template a GGUF carries (its vocabulary is not read, so it names no special tokens)."""
         source = read_gguf_header(path).metadata.get("tokenizer.chat_template")
         if not source:

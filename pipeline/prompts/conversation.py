@@ -1,7 +1,5 @@
 """Conversations that prompts are compared on: the suite in ``conversations/`` and users' own message files."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ Each is a function from the conversation sent to the conversation as the engine 
 chat template over that changed conversation gives exactly it. A test for each fails when the deviation stops being true.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace

@@ -1,7 +1,5 @@
 """Render Go templates as Ollama does, with the small program in ``gotemplate/`` and any Go toolchain found here."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Untrusted text and control tokens: which strings a tokenizer turns into control tokens, and how text avoids them."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Collection, Mapping

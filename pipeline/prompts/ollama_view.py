@@ -5,8 +5,6 @@ predicted: the chat template over the changed conversation must give the Go outp
 Sources: Ollama's api/types.go and template/template.go (August 2026), Go's encoding/json.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Prompt parity: every renderer against the tokenizer's chat template, case by case, as token IDs or bytes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime

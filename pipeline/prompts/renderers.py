@@ -1,7 +1,5 @@
 """Renderers compared: each turns a conversation into the prompt that one engine would feed the model."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol

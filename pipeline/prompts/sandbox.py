@@ -4,8 +4,6 @@ Jinja's sandbox keeps a template from Python's internals; it does not limit time
 answers thousands of renderings. Our own embedded template needs none of this and is rendered here.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import os

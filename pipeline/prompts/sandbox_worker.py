@@ -4,8 +4,6 @@ Reads pickled (source, context, largest) from stdin - its parent is trusted, the
 byte and text, never with a pickle. The parent ends it when it takes too long. It has no environment variables to tell.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import pickle

@@ -4,8 +4,6 @@ The truth is the chat template: the control token it writes after an assistant's
 emit. A pad token must be another one, because padding is left out of training.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime

@@ -1,7 +1,5 @@
 """How an answer differs from the expected one: by JSON field when both are JSON objects, else by word."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """How the report shows a certificate: one line a link, its checks below, a matrix of the backends, charts."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The charts of the report and of the certificate in it, each an ``<svg>`` element, or '' where there is nothing to draw."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Mapping, Sequence

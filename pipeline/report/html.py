@@ -1,7 +1,5 @@
 """The jinja environment of every HTML page we write: all text escaped, and nothing in it hidden or reordered."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

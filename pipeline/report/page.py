@@ -1,7 +1,5 @@
 """``report.html``: one self-contained page, everything escaped, no script, nothing fetched."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import shlex

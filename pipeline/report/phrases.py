@@ -1,7 +1,5 @@
 """How figures, names and times read to people, in the report and on the terminal."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime

@@ -3,8 +3,6 @@
 Only the keys of the contract are required; everything else may be missing, and unknown keys are kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal

@@ -1,7 +1,5 @@
 """The report of one run: ``report.json`` (the contract), ``report.html`` (for people), ``junit.xml`` (for CI)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

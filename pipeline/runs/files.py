@@ -1,7 +1,5 @@
 """Files that appear whole or not at all: atomic writes, content hashes, free-space checks."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

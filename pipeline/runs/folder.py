@@ -1,7 +1,5 @@
 """The run folder: where each artefact of one named run lives."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ class Part:
     def __init__(self, *parts: str) -> None:
         self.parts = parts
 
-    def __get__(self, run: RunFolder, owner: type[RunFolder]) -> Path:
+    def __get__(self, run: "RunFolder", owner: "type[RunFolder]") -> Path:
         return run.path.joinpath(*self.parts)
 
 

@@ -4,8 +4,6 @@ A remembered hash is believed while device, inode, size, modification and change
 less than two seconds before it was read is read again next time: a second change could fall into the same clock tick.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

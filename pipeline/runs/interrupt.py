@@ -7,8 +7,6 @@ with interrupt.graceful(log):
             save(); interrupt.leave_if_asked("12 of 40 steps are kept")
 """
 
-from __future__ import annotations
-
 import logging
 import signal
 import threading

@@ -9,8 +9,6 @@ notebook's kernel) joins the lock through the environment instead of waiting for
 without flock.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json
@@ -52,7 +50,7 @@ class Process:
     boot: str
 
     @classmethod
-    def me(cls) -> Process:
+    def me(cls) -> "Process":
         """This process."""
         return cls(os.getpid(), psutil.Process().create_time(), socket.gethostname(), _boot())
 

@@ -1,7 +1,5 @@
 """What is logged: to the terminal or notebook, and for a run with date and time in a file of its folder; secrets masked."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The run's manifest: every stage appends what it read, with which parameters, and the hashes of what it made."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,7 +44,7 @@ class StageRecord:
         return seal_holds(self.raw)
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> StageRecord:
+    def from_json(cls, raw: Mapping[str, Any]) -> "StageRecord":
         """Read what the manifest holds of a stage; KeyError, TypeError or AttributeError when it is something else."""
         artefacts = {name: Seal(**_known(Seal, seen)) for name, seen in raw["artefacts"].items()}
         inputs, result = {**raw.get("inputs", {})}, {**raw["result"]}
@@ -87,7 +85,7 @@ class TrainingRecord:
     date: str | None = None
 
     @classmethod
-    def of(cls, record: StageRecord) -> TrainingRecord:
+    def of(cls, record: StageRecord) -> "TrainingRecord":
         """Take the fields from the fine-tune's record."""
         given = {"data": {}, "parameters": {}, **record.inputs}
         base = BaseRecord(**_known(BaseRecord, given.get("base", {})))
@@ -122,7 +120,7 @@ class ServedRecord:
         return bool(seal_holds(self.raw))
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> ServedRecord:
+    def from_json(cls, raw: Mapping[str, Any]) -> "ServedRecord":
         """Read what the manifest holds of a backend, or what a report entry says of it."""
         return cls(**_known(cls, {**raw, "raw": raw}))
 

@@ -1,7 +1,5 @@
 """One way not to redo work: a stage is skipped when nothing changed, recorded when it is done, and gone on with when it was cut."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

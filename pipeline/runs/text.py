@@ -5,8 +5,6 @@ token wherever it came from. Everything that leaves the process goes through her
 executed notebooks.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os

@@ -1,7 +1,5 @@
 """Which file or folder of ours is served: an artefact is known by the manifest that vouches for it."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ class Artefact:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Artefact:
+    def from_json(cls, data: dict[str, Any]) -> "Artefact":
         """Read what :meth:`to_json` wrote; KeyError when it is something else."""
         return cls(**{name: str(data[name]) for name in ("run", "fine_tune", "file", "sha256")})
 

@@ -1,7 +1,5 @@
 """The backends of a run: attach to those that are up, start those that are installed, say why of the rest."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence

@@ -4,8 +4,6 @@ A server must not outlive what started it, even when that is killed with SIGKILL
 the owner and ends the whole group - vLLM's engine processes included - when the owner is gone or the server exits.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import ctypes

@@ -1,7 +1,5 @@
 """What a server's log says: why it did not start (``failures.json``), and how far a start has come (``milestones.json``)."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import dataclass

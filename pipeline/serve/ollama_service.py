@@ -1,7 +1,5 @@
 """An Ollama that already runs, as the system service it is on Linux: the model is made in it; nothing of it is started or stopped."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import replace
 

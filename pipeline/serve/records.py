@@ -4,8 +4,6 @@ A record without ``ready`` is a server that still loads, one without ``process``
 an Ollama that is not ours: a gateway still knows that name when the server is gone.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -40,7 +38,7 @@ class Ready:
     digest: str = ""
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Ready:
+    def from_json(cls, data: dict[str, Any]) -> "Ready":
         """Read what was written; KeyError when it is something else."""
         known = {field.name: data[field.name] for field in fields(cls) if data.get(field.name) is not None}
         loaded = Artefact.from_json(known["artefact"]) if "artefact" in known else None

@@ -14,8 +14,6 @@
 Everything else is refused at once: a second start of a damaged file ends as the first did. What the user set is never changed.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """The one supervisor: start a server in its own process group, wait until it answers, say why when it does not, stop the group."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
@@ -67,7 +65,7 @@ class Server:
         return {**asdict(self), "log": str(self.log)}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Server:
+    def from_json(cls, data: dict[str, Any]) -> "Server":
         """Read what :meth:`to_json` wrote; KeyError or TypeError when it is something else."""
         return cls(**{**data, "log": Path(data["log"]), "argv": tuple(data["argv"])})
 

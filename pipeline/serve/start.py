@@ -1,7 +1,5 @@
 """Serving a model: plan, pick a port, start, wait for the first token - or attach to a server that already runs."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -49,7 +47,7 @@ class Target:
         return self.folder / "servers"
 
     @classmethod
-    def of_run(cls, run: RunFolder, engine: str, name: str | None = None, key: str = "") -> Target:
+    def of_run(cls, run: RunFolder, engine: str, name: str | None = None, key: str = "") -> "Target":
         """The artefact of a run that an engine serves; InputError when it has not been exported."""
         facts = engines.get(engine)
         model = facts.artefact(run)

@@ -1,7 +1,5 @@
 """What a verification makes of the evidence: each backend's checks and entry, and the report of the whole run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime

@@ -1,7 +1,5 @@
 """One served model against its reference: each check has an id, a status and the figures behind it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

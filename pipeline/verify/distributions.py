@@ -1,7 +1,5 @@
 """Next-token distributions known by their most likely tokens, and how far two of them are apart."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -83,7 +81,7 @@ class Reference:
     figures: Mapping[str, Any]
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Reference:
+    def from_json(cls, data: Mapping[str, Any]) -> "Reference":
         """Read what ``to_json`` wrote; ValueError when it is something else."""
         return TypeAdapter(Reference).validate_python(data)
 

@@ -4,8 +4,6 @@ A backend is asked here and nowhere else. ``verify`` judges its evidence into ch
 of a server that is still the same one is not asked again.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import time

@@ -3,8 +3,6 @@
 The truth is the template whose hash the manifest recorded when the model was merged; without a record, the merged folder's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime

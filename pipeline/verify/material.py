@@ -1,7 +1,5 @@
 """What a run is verified with: held-out rows, the prompts they make, and the answers given in process."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +22,7 @@ class Yardstick:
     controls: frozenset[str]
 
     @classmethod
-    def of_folder(cls, folder: Path) -> Yardstick:
+    def of_folder(cls, folder: Path) -> "Yardstick":
         """From a model folder."""
         return cls(ChatTemplate.from_folder(folder), Tokenizer(folder), control_tokens(folder))
 

@@ -1,7 +1,5 @@
 """The servers of a run that prompts are compared on: those that are up, and with ``start`` those that can be."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Questions put to a served model: is it listed, does it answer, stream and stop, how fast, and what was it fed."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +28,7 @@ class Prober:
         self._client = open_async(endpoint.url, endpoint.api_key)
         self._plain = open_client(endpoint.url, endpoint.api_key)
 
-    async def __aenter__(self) -> Prober:
+    async def __aenter__(self) -> "Prober":
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -4,8 +4,6 @@ The attack: do control tokens written by a user reach the model as control token
 rendered prompt as a whole, so most are open to it; this product's clients neutralise text first, and the probe shows both.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from typing import Any, Literal

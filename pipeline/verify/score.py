@@ -1,7 +1,5 @@
 """Held-out rows and how answers to them are scored, field by field."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Where prompts come from on the command line: a run or a template file, and the renderers that are here."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Verify: put every held-out prompt to every backend and judge the answers against the in-process reference."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any

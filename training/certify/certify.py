@@ -1,7 +1,5 @@
 """Certify a run: gather its base, data and evidence, judge every link, write certificate and report."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

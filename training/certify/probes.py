@@ -4,8 +4,6 @@ Four passes over the same token IDs; one model in memory at a time. On a CPU all
 weights and not a kernel's rounding.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,7 +96,7 @@ def _of_base(run: RunFolder, base: Path, chosen: Sequence[Passage], *, full: boo
         return controls, model.log_probabilities(controls), adapted
 
 
-def _loaded(folder: Path, adapter: Path | None = None) -> _Model:
+def _loaded(folder: Path, adapter: Path | None = None) -> "_Model":
     """A model in float32, once it is known to fit."""
     lower = "free memory, use a smaller base, or certify on another machine (certify --offline loads no model)"
     require_memory(f"comparing distributions of {folder.name}", evaluate_need(folder, on_gpu=False), lower)

@@ -6,8 +6,6 @@
 Formats are in ``training.datasets.formats``, kinds of file in ``training.datasets.sources``. Not covered: datasets larger than memory.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

@@ -8,8 +8,6 @@
 What comes out has the roles system, user, assistant and tool, text content, and tool-call arguments as objects.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """JSON Lines and JSON arrays read strictly, each row with its line: no key twice, no NaN, no silent stop."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

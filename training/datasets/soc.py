@@ -4,8 +4,6 @@
 committed files are what this generator makes. The labelling rules are written out in the tables under ``rules``.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import sys

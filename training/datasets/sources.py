@@ -4,8 +4,6 @@ A record that cannot be read becomes a problem with its place, so that one bad l
 be UTF-8; a byte order mark and CRLF line ends are fine. Not covered: compressed files and hub configurations.
 """
 
-from __future__ import annotations
-
 import csv
 import logging
 import re

@@ -1,7 +1,5 @@
 """What a dataset holds, in numbers: sizes, turns, token lengths, labels, duplicates."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """The in-process reference: greedy answers of the base and of the merged model to every held-out prompt."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Sequence

@@ -4,8 +4,6 @@
 a bad file can crash llama.cpp.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import logging

@@ -1,7 +1,5 @@
 """Merge: base + adapter -> ``merged_fp16/``, one tensor at a time, float16 with every loss of range reported."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Package: write the run's Modelfile; the system message that all training rows share becomes its SYSTEM."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

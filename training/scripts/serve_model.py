@@ -6,8 +6,6 @@
 The same code as ``granite-pipeline serve``: flags planned for this machine, in the foreground until Ctrl-C.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 

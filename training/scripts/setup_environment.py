@@ -6,8 +6,6 @@ requirements would undo that. Only the standard library is used, because nothing
     python training/scripts/setup_environment.py [--device auto|cpu|cuda] [--check]
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

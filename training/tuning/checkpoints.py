@@ -1,7 +1,5 @@
 """Checkpoints that can be trusted: each is sealed with the hashes of its files, and only a whole one is resumed from."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re

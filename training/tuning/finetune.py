@@ -1,7 +1,5 @@
 """Fine-tune: data and base in, ``adapter/`` out, with the loss history and proof that something was learnt."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

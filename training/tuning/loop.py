@@ -1,7 +1,5 @@
 """The training loop, which is transformers' Trainer: its arguments, its batches, what it says and what it saves on the way."""
 
-from __future__ import annotations
-
 import logging
 import math
 import time

@@ -1,7 +1,5 @@
 """Turn conversations into token IDs and labels: loss on assistant turns only, exactly one end-of-text per turn."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime

@@ -1,7 +1,5 @@
 """Two ways to get a trainable model from the same parameters: unsloth, or transformers + PEFT."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import logging

@@ -3,8 +3,6 @@
 Read with numpy from the adapter's own file, independently of the merge. Not covered: DoRA and expert (3-D) adapters.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

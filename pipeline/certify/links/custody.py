@@ -1,7 +1,5 @@
 """Link 7: dataset -> base -> adapter -> merged -> GGUF -> Modelfile -> launch, each joint held by a SHA-256 taken again now."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Link 3, from the files: every GGUF tensor against the merged one, metadata against config, vocabulary against tokenizer."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

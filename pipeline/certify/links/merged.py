@@ -3,8 +3,6 @@
 The sum is done here again with numpy, so a merge that ignored, doubled or misplaced the adapter is seen without a forward pass.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path

@@ -8,8 +8,6 @@ Tasks of lm-evaluation-harness (``--tasks``) show what the training made the mod
 its tasks' data sets: pip install "lm-eval[api]".
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import json
@@ -49,7 +47,7 @@ class Rule(BaseModel):
     json_schema: dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def _one(self) -> Rule:
+    def _one(self) -> "Rule":
         given = [name for name in type(self).model_fields if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"a check is one of exact, contains, regex, json_schema; this has {', '.join(given) or 'none'}")
@@ -82,7 +80,7 @@ class Entry(BaseModel):
     messages: list[dict[str, Any]] | None = None
 
     @model_validator(mode="after")
-    def _asked(self) -> Entry:
+    def _asked(self) -> "Entry":
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either prompt or messages")
         return self

@@ -1,7 +1,5 @@
 """Link 4 (and the running halves of 3, 5 and 6): a backend's evidence against the in-process reference."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

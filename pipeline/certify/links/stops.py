@@ -1,7 +1,5 @@
 """Link 6: every file names the token that ends a turn, a turn has exactly one, and answers end by themselves."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 

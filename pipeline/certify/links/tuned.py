@@ -1,7 +1,5 @@
 """Link 5: the tuned model is not the base - held-out scores with intervals, per field and per class, and canary answers."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence

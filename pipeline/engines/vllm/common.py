@@ -1,7 +1,5 @@
 """What vLLM is told on every kind of machine: the model and its name, tool calling, and environment."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from pipeline.planning.gpu_fit import hub_id

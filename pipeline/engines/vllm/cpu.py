@@ -1,7 +1,5 @@
 """vLLM's CPU build: float32 or bfloat16 by instruction set, an explicit KV cache, eager or compiled by purpose."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

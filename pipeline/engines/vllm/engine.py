@@ -1,7 +1,5 @@
 """vLLM: one plan for CUDA, ROCm and CPU builds; launched as a module, because the CPU package has no working console script."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import subprocess

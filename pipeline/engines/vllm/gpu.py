@@ -1,7 +1,5 @@
 """vLLM on NVIDIA and AMD GPUs: precision by compute capability, quantisation only where it must be, memory predicted per GPU."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.engines.flags import listed_flags

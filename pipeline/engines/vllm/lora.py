@@ -1,7 +1,5 @@
 """Several LoRA adapters in one vLLM: read, checked against each other and the base, and turned into rank, slots and memory."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
