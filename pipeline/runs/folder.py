@@ -56,6 +56,8 @@ class RunFolder:
     """report.html, report.json, junit.xml."""
     report_file = Part("report", "report.json")
     """The report as other programs read it."""
+    evidence = Part("report", "evidence.json")
+    """What each backend said in the last verification."""
     logs = Part("logs")
     """One log per server start."""
     checkpoints = Part("checkpoints")

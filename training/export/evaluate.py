@@ -2,8 +2,7 @@
 
 import json
 import logging
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -15,10 +14,10 @@ from pipeline.runs.files import write_atomic
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import sha256_file, sha256_json
 from pipeline.runs.manifest import Manifest
+from pipeline.runs.stages import Force, Partial, StageResult, run_stage
 from pipeline.verify.score import Answer, HeldOut, answer_budget, fields_of, read_held_out, score
 from training.base import BaseModel
 from training.memory import evaluate_need, require_memory
-from training.stages import Force, StageResult, run_stage
 
 log = logging.getLogger(__name__)
 _RECIPE = 1
@@ -91,7 +90,7 @@ def answer_all(
         made = {i: _answer(ids, tokenizer) for i, ids in zip(chosen, new, strict=True)}
         answers |= made
         if partial:
-            partial.add(made)
+            partial.add({str(i): asdict(answer) for i, answer in made.items()})
     return [answers[i] for i in range(len(rows))]
 
 
@@ -109,8 +108,8 @@ def _model(folder: Path) -> Any:
     return model.to(device).eval()
 
 
-def _from_before(partial: "Partial | None", folder: Path, rows: int) -> dict[int, Answer]:
-    answers = dict(partial.done) if partial else {}
+def _from_before(partial: Partial | None, folder: Path, rows: int) -> dict[int, Answer]:
+    answers = {int(row): Answer(**made) for row, made in partial.done.items()} if partial else {}
     if answers:
         log.info("%s: %d of %d answers are there from before", folder.name, len(answers), rows)
     return answers
@@ -120,44 +119,3 @@ def _answer(ids: list[int], tokenizer: Any) -> Answer:
     ended = tokenizer.eos_token_id in ids
     kept = ids[: ids.index(tokenizer.eos_token_id)] if ended else ids
     return Answer(tokenizer.decode(kept, skip_special_tokens=True), "stop" if ended else "length")
-
-
-class Partial:
-    """An append-only file of answers by row number; its first line says what they are answers to."""
-
-    def __init__(self, path: Path, key: str) -> None:
-        self.path = path
-        self.done: dict[int, Answer] = {}
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-        if lines and _read(lines[0]) == {"key": key}:
-            for line in lines[1:]:
-                entry = _read(line)  # the last line may be cut
-                if set(entry) == {"row", "text", "finish_reason"}:
-                    self.done[int(entry["row"])] = Answer(entry["text"], entry["finish_reason"])
-        # written anew, so that what is appended never joins a cut line
-        kept = [{"key": key}, *({"row": row, **asdict(answer)} for row, answer in self.done.items())]
-        write_atomic(path, "".join(_line(entry) for entry in kept))
-
-    def add(self, answers: Mapping[int, Answer]) -> None:
-        """Append answers and flush them to disk."""
-        self.done |= answers
-        with self.path.open("a", encoding="utf-8") as out:
-            out.write("".join(_line({"row": row, **asdict(answer)}) for row, answer in answers.items()))
-            out.flush()
-            os.fsync(out.fileno())
-
-    def remove(self) -> None:
-        """Remove the file: the answers have their final place."""
-        self.path.unlink(missing_ok=True)
-
-
-def _line(entry: Mapping[str, Any]) -> str:
-    return json.dumps(entry) + "\n"
-
-
-def _read(line: str) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return {}
-    return entry if isinstance(entry, dict) else {}

@@ -21,7 +21,7 @@ from pipeline.prompts.stops import gguf_problems, special_ids, turn_end
 from pipeline.runs.files import is_disk_full, read_json, require_free_space, staged, tree_bytes, write_json
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
-from training.stages import Force, StageResult, run_stage
+from pipeline.runs.stages import Force, StageResult, run_stage
 
 log = logging.getLogger(__name__)
 STAGE = "gguf"

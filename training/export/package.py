@@ -10,7 +10,7 @@ from pipeline.modelfile.modelfile import base_license, write_modelfile
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import sha256_file, sha256_tree
 from pipeline.runs.manifest import Manifest
-from training.stages import Force, StageResult, run_stage
+from pipeline.runs.stages import Force, StageResult, run_stage
 
 log = logging.getLogger(__name__)
 STAGE = "modelfile"
