@@ -1,4 +1,4 @@
-"""The certificate itself: links, verdict, an id made of its content; written as JSON and JUnit, read by report and status."""
+"""The certificate itself: what it is about, links, verdict, an id made of its content; written as JSON and JUnit."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -11,7 +11,8 @@ from pipeline.errors import InputError, VerificationFailed
 from pipeline.report.check import Check, Status, junit_xml
 from pipeline.runs.files import read_json, write_atomic, write_json
 from pipeline.runs.folder import RunFolder
-from pipeline.runs.hashes import sha256_json
+from pipeline.runs.hashes import sha256_json, sha256_tree
+from pipeline.runs.manifest import Manifest, TrainingRecord
 from pipeline.runs.text import clean
 
 SCHEMA = 1
@@ -29,6 +30,39 @@ TITLES: dict[str, str] = {
 _ESSENTIAL = tuple(key for key in TITLES if key != "own")
 _AGAIN = "granite-pipeline certify"
 _KEYS = {key.name for key in fields(Check)}
+
+
+@dataclass(frozen=True)
+class Data:
+    """The dataset as it is now: hash of each file, and held-out prompts that are also training rows (file:line)."""
+
+    sha256: Mapping[str, str]
+    leaked: tuple[str, ...] = ()
+    train_rows: int = 0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run and what it was made from; ``missing`` says in words what could not be had here (base, data)."""
+
+    run: RunFolder
+    manifest: Manifest
+    base: Path | None
+    base_sha256: str | None
+    data: Data | None
+    missing: Mapping[str, str]
+    sha256: Mapping[str, str]
+
+    @property
+    def training(self) -> TrainingRecord:
+        """What the fine-tune recorded; InputError when it never finished."""
+        return self.manifest.require_training()
+
+
+def hashes(run: RunFolder) -> dict[str, str]:
+    """SHA-256 of every artefact of a run that is there, by its path in the run folder."""
+    parts = [run.adapter, run.heldout, run.merged, run.gguf, run.modelfile, run.reference("base"), run.reference("tuned")]
+    return {path.relative_to(run.path).as_posix(): sha256_tree(path) for path in parts if path.exists()}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import engines
-from pipeline.certify.subject import Subject
+from pipeline.certify.certificate import Subject
 from pipeline.report.check import Check, guarded, held, skipped
 from pipeline.runs.hashes import sha256_json
 from pipeline.runs.manifest import ServedRecord

@@ -42,7 +42,7 @@ def exported(run: RunFolder) -> RunFolder:
 
 
 def _certify(run: RunFolder, ok: bool = True, *, offline: bool = False, links: tuple[str, ...] = LINKS) -> None:
-    from pipeline.certify.subject import hashes
+    from pipeline.certify.certificate import hashes
 
     finding = held("merge.tensors", ok, "a | b <script>", "1", "IEEE 754")
     others = [held(f"{key}.x", True, "", "", "") for key in links]

@@ -8,8 +8,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from pipeline.certify.certificate import Data, Subject, hashes
 from pipeline.certify.links.served import _file
-from pipeline.certify.subject import Data, Subject, hashes
 from pipeline.runs.files import read_json
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import sha256_file
