@@ -53,10 +53,8 @@ def resolve(base: str, cache: Path, revision: str | None = None) -> BaseModel:
     if Path(base).is_dir():
         return BaseModel(base, _checked(Path(base)), None, hashes.tree(Path(base)))
     if base.startswith((".", "/", "~")) or base.count("/") != 1:
-        raise ModelError(
-            f"base model {base!r} is neither a folder nor a hub id",
-            remedy="give 'embedded', a folder with config.json and *.safetensors, or an id such as ibm-granite/granite-4.0-350m",
-        )
+        remedy = "give 'embedded', a folder with config.json and *.safetensors, or an id such as ibm-granite/granite-4.0-350m"
+        raise ModelError(f"base model {base!r} is neither a folder nor a hub id", remedy=remedy)
     folder, commit = _download(base, revision)
     return BaseModel(base, _checked(folder), commit, hashes.tree(folder))
 
@@ -90,10 +88,8 @@ def _checked(folder: Path) -> Path:
         if path.is_symlink() and not _stays_inside(path, folder):
             raise ModelError(f"{path} is a symbolic link to a place outside the model folder ({path.readlink()})")
     if missing:
-        raise ModelError(
-            f"base model folder {folder} lacks {', '.join(missing)}",
-            remedy="save the model with model.save_pretrained(folder) and tokenizer.save_pretrained(folder)",
-        )
+        remedy = "save the model with model.save_pretrained(folder) and tokenizer.save_pretrained(folder)"
+        raise ModelError(f"base model folder {folder} lacks {', '.join(missing)}", remedy=remedy)
     return folder
 
 
@@ -123,9 +119,8 @@ def _download(model_id: str, revision: str | None) -> tuple[Path, str]:
     except RevisionNotFoundError:
         raise ModelError(f"{model_id} has no revision {revision!r}") from None
     except (RepositoryNotFoundError, HFValidationError):
-        raise ModelError(
-            f"no model {model_id!r} on the hub", remedy="check the spelling; a private model needs HF_TOKEN"
-        ) from None
+        remedy = "check the spelling; a private model needs HF_TOKEN"
+        raise ModelError(f"no model {model_id!r} on the hub", remedy=remedy) from None
     except LocalEntryNotFoundError:
         raise EnvironmentFailure(
             f"{model_id} is not in the local hub cache and the hub cannot be reached",

@@ -72,9 +72,8 @@ def read_folder(folder: Path) -> list[TensorInfo]:
     if index.is_file():
         shard_of = read_object(index).get("weight_map")
         if not isinstance(shard_of, dict) or not all(isinstance(name, str) for name in shard_of.values()):
-            raise ModelError(
-                f"{index}: weight_map is missing or no table of file names", remedy="copy or download the model again"
-            )
+            remedy = "copy or download the model again"
+            raise ModelError(f"{index}: weight_map is missing or no table of file names", remedy=remedy)
         names = sorted(set(shard_of.values()))
         outside = [name for name in names if Path(name).name != name]
         if outside:
@@ -116,10 +115,8 @@ def _end(spans: list[list[int]]) -> int:
 
 
 def _broken(path: Path, why: str) -> ModelError:
-    return ModelError(
-        f"{path} is not a whole safetensors file: {why}",
-        remedy="copy, download or export the model again; the file was cut or overwritten",
-    )
+    remedy = "copy, download or export the model again; the file was cut or overwritten"
+    return ModelError(f"{path} is not a whole safetensors file: {why}", remedy=remedy)
 
 
 class TensorFolder:

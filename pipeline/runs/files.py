@@ -197,11 +197,9 @@ def disk_errors_named(folder: Path) -> Iterator[None]:
     except Exception as error:
         if not is_disk_full(error, folder):
             raise
-        raise DiskFull(
-            f"the disk under {folder} is full",
-            evidence=f"{str(error)[-500:]}\n{_free(folder) / 2**20:.1f} MiB are free now",
-            remedy="free some space and run again: it continues where it was; finished results are untouched",
-        ) from error
+        evidence = f"{str(error)[-500:]}\n{_free(folder) / 2**20:.1f} MiB are free now"
+        remedy = "free some space and run again: it continues where it was; finished results are untouched"
+        raise DiskFull(f"the disk under {folder} is full", evidence=evidence, remedy=remedy) from error
 
 
 def is_disk_full(error: Exception, folder: Path) -> bool:

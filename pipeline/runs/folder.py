@@ -30,10 +30,8 @@ class RunFolder:
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
-            raise InputError(
-                f"run name {self.name!r} is not usable",
-                remedy="use 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit",
-            )
+            remedy = "use 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit"
+            raise InputError(f"run name {self.name!r} is not usable", remedy=remedy)
 
     @property
     def path(self) -> Path:
@@ -85,7 +83,5 @@ class RunFolder:
         ours = dict.fromkeys(part.parts[0] for part in vars(RunFolder).values() if isinstance(part, Part))
         for path in (self.path, *(self.path / name for name in ours)):
             if path.is_symlink():
-                raise InputError(
-                    f"{path} is a symbolic link (to {path.readlink()})",
-                    remedy="a run is written only below the output folder: move it there, or link the whole --output folder",
-                )
+                remedy = "a run is written only below the output folder: move it there, or link the whole --output folder"
+                raise InputError(f"{path} is a symbolic link (to {path.readlink()})", remedy=remedy)

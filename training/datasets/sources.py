@@ -1,23 +1,23 @@
 """Where rows come from: JSONL, JSON, CSV, TSV and Parquet files and hub datasets, as plain records with file:line.
 
 A record that cannot be read becomes a problem with its place, so that one bad line does not hide the others. Text must
-be UTF-8; a byte order mark and CRLF line ends are fine. Not covered: compressed files and hub configurations.
+be UTF-8; a byte order mark and CRLF line ends are fine. JSON is read strictly: no key twice, no NaN, no silent stop. Not
+covered: compressed files and hub configurations.
 """
 
 import csv
+import json
 import logging
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pipeline.errors import DataError, EnvironmentFailure, MissingDependency
 from pipeline.runs.files import require_path
-from training.datasets.json_rows import Record, json_records
-
-__all__ = ["SUFFIXES", "Advance", "HubId", "Record", "records", "resolve"]
 
 Advance = Callable[[int], None]
 
@@ -31,6 +31,15 @@ _MAGIC = {
 }
 _HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.\[\]%:+-]+))?", re.ASCII)
 _BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row as it was found: its columns, or what is wrong with it. ``where`` is file:line."""
+
+    where: str
+    value: dict[str, Any] | None
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,7 @@ def records(place: Path | HubId, advance: Advance | None = None) -> Iterator[Rec
     lines = _lines(place, advance)
     if suffix in (".csv", ".tsv"):
         return _csv(place, lines, tabs=suffix == ".tsv")
-    return json_records(place, lines)
+    return _json(place, lines)
 
 
 def _lines(path: Path, advance: Advance | None) -> Iterator[str]:
@@ -96,6 +105,106 @@ def _lines(path: Path, advance: Advance | None) -> Iterator[str]:
             if advance:
                 advance(len(raw))
             yield (raw.removeprefix(b"\xef\xbb\xbf") if number == 0 else raw).decode("utf-8", "surrogateescape")
+
+
+def parse(text: str) -> Any:
+    """JSON, strictly: no key twice in an object, no NaN or Infinity. Raises ValueError with the reason."""
+    try:
+        return _STRICT.decode(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON ({error.msg}, column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("not valid JSON (nested too deeply)") from None
+
+
+def _json(path: Path, lines: Iterator[str]) -> Iterator[Record]:
+    """Records of JSON Lines or of one array: told apart by the first character, because both names hold both."""
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if line.lstrip().startswith("["):
+            yield from _array(path, "\n" * (number - 1) + line + "".join(lines))
+            return
+        yield _line(f"{path}:{number}", line.strip(), first=number == 1)
+
+
+def _line(where: str, text: str, first: bool) -> Record:
+    try:
+        return _record(where, parse(text))
+    except ValueError as error:
+        hint = "; each row takes one line, or the whole file is one array" if first and text == "{" else ""
+        return Record(where, None, f"{error}{hint}")
+
+
+def _record(where: str, value: Any) -> Record:
+    whole = isinstance(value, dict)
+    return Record(
+        where, value if whole else None, "" if whole else f"a row must be a JSON object, this is {type(value).__name__}"
+    )
+
+
+def _array(path: Path, text: str) -> Iterator[Record]:
+    """Elements one by one, so that each has its line; a syntax error ends the file, because what follows is unclear."""
+    line, counted = 1, 0
+    try:
+        for position, value in _elements(text):
+            line, counted = line + text.count("\n", counted, position), position
+            where = f"{path}:{line}"
+            yield Record(where, None, str(value)) if isinstance(value, ValueError) else _record(where, value)
+    except json.JSONDecodeError as error:
+        reason = f"not valid JSON ({error.msg}, column {error.colno}); the rest of the file was not read"
+        yield Record(f"{path}:{error.lineno}", None, reason)
+
+
+def _elements(text: str) -> Iterator[tuple[int, Any]]:
+    """Offset and value of each array element; an element that is JSON but not strict comes as its ValueError."""
+    position = _skip(text, text.index("[") + 1)
+    while not text.startswith("]", position):
+        try:
+            try:
+                value, end = _STRICT.raw_decode(text, position)
+            except json.JSONDecodeError:
+                raise
+            except ValueError as error:
+                value, end = error, _LENIENT.raw_decode(text, position)[1]
+        except RecursionError:
+            raise json.JSONDecodeError("nested too deeply", text, position) from None
+        yield position, value
+        position = _skip(text, end)
+        if text.startswith(",", position):
+            position = _skip(text, position + 1)
+            if text.startswith("]", position):
+                raise json.JSONDecodeError("comma before ']'", text, position)
+        elif not text.startswith("]", position):
+            raise json.JSONDecodeError("expected ',' or ']' after a row", text, position)
+    if text[position + 1 :].strip():
+        raise json.JSONDecodeError("text after the array", text, _skip(text, position + 1))
+
+
+def _skip(text: str, position: int) -> int:
+    blank = _BLANK.match(text, position)
+    return blank.end() if blank else position
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value, keys = dict(pairs), [key for key, _ in pairs]
+    if len(value) < len(keys):
+        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} appears twice in one object")
+    return value
+
+
+def _constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _constant(text)
+
+
+_BLANK = re.compile(r"[ \t\r\n]*")
+_STRICT = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_constant, parse_float=_number)
+_LENIENT = json.JSONDecoder(parse_int=float)
 
 
 def _csv(path: Path, lines: Iterator[str], tabs: bool) -> Iterator[Record]:
@@ -169,9 +278,8 @@ def _hub(place: HubId) -> Iterator[Record]:
     try:
         import datasets
     except ImportError:
-        raise MissingDependency(
-            "reading hub datasets needs the package datasets", remedy="pip install 'granite-pipeline[train]'"
-        ) from None
+        remedy = "pip install 'granite-pipeline[train]'"
+        raise MissingDependency("reading hub datasets needs the package datasets", remedy=remedy) from None
     name = f"hub:{place.name}" + (f"@{place.revision}" if place.revision else "")
     # its retries are told line by line in the middle of ours; what failed is told once, below
     http = logging.getLogger("huggingface_hub.utils._http")

