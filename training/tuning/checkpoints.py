@@ -14,8 +14,6 @@ from pipeline.runs.hashes import sha256_file
 
 log = logging.getLogger(__name__)
 SEAL = "sealed.json"
-DAMAGED = "damaged-"
-EARLIER = "-of-other-inputs"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _INPUTS = "inputs.json"
 
@@ -65,7 +63,7 @@ def latest(folder: Path, inputs: dict[str, Any]) -> str | None:
         if why is None:
             log.info("resuming from %s", checkpoint.name)
             return str(checkpoint)
-        aside = folder / f"{DAMAGED}{checkpoint.name}"
+        aside = folder / f"damaged-{checkpoint.name}"
         shutil.rmtree(aside, ignore_errors=True)
         checkpoint.rename(aside)
         log.warning("%s is not used (%s) and set aside as %s; trying the one before", checkpoint.name, why, aside.name)
@@ -93,7 +91,7 @@ def _set_aside(folder: Path) -> None:
     """Keep one earlier training's checkpoints beside the folder: hours of work end by no change of a parameter unseen."""
     kept = found(folder)
     if kept:
-        aside = folder.with_name(f"{folder.name}{EARLIER}")
+        aside = folder.with_name(f"{folder.name}-of-other-inputs")
         remove(aside)
         folder.rename(aside)
         log.warning("%s is of a training with other inputs: set aside as %s, training starts over", kept[0].name, aside)

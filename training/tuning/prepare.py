@@ -95,11 +95,8 @@ class Preparer:
         if not kept:
             remedy = "raise --max-length or shorten the rows"
             raise DataError(f"all {len(rows)} rows are longer than {max_length} tokens", remedy=remedy)
-        return Prepared(
-            kept,
-            tuple(e.where for e in examples if len(e.input_ids) > max_length),
-            sum(before.messages != after.messages for before, after in zip(rows, clean, strict=True)),
-        )
+        too_long = tuple(e.where for e in examples if len(e.input_ids) > max_length)
+        return Prepared(kept, too_long, sum(row.messages != made.messages for row, made in zip(rows, clean, strict=True)))
 
 
 def trained_tokens(params: FinetuneParameters, run: RunFolder, row: Row) -> Any:
