@@ -80,10 +80,8 @@ def read_folder(folder: Path) -> list[TensorInfo]:
             raise ModelError(f"{index}: weight_map names {outside[0]!r}, which is not a file of this folder")
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise ModelError(
-                f"{folder} lacks {len(missing)} of {len(names)} weight shards: {', '.join(missing[:3])}",
-                remedy="copy or download the model again",
-            )
+            lacking = f"{folder} lacks {len(missing)} of {len(names)} weight shards: {', '.join(missing[:3])}"
+            raise ModelError(lacking, remedy="copy or download the model again")
         shards = [folder / name for name in names]
     else:
         shards = sorted(folder.glob("*.safetensors"))

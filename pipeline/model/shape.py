@@ -14,12 +14,8 @@ from pipeline.runs.files import read_json
 
 _LARGEST_COUNT = 1 << 31
 _MOST_LAYERS = 4096
-_GGUF_ARCHITECTURE = {
-    "granite": "granite",
-    "granitemoe": "granitemoe",
-    "granitemoeshared": "granitemoe",
-    "granitemoehybrid": "granitehybrid",
-}
+# model_type -> GGUF's architecture where they differ
+_GGUF_ARCHITECTURE = {"granitemoeshared": "granitemoe", "granitemoehybrid": "granitehybrid"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ class Mamba:
         return self.inner + 2 * self.groups * self.state
 
     def state_elements(self) -> int:
-        """Elements of state per request over all layers: SSM state plus the convolution's window (vLLM MambaStateShapeCalculator)."""
+        """Elements of state per request: SSM state plus the convolution's window, all layers (vLLM MambaStateShapeCalculator)."""
         return self.layers * (self.inner * self.state + self.conv_width * (self.conv - 1))
 
 
@@ -124,7 +120,8 @@ def shape_from_config(config: dict[str, Any], source: Path) -> Shape:
         _require_counts({key: config[key] for key in ("vocab_size", "max_position_embeddings")})
         kinds = config.get("layer_types") or ["attention"] * layers
         mamba_layers = sum(kind in ("mamba", "linear_attention") for kind in kinds)
-        experts = _experts_from_config(config)
+        count, shared = config.get("num_local_experts"), config.get("shared_intermediate_size")
+        experts = Experts(count, config["num_experts_per_tok"], config["intermediate_size"], shared or 0) if count else None
         kind = str(config.get("model_type", ""))
         if len(kinds) != layers:
             raise ValueError(f"layer_types has {len(kinds)} entries for {layers} layers")
@@ -135,7 +132,7 @@ def shape_from_config(config: dict[str, Any], source: Path) -> Shape:
             heads=heads,
             kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or hidden // heads,
-            intermediate=0 if experts else config.get("shared_intermediate_size") or config["intermediate_size"],
+            intermediate=0 if experts else shared or config["intermediate_size"],
             vocab=config["vocab_size"],
             max_positions=config["max_position_embeddings"],
             mamba=_mamba_from_config(config, mamba_layers),
@@ -156,18 +153,10 @@ def _require_counts(values: Mapping[str, Any]) -> None:
         raise ValueError(f"{layers} layers")
 
 
-def _experts_from_config(config: dict[str, Any]) -> Experts | None:
-    count = config.get("num_local_experts") or 0
-    if not count:
-        return None
-    return Experts(count, config["num_experts_per_tok"], config["intermediate_size"], config.get("shared_intermediate_size") or 0)
-
-
 def _mamba_from_config(config: dict[str, Any], layers: int) -> Mamba | None:
     if not layers:
         return None
-    heads = config["mamba_n_heads"]
-    head_dim = config.get("mamba_d_head")
+    heads, head_dim = config["mamba_n_heads"], config.get("mamba_d_head")
     if not isinstance(head_dim, int):  # "auto"
         head_dim = config.get("mamba_expand", 2) * config["hidden_size"] // heads
     return Mamba(layers, heads, head_dim, config["mamba_d_state"], config["mamba_n_groups"], config["mamba_d_conv"])

@@ -31,7 +31,7 @@ def tree_bytes(path: Path) -> int:
 
 
 def write_atomic(path: Path, data: str | bytes, mode: int | None = None) -> None:
-    """Write a file under a temporary name beside it, flush it to disk, then rename it into place; ``mode`` None: as the umask says."""
+    """Write a file under a temporary name beside it, flush it, then rename it into place; ``mode`` None: as the umask says."""
     path.parent.mkdir(parents=True, exist_ok=True)
     raw = data.encode("utf-8") if isinstance(data, str) else data
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -112,9 +112,8 @@ def read_json(path: Path) -> Any:
     except RecursionError:
         raise InputError(f"{path}: nested too deeply") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        line = getattr(error, "lineno", None)
-        where = f"{path}:{line}" if line else str(path)
-        raise InputError(f"{where}: not valid JSON ({error})") from None
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise InputError(f"{path}{line}: not valid JSON ({error})") from None
 
 
 @contextmanager
@@ -147,9 +146,9 @@ def _put_back(scratch: Path, final: Path) -> None:
 
 def sync_tree(path: Path) -> None:
     """Flush a file, or a folder and everything below it, to disk: after a power cut a renamed file must not be empty."""
-    for found in [path, *(path.rglob("*") if path.is_dir() else [])]:
-        if not found.is_symlink():
-            _sync_folder(found)
+    for part in [path, *(path.rglob("*") if path.is_dir() else [])]:
+        if not part.is_symlink():
+            _sync_folder(part)
 
 
 def _sync_folder(path: Path) -> None:

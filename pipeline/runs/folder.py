@@ -38,36 +38,21 @@ class RunFolder:
         """The folder itself."""
         return self.output / self.name
 
-    adapter = Part("adapter")
-    """LoRA adapter (or, after full fine-tuning, the whole model) as training saved it."""
-    merged = Part("merged_fp16")
-    """Merged float16 model folder: safetensors, config, tokenizer, chat template."""
-    gguf = Part("unsloth.Q8_0.gguf")
-    """Q8_0 GGUF made from the merged weights."""
-    modelfile = Part("Modelfile")
-    """Ollama Modelfile."""
-    manifest = Part("manifest.json")
-    """The run's record: inputs, parameters, hashes, metrics, launches."""
-    notebooks = Part("notebooks")
-    """Executed notebook copies."""
-    report = Part("report")
-    """report.html, report.json, junit.xml."""
-    report_file = Part("report", "report.json")
-    """The report as other programs read it."""
-    logs = Part("logs")
-    """One log per server start."""
-    checkpoints = Part("checkpoints")
-    """Trainer checkpoints, kept until training ends."""
-    heldout = Part("heldout.jsonl")
-    """Held-out conversations, control tokens neutralised, one JSON object a line."""
-    certificate = Part("certificate")
-    """certificate.json, its JUnit file, and the evidence it was judged on."""
-    certificate_file = Part("certificate", "certificate.json")
-    """The certificate itself."""
-    servers = Part("servers")
-    """Records of the servers that were started for this run."""
-    probes = Part("reference", "probes.json")
-    """In-process next-token distributions at some positions, for the certificate."""
+    adapter = Part("adapter")  # LoRA adapter (or, after full fine-tuning, the whole model) as training saved it
+    merged = Part("merged_fp16")  # Merged float16 model folder: safetensors, config, tokenizer, chat template
+    gguf = Part("unsloth.Q8_0.gguf")  # Q8_0 GGUF made from the merged weights
+    modelfile = Part("Modelfile")  # Ollama Modelfile
+    manifest = Part("manifest.json")  # The run's record: inputs, parameters, hashes, metrics, launches
+    notebooks = Part("notebooks")  # Executed notebook copies
+    report = Part("report")  # report.html, report.json, junit.xml
+    report_file = Part("report", "report.json")  # The report as other programs read it
+    logs = Part("logs")  # One log per server start
+    checkpoints = Part("checkpoints")  # Trainer checkpoints, kept until training ends
+    heldout = Part("heldout.jsonl")  # Held-out conversations, control tokens neutralised, one JSON object a line
+    certificate = Part("certificate")  # certificate.json, its JUnit file, and the evidence it was judged on
+    certificate_file = Part("certificate", "certificate.json")  # The certificate itself
+    servers = Part("servers")  # Records of the servers that were started for this run
+    probes = Part("reference", "probes.json")  # In-process next-token distributions at some positions, for the certificate
 
     def reference(self, which: str) -> Path:
         """In-process answers of ``base`` or ``tuned`` to the held-out prompts."""

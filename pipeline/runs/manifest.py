@@ -177,10 +177,6 @@ class Manifest:
         """What the last verification served, by backend."""
         return {name: ServedRecord.from_json(raw) for name, raw in self.data.get("served", {}).items()}
 
-    def is_current(self, name: str, inputs: Mapping[str, Any]) -> bool:
-        """True when the stage ran with exactly these inputs and its artefacts are on disk unchanged."""
-        return self.holds(self.stage(name), inputs)
-
     def holds(self, record: StageRecord | None, inputs: Mapping[str, Any]) -> bool:
         """True when a record was made with exactly these inputs and its artefacts are on disk unchanged."""
         if record is None or record.key != sha256_json(inputs):

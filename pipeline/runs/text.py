@@ -42,8 +42,8 @@ def is_secret_name(name: str) -> bool:
 
 def values() -> list[str]:
     """The secret values of the environment, longest first."""
-    found = {value.strip() for name, value in os.environ.items() if _plausible(name, value.strip())}
-    return sorted(found, key=len, reverse=True)
+    secrets = {value.strip() for name, value in os.environ.items() if _plausible(name, value.strip())}
+    return sorted(secrets, key=len, reverse=True)
 
 
 def _plausible(name: str, value: str) -> bool:

@@ -99,7 +99,7 @@ def finetune(run: RunFolder, params: FinetuneParameters, *, force: Force = False
         rows, held_out = (preparer.prepare(part, params.max_length) for part in (data.train, data.held_out))
         said = (len(rows.examples), rows.tokens, rows.trained_tokens, len(rows.too_long))
         log.info("finetune: %d rows, %d tokens (%d trained), %d rows too long and left out", *said)
-        need = finetune_need(base.folder, params, rows.longest)
+        need = finetune_need(base.folder, params, max(len(e.input_ids) for e in rows.examples))
         require_memory("fine-tuning", need, "lower --batch-size (and raise --gradient-accumulation) or --max-length")
         result = _train(Job(run, params, base, rows, held_out, noted))
         write_atomic(run.heldout, "".join(_jsonl(preparer.clean(row)) for row in data.held_out))

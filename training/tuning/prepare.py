@@ -43,11 +43,6 @@ class Prepared:
         return sum(len(e.input_ids) for e in self.examples)
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest example."""
-        return max(len(e.input_ids) for e in self.examples)
-
-    @property
     def trained_tokens(self) -> int:
         """Tokens that carry loss."""
         return sum(label != IGNORED for e in self.examples for label in e.labels)

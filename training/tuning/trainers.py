@@ -228,11 +228,9 @@ def _callback() -> Any:
         loss: float | None = None  # evaluating before training logs too
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            """Start the clock, which a resumed training starts in the middle."""
             self.begun, self.first = time.monotonic(), state.global_step
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            """Remember the newest training loss."""
             self.loss = (logs or {}).get("loss", self.loss)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -248,7 +246,6 @@ def _callback() -> Any:
             log.info("finetune: step %d of %d%s, %.0f s left", state.global_step, state.max_steps, shown, left)
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            """Seal the checkpoint of this step."""
             checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     return Along()
