@@ -29,12 +29,8 @@ _DATA = Path(__file__).parent / "data" / "embedded"
 # Bump when the recipe changes, so that a cached folder made by the old one is not used.
 RECIPE = 3
 # SmolLM2's special tokens that take Granite's names; ids stay. <empty_output> was never used in SmolLM2's chats.
-_RENAMED = {
-    "<|im_start|>": "<|start_of_role|>",
-    "<|im_end|>": "<|end_of_text|>",
-    "<repo_name>": "<|end_of_role|>",
-    "<empty_output>": "<|pad|>",
-}
+_RENAMED = {"<|im_start|>": "<|start_of_role|>", "<|im_end|>": "<|end_of_text|>", "<repo_name>": "<|end_of_role|>"}
+_RENAMED |= {"<empty_output>": "<|pad|>"}
 _NEWLINE, _END_OF_ROLE = 198, 3
 _CONTROL = 3  # llama.cpp's token type of special tokens
 

@@ -108,7 +108,9 @@ def read_gguf_header(path: Path, *, whole_arrays: bool = False) -> GgufHeader:
                 raise ValueError(f"{pairs} metadata pairs and {count} tensors do not fit a file of {size} bytes")
             metadata = {_string(handle): _value(handle, _numbers(handle, "I")[0], longest) for _ in range(pairs)}
             tensors, end = _tensor_list(handle, count)
-            alignment = _alignment(metadata)
+            alignment = metadata.get("general.alignment", 32)
+            if not isinstance(alignment, int) or isinstance(alignment, bool) or alignment <= 0:
+                raise ValueError(f"general.alignment is {alignment!r}")
         except (EOFError, ValueError, OverflowError, OSError, struct.error) as error:
             raise _broken(path, str(error) or "the header is cut short") from None
         data = -(-handle.tell() // alignment) * alignment
@@ -117,13 +119,6 @@ def read_gguf_header(path: Path, *, whole_arrays: bool = False) -> GgufHeader:
     if tensors and data + end > size:
         raise _broken(path, f"the tensors need {data + end} bytes, the file has {size}")
     return GgufHeader(version, metadata, tuple(replace(tensor, offset=data + tensor.offset) for tensor in tensors))
-
-
-def _alignment(metadata: dict[str, Any]) -> int:
-    value = metadata.get("general.alignment", 32)
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ValueError(f"general.alignment is {value!r}")
-    return value
 
 
 def _tensor_list(handle: BinaryIO, count: int) -> tuple[tuple[GgufTensor, ...], int]:

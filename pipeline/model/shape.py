@@ -165,7 +165,7 @@ def _mamba_from_config(config: dict[str, Any], layers: int) -> Mamba | None:
 def shape_from_gguf(header: GgufHeader, source: Path) -> Shape:
     """Shape from a GGUF header; a layer without kv heads is a mamba layer."""
     try:
-        layers, heads, hidden = (header.get("block_count"), header.get("attention.head_count"), header.get("embedding_length"))
+        layers, heads, hidden = map(header.get, ("block_count", "attention.head_count", "embedding_length"))
         _require_counts({"block_count": layers, "embedding_length": hidden, "context_length": header.get("context_length")})
         kv = header.get("attention.head_count_kv", heads)
         per_layer = kv if isinstance(kv, list) else [kv] * layers

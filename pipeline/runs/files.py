@@ -218,7 +218,5 @@ def require_free_space(folder: Path, needed: int, purpose: str) -> None:
     """Raise DiskFull when fewer than ``needed`` bytes are free where ``folder`` is or will be."""
     free = _free(folder)
     if free < needed:
-        raise DiskFull(
-            f"{purpose} needs {needed / 2**30:.2f} GiB in {folder}, only {free / 2**30:.2f} GiB are free",
-            remedy="free some space, or choose another folder with --output / OUTPUT=...",
-        )
+        lacking = f"{purpose} needs {needed / 2**30:.2f} GiB in {folder}, only {free / 2**30:.2f} GiB are free"
+        raise DiskFull(lacking, remedy="free some space, or choose another folder with --output / OUTPUT=...")

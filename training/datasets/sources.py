@@ -137,10 +137,9 @@ def _line(where: str, text: str, first: bool) -> Record:
 
 
 def _record(where: str, value: Any) -> Record:
-    whole = isinstance(value, dict)
-    return Record(
-        where, value if whole else None, "" if whole else f"a row must be a JSON object, this is {type(value).__name__}"
-    )
+    if isinstance(value, dict):
+        return Record(where, value)
+    return Record(where, None, f"a row must be a JSON object, this is {type(value).__name__}")
 
 
 def _array(path: Path, text: str) -> Iterator[Record]:

@@ -45,9 +45,8 @@ def evaluate(run: RunFolder, *, force: Force = False) -> dict[str, StageResult]:
 
         def work(folder: Path = folder, target: Path = target, key: str = sha256_json(inputs)) -> dict[str, Any]:
             partial = Partial(target.with_suffix(".part"), key)
-            answers = answer_all(folder, rows, partial=partial, now=now)
-            lines = [json.dumps({"text": a.text, "finish_reason": a.finish_reason}, ensure_ascii=False) for a in answers]
-            write_atomic(target, "".join(f"{line}\n" for line in lines))
+            answers = answer_all(folder, rows, partial, now)
+            write_atomic(target, "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers))
             partial.remove()
             return score(rows, answers)
 
@@ -55,9 +54,7 @@ def evaluate(run: RunFolder, *, force: Force = False) -> dict[str, StageResult]:
     return results
 
 
-def answer_all(
-    folder: Path, rows: Sequence[HeldOut], partial: "Partial | None" = None, now: datetime | None = None
-) -> list[Answer]:
+def answer_all(folder: Path, rows: Sequence[HeldOut], partial: "Partial", now: datetime | None) -> list[Answer]:
     """Greedy float32 answers of a model folder, in the rows' order; those in ``partial`` are taken, new ones added to it.
 
     ``now`` is the clock that dated templates see.
@@ -74,7 +71,7 @@ def answer_all(
     budget = answer_budget([row.expected for row in rows], lengths)
     # longest first: a batch pads little, and running out of memory shows at once
     order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
-    answers = dict(partial.done) if partial else {}
+    answers = dict(partial.done)
     if answers:
         log.info("%s: %d of %d answers are there from before", folder.name, len(answers), len(rows))
     longest = max(len(tokenizer(prompts[order[0]], add_special_tokens=False)["input_ids"]), 1)
@@ -91,8 +88,7 @@ def answer_all(
         new = out[:, batch["input_ids"].shape[1] :].tolist()
         made = {i: _answer(ids, tokenizer) for i, ids in zip(chosen, new, strict=True)}
         answers |= made
-        if partial:
-            partial.add(made)
+        partial.add(made)
     return [answers[i] for i in range(len(rows))]
 
 

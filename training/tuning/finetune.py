@@ -54,11 +54,9 @@ class Job:
 
     def counts(self) -> dict[str, Any]:
         """Rows and tokens, as the manifest keeps them."""
-        rows = {"train": len(self.rows.examples), "held_out": len(self.held_out.examples)}
-        return {
-            "rows": {**rows, "too_long": list(self.rows.too_long), "neutralised": self.rows.neutralised},
-            "tokens": {"all": self.rows.tokens, "trained": self.rows.trained_tokens},
-        }
+        used = {"train": len(self.rows.examples), "held_out": len(self.held_out.examples)}
+        rows = {**used, "too_long": list(self.rows.too_long), "neutralised": self.rows.neutralised}
+        return {"rows": rows, "tokens": {"all": self.rows.tokens, "trained": self.rows.trained_tokens}}
 
 
 def read_split(params: FinetuneParameters) -> Split:

@@ -21,8 +21,6 @@ from training.tuning.prepare import IGNORED, Example
 
 log = logging.getLogger(__name__)
 _EVERY_SECONDS = 10.0
-# unsloth patches the dense Granite layers; mixture-of-experts and mamba layers train through PEFT unchanged.
-_UNSLOTH_TYPES = frozenset({"granite"})
 _UNSLOTH_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -32,7 +30,8 @@ def choose(params: FinetuneParameters, folder: Path) -> tuple[str, str]:
     if params.trainer == "hf":
         return "hf", "asked for"
     problem = ""
-    if model_type not in _UNSLOTH_TYPES:
+    # unsloth patches the dense Granite layers; mixture-of-experts and mamba layers train through PEFT unchanged
+    if model_type != "granite":
         problem = f"unsloth has no patched layers for model_type {model_type!r}"
     elif importlib.util.find_spec("unsloth") is None:
         problem = "unsloth is not installed"
@@ -95,14 +94,8 @@ def trainable(folder: Path, params: FinetuneParameters, backend: str, dtype: Any
 
 def _unsloth(folder: Path, params: FinetuneParameters, dtype: Any) -> Any:
     loader = import_unsloth().FastLanguageModel
-    model, _ = loader.from_pretrained(
-        str(folder),
-        max_seq_length=params.max_length,
-        dtype=dtype,
-        load_in_4bit=params.method == "qlora",
-        full_finetuning=params.method == "full",
-        trust_remote_code=False,
-    )
+    loading = {"load_in_4bit": params.method == "qlora", "full_finetuning": params.method == "full", "trust_remote_code": False}
+    model, _ = loader.from_pretrained(str(folder), max_seq_length=params.max_length, dtype=dtype, **loading)
     if params.method == "full":
         return model
     sparing = "unsloth" if _on_gpu() else False
@@ -119,14 +112,8 @@ def _hf(folder: Path, params: FinetuneParameters, dtype: Any) -> Any:
     quantization = BitsAndBytesConfig(load_in_4bit=True, **nf4) if params.method == "qlora" else None
     # float16 weights with a gradient scaler need a float32 master copy; full fine-tuning wants one in any case
     weights = torch.float32 if params.method == "full" or dtype == torch.float16 else dtype
-    model = AutoModelForCausalLM.from_pretrained(
-        str(folder),
-        dtype=weights,
-        quantization_config=quantization,
-        device_map={"": 0} if _on_gpu() else None,
-        trust_remote_code=False,
-        use_safetensors=True,
-    )
+    loading = {"quantization_config": quantization, "device_map": {"": 0} if _on_gpu() else None, "use_safetensors": True}
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=weights, trust_remote_code=False, **loading)
     if params.method == "full":
         return model
     if params.method == "qlora":
@@ -155,15 +142,12 @@ def make_trainer(
 
     steps_per_epoch = math.ceil(len(rows) / (params.batch_size * params.gradient_accumulation))
     total = params.max_steps or math.ceil(steps_per_epoch * params.epochs)
-    pad = model.config.pad_token_id
-    trainer = Trainer(
-        model=model,
-        args=_arguments(folder, params, dtype, total),
-        train_dataset=list(rows),
-        eval_dataset=list(held_out),
-        data_collator=_collator(pad if pad is not None else 0),
-        callbacks=[_callback()],
-    )
+    sets = {
+        "train_dataset": list(rows),
+        "eval_dataset": list(held_out),
+        "data_collator": _collator(model.config.pad_token_id or 0),
+    }
+    trainer = Trainer(model=model, args=_arguments(folder, params, dtype, total), callbacks=[_callback()], **sets)
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
     return trainer
