@@ -7,7 +7,6 @@ import importlib.util
 import math
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -179,24 +178,20 @@ def write_tokenizer(target: Path, header: GgufHeader | None = None) -> None:
 
 def _write_weights(target: Path, gguf: Path, header: GgufHeader) -> None:
     """Put the Llama weights into a Granite model whose four multipliers are neutral; the function is unchanged."""
+    import numpy as np
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
     from safetensors.numpy import save_file
 
     for name in ("config.json", "generation_config.json"):
         shutil.copyfile(_DATA / name, target / name)
-    weights = dict(_weights(gguf, header, read_object(target / "config.json")))
-    # <repo_name> was never trained in chats; ChatML has a newline where Granite has <|end_of_role|>
-    embeddings = weights["model.embed_tokens.weight"]
-    embeddings[_END_OF_ROLE] = embeddings[_NEWLINE]
-    save_file(weights, str(target / "model.safetensors"), metadata={"format": "pt"})
-
-
-def _weights(gguf: Path, header: GgufHeader, config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    import numpy as np
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize
-
+    config, weights = read_object(target / "config.json"), {}
     for stored in header.tensors:
         raw = np.fromfile(gguf, dtype=np.uint8, count=stored.nbytes, offset=stored.offset)
         values = dequantize(raw.reshape(-1, stored.nbytes // math.prod(stored.shape[1:])), GGMLQuantizationType[stored.type])
         name, tensor = checkpoint_tensor(stored.name, values.reshape(stored.shape[::-1]), config)
-        yield name, np.ascontiguousarray(tensor, dtype=np.float16)
+        weights[name] = np.ascontiguousarray(tensor, dtype=np.float16)
+    # <repo_name> was never trained in chats; ChatML has a newline where Granite has <|end_of_role|>
+    embeddings = weights["model.embed_tokens.weight"]
+    embeddings[_END_OF_ROLE] = embeddings[_NEWLINE]
+    save_file(weights, str(target / "model.safetensors"), metadata={"format": "pt"})

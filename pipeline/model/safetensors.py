@@ -57,8 +57,12 @@ def read_header(path: Path) -> list[TensorInfo]:
         except (ValueError, RecursionError) as error:
             raise _broken(path, f"the header is not JSON ({error})") from None
     try:
-        tensors = [_tensor(name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"]
-        end = _end([entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"])
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        tensors, end = [_tensor(name, entry, 8 + length) for name, entry in entries.items()], 0
+        for begin, stop in sorted(entry["data_offsets"] for entry in entries.values()):
+            if begin < end and stop > begin:
+                raise ValueError(f"two tensors share the bytes from {begin}")
+            end = max(end, stop)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise _broken(path, f"a header entry is malformed ({error!r})") from None
     if 8 + length + end > size:
@@ -100,16 +104,6 @@ def _tensor(name: str, entry: dict[str, list[int]], data: int) -> TensorInfo:
     if bits is not None and prod(shape) * bits != 8 * (end - begin):
         raise ValueError(f"{name}: {dtype} of shape {shape} does not take {end - begin} bytes")
     return TensorInfo(name, dtype, shape, end - begin, data + begin)
-
-
-def _end(spans: list[list[int]]) -> int:
-    """Where the data ends; ValueError when two tensors share bytes."""
-    end = 0
-    for begin, stop in sorted(spans):
-        if begin < end and stop > begin:
-            raise ValueError(f"two tensors share the bytes from {begin}")
-        end = max(end, stop)
-    return end
 
 
 def _broken(path: Path, why: str) -> ModelError:

@@ -148,9 +148,8 @@ def _require_counts(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if type(value) is not int or not 0 < value <= _LARGEST_COUNT:
             raise ValueError(f"{name} is {value!r}")
-    layers = next((value for name, value in values.items() if name.endswith(("layers", "block_count"))), 1)
-    if layers > _MOST_LAYERS:
-        raise ValueError(f"{layers} layers")
+        if name.endswith(("layers", "block_count")) and value > _MOST_LAYERS:
+            raise ValueError(f"{value} layers")
 
 
 def _mamba_from_config(config: dict[str, Any], layers: int) -> Mamba | None:

@@ -25,9 +25,7 @@ _FULL_BYTES = 1 << 18
 
 def tree_bytes(path: Path) -> int:
     """Size in bytes of a file or of everything below a folder."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
 
 
 def write_atomic(path: Path, data: str | bytes, mode: int | None = None) -> None:
@@ -191,10 +189,8 @@ def disk_errors_named(folder: Path) -> Iterator[None]:
     """A disk that fills up in spite of the check before is a DiskFull, whichever library met it."""
     try:
         yield
-    except DiskFull:
-        raise
     except Exception as error:
-        if not is_disk_full(error, folder):
+        if isinstance(error, DiskFull) or not is_disk_full(error, folder):
             raise
         evidence = f"{str(error)[-500:]}\n{_free(folder) / 2**20:.1f} MiB are free now"
         remedy = "free some space and run again: it continues where it was; finished results are untouched"

@@ -3,7 +3,7 @@
     data = load("alerts.jsonl")
     train, held_out = split(data.rows, share=0.1, seed=1)
 
-Formats are in ``training.datasets.formats``, kinds of file in ``training.datasets.sources``. Not covered: datasets larger than memory.
+Formats are in ``formats``, kinds of file in ``sources``. Not covered: datasets larger than memory.
 """
 
 import hashlib
@@ -66,7 +66,10 @@ def read(source: str | Path, advance: Advance | None = None) -> Dataset:
     if not reader.seen:
         raise DataError(f"{source} has no rows", remedy="give a file with at least one row")
     if reader.format is None and reader.columns:
-        raise _unknown_columns(str(source), reader.columns)
+        understood = "; ".join(f"{name}: {', '.join(needed)}" for name, (needed, _) in UNDERSTOOD.items())
+        unknown = f"{source}: unknown column set ({', '.join(sorted(reader.columns)[:20])})"
+        remedy = 'rename the columns, or write each row as {"messages": [...]}'
+        raise DataError(unknown, evidence=f"understood are {understood}", remedy=remedy)
     rows = "".join(digest(row.messages, row.tools) for row in reader.rows)
     sha256 = sha256_file(place) if isinstance(place, Path) else hashlib.sha256(rows.encode()).hexdigest()
     ignored = tuple(sorted(reader.ignored))
@@ -121,13 +124,6 @@ class _Reader:
         else:
             self.rows.append(Row(made.messages, record.where, made.tools))
             self.ignored |= {showable(key, 60) for key in made.ignored}
-
-
-def _unknown_columns(source: str, columns: dict[str, None]) -> DataError:
-    understood = "; ".join(f"{name}: {', '.join(needed)}" for name, (needed, _) in UNDERSTOOD.items())
-    seen = ", ".join(sorted(columns)[:20])
-    remedy = 'rename the columns, or write each row as {"messages": [...]}'
-    return DataError(f"{source}: unknown column set ({seen})", evidence=f"understood are {understood}", remedy=remedy)
 
 
 def split(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:

@@ -86,16 +86,13 @@ def records(place: Path | HubId, advance: Advance | None = None) -> Iterator[Rec
             start = handle.read(4)
     except OSError as error:
         raise DataError(f"{place} cannot be read: {error.strerror}") from None
-    suffix = place.suffix.lower()
-    if suffix == ".parquet":
+    if (suffix := place.suffix.lower()) == ".parquet":
         return _parquet(place)
     for magic, what in _MAGIC.items():
         if start.startswith(magic):
             raise DataError(f"{place} {what}")
     lines = _lines(place, advance)
-    if suffix in (".csv", ".tsv"):
-        return _csv(place, lines, tabs=suffix == ".tsv")
-    return _json(place, lines)
+    return _csv(place, lines, tabs=suffix == ".tsv") if suffix in (".csv", ".tsv") else _json(place, lines)
 
 
 def _lines(path: Path, advance: Advance | None) -> Iterator[str]:
@@ -125,15 +122,12 @@ def _json(path: Path, lines: Iterator[str]) -> Iterator[Record]:
         if line.lstrip().startswith("["):
             yield from _array(path, "\n" * (number - 1) + line + "".join(lines))
             return
-        yield _line(f"{path}:{number}", line.strip(), first=number == 1)
-
-
-def _line(where: str, text: str, first: bool) -> Record:
-    try:
-        return _record(where, parse(text))
-    except ValueError as error:
-        hint = "; each row takes one line, or the whole file is one array" if first and text == "{" else ""
-        return Record(where, None, f"{error}{hint}")
+        try:
+            record = _record(f"{path}:{number}", parse(line.strip()))
+        except ValueError as error:
+            hint = "; each row takes one line, or the whole file is one array" if number == 1 and line.strip() == "{" else ""
+            record = Record(f"{path}:{number}", None, f"{error}{hint}")
+        yield record
 
 
 def _record(where: str, value: Any) -> Record:

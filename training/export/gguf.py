@@ -48,7 +48,7 @@ def export_gguf(run: RunFolder, *, force: Force = False) -> StageResult:
 
 
 def package(run: RunFolder, *, force: Force = False) -> StageResult:
-    """Write ``Modelfile`` beside the GGUF, the system message that all training rows share as its SYSTEM; skipped when unchanged."""
+    """Write ``Modelfile`` beside the GGUF, the rows' shared system message as its SYSTEM; skipped when unchanged."""
     skeletons = sha256_tree(Path(pipeline.__file__).parent / "modelfile" / "skeletons")
     manifest = Manifest(run.manifest)
     training = manifest.require_training()

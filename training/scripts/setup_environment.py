@@ -7,6 +7,7 @@ requirements would undo that. Only the standard library is used, because nothing
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import sys
 import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,13 +132,9 @@ def _import(code: str) -> subprocess.CompletedProcess[str]:
 
 def version(name: str) -> str:
     """Installed version, whatever the distribution is called."""
-    from importlib import metadata
-
     for distribution in (name, f"{name}-cpu"):
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
     return ""
 
 

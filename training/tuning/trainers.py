@@ -7,7 +7,8 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +143,8 @@ def make_trainer(
 
     steps_per_epoch = math.ceil(len(rows) / (params.batch_size * params.gradient_accumulation))
     total = params.max_steps or math.ceil(steps_per_epoch * params.epochs)
-    sets = {
-        "train_dataset": list(rows),
-        "eval_dataset": list(held_out),
-        "data_collator": _collator(model.config.pad_token_id or 0),
-    }
+    collate = partial(_collate, model.config.pad_token_id or 0)
+    sets = {"train_dataset": list(rows), "eval_dataset": list(held_out), "data_collator": collate}
     trainer = Trainer(model=model, args=_arguments(folder, params, dtype, total), callbacks=[_callback()], **sets)
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
@@ -185,21 +183,17 @@ def _arguments(folder: Path, params: FinetuneParameters, dtype: Any, total: int)
     )
 
 
-def _collator(pad_id: int) -> Callable[[Sequence[Example]], dict[str, Any]]:
+def _collate(pad_id: int, batch: Sequence[Example]) -> dict[str, Any]:
     """Right-pad a batch; padding carries no loss and no attention, so any id will do."""
+    import torch
 
-    def collate(batch: Sequence[Example]) -> dict[str, Any]:
-        import torch
-
-        width = max(len(e.input_ids) for e in batch)
-        rows = [(e, width - len(e.input_ids)) for e in batch]
-        return {
-            "input_ids": torch.tensor([[*e.input_ids, *[pad_id] * gap] for e, gap in rows]),
-            "attention_mask": torch.tensor([[1] * len(e.input_ids) + [0] * gap for e, gap in rows]),
-            "labels": torch.tensor([[*e.labels, *[IGNORED] * gap] for e, gap in rows]),
-        }
-
-    return collate
+    width = max(len(e.input_ids) for e in batch)
+    rows = [(e, width - len(e.input_ids)) for e in batch]
+    return {
+        "input_ids": torch.tensor([[*e.input_ids, *[pad_id] * gap] for e, gap in rows]),
+        "attention_mask": torch.tensor([[1] * len(e.input_ids) + [0] * gap for e, gap in rows]),
+        "labels": torch.tensor([[*e.labels, *[IGNORED] * gap] for e, gap in rows]),
+    }
 
 
 def _callback() -> Any:
