@@ -169,7 +169,10 @@ def shape_from_gguf(header: GgufHeader, source: Path) -> Shape:
         kv = header.get("attention.head_count_kv", heads)
         per_layer = kv if isinstance(kv, list) else [kv] * layers
         query = max(heads) if isinstance(heads, list) else heads
-        mamba_layers = per_layer.count(0)
+        mamba_layers, mamba = per_layer.count(0), None
+        if mamba_layers:
+            rank, *widths = (header.get(f"ssm.{key}") for key in ("time_step_rank", "state_size", "group_count", "conv_kernel"))
+            mamba = Mamba(mamba_layers, rank, header.get("ssm.inner_size") // rank, *widths)
         vocab = header.get("vocab_size") or header.metadata.get("tokenizer.ggml.tokens", 0)
         experts = header.get("expert_count") or 0
         shared = header.get("expert_shared_feed_forward_length") or 0
@@ -184,20 +187,12 @@ def shape_from_gguf(header: GgufHeader, source: Path) -> Shape:
             intermediate=0 if experts else max(width) if isinstance(width, list) else width,
             vocab=len(vocab) if isinstance(vocab, list) else vocab,
             max_positions=header.get("context_length"),
-            mamba=_mamba_from_gguf(header, mamba_layers),
+            mamba=mamba,
             experts=Experts(experts, header.get("expert_used_count"), width, shared) if experts else None,
             tied=all(t.name != "output.weight" for t in header.tensors),
         )
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise ModelError(f"{source} does not describe a decoder model: {error!r}") from None
-
-
-def _mamba_from_gguf(header: GgufHeader, layers: int) -> Mamba | None:
-    if not layers:
-        return None
-    heads = header.get("ssm.time_step_rank")
-    state, groups, conv = (header.get(f"ssm.{key}") for key in ("state_size", "group_count", "conv_kernel"))
-    return Mamba(layers, heads, header.get("ssm.inner_size") // heads, state, groups, conv)
 
 
 def _published() -> tuple[dict[str, Shape], dict[str, str]]:

@@ -20,7 +20,6 @@ from pipeline.errors import DataError, EnvironmentFailure, MissingDependency
 from pipeline.runs.files import require_path
 
 Advance = Callable[[int], None]
-
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _MAGIC = {
     b"\x1f\x8b": "is gzip-compressed; unpack it first",
@@ -30,7 +29,6 @@ _MAGIC = {
     b"PAR1": "is a Parquet file; name it .parquet",
 }
 _HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.\[\]%:+-]+))?", re.ASCII)
-_BATCH = 1000
 
 
 @dataclass(frozen=True)
@@ -205,10 +203,9 @@ def _csv(path: Path, lines: Iterator[str], tabs: bool) -> Iterator[Record]:
     header_line = next(lines, "")
     delimiter = "\t" if tabs else ";" if ";" in header_line and "," not in header_line else ","
     try:
-        header = next(csv.reader([header_line], delimiter=delimiter), [])
+        header = [name.strip() for name in next(csv.reader([header_line], delimiter=delimiter), [])]
     except csv.Error as error:
         raise DataError(f"{path}:1: not valid CSV ({error})", remedy="save it with newlines (LF) between rows") from None
-    header = [name.strip() for name in header]
     if len(set(header)) < len(header):
         raise DataError(f"{path}:1: a column name appears twice in the header: {', '.join(header)}")
     # process-wide, and the default of 128 KiB is less than a long document
@@ -238,7 +235,7 @@ def _parquet(path: Path) -> Iterator[Record]:
         raise MissingDependency("reading Parquet needs pyarrow", remedy="pip install pyarrow") from None
     try:
         number = 0
-        for batch in parquet.ParquetFile(path).iter_batches(_BATCH):
+        for batch in parquet.ParquetFile(path).iter_batches(1000):
             for value in _values(path, number, batch):
                 number += 1
                 yield Record(f"{path}:{number}", _without_nulls(value))

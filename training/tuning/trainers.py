@@ -1,13 +1,12 @@
 """A trainable model in one of two ways, unsloth or transformers + PEFT, and the loop that trains it: transformers' Trainer."""
 
-import contextlib
 import importlib.util
 import logging
 import math
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,24 +53,19 @@ def import_unsloth() -> Any:
     unsloth probes ``vllm._C`` at import; in vLLM's CPU build that file is AVX-512 code, which kills the process
     (SIGILL) on a CPU without it. Training does not need vLLM, so it is hidden for the moment of the import.
     """
-    with _hidden("vllm"), warnings.catch_warnings():
-        # said when a notebook has something of transformers loaded; our models are loaded after the patches either way
-        warnings.filterwarnings("ignore", message=r"(?s).*Unsloth should be imported before")
-        import unsloth
-
-        return unsloth
-
-
-@contextlib.contextmanager
-def _hidden(name: str) -> Iterator[None]:
-    kept = sys.modules.get(name)
-    sys.modules[name] = None  # type: ignore[assignment]
+    kept = sys.modules.get("vllm")
+    sys.modules["vllm"] = None  # type: ignore[assignment]
     try:
-        yield
+        with warnings.catch_warnings():
+            # said when a notebook has something of transformers loaded; our models are loaded after the patches either way
+            warnings.filterwarnings("ignore", message=r"(?s).*Unsloth should be imported before")
+            import unsloth
+
+            return unsloth
     finally:
-        del sys.modules[name]
+        del sys.modules["vllm"]
         if kept is not None:
-            sys.modules[name] = kept
+            sys.modules["vllm"] = kept
 
 
 def training_dtype() -> Any:
