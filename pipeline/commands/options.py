@@ -88,20 +88,18 @@ def _agree(said: str, word: str, wanted: str, given: str | None) -> None:
         raise InputError(f"{said}, {word} says {given}", remedy="give one of the two")
 
 
-def pair(option: str, text: str, *, bare: str | None = None) -> tuple[str, str]:
+def pair(option: str, text: str, *, form: str = "NAME=VALUE", bare: str | None = None, remedy: str = "") -> tuple[str, str]:
     """The two sides of NAME=VALUE; a NAME alone means ``bare``, or is refused when that is None."""
     name, equals, value = text.partition("=")
     if not name.strip() or (not equals and bare is None):
-        raise InputError(f"{option} {text!r} is not NAME=VALUE")
+        raise InputError(f"{option} {text!r} is not {form}", remedy=remedy)
     return name.strip(), value if equals else str(bare)
 
 
 def overrides(given: Iterable[str] | None) -> dict[str, str]:
     """The values of ``--set``; a KEY alone switches a flag on."""
-    try:
-        return dict(pair("--set", text, bare="true") for text in given or ())
-    except InputError as error:
-        raise InputError(error.message.replace("NAME", "KEY"), remedy="for example --set max_model_len=4096") from None
+    remedy = "for example --set max_model_len=4096"
+    return dict(pair("--set", text, form="KEY=VALUE", bare="true", remedy=remedy) for text in given or ())
 
 
 def listed(text: str) -> list[str]:

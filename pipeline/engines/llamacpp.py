@@ -19,7 +19,7 @@ from pipeline.machine.hardware import Hardware
 from pipeline.model.toolcalls import Call
 from pipeline.net.client import ask
 from pipeline.net.reach import get_json
-from pipeline.planning.gguf_fit import SHORT_SPIN, GgufFit, fit_gguf, gguf_that_fits, room
+from pipeline.planning.gguf_fit import SHORT_SPIN, GgufFit, fit_gguf, gguf_plan
 from pipeline.planning.overrides import Overrides
 from pipeline.planning.plan import Plan, Request, Setting
 from pipeline.prompts.conversation import Conversation, Prompt
@@ -29,30 +29,6 @@ _ALIASES = {
     "--ctk": "--cache-type-k", "--ctv": "--cache-type-v", "--b": "--batch-size", "--ub": "--ubatch-size",
     "--kvu": "--kv-unified", "--a": "--alias", "--tb": "--threads-batch", "--m": "--model",
 }  # fmt: skip
-
-
-def plan(request: Request) -> Plan:
-    """Flags for one GGUF; ``-c`` is the context of all slots together, so it is slots x context per request."""
-    user = Overrides.of(request.overrides, _ALIASES)
-    model = request.model
-    why_not = "" if model.format != "safetensors" else f"llama.cpp reads GGUF files, {model.path} is a safetensors folder"
-    fit = fit_gguf(request, user)
-    flags, env = user.lay_over(_settings(request, fit), listed_flags("llamacpp"))
-    kind = model.quantization or ("Q8_0" if model.format == "shape" else None)
-    return Plan(
-        engine="llamacpp",
-        feasible=fit.feasible and not why_not,
-        flags=flags,
-        env=env,
-        dtype=model.dtype,
-        quantization=kind,
-        tensor_parallel=1,
-        max_model_len=fit.length,
-        max_num_seqs=fit.slots,
-        memory=fit.memory,
-        alternatives=_alternatives(request, fit, why_not),
-        warnings=_warnings(request, fit, why_not),
-    )
 
 
 def _settings(request: Request, fit: GgufFit) -> list[Setting]:
@@ -75,35 +51,6 @@ def _settings(request: Request, fit: GgufFit) -> list[Setting]:
     if not fit.on_gpu:
         settings.append(SHORT_SPIN)
     return settings
-
-
-def _alternatives(request: Request, fit: GgufFit, why_not: str) -> tuple[str, ...]:
-    if why_not:
-        return ("granite-pipeline export makes a Q8_0 GGUF of it", "the vllm engine serves the folder as it is")
-    if fit.feasible and (fit.on_gpu or not request.hardware.gpus):
-        return ()
-    found = gguf_that_fits(request.model, request.hardware) if request.model.format == "shape" else None
-    words = [f"the {found[0]} GGUF ({found[1]:.1f} GiB), {found[2]}"] if found and found[0] != "Q8_0" else []
-    if not fit.feasible:
-        words += ["a GGUF with fewer bits per weight (Q4_K_M), or a smaller Granite"] if not words else []
-    return tuple(words)
-
-
-def _warnings(request: Request, fit: GgufFit, why_not: str) -> tuple[str, ...]:
-    m, found = fit.memory, [why_not] if why_not else []
-    if not fit.feasible:
-        found.append(
-            f"needs {m.total:.1f} GiB (weights {m.weights:.1f}, KV cache {m.kv_cache:.1f}, buffers {m.overhead:.1f}), {m.available:.1f} GiB are available"
-        )
-    elif request.hardware.gpus and not fit.on_gpu:
-        found.append(
-            f"{m.total:.1f} GiB do not fit on the GPU ({room(request.hardware).gpu:.1f} GiB usable): part of the layers run on the CPU"
-        )
-    if not request.model.has_chat_template:
-        found.append("the GGUF has no chat template: llama.cpp would guess a format; export it with its template")
-    if request.model.format == "shape":
-        found.append("planned for a Q8_0 GGUF; give --model FILE.gguf for another type")
-    return tuple(found)
 
 
 class LlamaCpp(Engine):
@@ -162,8 +109,16 @@ class LlamaCpp(Engine):
         return {"-c": str(half)} | ({} if mine else {"--parallel": str(slots)})
 
     def plan(self, request: Request) -> Plan:
-        """Flags for this GGUF, machine and purpose."""
-        return plan(request)
+        """Flags for one GGUF; ``-c`` is the context of all slots together, so it is slots x context per request."""
+        user, model = Overrides.of(request.overrides, _ALIASES), request.model
+        refused = f"llama.cpp reads GGUF files, {model.path} is a safetensors folder" if model.format == "safetensors" else ""
+        fit, notes = fit_gguf(request, user), []
+        if not model.has_chat_template:
+            notes.append("the GGUF has no chat template: llama.cpp would guess a format; export it with its template")
+        if model.format == "shape":
+            notes.append("planned for a Q8_0 GGUF; give --model FILE.gguf for another type")
+        settings = user.lay_over(_settings(request, fit), self.flags)
+        return gguf_plan(self.name, request, fit, settings, refused=refused, notes=notes)
 
     def program(self) -> Sequence[str]:
         """``llama-server``, else the wheel's in this interpreter."""

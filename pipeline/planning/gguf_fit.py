@@ -1,5 +1,6 @@
 """What fits of a GGUF on this machine, for llama.cpp and Ollama: slots, context, memory; and which quantisation would."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.machine.gpus import GIB
@@ -7,7 +8,7 @@ from pipeline.machine.hardware import Hardware
 from pipeline.model.model import Model
 from pipeline.planning.memory import LLAMACPP_MARGIN, compute_gib, kv_gib, llamacpp_state_gib
 from pipeline.planning.overrides import Overrides
-from pipeline.planning.plan import Memory, Purpose, Request, Setting
+from pipeline.planning.plan import Memory, Plan, Purpose, Request, Setting
 
 # bits per weight over a whole dense model; source: llama.cpp tools/quantize/README.md (8B figures); Q8_0 is exact (34/32 bytes)
 BITS = {"Q8_0": 8.5, "Q6_K": 6.56, "Q5_K_M": 5.70, "Q4_K_M": 4.89}
@@ -123,3 +124,50 @@ def gguf_that_fits(model: Model, hardware: Hardware) -> tuple[str, float, str] |
             where = "in RAM on the CPU" if not hardware.gpus else "layers shared between GPU and CPU, several times slower"
             return kind, gguf_gib(model, kind), where
     return None
+
+
+def gguf_plan(
+    engine: str,
+    request: Request,
+    fit: GgufFit,
+    settings: tuple[tuple[Setting, ...], tuple[Setting, ...]],
+    *,
+    refused: str = "",
+    on_cpu: bool = False,
+    parameters: tuple[Setting, ...] = (),
+    notes: Sequence[str] = (),
+) -> Plan:
+    """The plan with this fit and these (flags, environment): what does not fit, and what would.
+
+    ``refused`` says why the engine does not load the model at all, ``on_cpu`` that its owner wants no GPU.
+    """
+    model, m = request.model, fit.memory
+    warnings, alternatives = [refused] if refused else [], list[str]()
+    if not fit.feasible:
+        parts = f"weights {m.weights:.1f}, KV cache {m.kv_cache:.1f}, buffers {m.overhead:.1f}"
+        warnings.append(f"needs {m.total:.1f} GiB ({parts}), {m.available:.1f} GiB are available")
+    elif request.hardware.gpus and not fit.on_gpu and not on_cpu:
+        usable = f"{m.total:.1f} GiB do not fit on the GPU ({room(request.hardware).gpu:.1f} GiB usable)"
+        warnings.append(f"{usable}: part of the layers run on the CPU")
+    if refused:
+        alternatives = ["granite-pipeline export makes a Q8_0 GGUF of it", "the vllm engine serves the folder as it is"]
+    elif warnings:
+        better = gguf_that_fits(model, request.hardware) if model.format == "shape" else None
+        if better and better[0] != "Q8_0":
+            alternatives = [f"the {better[0]} GGUF ({better[1]:.1f} GiB), {better[2]}"]
+        elif not fit.feasible:
+            alternatives = ["a GGUF with fewer bits per weight (Q4_K_M), or a smaller Granite"]
+    return Plan(
+        engine=engine,
+        feasible=fit.feasible and not refused,
+        flags=settings[0],
+        env=settings[1],
+        dtype=model.dtype,
+        quantization=model.quantization or ("Q8_0" if model.format == "shape" else None),
+        max_model_len=fit.length,
+        max_num_seqs=fit.slots,
+        memory=m,
+        parameters=parameters,
+        alternatives=tuple(alternatives),
+        warnings=(*warnings, *notes),
+    )

@@ -47,28 +47,24 @@ class _Case:
     request: Request
 
 
-def next_plan(engine: Engine, request: Request, plan: Plan, failed: StartFailure, changes: list[Change], *, port_given: bool) -> Plan:  # fmt: skip
+def next_plan(
+    engine: Engine, request: Request, plan: Plan, failed: StartFailure, changes: list[Change], *, port_given: bool
+) -> Plan:
     """The plan for the next attempt, its change appended to ``changes``; raises the failure when no retry can mend it."""
     change = propose(failed, plan, request, port_given=port_given) if len(changes) < MAX_RETRIES else None
     if change is None:
         tried = "".join(f"\nretried: {c.reason} {c.words}".rstrip() for c in changes)
-        raise StartFailure(
-            failed.message, evidence=failed.evidence + tried, remedy=failed.remedy, kind=failed.kind, cause=failed.cause
-        ) from None
+        raise _refused(failed, tried=tried) from None
     if not change.settings:
         changes.append(change)
         return plan
     try:
         following = replan(engine, request, [*changes, change])
     except InputError as error:
-        raise StartFailure(f"{failed.message}; {change.words} is not possible: {error.message}", evidence=failed.evidence, remedy=failed.remedy, kind=failed.kind) from None  # fmt: skip
+        raise _refused(failed, f"; {change.words} is not possible: {error.message}") from None
     if not following.feasible:
-        raise StartFailure(
-            f"{failed.message}; {change.words} would be the next try, but does not fit: {'; '.join(following.warnings)}",
-            evidence=failed.evidence,
-            remedy="; or ".join(following.alternatives) or failed.remedy,
-            kind=failed.kind,
-        ) from None
+        why = f"; {change.words} would be the next try, but does not fit: {'; '.join(following.warnings)}"
+        raise _refused(failed, why, remedy="; or ".join(following.alternatives)) from None
     changes.append(change)
     return following
 
@@ -84,13 +80,15 @@ def propose(failed: StartFailure, plan: Plan, request: Request, *, port_given: b
     for name, value in change.settings.items():
         if mine := _set_by_user(plan, name):
             given = mine.name if mine.value is None else f"{mine.name}={mine.value}"
-            raise StartFailure(
-                f"{failed.message}; your --set {given.lstrip('-')} is not changed by a retry",
-                evidence=failed.evidence,
-                remedy=f"--set {name.lstrip('-')}={value or 'true'} ({change.reason}), or leave it to the plan",
-                kind=failed.kind,
-            ) from None
+            remedy = f"--set {name.lstrip('-')}={value or 'true'} ({change.reason}), or leave it to the plan"
+            raise _refused(failed, f"; your --set {given.lstrip('-')} is not changed by a retry", remedy=remedy) from None
     return change
+
+
+def _refused(failed: StartFailure, why: str = "", *, remedy: str = "", tried: str = "") -> StartFailure:
+    """The failure, with the reason why there is no further try."""
+    evidence, remedy = failed.evidence + tried, remedy or failed.remedy
+    return StartFailure(failed.message + why, evidence=evidence, remedy=remedy, kind=failed.kind, cause=failed.cause)
 
 
 def replan(engine: Engine, request: Request, changes: list[Change]) -> Plan:

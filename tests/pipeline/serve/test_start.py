@@ -19,7 +19,6 @@ from pipeline.commands.serve import _target
 from pipeline.config import Settings, key_variables, load
 from pipeline.engines.base import Launch
 from pipeline.engines.ollama import Ollama
-from pipeline.engines.ollama import plan as ollama_plan
 from pipeline.engines.vllm.engine import Vllm
 from pipeline.errors import EngineError, EnvironmentFailure, StartFailure
 from pipeline.machine.named import hardware_from
@@ -80,7 +79,7 @@ def test_the_plans_parameters_reach_ollama_and_replace_the_modelfiles(fake: Fake
     request = Request(Model.from_shape("granite-4.0-1b"), hardware_from("cpu-16c-64g"), "serve", "m", {"num_ctx": "3000"})
     said: list[str] = []
     endpoint = Endpoint("ollama", fake.url, "soc")
-    start.create_in_ollama(endpoint, Target(gguf, "soc", tmp_path, modelfile), said.append, ollama_plan(request))
+    start.create_in_ollama(endpoint, Target(gguf, "soc", tmp_path, modelfile), said.append, Ollama().plan(request))
     assert fake.seen["/api/create"]["parameters"] == {"num_ctx": 3000, "temperature": 0.0, "num_gpu": 0}
     assert said == ["creating soc in Ollama with num_ctx 3000, num_gpu 0"]
 
@@ -109,7 +108,7 @@ def test_a_server_that_came_up_during_the_planning_is_not_overwritten(tmp_path: 
 
     request = Request(Model.from_shape("granite-4.0-1b"), hardware_from("cpu-16c-64g"), "serve", "m")
     target = Target(tmp_path / "m.gguf", "m", tmp_path)
-    plan = ollama_plan(request)
+    plan = Ollama().plan(request)
     first = server.start(Sleeping().launch(plan, request, host="127.0.0.1", port=9), tmp_path / "log", owner=os.getpid())
     records.save(target.servers, Record(first.engine, first))
     try:
