@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline import engines
 from pipeline.errors import EngineError, PipelineError
-from pipeline.model.toolcalls import ARGUMENTS, MARKS, NAME, QUESTION, example_call, tool_format
+from pipeline.model.toolcalls import ARGUMENTS, MARKS, NAME, QUESTION, TOOL, example_call, tool_format
 from pipeline.prompts.conversation import Conversation
 from pipeline.prompts.neutralise import neutralise
 from pipeline.report.check import Check, held
@@ -127,7 +127,7 @@ async def tool_call(prober: Prober, template: str) -> Check:
         text = f"not supported: {name} does not find calls in the form of this chat template ({MARKS[form]})"
         return _outcome(check_id, "skipped", text, "not supported by this engine for this chat template")
     call = example_call(form)
-    body = prober.body([QUESTION], _MAX_TOKENS) | {"tools": [call.tool]}
+    body = prober.body([QUESTION], _MAX_TOKENS) | {"tools": [TOOL]}
     forced = engines.get(name).force_call(body, call)
     try:
         message = (await prober.post("/v1/chat/completions", forced or body))["choices"][0]["message"]

@@ -40,14 +40,12 @@ def evaluate(run: RunFolder, *, force: Force = False) -> dict[str, StageResult]:
     results = {}
     for which, (folder, sha256) in models.items():
         target = run.reference(which)
-
         inputs = {**shared, "model": sha256}
 
         def work(folder: Path = folder, target: Path = target, key: str = sha256_json(inputs)) -> dict[str, Any]:
             partial = Partial(target.with_suffix(".part"), key)
-            answers = answer_all(folder, rows, partial=partial, now=now)
-            lines = [json.dumps({"text": a.text, "finish_reason": a.finish_reason}, ensure_ascii=False) for a in answers]
-            write_atomic(target, "".join(f"{line}\n" for line in lines))
+            answers = answer_all(folder, rows, partial, now)
+            write_atomic(target, "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers))
             partial.remove()
             return score(rows, answers)
 
@@ -55,9 +53,7 @@ def evaluate(run: RunFolder, *, force: Force = False) -> dict[str, StageResult]:
     return results
 
 
-def answer_all(
-    folder: Path, rows: Sequence[HeldOut], partial: "Partial | None" = None, now: datetime | None = None
-) -> list[Answer]:
+def answer_all(folder: Path, rows: Sequence[HeldOut], partial: Partial, now: datetime | None) -> list[Answer]:
     """Greedy float32 answers of a model folder, in the rows' order; those in ``partial`` are taken, new ones added to it.
 
     ``now`` is the clock that dated templates see.
@@ -74,7 +70,9 @@ def answer_all(
     budget = answer_budget([row.expected for row in rows], lengths)
     # longest first: a batch pads little, and running out of memory shows at once
     order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
-    answers = _from_before(partial, folder, len(rows))
+    answers = {int(row): Answer(**made) for row, made in partial.done.items()}
+    if answers:
+        log.info("%s: %d of %d answers are there from before", folder.name, len(answers), len(rows))
     longest = max(len(tokenizer(prompts[order[0]], add_special_tokens=False)["input_ids"]), 1)
     size = max(1, _BATCH_TOKENS // (longest + budget))
     quiet = not logging.getLogger().isEnabledFor(logging.INFO)
@@ -89,8 +87,7 @@ def answer_all(
         new = out[:, batch["input_ids"].shape[1] :].tolist()
         made = {i: _answer(ids, tokenizer) for i, ids in zip(chosen, new, strict=True)}
         answers |= made
-        if partial:
-            partial.add({str(i): asdict(answer) for i, answer in made.items()})
+        partial.add({str(i): asdict(answer) for i, answer in made.items()})
     return [answers[i] for i in range(len(rows))]
 
 
@@ -106,13 +103,6 @@ def _model(folder: Path) -> Any:
     dtype = torch.float32 if device == "cpu" else torch.float16
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, trust_remote_code=False, use_safetensors=True)
     return model.to(device).eval()
-
-
-def _from_before(partial: Partial | None, folder: Path, rows: int) -> dict[int, Answer]:
-    answers = {int(row): Answer(**made) for row, made in partial.done.items()} if partial else {}
-    if answers:
-        log.info("%s: %d of %d answers are there from before", folder.name, len(answers), rows)
-    return answers
 
 
 def _answer(ids: list[int], tokenizer: Any) -> Answer:

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ModelError
-from pipeline.model.gguf import GgufHeader, GgufTensor, read_gguf_header
-from pipeline.model.gguf_names import DERIVED, gguf_tensors
+from pipeline.model.gguf import DERIVED, GgufHeader, GgufTensor, gguf_tensors, read_gguf_header
 from pipeline.model.safetensors import TensorFolder
 from pipeline.prompts.chat import ChatTemplate
 from pipeline.prompts.stops import gguf_problems, special_ids, turn_end
