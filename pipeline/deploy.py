@@ -147,14 +147,8 @@ def _service(engine: Engine, facts: Container, model: Model, hardware: Hardware)
 
 def _frame(engine: Engine, facts: Container) -> dict[str, Any]:
     port = engine.default_port
-    service: dict[str, Any] = {
-        "image": facts.image or facts.gpu_image,
-        "profiles": [f"local-{engine.name}"],
-        "ports": [f"127.0.0.1:{port}:{port}"],
-        "volumes": [_RUNS, *facts.volumes],
-        **_GUARDED,
-        "healthcheck": _health(port, facts.health),
-    }
+    where = {"profiles": [f"local-{engine.name}"], "ports": [f"127.0.0.1:{port}:{port}"], "volumes": [_RUNS, *facts.volumes]}
+    service = {"image": facts.image or facts.gpu_image, **where, **_GUARDED, "healthcheck": _health(port, facts.health)}
     return service | ({"shm_size": facts.shm_size} if facts.shm_size else {})
 
 

@@ -126,9 +126,8 @@ def _cpu_quota(folder: Path) -> float | None:
     quota, _, period = gpus.read(folder / "cpu.max").partition(" ")
     if not quota:
         quota, period = gpus.read(folder / "cpu.cfs_quota_us"), gpus.read(folder / "cpu.cfs_period_us")
-    if not quota or quota == "max" or int(quota) <= 0:
-        return None
-    return int(quota) / int(period or 100_000)
+    unlimited = quota in ("", "max") or int(quota) <= 0
+    return None if unlimited else int(quota) / int(period or 100_000)
 
 
 def _reclaimable(folder: Path) -> int:

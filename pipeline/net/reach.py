@@ -103,20 +103,18 @@ def _not_connected(error: httpx.ConnectError, root: str) -> tuple[str, str]:
         return "tls", f"{root} does not speak TLS as asked: use http:// for a local server, or trust its certificate"
     if any(isinstance(cause, ConnectionRefusedError) for cause in causes) or "refused" in str(error):
         return "refused", f"nothing listens at {root} (connection refused): start the server there, or correct the port"
-    if "Name or service" in str(error) or "nodename" in str(error) or "resolution" in str(error):
+    if any(words in str(error) for words in ("Name or service", "nodename", "resolution")):
         return "name", f"the host name in {root} is not known: correct it, or check the network"
     return "connect", f"no connection to {root}: check host, port and network"
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    found: list[BaseException] = []
+    causes: list[BaseException] = []
     following: BaseException | None = error
-    while following is not None and len(found) < 10:
-        found.append(following)
-        if isinstance(following, BaseExceptionGroup):
-            found += list(following.exceptions)
+    while following is not None and len(causes) < 10:
+        causes += [following, *(following.exceptions if isinstance(following, BaseExceptionGroup) else ())]
         following = following.__cause__ or following.__context__
-    return found
+    return causes
 
 
 def _failed(kind: str, detail: str, begun: float) -> Reached:

@@ -4,8 +4,10 @@ An Ollama that already runs, as the system service it is on Linux, is used as it
 """
 
 import logging
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,6 +91,18 @@ def start(run: RunFolder, name: str, settings: Settings, options: Options) -> St
         raise
     except PipelineError as error:
         return Started(name, "failed", str(error))
+
+
+@contextmanager
+def borrowed(run: RunFolder, name: str, settings: Settings, *, keep: bool) -> Iterator[Started]:
+    """A backend to ask questions of, found or started; stopped at the end, unless it was up before and is to be kept."""
+    was_up = find(run, name, settings) is not None
+    started = start(run, name, settings, Options(purpose="verify", owner=os.getpid()))
+    try:
+        yield started
+    finally:
+        if started.endpoint and not (keep and was_up):
+            serving.stop(run.path, name)
 
 
 def start_backends(

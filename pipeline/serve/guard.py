@@ -16,7 +16,6 @@ import time
 import psutil
 
 _POLL_SECONDS = 0.5
-_GRACE_SECONDS = 10.0
 
 
 def main(argv: list[str]) -> int:
@@ -66,8 +65,8 @@ def _end_group(child: subprocess.Popen[bytes]) -> None:
     me, group = os.getpid(), os.getpgid(0)
     if group != me:
         raise RuntimeError("the guard must lead its own process group")
-    for sent in (signal.SIGTERM, signal.SIGKILL):
-        deadline = time.monotonic() + (_GRACE_SECONDS if sent == signal.SIGTERM else 2)
+    for sent, seconds in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 2.0)):
+        deadline = time.monotonic() + seconds
         for pid in _others(group, me):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, sent)

@@ -153,7 +153,7 @@ def stop(folder: Path, engine: str) -> bool:
     if record is None or record.process is None:
         return False
     was_alive = record.process.alive
-    end(record.process, folder) if was_alive else forget(record.process, folder)
+    (end if was_alive else forget)(record.process, folder)
     return was_alive
 
 

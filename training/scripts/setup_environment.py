@@ -7,6 +7,7 @@ requirements would undo that. Only the standard library is used, because nothing
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,13 +129,9 @@ def _import(code: str) -> subprocess.CompletedProcess[str]:
 
 def version(name: str) -> str:
     """Installed version, whatever the distribution is called."""
-    from importlib import metadata
-
     for distribution in (name, f"{name}-cpu"):
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
     return ""
 
 
@@ -146,8 +144,7 @@ def pip(*arguments: str, quiet: bool = False) -> bool:
 
 def run(command: list[str], *, quiet: bool = False) -> bool:
     """True when the command ends with 0."""
-    done = subprocess.run(command, check=False, stderr=subprocess.DEVNULL if quiet else None)
-    return done.returncode == 0
+    return subprocess.run(command, check=False, stderr=subprocess.DEVNULL if quiet else None).returncode == 0
 
 
 def say(text: str) -> None:
