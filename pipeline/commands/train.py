@@ -81,7 +81,7 @@ def export(
 
     Example: granite-pipeline export --name mine
     """
-    from training import stages
+    from pipeline.runs import stages
     from training.export import evaluate, gguf, merge
 
     this = options.folder(agent, run, output)

@@ -46,6 +46,7 @@ class RunFolder:
     notebooks = Part("notebooks")  # Executed notebook copies
     report = Part("report")  # report.html, report.json, junit.xml
     report_file = Part("report", "report.json")  # The report as other programs read it
+    evidence = Part("report", "evidence.json")  # What each backend said in the last verification
     logs = Part("logs")  # One log per server start
     checkpoints = Part("checkpoints")  # Trainer checkpoints, kept until training ends
     heldout = Part("heldout.jsonl")  # Held-out conversations, control tokens neutralised, one JSON object a line

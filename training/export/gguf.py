@@ -25,7 +25,7 @@ from pipeline.runs.files import is_disk_full, read_json, require_free_space, sta
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import sha256_file, sha256_tree
 from pipeline.runs.manifest import Manifest
-from training.stages import Force, StageResult, run_stage
+from pipeline.runs.stages import Force, StageResult, run_stage
 
 log = logging.getLogger(__name__)
 _RECIPE = 1

@@ -15,9 +15,9 @@ from pipeline.prompts.stops import repair_folder, special_ids, turn_end
 from pipeline.runs.files import read_json, require_free_space, staged, write_atomic, write_json
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest, TrainingRecord
+from pipeline.runs.stages import Force, StageResult, run_stage
 from training.base import BaseModel
 from training.memory import merge_need, require_memory
-from training.stages import Force, StageResult, run_stage
 
 log = logging.getLogger(__name__)
 _RECIPE = 1

@@ -17,12 +17,12 @@ from pipeline.errors import DataError, EnvironmentFailure, InputError, PipelineE
 from pipeline.runs import interrupt, lock
 from pipeline.runs.files import read_json, require_free_space, staged, write_atomic, write_json
 from pipeline.runs.folder import RunFolder
+from pipeline.runs.stages import Force, StageResult, run_stage
 from training.base import BaseModel, resolve
 from training.datasets import soc
 from training.datasets.dataset import Row, load, overlap, split
 from training.memory import finetune_need, require_memory
 from training.parameters import FinetuneParameters
-from training.stages import Force, StageResult, run_stage
 from training.tuning import checkpoints, trainers
 from training.tuning.prepare import Prepared, Preparer
 
