@@ -128,7 +128,7 @@ class Engine(ABC):
     tag: ClassVar[str] = ""
     # whether prompt() can be asked for what the model is fed
     tells_prompt: ClassVar[bool] = False
-    # the ways a chat may take to a prompt here, as pipeline.prompts.deviations names them
+    # the ways a chat may take to a prompt here, as the known deviations in pipeline.prompts.parity name them
     renderers: ClassVar[tuple[str, ...]] = ()
     # forms of tool calls (pipeline.model.toolcalls) that it finds in an answer
     call_forms: ClassVar[tuple[str, ...]] = tuple(MARKS)

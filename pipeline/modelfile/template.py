@@ -15,9 +15,8 @@ from typing import Any
 
 from pipeline.errors import ModelError
 from pipeline.prompts.chat import EMBEDDED_TEMPLATE, END, MIDDLE, START, ChatTemplate
-from pipeline.prompts.gorender import find_go
 from pipeline.prompts.parity import Reference, compare
-from pipeline.prompts.renderers import GoRenderer
+from pipeline.prompts.renderers import GoRenderer, find_go
 
 _FOLDER = Path(__file__).parent / "skeletons"
 # SHA-256 of published chat templates (without final newlines) whose TEMPLATE the tests prove with real Go.

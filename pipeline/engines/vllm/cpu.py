@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 
 from pipeline.engines.flags import listed_flags
-from pipeline.engines.vllm.common import template_warning, with_common
-from pipeline.planning import alternatives
+from pipeline.engines.vllm.gpu import template_warning, with_common
+from pipeline.planning.gguf_fit import nearest_cpu
 from pipeline.planning.gpu_fit import refusal
 from pipeline.planning.memory import kv_gib, mamba_gib, vllm_cpu_activation_gib, vllm_cpu_overhead_gib
 from pipeline.planning.overrides import Overrides
@@ -52,7 +52,7 @@ def plan(request: Request) -> Plan:
         max_model_len=sizes.length,
         max_num_seqs=sizes.sequences,
         memory=memory,
-        alternatives=alternatives.nearest_cpu(request, _fits) if why_not else (),
+        alternatives=nearest_cpu(request, _fits) if why_not else (),
         warnings=tuple([why_not] if why_not else template_warning(request)),
     )
 
@@ -78,9 +78,8 @@ def _sizes(request: Request, user: Overrides) -> _Sizes:
     limit, shape = model.shape.max_positions, model.shape
     asked = user.choice("--dtype", ("float32", "bfloat16"))
     dtype = asked or ("bfloat16" if hardware.cpu.fast_bfloat16 else "float32")
-    length = user.integer("--max-model-len", 1, limit, f"the model's own limit is {limit}") or min(
-        limit, _CONTEXT[request.purpose]
-    )
+    own_limit = f"the model's own limit is {limit}"
+    length = user.integer("--max-model-len", 1, limit, own_limit) or min(limit, _CONTEXT[request.purpose])
     sequences = user.integer("--max-num-seqs", 1, 4096) or _SEQUENCES[request.purpose]
     element = _element(dtype)
     eager = user.switch("--enforce-eager")
@@ -90,9 +89,7 @@ def _sizes(request: Request, user: Overrides) -> _Sizes:
     weights = model.weights_gib(dtype)
     others = vllm_cpu_overhead_gib(shape, weights, element, eager) + vllm_cpu_activation_gib(shape, sequences, element)
     room = hardware.ram_free_gib - weights - others
-    wanted = (
-        max(kv_gib(shape, length, element), kv_gib(shape, sequences * min(length, _TYPICAL_TOKENS), element)) + state * sequences
-    )
+    wanted = kv_gib(shape, max(length, sequences * min(length, _TYPICAL_TOKENS)), element) + state * sequences
     kv = user.integer(_KV, 1, 4096) or max(1, min(math.ceil(wanted), math.floor(room * 0.9)))
     if "--max-model-len" not in user.values:
         held = int((kv - state) / kv_gib(shape, 1, element)) // _STEP * _STEP
@@ -125,14 +122,12 @@ def _settings(request: Request, sizes: _Sizes) -> list[Setting]:
     why = f"this CPU has no AVX512_BF16 or AMX ({isa}): float32; float16 is emulated and up to 10 times slower"
     if cpu.fast_bfloat16:
         why = f"bfloat16 runs in hardware here ({isa}); float16, which auto takes from an FP16 checkpoint, is emulated: 10 times slower"
+    allowed = f"context per request; the model allows {request.model.shape.max_positions}"
+    together = f"requests computed together on {cpu.cores} cores; purpose {request.purpose}"
     settings = [
         Setting("--dtype", sizes.dtype, why),
-        Setting(
-            "--max-model-len", str(sizes.length), f"context per request; the model allows {request.model.shape.max_positions}"
-        ),
-        Setting(
-            "--max-num-seqs", str(sizes.sequences), f"requests computed together on {cpu.cores} cores; purpose {request.purpose}"
-        ),
+        Setting("--max-model-len", str(sizes.length), allowed),
+        Setting("--max-num-seqs", str(sizes.sequences), together),
     ]
     if sizes.eager:
         why = "starts in half the time; compiling pays off only later" if compiler else "torch.compile finds no C++ compiler here"
@@ -149,15 +144,11 @@ def _threads(cores: int) -> list[Setting]:
     """
     if cores > _FEW_CORES:
         return []
+    inside = "the worker runs in the engine's process: one start less, no polling between two"
+    all_compute = f"vLLM would keep 1 of {cores} cores for its scheduler; all of them compute"
     return [
-        Setting(
-            "VLLM_ENABLE_V1_MULTIPROCESSING",
-            "0",
-            "the worker runs in the engine's process: one start less, no polling between two",
-        ),
-        Setting(
-            "VLLM_CPU_OMP_THREADS_BIND", "nobind", f"vLLM would keep 1 of {cores} cores for its scheduler; all of them compute"
-        ),
+        Setting("VLLM_ENABLE_V1_MULTIPROCESSING", "0", inside),
+        Setting("VLLM_CPU_OMP_THREADS_BIND", "nobind", all_compute),
         Setting("OMP_NUM_THREADS", str(cores), "one thread a core"),
         Setting("GOMP_SPINCOUNT", "10000", "threads wait awake only briefly, so that the API process gets its turn"),
     ]
