@@ -20,11 +20,9 @@ ENV_FILE = Path(".env")
 
 
 def _known(name: str) -> str:
+    *others, last = map(repr, engines.NAMES)
     if name not in engines.NAMES:
-        words = [repr(known) for known in engines.NAMES]
-        raise PydanticCustomError(
-            "literal_error", "Input should be {expected}", {"expected": f"{', '.join(words[:-1])} or {words[-1]}"}
-        )
+        raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": f"{', '.join(others)} or {last}"})
     return name
 
 
@@ -160,19 +158,21 @@ def check_env_file(path: Path = ENV_FILE) -> None:
 
 def load(env_file: Path = ENV_FILE) -> Settings:
     """Read the settings; raises InputError naming each variable that does not fit."""
-    from dotenv import dotenv_values
-
     check_env_file(env_file)
     try:
         settings = Settings(_env_file=env_file)
     except ValidationError as error:
         lines = [f"{str(e['loc'][0]).upper()}={mask(str(e['input']))[:200]!r}: {e['msg']}" for e in error.errors()]
-        raise InputError(
-            "a setting has an unusable value", evidence="\n".join(lines), remedy=f"correct it in {env_file} or the environment"
-        ) from None
-    in_file = dotenv_values(env_file, encoding="utf-8-sig") if env_file.is_file() else {}
-    settings._file = {name: value for name, value in in_file.items() if name.lower() not in Settings.model_fields}
+        remedy = f"correct it in {env_file} or the environment"
+        raise InputError("a setting has an unusable value", evidence="\n".join(lines), remedy=remedy) from None
+    settings._file = {name: value for name, value in _in_file(env_file).items() if name.lower() not in Settings.model_fields}
     return settings
+
+
+def _in_file(env_file: Path) -> dict[str, str | None]:
+    from dotenv import dotenv_values
+
+    return dotenv_values(env_file, encoding="utf-8-sig") if env_file.is_file() else {}
 
 
 def key_variables() -> dict[str, str]:
@@ -182,17 +182,11 @@ def key_variables() -> dict[str, str]:
 
 def resolved(env_file: Path = ENV_FILE) -> list[Resolved]:
     """Every setting with its value and source, in documented order."""
-    from dotenv import dotenv_values
-
-    settings, in_file = load(env_file), dotenv_values(env_file, encoding="utf-8-sig") if env_file.is_file() else {}
-    rows = []
+    settings, in_file, rows = load(env_file), _in_file(env_file), []
     for key, info in Settings.model_fields.items():
-        value, name = getattr(settings, key), key.upper()
-        shown = (
-            ("********" if value.get_secret_value() else "")
-            if isinstance(value, SecretStr)
-            else without_password(str("" if value is None else value))
-        )
+        name, value = key.upper(), settings._value(key.upper())
+        secret = isinstance(getattr(settings, key), SecretStr)
+        shown = value and "********" if secret else without_password(value)
         source = _source(os.environ.get(name), in_file.get(name))
         rows.append(Resolved(name, shown, source, info.description or ""))
     return rows
