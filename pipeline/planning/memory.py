@@ -65,14 +65,11 @@ def utilization(gpu: Gpu) -> tuple[float, str]:
     free = gpu.free_gib / gpu.memory_gib
     share, why = VLLM_UTILIZATION, "vLLM's own default; the rest absorbs what the profiling run does not see"
     if gpu.vendor == "nvidia" and "GeForce" in gpu.name:
-        share, why = (
-            (0.90, "a consumer card without a desktop") if free > 0.985 else (0.85, "a consumer card that also drives a desktop")
-        )
+        share, why = 0.85, "a consumer card that also drives a desktop"
+        if free > 0.985:
+            share, why = 0.90, "a consumer card without a desktop"
     if free - 0.02 < share:
-        share, why = (
-            max(0.05, free - 0.02),
-            f"only {gpu.free_gib:.1f} of {gpu.memory_gib:.1f} GiB are free: free share less 0.02",
-        )
+        share, why = max(0.05, free - 0.02), f"only {gpu.free_gib:.1f} of {gpu.memory_gib:.1f} GiB are free: free share less 0.02"
     return int(share * 100) / 100, why
 
 
