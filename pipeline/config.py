@@ -1,7 +1,7 @@
 """Settings from the environment and ``.env``: the documented variables, their defaults and where each value came from."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,6 +17,7 @@ from pipeline.runs.text import mask, without_password
 
 Strategy = Literal["local-first", "cloud-first", "cheapest"]
 ENV_FILE = Path(".env")
+_NO_KEY = SecretStr("")
 
 
 def _known(name: str) -> str:
@@ -47,11 +48,11 @@ class Settings(BaseSettings):
     vllm_gpu_memory_util: float | None = Field(None, gt=0, le=1, description="share of GPU memory vLLM takes; empty: planned")
     vllm_max_model_len: int | None = Field(None, gt=0, description="vLLM's context in tokens; empty: planned")
     vllm_tensor_parallel: int | None = Field(None, gt=0, description="GPUs vLLM splits a model over; empty: planned")
-    vllm_api_key: SecretStr = Field(SecretStr(""), description="key a vLLM started here asks for, sent to it and to no other")
+    vllm_api_key: SecretStr = Field(_NO_KEY, description="key a vLLM started here asks for, sent to it and to no other")
     openai_compatible_base_url: str = Field("", description="any OpenAI-compatible endpoint: TGI, LM Studio, a hosted model")
     openai_compatible_model: str = Field("", description="model asked of that endpoint")
     openai_compatible_orchestrator_model: str = Field("", description="orchestrator's model there; empty: the same")
-    openai_compatible_api_key: SecretStr = Field(SecretStr(""), description="key sent to that endpoint, and to no other")
+    openai_compatible_api_key: SecretStr = Field(_NO_KEY, description="key sent to that endpoint, and to no other")
     sglang_base_url: str = Field("http://127.0.0.1:8004/v1", description="where SGLang is looked for")
     sglang_model: str = Field("granite-soc", description="model asked of SGLang, and the name serve sglang gives it")
     sglang_max_model_len: int | None = Field(None, gt=0, description="SGLang's context in tokens; empty: planned")
@@ -59,13 +60,11 @@ class Settings(BaseSettings):
     llamacpp_model: str = Field("granite-soc", description="model asked of llama.cpp, and the name serve llamacpp gives it")
     llamacpp_ctx_size: int | None = Field(None, gt=0, description="llama.cpp's context, all slots together; empty: planned")
     llamacpp_parallel: int | None = Field(None, gt=0, description="requests llama.cpp computes at once; empty: planned")
-    llama_api_key: SecretStr = Field(
-        SecretStr(""), description="key a llama.cpp started here asks for, sent to it and to no other"
-    )
-    gateway_api_key: SecretStr = Field(SecretStr(""), description="key the gateway asks of its clients; empty: none")
+    llama_api_key: SecretStr = Field(_NO_KEY, description="key a llama.cpp started here asks for, sent to it and to no other")
+    gateway_api_key: SecretStr = Field(_NO_KEY, description="key the gateway asks of its clients; empty: none")
     gateway_strategy: Strategy = Field("local-first", description="which backend the gateway asks first")
     agents_file: Path = Field(Path("agents.yaml"), description="which run each agent uses, and what the gateway may do")
-    hf_token: SecretStr = Field(SecretStr(""), description="hub token for gated or private models")
+    hf_token: SecretStr = Field(_NO_KEY, description="hub token for gated or private models")
     # the env file's lines, for an engine whose variables are not among these fields
     _file: dict[str, str | None] = PrivateAttr(default_factory=dict)
 
@@ -73,10 +72,6 @@ class Settings(BaseSettings):
         """The planning overrides these variables hold for an engine, by flag name."""
         held = {flag: self._value(variable) for variable, flag in engines.get(engine).settings.items()}
         return {flag: value for flag, value in held.items() if value}
-
-    def served_name(self, engine: str) -> str:
-        """The name an engine's model is served under."""
-        return self.address(engine).model
 
     def address(self, backend: str = "") -> "Address":
         """Where a backend (default: the one in ``LLM_BACKEND``) answers, and the models asked of it."""
@@ -106,7 +101,7 @@ class Address:
     base_url: str
     model: str
     orchestrator_model: str
-    api_key: SecretStr = field(default_factory=lambda: SecretStr(""))
+    api_key: SecretStr = _NO_KEY
 
     @property
     def root(self) -> str:
@@ -150,10 +145,8 @@ def check_env_file(path: Path = ENV_FILE) -> None:
         raise InputError(f"{path}:{text[: text.index(chr(0))].count(chr(10)) + 1}: contains a NUL character")
     for binding in parse_stream(StringIO(text.removeprefix("\ufeff"))):
         if binding.error:
-            raise InputError(
-                f"{path}:{binding.original.line}: not NAME=VALUE",
-                remedy="one assignment a line; put a value with spaces, # or quotes in quotes and close them",
-            )
+            remedy = "one assignment a line; put a value with spaces, # or quotes in quotes and close them"
+            raise InputError(f"{path}:{binding.original.line}: not NAME=VALUE", remedy=remedy)
 
 
 def load(env_file: Path = ENV_FILE) -> Settings:

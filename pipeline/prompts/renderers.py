@@ -43,14 +43,8 @@ class Renderer(Protocol):
 
 def render_chat(template: ChatTemplate, conversation: Conversation, now: datetime) -> str:
     """The reference: the conversation through ``pipeline.prompts.chat``."""
-    return template.render(
-        conversation.messages,
-        tools=conversation.tools,
-        documents=conversation.documents,
-        add_generation_prompt=not conversation.continued,
-        continue_final_message=conversation.continued,
-        now=now,
-    )
+    tools, documents = conversation.tools, conversation.documents
+    return template.render(conversation.messages, tools=tools, documents=documents, now=now, **conversation.ending)
 
 
 @dataclass(frozen=True)
@@ -83,8 +77,7 @@ class TransformersRenderer(JinjaRenderer):
                 tools=[dict(t) for t in conversation.tools] if conversation.tools else None,
                 documents=[dict(d) for d in conversation.documents] if conversation.documents else None,
                 chat_template=self.template.source,
-                add_generation_prompt=not conversation.continued,
-                continue_final_message=conversation.continued,
+                **conversation.ending,
                 strftime_now=self.now.strftime,
                 **self.template.variables,
             )

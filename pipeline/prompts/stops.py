@@ -108,10 +108,9 @@ def extra_ends(folder: Path, base: Path | None, end: Token, vocabulary: Mapping[
     """
     known = set(vocabulary.values()) if base is None else set().union(*map(_ends, _stop_files(base)))
     beside = f"beside {end.id} ({end.text}), which alone ends a turn"
-    extra = [
-        (path.name, _ends(values) - known - {end.id}) for path, values in zip(_paths(folder), _stop_files(folder), strict=True)
-    ]
-    return [f"{name}: eos_token_id {sorted(ids)} {beside}" for name, ids in extra if ids]
+    extra = [_ends(values) - known - {end.id} for values in _stop_files(folder)]
+    named = zip(_paths(folder), extra, strict=True)
+    return [f"{path.name}: eos_token_id {sorted(ids)} {beside}" for path, ids in named if ids]
 
 
 def _ends(values: Mapping[str, Any]) -> set[int]:

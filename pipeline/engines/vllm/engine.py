@@ -126,9 +126,7 @@ class Vllm(Engine):
 
     def tokenize_body(self, model: str, conversation: Conversation) -> dict[str, Any]:
         """The request; unlike the others, this server must be told when to continue the last message."""
-        continued = conversation.continued
-        how = {"add_generation_prompt": not continued, "continue_final_message": continued}
-        return openai_body(conversation) | {"model": model} | how
+        return openai_body(conversation) | {"model": model} | conversation.ending
 
 
 def vllm_python() -> str:
