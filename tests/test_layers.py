@@ -14,12 +14,11 @@ pipeline/prompts pipeline/planning pipeline/notebook.py
 pipeline/modelfile pipeline/engines
 pipeline/config.py
 pipeline/serve
-pipeline/verify pipeline/operate pipeline/deploy pipeline/batch.py
+pipeline/verify pipeline/operate pipeline/deploy.py pipeline/batch.py
 pipeline/certify pipeline/doctor pipeline/integrations
 training
 pipeline/commands
-pipeline/cli.py
-pipeline/__main__.py
+pipeline/cli.py pipeline/__main__.py
 """
 ROOMS = {room: level for level, line in enumerate(LAYERS.split("\n")) for room in line.split()}
 FILES = [p.relative_to(ROOT).as_posix() for top in ("pipeline", "training") for p in sorted((ROOT / top).rglob("*.py"))]
@@ -56,7 +55,9 @@ def test_imports_go_down(file: str) -> None:
     assert here
     for there in IMPORTS[file]:
         room = room_of(there)
-        assert room is None or room == here or ROOMS[room] < ROOMS[here], f"{file} imports {there}"
+        # python -m pipeline is another name of the command line
+        down = room is None or room == here or ROOMS[room] < ROOMS[here] or file == "pipeline/__main__.py"
+        assert down, f"{file} imports {there}"
 
 
 def test_only_the_commands_name_training_and_only_inside_functions() -> None:
@@ -66,6 +67,10 @@ def test_only_the_commands_name_training_and_only_inside_functions() -> None:
         top = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
         names = [node.module or "" for node in top if isinstance(node, ast.ImportFrom)]
         assert not [name for name in names if name.split(".")[0] == "training"], file
+
+
+def test_twelve_floors() -> None:
+    assert len(set(ROOMS.values())) <= 12
 
 
 def test_no_circles() -> None:
