@@ -115,10 +115,9 @@ def _tool(tool: Mapping[str, Any]) -> Any:
     """A tool as TEMPLATE prints it: spaced like the tokenizer's JSON when nothing would be lost, else compact."""
     function = tool.get("function", {})
     given = function.get("parameters") or {}
-    extra = {name: given[name] for name in ("$defs", "items") if given.get(name)}
     properties = {name: _property(item) for name, item in sorted((given.get("properties") or {}).items())}
-    if extra or tool.get("items"):
-        return _raw(go_json(_ollama_tool(tool, extra, properties)))
+    if given.get("$defs") or given.get("items") or tool.get("items"):
+        return _raw(go_json(_ollama_tool(tool, properties)))
     made: dict[str, Any] = {"name": _leaf(function.get("name", ""))}
     if function.get("description"):
         made["description"] = _leaf(function["description"])
@@ -131,20 +130,19 @@ def _tool(tool: Mapping[str, Any]) -> Any:
 
 
 def _passed(tool: Mapping[str, Any]) -> dict[str, Any]:
-    function = tool.get("function", {})
-    given = function.get("parameters") or {}
+    given = tool.get("function", {}).get("parameters") or {}
     properties = {name: _property(item) for name, item in (given.get("properties") or {}).items()}
-    extra = {name: given[name] for name in ("$defs", "items") if given.get(name)}
-    made = _ollama_tool(tool, extra, properties if "properties" in given else None)
+    made = _ollama_tool(tool, properties if "properties" in given else None)
     if not made["function"]["description"]:
         del made["function"]["description"]
     return made
 
 
-def _ollama_tool(tool: Mapping[str, Any], extra: Mapping[str, Any], properties: Any) -> dict[str, Any]:
+def _ollama_tool(tool: Mapping[str, Any], properties: Any) -> dict[str, Any]:
     function = tool.get("function", {})
     given = function.get("parameters") or {}
     required = {"required": given["required"]} if given.get("required") else {}
+    extra = {name: given[name] for name in ("$defs", "items") if given.get(name)}
     parameters = {"type": given.get("type", ""), **_deep(extra), **required, "properties": properties}
     described = {"name": function.get("name", ""), "description": function.get("description", ""), "parameters": parameters}
     items = {"items": _deep(tool["items"])} if tool.get("items") else {}
