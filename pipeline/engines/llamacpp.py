@@ -25,33 +25,9 @@ from pipeline.planning.plan import Plan, Request, Setting
 from pipeline.prompts.conversation import Conversation, Prompt
 
 # llama-server's short words, and the one setting whose short word is planned
-_SHORT = [
-    "np",
-    "parallel",
-    "t",
-    "threads",
-    "ngl",
-    "n-gpu-layers",
-    "fa",
-    "flash-attn",
-    "ctk",
-    "cache-type-k",
-    "ctv",
-    "cache-type-v",
-    "b",
-    "batch-size",
-    "ub",
-    "ubatch-size",
-    "kvu",
-    "kv-unified",
-    "a",
-    "alias",
-    "tb",
-    "threads-batch",
-    "m",
-    "model",
-]
-_ALIASES = {"--ctx-size": "-c", "--c": "-c"} | {f"--{s}": f"--{word}" for s, word in zip(_SHORT[::2], _SHORT[1::2], strict=True)}
+_ALIASES = {"--ctx-size": "-c", "--c": "-c", "--np": "--parallel", "--kvu": "--kv-unified", "--a": "--alias", "--m": "--model"}
+_ALIASES |= {"--t": "--threads", "--tb": "--threads-batch", "--ngl": "--n-gpu-layers", "--fa": "--flash-attn"}
+_ALIASES |= {"--ctk": "--cache-type-k", "--ctv": "--cache-type-v", "--b": "--batch-size", "--ub": "--ubatch-size"}
 
 
 def _settings(request: Request, fit: GgufFit) -> list[Setting]:
