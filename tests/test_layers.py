@@ -1,6 +1,7 @@
 """The layers of README: a file imports from its own folder or from a line above; folders of one line do not import each other."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,10 @@ def test_folders_stay_small() -> None:
     count = {folder: len([f for f in (ROOT / folder).glob("*.py") if f.name != "__init__.py"]) for folder in folders}
     assert {folder: n for folder, n in count.items() if n > (16 if folder == "pipeline/commands" else 12)} == {}
     assert len([file for file in FILES if not file.endswith("__init__.py")]) <= 150
+
+
+@pytest.mark.parametrize("page", ["README.md", *(p.relative_to(ROOT).as_posix() for p in sorted((ROOT / "docs").glob("*.md")))])
+def test_files_named_in_the_docs_exist(page: str) -> None:
+    named = re.findall(r"`((?:pipeline|training|tests|benchmarks|docs)/[\w./-]+)`", (ROOT / page).read_text(encoding="utf-8"))
+    gone = [path for path in named if not (ROOT / path).exists() and not path.startswith("training/output")]
+    assert gone == []
