@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
 from pipeline.commands import options, show
 from pipeline.runs.files import require_path
@@ -21,16 +22,13 @@ _SHOWN_VALUES = 8
 
 def data(
     source: Annotated[
-        str, typer.Argument(metavar="FILE", help=".jsonl, .json, .csv, .tsv or .parquet file, or hub:owner/name[@rev][:split].")
+        str, Argument(metavar="FILE", help=".jsonl, .json, .csv, .tsv or .parquet file, or hub:owner/name[@rev][:split].")
     ],
     as_json: options.AsJson = False,
     tokenizer: Annotated[
-        Path | None,
-        typer.Option("--tokenizer", help="Model folder whose tokenizer.json counts the tokens; else they are estimated."),
+        Path | None, Option(help="Model folder whose tokenizer.json counts the tokens; else they are estimated.")
     ] = None,
-    max_length: Annotated[
-        int | None, typer.Option("--max-length", min=1, help="Count the rows that have more tokens than this.")
-    ] = None,
+    max_length: Annotated[int | None, Option(min=1, help="Count the rows that have more tokens than this.")] = None,
 ) -> None:
     """Check a dataset and summarise it: rows, turns, token lengths, labels, duplicates, refused rows with file:line.
 

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 from rich.text import Text
+from typer import Option
 
 from pipeline import config as settings_file
 from pipeline import engines
@@ -25,7 +26,7 @@ _LEVELS = {"fail": "error", "warn": "warning", "ok": "ok"}
 
 
 def config(
-    offline: Annotated[bool, typer.Option("--offline", help="Do not ask the selected backend which models it has.")] = False,
+    offline: Annotated[bool, Option("--offline", help="Do not ask the selected backend which models it has.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Show every setting with its value, where it comes from and what it affects; secrets are masked.
@@ -56,7 +57,7 @@ def config(
 
 
 def models(
-    backend: Annotated[str, typer.Option("--backend", help="Only this backend; default: all that have a URL.")] = "",
+    backend: Annotated[str, Option(help="Only this backend; default: all that have a URL.")] = "",
     output: options.Output = DEFAULT_OUTPUT,
     as_json: options.AsJson = False,
 ) -> None:
@@ -76,8 +77,7 @@ def models(
 
 
 def warmup(
-    agent: Annotated[str | None, typer.Option("--agent", help="An agent of agents.yaml, or orchestrator.")] = None,
-    as_json: options.AsJson = False,
+    agent: Annotated[str | None, Option(help="An agent of agents.yaml, or orchestrator.")] = None, as_json: options.AsJson = False
 ) -> None:
     """Make the selected backend load its model and answer one token; exit code 3 when it does not.
 
@@ -92,8 +92,8 @@ def warmup(
 
 
 def choose(
-    users: Annotated[int, typer.Option("--users", min=1, help="People or agents asking at the same time.")] = 1,
-    purpose: Annotated[str, typer.Option("--purpose", help="try, develop, serve or batch.")] = "serve",
+    users: Annotated[int, Option(min=1, help="People or agents asking at the same time.")] = 1,
+    purpose: Annotated[str, Option(help="try, develop, serve or batch.")] = "serve",
     machine: options.Hardware = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -117,7 +117,7 @@ def choose(
 def doctor(
     run: options.Run = DEFAULT_NAME,
     output: options.Output = DEFAULT_OUTPUT,
-    base: Annotated[str | None, typer.Option("--base", help="Also ask the hub whether this model may be read.")] = None,
+    base: Annotated[str | None, Option(help="Also ask the hub whether this model may be read.")] = None,
     agent: options.Agent = None,
     as_json: options.AsJson = False,
 ) -> None:

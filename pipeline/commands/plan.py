@@ -4,8 +4,8 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
-import typer
 from rich.text import Text
+from typer import Option
 
 from pipeline import config, engines
 from pipeline.commands import options, show
@@ -50,16 +50,14 @@ def hardware(machine: options.Hardware = None, as_json: options.AsJson = False) 
 
 
 def plan(
-    engine: Annotated[str, typer.Option("--engine", help="vllm, llamacpp, ollama, sglang or openai.")],
+    engine: Annotated[str, Option(help="vllm, llamacpp, ollama, sglang or openai.")],
     run: options.SomeRun = None,
     model: options.ModelPath = None,
-    model_shape: Annotated[
-        str | None, typer.Option("--model-shape", help="Plan for a published model by name, e.g. granite-4.1-8b.")
-    ] = None,
+    model_shape: Annotated[str | None, Option(help="Plan for a published model by name, e.g. granite-4.1-8b.")] = None,
     machine: options.Hardware = None,
     purpose: options.Purposed = "serve",
     setting: options.Set = None,
-    check: Annotated[bool, typer.Option("--check", help="Ask the installed engine whether it knows every flag.")] = False,
+    check: Annotated[bool, Option("--check", help="Ask the installed engine whether it knows every flag.")] = False,
     output: options.Output = DEFAULT_OUTPUT,
     agent: options.Agent = None,
     as_json: options.AsJson = False,

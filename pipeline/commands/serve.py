@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, cast, get_args
 
-import typer
+from typer import Argument, Option
 
 from pipeline import config, engines
 from pipeline.commands import options, show
@@ -22,20 +22,17 @@ from pipeline.serve.start import Endpoint, Options, Target
 
 
 def serve(
-    engine: Annotated[str, typer.Argument(help="vllm, llamacpp, ollama or sglang; default: LLM_BACKEND.")] = "",
+    engine: Annotated[str, Argument(help="vllm, llamacpp, ollama or sglang; default: LLM_BACKEND.")] = "",
     run: options.Run = DEFAULT_NAME,
     output: options.Output = DEFAULT_OUTPUT,
     model: options.ModelPath = None,
     name: options.ServedName = None,
     host: options.Host = start.LOOPBACK,
-    port: Annotated[
-        int | None, typer.Option("--port", help="Port; 0 picks a free one. Default: the engine's documented one.")
-    ] = None,
+    port: Annotated[int | None, Option(help="Port; 0 picks a free one. Default: the engine's documented one.")] = None,
     purpose: options.Purposed = "serve",
     setting: options.Set = None,
     adapters: Annotated[
-        str | None,
-        typer.Option("--adapters", metavar="NAME=RUN,...", help="vLLM only: serve these LoRA adapters on their base model."),
+        str | None, Option(metavar="NAME=RUN,...", help="vLLM only: serve these LoRA adapters on their base model.")
     ] = None,
     detach: options.Detach = False,
     agent: options.Agent = None,
