@@ -32,7 +32,7 @@ from pipeline.verify.distributions import Reference, compare_tops
 from training.certify import probes
 from training.certify.certify import Scope, certify
 from training.datasets import soc
-from training.export import evaluate, gguf, merge, package
+from training.export import evaluate, gguf, merge
 from training.parameters import FinetuneParameters
 from training.tuning.finetune import finetune
 
@@ -82,7 +82,7 @@ def _trained(args: argparse.Namespace, seed: int) -> RunFolder:
     finetune(
         run, FinetuneParameters(base=args.base, eval_data=str(held_out), max_steps=args.steps, learning_rate=2e-3, seed=seed)
     )
-    for stage in (merge.merge, gguf.export_gguf, package.package, evaluate.evaluate):
+    for stage in (merge.merge, gguf.export_gguf, gguf.package, evaluate.evaluate):
         stage(run)
     return run
 

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import distributions
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,16 +20,16 @@ import psutil
 from pipeline import config, errors
 from pipeline.errors import EnvironmentFailure, InputError, MissingDependency, PipelineError
 from pipeline.runs import interrupt, lock
-from pipeline.runs import log as runlog
 from pipeline.runs.files import write_atomic
 from pipeline.runs.folder import RunFolder
-from pipeline.runs.hashes import HashCache, sha256_json, sha256_tree
-from pipeline.runs.manifest import Manifest, StageRecord
+from pipeline.runs.hashes import HashCache, sha256_json
+from pipeline.runs.stages import product
 from pipeline.runs.text import MaskingWriter, mask
 
 log = logging.getLogger(__name__)
 FOLDER = Path(__file__).parents[1] / "notebooks"
 STAGES = ("01_finetune", "02_export", "03_serve", "04_verify")
+_LOCAL = ("BASE", "DATA", "EVAL_DATA")
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def run_notebooks(run: RunFolder, stages: Sequence[str], parameters: Mapping[str
     declared = {stage: parameters_of(FOLDER / f"{stage}.ipynb") for stage in stages}
     _refuse_unknown(parameters, declared)
     done = []
-    with lock.held(run, "run"), runlog.written(run, "run"), _interrupts_kernel():
+    with lock.held(run, "run"), _interrupts_kernel():
         run.notebooks.mkdir(parents=True, exist_ok=True)
         for stage in stages:
             copy, begun = run.notebooks / f"{stage}.ipynb", time.monotonic()
@@ -186,11 +185,6 @@ def _as_ours(error: Any, copy: Path) -> PipelineError:
     return kind(text, evidence=f"in {copy}, cell {error.exec_count}:\n{source}")
 
 
-_SECTION = "finished"
-_CODE = Path(__file__).parents[1]
-_LOCAL = ("BASE", "DATA", "EVAL_DATA")
-
-
 def inputs(run: RunFolder, stages: Sequence[str], parameters: Mapping[str, Any]) -> dict[str, Any] | None:
     """What the outcome of a run depends on; None when that cannot be told, as for a hub id that may have moved on."""
     hashes, named = HashCache(run.base_cache), {}
@@ -206,37 +200,6 @@ def inputs(run: RunFolder, stages: Sequence[str], parameters: Mapping[str, Any])
         "stages": list(stages),
         "parameters": {k: v for k, v in parameters.items() if k not in ("FORCE", "OUTPUT")},
         "files": named,
-        "code": _code(),
-        "packages": sha256_json(sorted(f"{d.metadata['Name']} {d.version}" for d in distributions())),
+        **product(),
         "settings": sha256_json([asdict(setting) for setting in config.resolved()]),
     }
-
-
-def is_current(run: RunFolder, wanted: Mapping[str, Any] | None) -> str | None:
-    """When the run was finished and verified with exactly these inputs, None when something is to do."""
-    manifest = Manifest(run.manifest)
-    before = manifest.data.get(_SECTION)
-    if wanted is None or not isinstance(before, dict):
-        return None
-    finished = StageRecord.from_json(before)
-    return finished.finished_at if manifest.holds(finished, wanted) else None
-
-
-def record(run: RunFolder, wanted: Mapping[str, Any] | None, seconds: float) -> None:
-    """Note that a run was finished and verified."""
-    if wanted is None:
-        return
-    artefacts = [run.adapter, run.merged, run.gguf, run.modelfile, run.heldout, run.report_file]
-    artefacts += [run.reference("base"), run.reference("tuned")]
-    with lock.held(run, "run"):
-        manifest = Manifest(run.manifest)
-        entry = manifest.entry(wanted, artefacts, {"passed": True}, seconds)
-        with manifest.changing() as data:
-            data[_SECTION] = entry
-
-
-def _code() -> str:
-    """Hash of the product's own code, so that a change of it is not slept through."""
-    files = sorted(p for part in ("pipeline", "training", "notebooks") for p in (_CODE / part).rglob("*.*") if p.is_file())
-    kept = [p for p in files if "__pycache__" not in p.parts and p.relative_to(_CODE).parts[:2] != ("training", "output")]
-    return sha256_json([f"{p.relative_to(_CODE)} {sha256_tree(p)}" for p in kept])

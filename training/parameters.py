@@ -57,19 +57,16 @@ class FinetuneParameters:
         for name, known in (("method", get_args(Method)), ("trainer", get_args(Trainer))):
             if getattr(self, name) not in known:
                 raise InputError(f"{name}={getattr(self, name)!r} is not known", remedy=f"use one of {', '.join(known)}")
-        for name, (lowest, highest) in _WHOLE.items():
-            value = getattr(self, name)
-            if (value is None and name in _OPTIONAL) or (_is(value, int) and lowest <= value <= highest):
+        for name, value in vars(self).items():
+            if value is None and name in _OPTIONAL:
                 continue
-            most = f" and at most {highest}" if highest < _ANY else ""
-            raise InputError(f"{name}={value!r} must be a whole number of at least {lowest}{most}")
-        for name, (said, fits) in _REAL.items():
-            value = getattr(self, name)
-            if not (value is None and name in _OPTIONAL) and not (_is(value, int, float) and fits(value)):
-                raise InputError(f"{name}={value!r} must be a number {said}")
-        for name in ("base", "revision", "data", "eval_data"):
-            value = getattr(self, name)
-            if not (value is None and name in _OPTIONAL) and not (_is(value, str) and value):
+            if name in _WHOLE and not (_is(value, int) and _WHOLE[name][0] <= value <= _WHOLE[name][1]):
+                lowest, highest = _WHOLE[name]
+                most = f" and at most {highest}" if highest < _ANY else ""
+                raise InputError(f"{name}={value!r} must be a whole number of at least {lowest}{most}")
+            if name in _REAL and not (_is(value, int, float) and _REAL[name][1](value)):
+                raise InputError(f"{name}={value!r} must be a number {_REAL[name][0]}")
+            if name in ("base", "revision", "data", "eval_data") and not (_is(value, str) and value):
                 raise InputError(f"{name}={value!r} must be text")
         # the same file is the same training, however it was typed and wherever the notebook runs
         for name in ("base", "data", "eval_data"):

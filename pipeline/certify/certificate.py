@@ -1,18 +1,18 @@
-"""The certificate itself: links, verdict, an id made of its content; written as JSON and JUnit, read by report and status."""
+"""The certificate itself: what it is about, links, verdict, an id made of its content; written as JSON and JUnit."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pipeline import __version__
 from pipeline.errors import InputError, VerificationFailed
-from pipeline.report.check import Check, Status
-from pipeline.report.junit import junit_xml
+from pipeline.report.check import Check, Status, junit_xml
 from pipeline.runs.files import read_json, write_atomic, write_json
 from pipeline.runs.folder import RunFolder
-from pipeline.runs.hashes import sha256_json
+from pipeline.runs.hashes import sha256_json, sha256_tree
+from pipeline.runs.manifest import Manifest, TrainingRecord
 from pipeline.runs.text import clean
 
 SCHEMA = 1
@@ -29,7 +29,40 @@ TITLES: dict[str, str] = {
 }
 _ESSENTIAL = tuple(key for key in TITLES if key != "own")
 _AGAIN = "granite-pipeline certify"
-_KEYS = {field.name for field in fields(Check)}
+_KEYS = {key.name for key in fields(Check)}
+
+
+@dataclass(frozen=True)
+class Data:
+    """The dataset as it is now: hash of each file, and held-out prompts that are also training rows (file:line)."""
+
+    sha256: Mapping[str, str]
+    leaked: tuple[str, ...] = ()
+    train_rows: int = 0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run and what it was made from; ``missing`` says in words what could not be had here (base, data)."""
+
+    run: RunFolder
+    manifest: Manifest
+    base: Path | None
+    base_sha256: str | None
+    data: Data | None
+    missing: Mapping[str, str]
+    sha256: Mapping[str, str]
+
+    @property
+    def training(self) -> TrainingRecord:
+        """What the fine-tune recorded; InputError when it never finished."""
+        return self.manifest.require_training()
+
+
+def hashes(run: RunFolder) -> dict[str, str]:
+    """SHA-256 of every artefact of a run that is there, by its path in the run folder."""
+    parts = [run.adapter, run.heldout, run.merged, run.gguf, run.modelfile, run.reference("base"), run.reference("tuned")]
+    return {path.relative_to(run.path).as_posix(): sha256_tree(path) for path in parts if path.exists()}
 
 
 @dataclass(frozen=True)
@@ -69,13 +102,14 @@ def by_link(checks: Sequence[Check]) -> tuple[Link, ...]:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was certified, how each link held, and when."""
+    """What was certified, how each link held, when, and (``judged_on``) which server said what it was judged on, and when."""
 
     run: str
     links: tuple[Link, ...]
     subject: Mapping[str, Any]
     offline: bool
     created_at: str
+    judged_on: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -124,15 +158,24 @@ class Certificate:
             "created_at": self.created_at,
             "made_by": f"granite-pipeline {__version__}",
             "subject": dict(self.subject),
+            "judged_on": dict(self.judged_on),
             "titles": TITLES,
             "links": [link.to_json() for link in self.links],
         }
 
 
-def make(run: RunFolder, checks: Sequence[Check], subject: Mapping[str, Any], *, offline: bool) -> Certificate:
+def make(
+    run: RunFolder,
+    checks: Sequence[Check],
+    subject: Mapping[str, Any],
+    *,
+    offline: bool,
+    judged_on: Mapping[str, Any] | None = None,
+) -> Certificate:
     """Assemble a certificate; text and numbers are made fit for JSON first, so that its id can be checked on the file."""
-    cleaned = [Check(**clean(check.to_json())) for check in checks]
-    return Certificate(run.name, by_link(cleaned), clean(subject), offline, datetime.now(UTC).isoformat(timespec="seconds"))
+    links = by_link([Check(**clean(check.to_json())) for check in checks])
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return Certificate(run.name, links, clean(subject), offline, now, clean(judged_on or {}))
 
 
 def read(path: Path) -> tuple[Certificate, str]:
@@ -143,8 +186,8 @@ def read(path: Path) -> tuple[Certificate, str]:
         if unknown := {key for check in written for key in check} - _KEYS:
             raise KeyError(*unknown)
         links = by_link([Check(**check) for check in written])
-        made = Certificate(held["run"], links, held["subject"], held["offline"] is not False, held["created_at"])
-        return made, str(held["id"])
+        said = (held["subject"], held["offline"] is not False, held["created_at"], held.get("judged_on", {}))
+        return Certificate(held["run"], links, *said), str(held["id"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{path} is not a certificate ({error!r})", remedy=f"{_AGAIN} makes one") from None
 

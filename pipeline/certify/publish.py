@@ -5,16 +5,17 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.certify.card import write_card
 from pipeline.certify.certificate import Certificate, Link, not_proven, place
-from pipeline.certify.hub import write_card
+from pipeline.report.check import STYLES
 from pipeline.report.write import ReportPaths, paths_in, write_report
 from pipeline.runs import lock
 from pipeline.runs.files import read_json
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.text import visible
+from pipeline.verify.assemble import titled
 
 PREFIX = "certificate."
-_STYLES = {"passed": "green", "failed": "bold red", "skipped": "dim", "warning": "yellow"}
 
 
 def add_to_report(run: RunFolder, certificate: Certificate) -> ReportPaths | None:
@@ -22,7 +23,7 @@ def add_to_report(run: RunFolder, certificate: Certificate) -> ReportPaths | Non
     path = paths_in(run.report).json
     if not path.is_file():
         return None
-    return write_report(with_certificate(read_json(path), certificate), run.report)
+    return write_report(with_certificate(titled(read_json(path)), certificate), run.report)
 
 
 def publish(run: RunFolder, certificate: Certificate) -> ReportPaths | None:
@@ -65,11 +66,11 @@ def table(certificate: Certificate) -> Table:
     for column in ("", "", ""):
         shown.add_column(column, overflow="fold")
     for link in certificate.links:
-        shown.add_row(Text(f"{link.number}"), Text(link.title, style="bold"), Text(link.status, style=_STYLES[link.status]))
+        shown.add_row(Text(f"{link.number}"), Text(link.title, style="bold"), Text(link.status, style=STYLES[link.status]))
         for finding in link.findings:
             detail = (
                 f"{finding.figure} (bound: {finding.bound})" if finding.status == "failed" and finding.bound else finding.figure
             )
-            name = Text(f"  {finding.id.partition('.')[2]}", style=_STYLES[finding.status])
+            name = Text(f"  {finding.id.partition('.')[2]}", style=STYLES[finding.status])
             shown.add_row("", name, Text(visible(detail)))
     return shown

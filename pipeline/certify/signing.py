@@ -7,10 +7,10 @@ from pathlib import Path
 from types import ModuleType
 
 from pipeline.errors import InputError, MissingDependency
+from pipeline.report.certificate import changed_files
 from pipeline.report.check import Check, held
 from pipeline.runs.files import read_json
 from pipeline.runs.folder import RunFolder
-from pipeline.runs.hashes import sha256_tree
 
 SIGNATURE = "certificate.sig"
 
@@ -43,10 +43,7 @@ def check_signed(run: RunFolder, public_key: Path) -> Check:
     """The signed certificate is the one on disk, and it is about the files as they are now."""
     reason = verify(run, public_key)
     if reason is None:
-        subject = read_json(_paths(run)[0])["subject"]["artefacts"]
-        changed = [
-            name for name, sha256 in subject.items() if not (run.path / name).exists() or sha256_tree(run.path / name) != sha256
-        ]
+        changed = changed_files(run, read_json(run.certificate_file), read=True)
         reason = f"changed since the certificate was signed: {', '.join(changed)}" if changed else None
     figure = reason or "signed with this key, and every file is the one that was certified"
     return held("custody.signature", reason is None, figure, "a valid signature over the same files", "model-signing, OpenSSF")

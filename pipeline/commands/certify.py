@@ -7,6 +7,7 @@ import typer
 from typer import Argument, Option
 
 from pipeline import config
+from pipeline.certify import card as model_card
 from pipeline.certify import hub, signing
 from pipeline.certify.certificate import place, require_certified
 from pipeline.certify.publish import publish, table
@@ -84,7 +85,7 @@ def card(run: options.Run = DEFAULT_NAME, output: options.Output = DEFAULT_OUTPU
 
     Example: granite-pipeline card --run generic
     """
-    typer.echo(str(hub.write_card(options.folder(agent, run, output))))
+    typer.echo(str(model_card.write_card(options.folder(agent, run, output))))
 
 
 def push(

@@ -14,8 +14,11 @@ from pipeline.commands import options, show
 from pipeline.errors import InputError, RunLocked, VerificationFailed
 from pipeline.notebook import OWNER_VARIABLE
 from pipeline.report.write import paths_in, summary_table
+from pipeline.runs import log as runlog
 from pipeline.runs.files import absolute, read_json
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
+from pipeline.runs.manifest import Manifest
+from pipeline.runs.stages import run_stage
 from pipeline.serve import records as recorded
 from pipeline.serve import start
 from pipeline.verify.verify import require_passed
@@ -59,20 +62,33 @@ def run(
     given |= dict(_assignment(text) for text in parameter or [])
     # notebooks run in their own folder
     given |= {key: absolute(given[key]) for key in ("BASE", "DATA", "EVAL_DATA") if isinstance(given.get(key), str)}
-    chosen_stages, begun = _stages(stages), time.monotonic()
-    wanted = batch.inputs(folder, chosen_stages, given)
-    if not given.get("FORCE") and (since := batch.is_current(folder, wanted)):
-        log.info("run %s: nothing changed since it was verified at %s; --force does it again", name, since)
+    chosen = _stages(stages)
+    inputs = batch.inputs(folder, chosen, given) if "04_verify" in chosen else None
+    if inputs is None:  # nothing that is verified, or a hub id that may have moved on
+        with runlog.written(folder, "run"):
+            _work(folder, chosen, given)
+        return
+    manifest = Manifest(folder.manifest)
+    before = manifest.stage("run")
+    if before and not given.get("FORCE") and not manifest.changed() and manifest.holds(before, inputs):
+        log.info("run %s: nothing changed since it was verified at %s; --force does it again", name, before.finished_at)
         _conclude(folder)
         return
-    executed, stopped = _execute(folder, chosen_stages, given)
+    run_stage(folder, "run", inputs, [folder.evidence], lambda: _work(folder, chosen, given), force=True)
+
+
+def _work(folder: RunFolder, chosen: list[str], given: dict[str, Any]) -> dict[str, Any]:
+    """Execute the notebooks and say what they did; VerificationFailed when the last one did not pass."""
+    begun = time.monotonic()
+    executed, stopped = _execute(folder, chosen, given)
     rows = [(entry.name, f"{entry.seconds:.0f}", entry.copy) for entry in executed]
-    show.table(f"run {name}: {time.monotonic() - begun:.0f} s", ("notebook", "seconds", "executed copy"), rows, err=True)
+    title = f"run {folder.name}: {time.monotonic() - begun:.0f} s"
+    show.table(title, ("notebook", "seconds", "executed copy"), rows, err=True)
     if stopped:
         show.line(f"servers stopped: {', '.join(stopped)}", err=True)
-    if "04_verify" in chosen_stages:
+    if "04_verify" in chosen:
         _conclude(folder)
-        batch.record(folder, wanted, time.monotonic() - begun)
+    return {"passed": True}
 
 
 def _execute(folder: RunFolder, chosen: list[str], given: dict[str, Any]) -> tuple[list[Executed], list[str]]:

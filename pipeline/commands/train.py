@@ -77,14 +77,14 @@ def export(
 
     Example: granite-pipeline export --name mine
     """
-    from training import stages
-    from training.export import evaluate, gguf, merge, package
+    from pipeline.runs import stages
+    from training.export import evaluate, gguf, merge
 
     this = options.folder(agent, run, output)
     stages.forced(force, "merge")  # a name that is no stage is refused before anything is done
     merge.require_trained(this)
     with lock.held(this, "export"):
-        done = [merge.merge(this, force=force), gguf.export_gguf(this, force=force), package.package(this, force=force)]
+        done = [merge.merge(this, force=force), gguf.export_gguf(this, force=force), gguf.package(this, force=force)]
         done += evaluate.evaluate(this, force=force).values()
     _show(done, as_json)
 

@@ -1,6 +1,5 @@
 """``verify``: prompts to every backend, judged, with a report; ``report`` draws it again."""
 
-import logging
 import webbrowser
 from typing import Annotated
 
@@ -13,10 +12,10 @@ from pipeline.errors import InputError
 from pipeline.report.write import paths_in, render_again, summary_table
 from pipeline.runs.files import read_json
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT
-from pipeline.verify.verify import BACKENDS, publish, require_passed
+from pipeline.verify.assemble import titled
+from pipeline.verify.verify import BACKENDS, require_passed
 from pipeline.verify.verify import verify as verify_run
 
-log = logging.getLogger(__name__)
 _DEFAULT = ",".join(BACKENDS)
 
 
@@ -37,8 +36,9 @@ def verify(
     Example: granite-pipeline verify --backends llamacpp --limit 50
     """
     this = options.folder(agent, run, output)
-    report = verify_run(this, options.listed(backends), config.load(), log.info, keep=True, limit=limit)
-    paths = publish(this, report)
+    # who asks for it wants it asked
+    report = verify_run(this, options.listed(backends), config.load(), keep=True, limit=limit, force=True)
+    paths = paths_in(this.report)
     if as_json:
         typer.echo(paths.json.read_text(encoding="utf-8"))
     show.draw(summary_table(report), err=True)
@@ -67,6 +67,7 @@ def report(
     result = read_json(source)
     if not isinstance(result, dict):
         raise InputError(f"{source}: not a JSON object", remedy=remedy)
+    result = titled(result)
     paths = render_again(result, this.report)
     if as_json:
         files = {"report": str(paths.html), "json": str(paths.json), "junit": str(paths.junit)}

@@ -21,6 +21,7 @@ from pipeline.operate.services import listing
 from pipeline.runs.files import read_json
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
+from pipeline.runs.stages import LOOKING
 from pipeline.serve import ollama_service
 
 _CPU_TORCH = "pip install torch==2.13.0+cpu, or make setup DEVICE=cpu"
@@ -216,6 +217,7 @@ def run_folder(facts: Facts) -> Iterator[Finding]:
         return
     for stage, relative, what in changed:
         remedy = f"granite-pipeline export --run {run.name} --force" if stage != "finetune" else "train again with --force"
+        remedy = f"granite-pipeline verify --run {run.name}" if stage in LOOKING else remedy
         yield Finding("run folder", "fail", f"{run.path / relative} is {what} since {stage} made it", remedy)
     if not changed:
         yield Finding("run folder", "ok", f"every file of run {run.name} is as its manifest says")

@@ -23,11 +23,7 @@ _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "f
 _UNQUANTIZED = ("F32", "F16", "BF16")
 # vocabulary size of a published generation -> the form of its tool calls
 _TOOL_FORMATS = {49155: "granite", 49159: "granite", 100352: "granite4"}
-_CLASSES = {
-    "granite": "GraniteForCausalLM",
-    "granitemoe": "GraniteMoeForCausalLM",
-    "granitehybrid": "GraniteMoeHybridForCausalLM",
-}
+_CLASSES = {"granite": "Granite", "granitemoe": "GraniteMoe", "granitehybrid": "GraniteMoeHybrid"}
 
 
 @dataclass(frozen=True)
@@ -73,10 +69,8 @@ class Model:
             return Model.from_folder(path)
         if path.suffix == ".gguf":
             return Model.from_gguf(path)
-        raise ModelError(
-            f"{path} is neither a model folder nor a .gguf file" if path.exists() else f"{path}: no such model",
-            remedy="give a folder with config.json and *.safetensors, or a .gguf file",
-        )
+        wrong = f"{path} is neither a model folder nor a .gguf file" if path.exists() else f"{path}: no such model"
+        raise ModelError(wrong, remedy="give a folder with config.json and *.safetensors, or a .gguf file")
 
     @staticmethod
     def from_folder(path: Path) -> "Model":
@@ -89,7 +83,7 @@ class Model:
             raise ModelError(f"{path} has no *.safetensors", remedy="save the model with save_pretrained(...)")
         shape = shape_from_config(config, path)
         quantization = _checkpoint_quantization(config)
-        template = _template(path)
+        template, classes = _template(path), config.get("architectures")
         return Model(
             name=path.resolve().name,
             shape=shape,
@@ -99,7 +93,7 @@ class Model:
             parameters=shape.parameters if quantization else sum(t.elements for t in tensors),
             quantization=quantization,
             path=path,
-            class_name=_class_name(config),
+            class_name=str(classes[0]) if isinstance(classes, list) and classes else "",
             has_chat_template=bool(template),
             tool_format=tool_format(template),
         )
@@ -138,19 +132,14 @@ class Model:
         # every 4.0 model, the all-attention ones included, is of the hybrids' class; the shape alone does not tell
         kind = "granitehybrid" if key.startswith("granite-4.0-") else shape.architecture
         form = _TOOL_FORMATS.get(shape.vocab)
-        return Model(key, shape, "shape", "bfloat16", 2 * size, size, class_name=_CLASSES[kind], tool_format=form)
-
-
-def _class_name(config: dict[str, Any]) -> str:
-    names = config.get("architectures")
-    return str(names[0]) if isinstance(names, list) and names else ""
+        return Model(key, shape, "shape", "bfloat16", 2 * size, size, class_name=f"{_CLASSES[kind]}ForCausalLM", tool_format=form)
 
 
 def _checkpoint_quantization(config: dict[str, Any]) -> str | None:
-    found = config.get("quantization_config") or {}
-    if not isinstance(found, dict):
-        raise ModelError(f"config.json: quantization_config must be an object, this is {type(found).__name__}")
-    method = found.get("quant_method") or found.get("quantization_method")
+    settings = config.get("quantization_config") or {}
+    if not isinstance(settings, dict):
+        raise ModelError(f"config.json: quantization_config must be an object, this is {type(settings).__name__}")
+    method = settings.get("quant_method") or settings.get("quantization_method")
     return str(method) if method else None
 
 

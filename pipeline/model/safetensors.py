@@ -57,8 +57,12 @@ def read_header(path: Path) -> list[TensorInfo]:
         except (ValueError, RecursionError) as error:
             raise _broken(path, f"the header is not JSON ({error})") from None
     try:
-        tensors = [_tensor(name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"]
-        end = _end([entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"])
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        tensors, end = [_tensor(name, entry, 8 + length) for name, entry in entries.items()], 0
+        for begin, stop in sorted(entry["data_offsets"] for entry in entries.values()):
+            if begin < end and stop > begin:
+                raise ValueError(f"two tensors share the bytes from {begin}")
+            end = max(end, stop)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise _broken(path, f"a header entry is malformed ({error!r})") from None
     if 8 + length + end > size:
@@ -72,19 +76,16 @@ def read_folder(folder: Path) -> list[TensorInfo]:
     if index.is_file():
         shard_of = read_object(index).get("weight_map")
         if not isinstance(shard_of, dict) or not all(isinstance(name, str) for name in shard_of.values()):
-            raise ModelError(
-                f"{index}: weight_map is missing or no table of file names", remedy="copy or download the model again"
-            )
+            remedy = "copy or download the model again"
+            raise ModelError(f"{index}: weight_map is missing or no table of file names", remedy=remedy)
         names = sorted(set(shard_of.values()))
         outside = [name for name in names if Path(name).name != name]
         if outside:
             raise ModelError(f"{index}: weight_map names {outside[0]!r}, which is not a file of this folder")
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise ModelError(
-                f"{folder} lacks {len(missing)} of {len(names)} weight shards: {', '.join(missing[:3])}",
-                remedy="copy or download the model again",
-            )
+            lacking = f"{folder} lacks {len(missing)} of {len(names)} weight shards: {', '.join(missing[:3])}"
+            raise ModelError(lacking, remedy="copy or download the model again")
         shards = [folder / name for name in names]
     else:
         shards = sorted(folder.glob("*.safetensors"))
@@ -105,21 +106,9 @@ def _tensor(name: str, entry: dict[str, list[int]], data: int) -> TensorInfo:
     return TensorInfo(name, dtype, shape, end - begin, data + begin)
 
 
-def _end(spans: list[list[int]]) -> int:
-    """Where the data ends; ValueError when two tensors share bytes."""
-    end = 0
-    for begin, stop in sorted(spans):
-        if begin < end and stop > begin:
-            raise ValueError(f"two tensors share the bytes from {begin}")
-        end = max(end, stop)
-    return end
-
-
 def _broken(path: Path, why: str) -> ModelError:
-    return ModelError(
-        f"{path} is not a whole safetensors file: {why}",
-        remedy="copy, download or export the model again; the file was cut or overwritten",
-    )
+    remedy = "copy, download or export the model again; the file was cut or overwritten"
+    return ModelError(f"{path} is not a whole safetensors file: {why}", remedy=remedy)
 
 
 class TensorFolder:

@@ -14,12 +14,8 @@ from pipeline.runs.files import read_json
 
 _LARGEST_COUNT = 1 << 31
 _MOST_LAYERS = 4096
-_GGUF_ARCHITECTURE = {
-    "granite": "granite",
-    "granitemoe": "granitemoe",
-    "granitemoeshared": "granitemoe",
-    "granitemoehybrid": "granitehybrid",
-}
+# model_type -> GGUF's architecture where they differ
+_GGUF_ARCHITECTURE = {"granitemoeshared": "granitemoe", "granitemoehybrid": "granitehybrid"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ class Mamba:
         return self.inner + 2 * self.groups * self.state
 
     def state_elements(self) -> int:
-        """Elements of state per request over all layers: SSM state plus the convolution's window (vLLM MambaStateShapeCalculator)."""
+        """Elements of state per request: SSM state plus the convolution's window, all layers (vLLM MambaStateShapeCalculator)."""
         return self.layers * (self.inner * self.state + self.conv_width * (self.conv - 1))
 
 
@@ -124,7 +120,8 @@ def shape_from_config(config: dict[str, Any], source: Path) -> Shape:
         _require_counts({key: config[key] for key in ("vocab_size", "max_position_embeddings")})
         kinds = config.get("layer_types") or ["attention"] * layers
         mamba_layers = sum(kind in ("mamba", "linear_attention") for kind in kinds)
-        experts = _experts_from_config(config)
+        count, shared = config.get("num_local_experts"), config.get("shared_intermediate_size")
+        experts = Experts(count, config["num_experts_per_tok"], config["intermediate_size"], shared or 0) if count else None
         kind = str(config.get("model_type", ""))
         if len(kinds) != layers:
             raise ValueError(f"layer_types has {len(kinds)} entries for {layers} layers")
@@ -135,7 +132,7 @@ def shape_from_config(config: dict[str, Any], source: Path) -> Shape:
             heads=heads,
             kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or hidden // heads,
-            intermediate=0 if experts else config.get("shared_intermediate_size") or config["intermediate_size"],
+            intermediate=0 if experts else shared or config["intermediate_size"],
             vocab=config["vocab_size"],
             max_positions=config["max_position_embeddings"],
             mamba=_mamba_from_config(config, mamba_layers),
@@ -151,23 +148,14 @@ def _require_counts(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if type(value) is not int or not 0 < value <= _LARGEST_COUNT:
             raise ValueError(f"{name} is {value!r}")
-    layers = next((value for name, value in values.items() if name.endswith(("layers", "block_count"))), 1)
-    if layers > _MOST_LAYERS:
-        raise ValueError(f"{layers} layers")
-
-
-def _experts_from_config(config: dict[str, Any]) -> Experts | None:
-    count = config.get("num_local_experts") or 0
-    if not count:
-        return None
-    return Experts(count, config["num_experts_per_tok"], config["intermediate_size"], config.get("shared_intermediate_size") or 0)
+        if name.endswith(("layers", "block_count")) and value > _MOST_LAYERS:
+            raise ValueError(f"{value} layers")
 
 
 def _mamba_from_config(config: dict[str, Any], layers: int) -> Mamba | None:
     if not layers:
         return None
-    heads = config["mamba_n_heads"]
-    head_dim = config.get("mamba_d_head")
+    heads, head_dim = config["mamba_n_heads"], config.get("mamba_d_head")
     if not isinstance(head_dim, int):  # "auto"
         head_dim = config.get("mamba_expand", 2) * config["hidden_size"] // heads
     return Mamba(layers, heads, head_dim, config["mamba_d_state"], config["mamba_n_groups"], config["mamba_d_conv"])
@@ -176,12 +164,15 @@ def _mamba_from_config(config: dict[str, Any], layers: int) -> Mamba | None:
 def shape_from_gguf(header: GgufHeader, source: Path) -> Shape:
     """Shape from a GGUF header; a layer without kv heads is a mamba layer."""
     try:
-        layers, heads, hidden = (header.get("block_count"), header.get("attention.head_count"), header.get("embedding_length"))
+        layers, heads, hidden = map(header.get, ("block_count", "attention.head_count", "embedding_length"))
         _require_counts({"block_count": layers, "embedding_length": hidden, "context_length": header.get("context_length")})
         kv = header.get("attention.head_count_kv", heads)
         per_layer = kv if isinstance(kv, list) else [kv] * layers
         query = max(heads) if isinstance(heads, list) else heads
-        mamba_layers = per_layer.count(0)
+        mamba_layers, mamba = per_layer.count(0), None
+        if mamba_layers:
+            rank, *widths = (header.get(f"ssm.{key}") for key in ("time_step_rank", "state_size", "group_count", "conv_kernel"))
+            mamba = Mamba(mamba_layers, rank, header.get("ssm.inner_size") // rank, *widths)
         vocab = header.get("vocab_size") or header.metadata.get("tokenizer.ggml.tokens", 0)
         experts = header.get("expert_count") or 0
         shared = header.get("expert_shared_feed_forward_length") or 0
@@ -196,20 +187,12 @@ def shape_from_gguf(header: GgufHeader, source: Path) -> Shape:
             intermediate=0 if experts else max(width) if isinstance(width, list) else width,
             vocab=len(vocab) if isinstance(vocab, list) else vocab,
             max_positions=header.get("context_length"),
-            mamba=_mamba_from_gguf(header, mamba_layers),
+            mamba=mamba,
             experts=Experts(experts, header.get("expert_used_count"), width, shared) if experts else None,
             tied=all(t.name != "output.weight" for t in header.tensors),
         )
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise ModelError(f"{source} does not describe a decoder model: {error!r}") from None
-
-
-def _mamba_from_gguf(header: GgufHeader, layers: int) -> Mamba | None:
-    if not layers:
-        return None
-    heads = header.get("ssm.time_step_rank")
-    state, groups, conv = (header.get(f"ssm.{key}") for key in ("state_size", "group_count", "conv_kernel"))
-    return Mamba(layers, heads, header.get("ssm.inner_size") // heads, state, groups, conv)
 
 
 def _published() -> tuple[dict[str, Shape], dict[str, str]]:

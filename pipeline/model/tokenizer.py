@@ -13,9 +13,8 @@ def load(folder: Path) -> Any:
 
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise ModelError(
-            f"{folder} has no tokenizer.json", remedy="save the tokenizer there with tokenizer.save_pretrained(folder)"
-        )
+        remedy = "save the tokenizer there with tokenizer.save_pretrained(folder)"
+        raise ModelError(f"{folder} has no tokenizer.json", remedy=remedy)
     try:
         found = tokenizers.Tokenizer.from_file(str(path))
     except BaseException as error:  # the library raises bare Exception, and its panics are not even that

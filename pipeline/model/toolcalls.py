@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 # vLLM's parser for that form -> the mark before a call. Granite 3: one list of calls; Granite 4: one JSON object a mark.
@@ -30,7 +30,6 @@ class Call:
 
     opening: str
     text: str
-    tool: Mapping[str, Any] = field(default_factory=lambda: TOOL)
 
 
 def example_call(form: str) -> Call:

@@ -11,7 +11,7 @@ from pipeline.errors import InputError
 from pipeline.report import charts
 from pipeline.runs.files import read_json
 from pipeline.runs.folder import RunFolder
-from pipeline.runs.hashes import HashCache
+from pipeline.runs.hashes import HashCache, sha256_tree
 from pipeline.runs.text import visible
 
 # columns of the matrix: heading -> id of the check, by backend
@@ -89,11 +89,15 @@ def _charts(checks: Checks, titles: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def changed_files(run: RunFolder, certificate: Mapping[str, Any]) -> list[str]:
-    """Artefacts of a certificate that are gone or have another SHA-256 now; files that did not change are not read again."""
-    cache = HashCache(run.path)
-    artefacts: Mapping[str, str] = certificate["subject"].get("artefacts") or {}
-    return [name for name, sha256 in artefacts.items() if not (run.path / name).exists() or cache.tree(run.path / name) != sha256]
+def changed_files(run: RunFolder, certificate: Mapping[str, Any], *, read: bool = False) -> list[str]:
+    """Artefacts of a certificate that are gone or have another SHA-256 now.
+
+    Files that the file system calls unchanged are not read again, except with ``read``: where a certificate vouches for them.
+    """
+    sha256_of = sha256_tree if read else HashCache(run.path).tree
+    subject = certificate["subject"]
+    artefacts: Mapping[str, str] = subject["artefacts"] if read else subject.get("artefacts") or {}
+    return [name for name, known in artefacts.items() if not (run.path / name).exists() or sha256_of(run.path / name) != known]
 
 
 def summary(run: RunFolder) -> dict[str, Any] | None:

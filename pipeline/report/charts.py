@@ -1,13 +1,12 @@
 """The charts of the report and of the certificate in it, each an ``<svg>`` element, or '' where there is nothing to draw."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.report.canvas import PALETTE, Canvas
+from pipeline.report.phrases import words
 from pipeline.report.schema import Backend, Point
 
 _MAX_POINTS = 500
@@ -49,8 +48,8 @@ def before_after(before: Mapping[str, float], after: Mapping[str, float]) -> str
     if not names:
         return ""
     canvas = Canvas("scores", "Held-out rows right, by field, before and after fine-tuning", 1.1 + 0.42 * len(names))
-    before_rows = [(_words(name), before[name] * 100, f"{_words(name)}, before: {before[name]:.1%}") for name in names]
-    after_rows = [(_words(name), after[name] * 100, f"{_words(name)}, after: {after[name]:.1%}") for name in names]
+    before_rows = [(words(name), before[name] * 100, f"{words(name)}, before: {before[name]:.1%}") for name in names]
+    after_rows = [(words(name), after[name] * 100, f"{words(name)}, after: {after[name]:.1%}") for name in names]
     canvas.bars(before_rows, "before", "before fine-tuning", -0.19)
     canvas.bars(after_rows, "after", "after fine-tuning", 0.19)
     canvas.axes.set_xlabel("% of held-out rows")
@@ -161,10 +160,6 @@ def tensor_errors(series: Mapping[str, Sequence[Sequence[Any]]]) -> str:
     canvas.axes.set_ylabel("error / bound")
     canvas.legend()
     return canvas.svg()
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ").replace("json", "JSON")
 
 
 def _centred_mean(values: Sequence[float], half: int) -> list[float]:

@@ -1,15 +1,23 @@
-"""The one class for something that was checked: by verify, by the certificate, and as the report shows it."""
+"""The one class for something that was checked - by verify, by the certificate, as the report shows it - and its JUnit XML."""
 
-from collections.abc import Callable, Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import AliasChoices, Field
 from pydantic.dataclasses import dataclass
 
 from pipeline.errors import Interrupted, PipelineError
+from pipeline.runs.text import visible
+
+if TYPE_CHECKING:
+    from junitparser import TestCase
 
 Status = Literal["passed", "failed", "skipped", "warning"]
+# of each status on a terminal
+STYLES = {"passed": "green", "failed": "bold red", "skipped": "dim", "warning": "yellow"}
 
 
 @dataclass(frozen=True)
@@ -66,3 +74,35 @@ def guarded(
     except (PipelineError, OSError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         lines = str(error).splitlines() or ["no message"]
         return [Check(check_id, "failed", f"{type(error).__name__}: {lines[0]}")]
+
+
+def junit_xml(name: str, suites: Iterable[tuple[str, str, Sequence[Check]]]) -> str:
+    """Checks as JUnit XML, for CI: one suite a group, one test case a check; a warning passes and says so.
+
+    ``suites``: a suite's name, the class name of its cases, its checks.
+    """
+    from junitparser import JUnitXml, TestSuite
+
+    report = JUnitXml(visible(name))
+    for title, classname, checks in suites:
+        suite = TestSuite(visible(title))
+        for check in checks:
+            suite.add_testcase(_case(check, visible(classname)))
+        report.add_testsuite(suite)
+    report.update_statistics()
+    text = report.tostring()
+    body = text.decode("utf-8") if isinstance(text, bytes) else str(text)
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{body}\n'
+
+
+def _case(check: Check, classname: str) -> TestCase:
+    from junitparser import Failure, Skipped, TestCase
+
+    case, detail = TestCase(visible(check.id), classname=classname), visible(check.detail)
+    if check.status == "failed":
+        case.result = [Failure(detail)]
+    elif check.status == "skipped":
+        case.result = [Skipped(detail)]
+    else:
+        case.system_out = f"warning: {detail}" if check.status == "warning" else detail
+    return case

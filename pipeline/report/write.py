@@ -8,14 +8,12 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.report import junit, page
-from pipeline.report.check import Check
+from pipeline.report import check, page
+from pipeline.report.check import STYLES, Check
 from pipeline.report.phrases import NONE, percent
 from pipeline.report.schema import Backend, Result, parse
 from pipeline.runs.files import disk_errors_named, require_free_space, write_atomic, write_json
 from pipeline.runs.text import clean, visible
-
-_STYLES = {"passed": "green", "failed": "bold red", "skipped": "dim", "warning": "yellow"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def junit_xml(result: Mapping[str, Any]) -> str:
     """One suite for the line and one per backend, one test case per check."""
     run = parse(clean(result))
     suites = [("line", run.line_checks), *((b.name, _backend_checks(run.checks_of(b), b)) for b in run.backends)]
-    return junit.junit_xml(run.run, [(name, f"{run.run}.{name}", checks) for name, checks in suites])
+    return check.junit_xml(run.run, [(name, f"{run.run}.{name}", checks) for name, checks in suites])
 
 
 def summary_table(result: Mapping[str, Any]) -> Table:
@@ -108,7 +106,7 @@ def _row(backend: Backend) -> list[Text]:
     parity = {True: "equal", False: "differs", None: NONE}[backend.prompt_parity]
     first = f"{backend.ttft_ms.p50:.0f}" if backend.ttft_ms else NONE
     speed = f"{backend.tokens_per_second:.1f}" if backend.tokens_per_second is not None else NONE
-    status = Text(backend.status, style=_STYLES[backend.status])
+    status = Text(backend.status, style=STYLES[backend.status])
     figures = [percent(backend.exact), parity, percent(backend.finish_stop), first, speed]
     return [Text(backend.shown), status, *(Text(figure) for figure in figures)]
 

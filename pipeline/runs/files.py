@@ -25,13 +25,11 @@ _FULL_BYTES = 1 << 18
 
 def tree_bytes(path: Path) -> int:
     """Size in bytes of a file or of everything below a folder."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
 
 
 def write_atomic(path: Path, data: str | bytes, mode: int | None = None) -> None:
-    """Write a file under a temporary name beside it, flush it to disk, then rename it into place; ``mode`` None: as the umask says."""
+    """Write a file under a temporary name beside it, flush it, then rename it into place; ``mode`` None: as the umask says."""
     path.parent.mkdir(parents=True, exist_ok=True)
     raw = data.encode("utf-8") if isinstance(data, str) else data
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -112,9 +110,8 @@ def read_json(path: Path) -> Any:
     except RecursionError:
         raise InputError(f"{path}: nested too deeply") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        line = getattr(error, "lineno", None)
-        where = f"{path}:{line}" if line else str(path)
-        raise InputError(f"{where}: not valid JSON ({error})") from None
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise InputError(f"{path}{line}: not valid JSON ({error})") from None
 
 
 @contextmanager
@@ -147,9 +144,9 @@ def _put_back(scratch: Path, final: Path) -> None:
 
 def sync_tree(path: Path) -> None:
     """Flush a file, or a folder and everything below it, to disk: after a power cut a renamed file must not be empty."""
-    for found in [path, *(path.rglob("*") if path.is_dir() else [])]:
-        if not found.is_symlink():
-            _sync_folder(found)
+    for part in [path, *(path.rglob("*") if path.is_dir() else [])]:
+        if not part.is_symlink():
+            _sync_folder(part)
 
 
 def _sync_folder(path: Path) -> None:
@@ -192,16 +189,12 @@ def disk_errors_named(folder: Path) -> Iterator[None]:
     """A disk that fills up in spite of the check before is a DiskFull, whichever library met it."""
     try:
         yield
-    except DiskFull:
-        raise
     except Exception as error:
-        if not is_disk_full(error, folder):
+        if isinstance(error, DiskFull) or not is_disk_full(error, folder):
             raise
-        raise DiskFull(
-            f"the disk under {folder} is full",
-            evidence=f"{str(error)[-500:]}\n{_free(folder) / 2**20:.1f} MiB are free now",
-            remedy="free some space and run again: it continues where it was; finished results are untouched",
-        ) from error
+        evidence = f"{str(error)[-500:]}\n{_free(folder) / 2**20:.1f} MiB are free now"
+        remedy = "free some space and run again: it continues where it was; finished results are untouched"
+        raise DiskFull(f"the disk under {folder} is full", evidence=evidence, remedy=remedy) from error
 
 
 def is_disk_full(error: Exception, folder: Path) -> bool:
@@ -221,7 +214,5 @@ def require_free_space(folder: Path, needed: int, purpose: str) -> None:
     """Raise DiskFull when fewer than ``needed`` bytes are free where ``folder`` is or will be."""
     free = _free(folder)
     if free < needed:
-        raise DiskFull(
-            f"{purpose} needs {needed / 2**30:.2f} GiB in {folder}, only {free / 2**30:.2f} GiB are free",
-            remedy="free some space, or choose another folder with --output / OUTPUT=...",
-        )
+        lacking = f"{purpose} needs {needed / 2**30:.2f} GiB in {folder}, only {free / 2**30:.2f} GiB are free"
+        raise DiskFull(lacking, remedy="free some space, or choose another folder with --output / OUTPUT=...")

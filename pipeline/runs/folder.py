@@ -30,46 +30,30 @@ class RunFolder:
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
-            raise InputError(
-                f"run name {self.name!r} is not usable",
-                remedy="use 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit",
-            )
+            remedy = "use 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit"
+            raise InputError(f"run name {self.name!r} is not usable", remedy=remedy)
 
     @property
     def path(self) -> Path:
         """The folder itself."""
         return self.output / self.name
 
-    adapter = Part("adapter")
-    """LoRA adapter (or, after full fine-tuning, the whole model) as training saved it."""
-    merged = Part("merged_fp16")
-    """Merged float16 model folder: safetensors, config, tokenizer, chat template."""
-    gguf = Part("unsloth.Q8_0.gguf")
-    """Q8_0 GGUF made from the merged weights."""
-    modelfile = Part("Modelfile")
-    """Ollama Modelfile."""
-    manifest = Part("manifest.json")
-    """The run's record: inputs, parameters, hashes, metrics, launches."""
-    notebooks = Part("notebooks")
-    """Executed notebook copies."""
-    report = Part("report")
-    """report.html, report.json, junit.xml."""
-    report_file = Part("report", "report.json")
-    """The report as other programs read it."""
-    logs = Part("logs")
-    """One log per server start."""
-    checkpoints = Part("checkpoints")
-    """Trainer checkpoints, kept until training ends."""
-    heldout = Part("heldout.jsonl")
-    """Held-out conversations, control tokens neutralised, one JSON object a line."""
-    certificate = Part("certificate")
-    """certificate.json, its JUnit file, and the evidence it was judged on."""
-    certificate_file = Part("certificate", "certificate.json")
-    """The certificate itself."""
-    servers = Part("servers")
-    """Records of the servers that were started for this run."""
-    probes = Part("reference", "probes.json")
-    """In-process next-token distributions at some positions, for the certificate."""
+    adapter = Part("adapter")  # LoRA adapter (or, after full fine-tuning, the whole model) as training saved it
+    merged = Part("merged_fp16")  # Merged float16 model folder: safetensors, config, tokenizer, chat template
+    gguf = Part("unsloth.Q8_0.gguf")  # Q8_0 GGUF made from the merged weights
+    modelfile = Part("Modelfile")  # Ollama Modelfile
+    manifest = Part("manifest.json")  # The run's record: inputs, parameters, hashes, metrics, launches
+    notebooks = Part("notebooks")  # Executed notebook copies
+    report = Part("report")  # report.html, report.json, junit.xml
+    report_file = Part("report", "report.json")  # The report as other programs read it
+    evidence = Part("report", "evidence.json")  # What each backend said in the last verification
+    logs = Part("logs")  # One log per server start
+    checkpoints = Part("checkpoints")  # Trainer checkpoints, kept until training ends
+    heldout = Part("heldout.jsonl")  # Held-out conversations, control tokens neutralised, one JSON object a line
+    certificate = Part("certificate")  # certificate.json, its JUnit file, and the evidence it was judged on
+    certificate_file = Part("certificate", "certificate.json")  # The certificate itself
+    servers = Part("servers")  # Records of the servers that were started for this run
+    probes = Part("reference", "probes.json")  # In-process next-token distributions at some positions, for the certificate
 
     def reference(self, which: str) -> Path:
         """In-process answers of ``base`` or ``tuned`` to the held-out prompts."""
@@ -85,7 +69,5 @@ class RunFolder:
         ours = dict.fromkeys(part.parts[0] for part in vars(RunFolder).values() if isinstance(part, Part))
         for path in (self.path, *(self.path / name for name in ours)):
             if path.is_symlink():
-                raise InputError(
-                    f"{path} is a symbolic link (to {path.readlink()})",
-                    remedy="a run is written only below the output folder: move it there, or link the whole --output folder",
-                )
+                remedy = "a run is written only below the output folder: move it there, or link the whole --output folder"
+                raise InputError(f"{path} is a symbolic link (to {path.readlink()})", remedy=remedy)

@@ -7,7 +7,6 @@ less than two seconds before it was read is read again next time: a second chang
 import contextlib
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -51,13 +50,13 @@ class HashCache:
 
     def tree(self, path: Path) -> str:
         """Hex SHA-256 of a file or folder, as :func:`sha256_tree` defines it."""
-        found = sha256_tree(path, self._file)
+        digest = sha256_tree(path, self._file)
         if self._changed and self.path.parent.parent.is_dir():
             self._known = {name: entry for name, entry in self._known.items() if Path(name).exists()}
             with contextlib.suppress(OSError):  # a full disk must not fail what only saves time
                 write_atomic(self.path, json.dumps(self._known))
             self._changed = False
-        return found
+        return digest
 
     def _file(self, path: Path) -> str:
         name, before = str(path.resolve()), path.stat()
@@ -66,12 +65,9 @@ class HashCache:
         if isinstance(entry, list) and len(entry) == 2 and entry[0] == seen:
             return str(entry[1])
         digest = sha256_file(path)
-        if time.time_ns() - max(before.st_mtime_ns, before.st_ctime_ns) > _SETTLED_NS and _same(path, before):
+        after = path.stat()
+        same = (after.st_ino, after.st_size, after.st_mtime_ns) == (before.st_ino, before.st_size, before.st_mtime_ns)
+        if same and time.time_ns() - max(before.st_mtime_ns, before.st_ctime_ns) > _SETTLED_NS:
             self._known[name] = [seen, digest]
             self._changed = True
         return digest
-
-
-def _same(path: Path, before: os.stat_result) -> bool:
-    after = path.stat()
-    return (after.st_ino, after.st_size, after.st_mtime_ns) == (before.st_ino, before.st_size, before.st_mtime_ns)

@@ -3,10 +3,9 @@
     with lock.held(run, "export"):
         ...
 
-``lock.json`` in the run folder names the owners: process, start time, host and boot. It is only read or changed under a
-brief flock of ``.lock``, so two processes cannot both find it stale and take it. A process that a holder started (a
-notebook's kernel) joins the lock through the environment instead of waiting for its own parent. Not covered: file systems
-without flock.
+``lock.json`` in the run folder names the owners: process, start time, host and boot. It is only read or changed under a brief
+flock of ``.lock``, so two processes cannot both find it stale and take it. A process that a holder started (a notebook's kernel)
+joins the lock through the environment instead of waiting for its own parent. Not covered: file systems without flock.
 """
 
 import contextlib
@@ -81,16 +80,13 @@ class Holder:
         """Whether any owner still runs."""
         return any(owner.alive for owner in self.owners)
 
-    @property
-    def orphaned(self) -> bool:
-        """Whether the one who took the lock is gone and only processes that it started are left."""
-        return self.alive and not self.owners[0].alive
-
     def describe(self) -> str:
         """For people: verb, process, machine, age."""
         owner = next((o for o in self.owners if o.alive), self.owners[0])
-        age = (datetime.now(UTC) - datetime.fromisoformat(self.since)).total_seconds()
-        return f"{self.verb}, process {owner.pid} on {owner.host}, since {self.since} ({_age(age)})"
+        seconds = (datetime.now(UTC) - datetime.fromisoformat(self.since)).total_seconds()
+        units = ((86400, "days"), (3600, "h"), (60, "min"))
+        age = next((f"{seconds / size:.1f} {unit}" for size, unit in units if seconds >= size), f"{seconds:.0f} s")
+        return f"{self.verb}, process {owner.pid} on {owner.host}, since {self.since} ({age})"
 
 
 def holder(run: RunFolder) -> Holder | None:
@@ -98,11 +94,10 @@ def holder(run: RunFolder) -> Holder | None:
     try:
         data = json.loads((run.path / _RECORD).read_text(encoding="utf-8"))
         owners = tuple(Process(**owner) for owner in data["owners"])
-        found = Holder(str(data["verb"]), str(data["since"]), str(data["token"]), owners)
-        datetime.fromisoformat(found.since)
+        datetime.fromisoformat(str(data["since"]))
+        return Holder(str(data["verb"]), str(data["since"]), str(data["token"]), owners) if owners else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return found if owners else None
 
 
 @contextmanager
@@ -155,10 +150,15 @@ def _enter(run: RunFolder, verb: str) -> str:
             if there is not None and there.alive and there.token == os.environ.get(VARIABLE):
                 _write(run, replace(there, owners=(*there.owners, me)))
                 return there.token
-            if there is None or not there.alive or _only_me(there):
+            # a record that names no living process but this one, which holds nothing, could not be removed back then
+            if there is None or all(_is_me(owner) for owner in there.owners if owner.alive):
                 return _take(run, verb, me, None if there and there.alive else there)
-        if not there.orphaned or time.monotonic() > deadline:
-            raise _locked(run, there)
+        # whoever took the lock is gone and processes that it started are left: they notice and end
+        if there.owners[0].alive or time.monotonic() > deadline:
+            evidence, remedy = f"held by: {there.describe()}", "wait for it, stop it, or use another --name"
+            if there.owners[0].host != socket.gethostname():
+                remedy += f"; if that machine is gone for good, remove {run.path / _RECORD}"
+            raise RunLocked(f"run {run.name} is in use", evidence=evidence, remedy=remedy)
         time.sleep(0.2)
 
 
@@ -171,11 +171,6 @@ def _take(run: RunFolder, verb: str, me: Process, dead: Holder | None) -> str:
     if freed:
         log.info("run %s: %.1f MiB that an interrupted run left half done were removed", run.name, freed / 2**20)
     return taken.token
-
-
-def _only_me(there: Holder) -> bool:
-    """Whether a record names no living process but this one, which holds nothing: it could not be removed back then."""
-    return all(_is_me(owner) for owner in there.owners if owner.alive)
 
 
 def _is_me(owner: Process) -> bool:
@@ -199,28 +194,13 @@ def _write(run: RunFolder, holder: Holder) -> None:
 
 @contextmanager
 def guarded(folder: Path) -> Iterator[None]:
-    """The few milliseconds in which one process looks at a record of a run and changes it; the kernel ends it with the process."""
+    """The milliseconds in which one process looks at a record of a run and changes it; the kernel ends it with the process."""
     with (folder / _GUARD).open("a") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         yield
-
-
-def _locked(run: RunFolder, there: Holder) -> RunLocked:
-    elsewhere = there.owners[0].host != socket.gethostname()
-    remedy = "wait for it, stop it, or use another --name"
-    if elsewhere:
-        remedy += f"; if that machine is gone for good, remove {run.path / _RECORD}"
-    return RunLocked(f"run {run.name} is in use", evidence=f"held by: {there.describe()}", remedy=remedy)
 
 
 def _boot() -> str:
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
-
-
-def _age(seconds: float) -> str:
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"

@@ -5,30 +5,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.text import MaskingFilter
 
-_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-
+_TIMED = "%(asctime)s %(message)s"
 # libraries of which only errors are told
-_NOISY = (
-    "httpx",
-    "papermill",
-    "torchao",
-    "transformers",
-    "asyncio",
-    "matplotlib",
-    "torch.utils._pytree",
-    "IPKernelApp",
-    "traitlets",
-)
+_NOISY = ["httpx", "papermill", "torchao", "transformers", "asyncio", "matplotlib", "torch.utils._pytree"]
+_NOISY += ["IPKernelApp", "traitlets"]
 
 
-def begin(
-    handler: logging.Handler, level: int = logging.INFO, *, words: str = "%(asctime)s %(message)s", again: bool = False
-) -> None:
+def begin(handler: logging.Handler, level: int = logging.INFO, *, words: str = _TIMED, again: bool = False) -> None:
     """Show what is logged through a handler, with the time of day; ``again`` replaces the handlers that are there."""
     handler.addFilter(MaskingFilter())
     logging.basicConfig(level=level, format=words, datefmt="%H:%M:%S", handlers=[handler], force=again)
@@ -52,7 +39,7 @@ def written(run: RunFolder, verb: str) -> Iterator[Path]:
     run.logs.mkdir(parents=True, exist_ok=True)
     path = run.logs / f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}.log"
     handler = _Quiet(path, encoding="utf-8", delay=True)
-    handler.setFormatter(logging.Formatter(_FORMAT))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.addFilter(MaskingFilter())
     handler.setLevel(logging.INFO)
     root = logging.getLogger()
@@ -64,7 +51,8 @@ def written(run: RunFolder, verb: str) -> Iterator[Path]:
     try:
         yield path
     except BaseException as error:
-        handler.handle(root.makeRecord(root.name, logging.ERROR, __file__, 0, f"ended by {error!r}", (), _exc(error)))
+        exc = (type(error), error, error.__traceback__)
+        handler.handle(root.makeRecord(root.name, logging.ERROR, __file__, 0, f"ended by {error!r}", (), exc))
         raise
     finally:
         root.removeHandler(handler)
@@ -72,7 +60,3 @@ def written(run: RunFolder, verb: str) -> Iterator[Path]:
         for other, was in others.items():
             other.setLevel(was)
         handler.close()
-
-
-def _exc(error: BaseException) -> tuple[type[BaseException], BaseException, TracebackType | None]:
-    return type(error), error, error.__traceback__

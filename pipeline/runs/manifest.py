@@ -16,6 +16,7 @@ from pipeline.runs.text import masked
 
 SCHEMA = 1
 _KEPT = 20
+_Json = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,12 @@ class StageRecord:
     """What a finished stage recorded; ``key`` is the hash of ``inputs``, artefacts are named relative to the run folder."""
 
     key: str
-    inputs: Mapping[str, Any]
+    inputs: _Json
     artefacts: Mapping[str, Seal]
     result: dict[str, Any]
     seconds: float
     finished_at: str
-    raw: Mapping[str, Any] = field(repr=False, compare=False)
+    raw: _Json = field(repr=False, compare=False)
 
     @property
     def intact(self) -> bool | None:
@@ -44,7 +45,7 @@ class StageRecord:
         return seal_holds(self.raw)
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> "StageRecord":
+    def from_json(cls, raw: _Json) -> "StageRecord":
         """Read what the manifest holds of a stage; KeyError, TypeError or AttributeError when it is something else."""
         artefacts = {name: Seal(**_known(Seal, seen)) for name, seen in raw["artefacts"].items()}
         inputs, result = {**raw.get("inputs", {})}, {**raw["result"]}
@@ -71,16 +72,16 @@ class TrainingRecord:
 
     base: BaseRecord
     data: Mapping[str, str]
-    parameters: Mapping[str, Any]
+    parameters: _Json
     method: str = ""
     trainer: str = ""
     dtype: str = ""
     steps: int = 0
     train_seconds: float = 0.0
     tokens_per_second: float = 0.0
-    rows: Mapping[str, Any] = field(default_factory=dict)
+    rows: _Json = field(default_factory=dict)
     eval_loss: Mapping[str, float] = field(default_factory=dict)
-    history: Sequence[Mapping[str, Any]] = ()
+    history: Sequence[_Json] = ()
     system: str | None = None
     date: str | None = None
 
@@ -112,7 +113,7 @@ class ServedRecord:
     env: Mapping[str, str] | None = None
     sha256: str | None = None
     status: str | None = None
-    raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    raw: _Json = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def intact(self) -> bool:
@@ -120,7 +121,7 @@ class ServedRecord:
         return bool(seal_holds(self.raw))
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> "ServedRecord":
+    def from_json(cls, raw: _Json) -> "ServedRecord":
         """Read what the manifest holds of a backend, or what a report entry says of it."""
         return cls(**_known(cls, {**raw, "raw": raw}))
 
@@ -129,7 +130,7 @@ class ServedRecord:
         return sealed({name: value for name, value in vars(self).items() if name != "raw"})
 
 
-def _known(record: type, raw: Mapping[str, Any]) -> dict[str, Any]:
+def _known(record: type, raw: _Json) -> dict[str, Any]:
     """What of a JSON object a record has fields for."""
     return {field.name: raw[field.name] for field in fields(record) if field.name in raw}
 
@@ -177,27 +178,19 @@ class Manifest:
         """What the last verification served, by backend."""
         return {name: ServedRecord.from_json(raw) for name, raw in self.data.get("served", {}).items()}
 
-    def is_current(self, name: str, inputs: Mapping[str, Any]) -> bool:
-        """True when the stage ran with exactly these inputs and its artefacts are on disk unchanged."""
-        return self.holds(self.stage(name), inputs)
-
-    def holds(self, record: StageRecord | None, inputs: Mapping[str, Any]) -> bool:
+    def holds(self, record: StageRecord | None, inputs: _Json) -> bool:
         """True when a record was made with exactly these inputs and its artefacts are on disk unchanged."""
         if record is None or record.key != sha256_json(inputs):
             return False
         return all(self._unchanged(relative, seen) for relative, seen in record.artefacts.items())
 
-    def record(
-        self, name: str, inputs: Mapping[str, Any], artefacts: list[Path], result: Mapping[str, Any], seconds: float
-    ) -> None:
+    def record(self, name: str, inputs: _Json, artefacts: list[Path], result: _Json, seconds: float) -> None:
         """Store a finished stage: its inputs, the hash of each artefact and its results; written atomically."""
         record = sealed(self.entry(inputs, artefacts, result, seconds))
         with self.changing() as data:
             data["stages"][name] = record
 
-    def entry(
-        self, inputs: Mapping[str, Any], artefacts: list[Path], result: Mapping[str, Any], seconds: float
-    ) -> dict[str, Any]:
+    def entry(self, inputs: _Json, artefacts: list[Path], result: _Json, seconds: float) -> dict[str, Any]:
         """What is stored of something that was done: its inputs and their key, the hash of each artefact, its results."""
         return {
             "key": sha256_json(inputs),
@@ -226,7 +219,7 @@ class Manifest:
         with self.changing() as data:
             data["served"] = {name: one.to_json() for name, one in served.items()}
 
-    def append(self, key: str, entry: Mapping[str, Any]) -> None:
+    def append(self, key: str, entry: _Json) -> None:
         """Add a dated entry to a list in the manifest, of which the last twenty are kept; written atomically."""
         at = datetime.now(UTC).isoformat(timespec="seconds")
         with self.changing() as data:
@@ -258,13 +251,13 @@ class Manifest:
         return Seal(self.sha256(path), tree_bytes(path))
 
 
-def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+def sealed(record: _Json) -> dict[str, Any]:
     """A record as the manifest keeps it, without secrets, and its own hash in it."""
     kept = masked(record)
     return {**kept, "seal": _sealed(kept)}
 
 
-def seal_holds(record: Mapping[str, Any]) -> bool | None:
+def seal_holds(record: _Json) -> bool | None:
     """Whether a record is as it was written; None for one that has no seal."""
     known = record.get("seal")
     return None if known is None else bool(known == _sealed({key: value for key, value in record.items() if key != "seal"}))
@@ -283,6 +276,6 @@ def _checked(data: Any, path: Path) -> dict[str, Any]:
     return dict(data)
 
 
-def _sealed(record: Mapping[str, Any]) -> str:
+def _sealed(record: _Json) -> str:
     # as it will be read back: tuples are lists then, and keys are text
     return sha256_json(json.loads(json.dumps(record)))

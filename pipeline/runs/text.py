@@ -42,14 +42,9 @@ def is_secret_name(name: str) -> bool:
 
 def values() -> list[str]:
     """The secret values of the environment, longest first."""
-    found = {value.strip() for name, value in os.environ.items() if _plausible(name, value.strip())}
-    return sorted(found, key=len, reverse=True)
-
-
-def _plausible(name: str, value: str) -> bool:
-    """Whether a variable holds a secret: by its name, and by a value that no ordinary text is made of."""
-    word = _WORD.fullmatch(value) and not _PASSWORDS.search(name)
-    return is_secret_name(name) and len(value) >= _SHORTEST and not word
+    named = [(name, value.strip()) for name, value in os.environ.items() if is_secret_name(name)]
+    secrets = {value for name, value in named if _PASSWORDS.search(name) or not _WORD.fullmatch(value)}
+    return sorted((value for value in secrets if len(value) >= _SHORTEST), key=len, reverse=True)
 
 
 def mask(text: str, known: Sequence[str] | None = None) -> str:

@@ -1,7 +1,9 @@
 """The backends of a run: attach to those that are up, start those that are installed, say why of the rest."""
 
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,6 +81,18 @@ def start(run: RunFolder, name: str, settings: Settings, options: Options) -> St
         raise
     except PipelineError as error:
         return Started(name, "failed", str(error))
+
+
+@contextmanager
+def borrowed(run: RunFolder, name: str, settings: Settings, *, keep: bool) -> Iterator[Started]:
+    """A backend to ask questions of, found or started; stopped at the end, unless it was up before and is to be kept."""
+    was_up = find(run, name, settings) is not None
+    started = start(run, name, settings, Options(purpose="verify", owner=os.getpid()))
+    try:
+        yield started
+    finally:
+        if started.endpoint and not (keep and was_up):
+            serving.stop(run.path, name)
 
 
 def start_backends(

@@ -5,9 +5,10 @@ from typing import Any
 
 from pipeline import engines
 from pipeline.errors import PipelineError
+from pipeline.net.chat import Streamed
 from pipeline.prompts.conversation import Conversation
 from pipeline.report.check import Check, held
-from pipeline.verify.prober import Prober, Streamed
+from pipeline.verify.prober import Prober
 from pipeline.verify.score import HeldOut
 
 # served answers may differ from the reference by rounding (Q8_0, another kernel); this much of ``exact`` is allowed

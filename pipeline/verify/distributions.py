@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import TypeAdapter
+
 # tokens of the reference that are compared
 COMPARED = 10
 # held-out rows, evenly spread, that have a reference in process; a backend is asked no others
@@ -80,21 +82,9 @@ class Reference:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Reference":
-        """Read what ``to_json`` wrote."""
-        held_out, controls = (
-            tuple(Probe(p["row"], tuple(p["ids"]), _top(p["top"])) for p in data[k]) for k in ("held_out", "controls")
-        )
-        return cls(held_out, controls, tuple(_top(top) for top in data["controls_base"]), data["figures"])
+        """Read what ``to_json`` wrote; ValueError when it is something else."""
+        return TypeAdapter(Reference).validate_python(data)
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
-        return {
-            "held_out": [{"row": p.row, "ids": list(p.ids), "top": dict(p.top)} for p in self.held_out],
-            "controls": [{"row": p.row, "ids": list(p.ids), "top": dict(p.top)} for p in self.controls],
-            "controls_base": [dict(top) for top in self.controls_base],
-            "figures": dict(self.figures),
-        }
-
-
-def _top(found: Mapping[Any, Any]) -> dict[int, float]:
-    return {int(token): float(value) for token, value in found.items()}
+        return TypeAdapter(Reference).dump_python(self, mode="json")  # type: ignore[no-any-return]

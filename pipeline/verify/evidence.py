@@ -1,37 +1,126 @@
-"""What one backend said while it was up: prompts it was fed, answers, next-token distributions, the file it serves."""
+"""What one backend said while it was up: prompts it was fed, answers, next-token distributions, the file it serves.
 
+A backend is asked here and nowhere else. ``verify`` judges its evidence into checks, ``certify`` into links; what verify asked
+of a server that is still the same one is not asked again.
+"""
+
+import contextlib
+import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import httpx
+from pydantic import TypeAdapter
 
 from pipeline import engines
 from pipeline.engines.base import Engine
-from pipeline.errors import PipelineError
+from pipeline.errors import ModelError, PipelineError
 from pipeline.model.tokenizer import Tokenizer
+from pipeline.net.chat import Streamed
+from pipeline.net.client import open_client
+from pipeline.prompts.chat import ChatTemplate
+from pipeline.prompts.conversation import load_suite
+from pipeline.prompts.renderers import render_chat
 from pipeline.report.check import Check
+from pipeline.runs.files import read_json
 from pipeline.runs.folder import RunFolder
-from pipeline.runs.hashes import sha256_tree
+from pipeline.runs.hashes import sha256_json, sha256_tree
+from pipeline.runs.manifest import Manifest
+from pipeline.runs.text import masked
 from pipeline.serve.artefacts import written_after
 from pipeline.serve.start import Endpoint
 from pipeline.verify import checks
 from pipeline.verify.distributions import Reference
 from pipeline.verify.material import Material
 from pipeline.verify.prober import Prober, ask_all
+from pipeline.verify.probes import injection, structured_output, tool_call
 from pipeline.verify.score import Answer
 
-_CONCURRENCY = 16
+_CONCURRENCY = 32
+_STREAMED = 4
+
+
+@dataclass(frozen=True)
+class Features:
+    """What verify asks beside the held-out prompts: listing, a first answer, attacks, schemas, tool calls, streams."""
+
+    listed: tuple[str, ...]
+    first: Answer
+    probed: tuple[Check, ...]
+    streams: tuple[Streamed, ...]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that one backend is judged on; ``problems`` says what it could not be asked.
+
+    ``loaded_sha256`` is the file's hash when the server had started, ``file_newer`` that the file was written after that.
+    ``process`` and ``asked`` tell the server and the prompts apart from others; ``reused`` says when the answers were given,
+    where an earlier interrogation asked for them.
+    """
+
+    engine: str
+    version: str | None
+    dtype: str
+    rows: tuple[int, ...]
+    answers: tuple[Answer, ...]
+    parity: Check | None = None
+    probes: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
+    controls: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
+    file: str | None = None
+    file_sha256: str | None = None
+    tokenised: tuple[int, int] | None = None
+    seconds: float = 0.0
+    problems: Mapping[str, str] = field(default_factory=dict)
+    loaded_sha256: str | None = None
+    file_newer: bool = False
+    features: Features | None = None
+    model: str = ""
+    launched: Mapping[str, Any] = field(default_factory=dict)
+    tokens_per_second: float = 0.0
+    at: str = ""
+    reused: str | None = None
+    process: tuple[int, float] | None = None
+    asked: str = ""
+
+    def answer_to(self, row: int) -> Answer | None:
+        """The answer to a held-out row, None when it was not asked."""
+        return self.answers[self.rows.index(row)] if row in self.rows else None
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Which server said this and when, for the certificate."""
+        stated = {"at": self.at, "answers_at": self.reused or self.at, "prompts": len(self.rows), "version": self.version}
+        return {**stated, "answers_by": "verify" if self.reused else "certify", "loaded_sha256": self.loaded_sha256}
+
+    def speaks_for(self, endpoint: Endpoint, file: str | None, material: Material) -> bool:
+        """Whether this endpoint would answer these prompts as it did then: the same process, file and prompts.
+
+        Only of a server from here that tells which file it loaded: another may have been given a new model meanwhile.
+        """
+        if file is None or endpoint.server is None or self.process != _process(endpoint):
+            return False
+        if self.loaded_sha256 is None or not self.loaded_sha256 == endpoint.sha256 == _sha256(file):
+            return False
+        return max(self.rows, default=0) < len(material.rows) and self.asked == _asked(material, self.rows)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much to ask: rows (numbers of held-out rows) and next-token positions of each row and control."""
+    """How much to ask: numbers of held-out rows, next-token positions of each row and control of ``reference``, features.
+
+    ``known`` is what an earlier interrogation found, of which answers and parity are taken where it speaks for this server.
+    """
 
     rows: tuple[int, ...]
-    positions: int
+    positions: int = 0
+    reference: Reference | None = None
+    features: bool = False
+    known: Evidence | None = None
 
     def probes(self, rows: Sequence[int]) -> list[int]:
         """Numbers of the probes to ask: the first ``positions`` of each row that is asked (all, when there are fewer)."""
@@ -44,61 +133,152 @@ class Plan:
         return chosen
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """Everything the links 3 to 6 are judged on, for one backend; ``problems`` says what it could not be asked.
-
-    ``loaded_sha256`` is the file's hash when the server had started, ``file_newer`` that the file was written after that.
-    """
-
-    engine: str
-    version: str | None
-    dtype: str
-    rows: tuple[int, ...]
-    answers: tuple[Answer, ...]
-    parity: Check | None
-    probes: Mapping[int, Mapping[int, float]]
-    controls: Mapping[int, Mapping[int, float]]
-    file: str | None
-    file_sha256: str | None
-    tokenised: tuple[int, int] | None
-    seconds: float
-    problems: Mapping[str, str] = field(default_factory=dict)
-    loaded_sha256: str | None = None
-    file_newer: bool = False
-
-    def answer_to(self, row: int) -> Answer | None:
-        """The answer to a held-out row, None when it was not asked."""
-        return self.answers[self.rows.index(row)] if row in self.rows else None
-
-
-async def collect(endpoint: Endpoint, run: RunFolder, material: Material, reference: Reference, plan: Plan) -> Evidence:
+async def interrogate(
+    endpoint: Endpoint, run: RunFolder, material: Material, plan: Plan, progress: Callable[[str], None] = lambda _: None
+) -> Evidence:
     """Question one endpoint; what it cannot answer is noted, not raised, except answers to chats (EngineError)."""
-    begun, problems, engine = time.monotonic(), {}, engines.get(endpoint.engine)
-    rows = [material.rows[i] for i in plan.rows]
-    async with Prober(endpoint, material.max_tokens) as prober:
-        answers, _ = await ask_all(prober, rows, _CONCURRENCY, lambda: None)
-        parity = await checks.parity(prober, rows, [material.prompts[i] for i in plan.rows])
-    with httpx.Client(base_url=endpoint.url, headers=endpoint.headers, timeout=300) as client:
-        chosen = plan.probes([probe.row for probe in reference.held_out])
-        chosen = [i for i in chosen if reference.held_out[i].row in plan.rows]
-        controls = plan.probes([probe.row for probe in reference.controls])
-        tops: dict[str, dict[int, dict[int, float]]] = {"probes": {}, "controls": {}}
-        try:
-            for name, numbers, probes in (("probes", chosen, reference.held_out), ("controls", controls, reference.controls)):
-                found = engine.next_tokens(client, endpoint.model, [probes[i].ids for i in numbers])
-                tops[name] = dict(zip(numbers, found, strict=True))
-        except PipelineError as error:
-            problems["logprobs"] = error.message
+    engine, begun, at = engines.get(endpoint.engine), time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
+    with open_client(endpoint.url, endpoint.api_key) as client:
         file = engine.loaded_file(client, endpoint.model)
         file = None if file == endpoint.model else file
-        tokenised = _tokenised(client, engine, run, [material.prompts[i][0] for i in plan.rows])
-    sha256 = sha256_tree(Path(file)) if file and Path(file).exists() else None
+        known = plan.known if plan.known and plan.known.speaks_for(endpoint, file, material) else None
+        rows = tuple(row for row in plan.rows if known is None or row not in known.rows)
+        said = await _chats(endpoint, material, rows, plan.features, progress)
+        if known:
+            said |= {
+                "answers": known.answers + said["answers"],
+                "parity": _both(known.parity, said["parity"]),
+                "reused": known.at,
+            }
+            rows = known.rows + rows
+        said |= _distributions(client, endpoint, plan) if plan.reference else {}
+        said |= (
+            {"tokenised": _tokenised(client, engine, run, [material.prompts[i][0] for i in plan.rows])} if plan.reference else {}
+        )
     return Evidence(
-        endpoint.engine, endpoint.version, engine.served_dtype(endpoint.server.argv if endpoint.server else ()), plan.rows, tuple(answers), parity, tops["probes"], tops["controls"],
-        file, sha256, tokenised, round(time.monotonic() - begun, 1), problems, endpoint.sha256,
-        written_since(Path(file), endpoint.server.started_at) if file and endpoint.server else False,
-    )  # fmt: skip
+        engine=endpoint.engine,
+        version=endpoint.version,
+        dtype=engine.served_dtype(endpoint.server.argv if endpoint.server else ()),
+        rows=rows,
+        file=file,
+        file_sha256=_sha256(file),
+        file_newer=written_since(Path(file), endpoint.server.started_at) if file and endpoint.server else False,
+        loaded_sha256=endpoint.sha256,
+        model=endpoint.model,
+        launched=launched(endpoint),
+        process=_process(endpoint),
+        asked=_asked(material, rows),
+        at=at,
+        seconds=round(time.monotonic() - begun, 1),
+        **said,
+    )
+
+
+def launched(endpoint: Endpoint) -> dict[str, Any]:
+    """Which server it was and how it was started, as the report has it."""
+    plan, process = endpoint.plan or {}, endpoint.server
+    return {
+        "engine_version": endpoint.version,
+        "argv": list(process.argv) if process else None,
+        "env": process.env if process else None,
+        "sha256": endpoint.sha256,
+        "ready_seconds": endpoint.ready_seconds,
+        "reasons": plan.get("reasons", []),
+        "memory_gib": plan.get("memory_gib"),
+        "memory_measured_gib": round(process.memory_gib(), 2) if process else None,
+    }
+
+
+async def _chats(
+    endpoint: Endpoint, material: Material, numbers: Sequence[int], more: bool, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Answers and parity of held-out prompts, and ``more``: what else chats show."""
+    rows, count, features = [material.rows[i] for i in numbers], 0, None
+    progress(f"{endpoint.engine}: {len(rows)} prompts")
+
+    def done() -> None:
+        nonlocal count
+        count += 1
+        if count % 20 == 0 or count == len(rows):
+            progress(f"{endpoint.engine}: {count} of {len(rows)} prompts answered")
+
+    async with Prober(endpoint, material.max_tokens) as prober:
+        if more:
+            listed, (first, _) = await prober.models(), await prober.chat(rows[0])
+            probed = [await injection(prober, material.yardstick), await structured_output(prober, rows[0])]
+            probed.append(await tool_call(prober, material.yardstick.template.source))
+            streams = [await prober.stream(row) for row in rows[:_STREAMED]]
+            features = Features(tuple(listed), first, tuple(probed), tuple(streams))
+        parity = await checks.parity(prober, rows, [material.prompts[i] for i in numbers]) if rows else None
+        answers, speed = await ask_all(prober, rows, _concurrency(endpoint), done)
+    return {"answers": tuple(answers), "parity": parity, "features": features, "tokens_per_second": speed}
+
+
+def _distributions(client: httpx.Client, endpoint: Endpoint, plan: Plan) -> dict[str, Any]:
+    """Next-token distributions at held-out positions of the rows asked and at the controls'; or why there are none."""
+    assert plan.reference
+    engine = engines.get(endpoint.engine)
+    held_out, controls = plan.reference.held_out, plan.reference.controls
+    asked = {
+        "probes": [(i, held_out[i].ids) for i in plan.probes([p.row for p in held_out]) if held_out[i].row in plan.rows],
+        "controls": [(i, controls[i].ids) for i in plan.probes([p.row for p in controls])],
+    }
+    tops: dict[str, Any] = {}
+    try:
+        for name, chosen in asked.items():
+            said = engine.next_tokens(client, endpoint.model, [ids for _, ids in chosen])
+            tops[name] = dict(zip((i for i, _ in chosen), said, strict=True))
+    except PipelineError as error:
+        tops["problems"] = {"logprobs": error.message}
+    return tops
+
+
+def _both(before: Check | None, now: Check | None) -> Check | None:
+    """Parity of two sets of rows: what is wrong with either."""
+    return now if before is None or (now and now.status != "passed") else before
+
+
+def _process(endpoint: Endpoint) -> tuple[int, float] | None:
+    return (endpoint.server.pid, endpoint.server.started) if endpoint.server else None
+
+
+def _asked(material: Material, rows: Sequence[int]) -> str:
+    """Hash of the prompts and of how long an answer may be."""
+    return sha256_json([material.max_tokens, [[i, *material.prompts[i]] for i in rows]])
+
+
+def _sha256(file: str | None) -> str | None:
+    return sha256_tree(Path(file)) if file and Path(file).exists() else None
+
+
+def _concurrency(endpoint: Endpoint) -> int:
+    planned = (endpoint.plan or {}).get("max_num_seqs") or _CONCURRENCY
+    return max(1, min(_CONCURRENCY, int(planned)))
+
+
+_STORED = TypeAdapter(dict[str, Evidence])
+
+
+def stored(evidence: Mapping[str, Evidence]) -> Any:
+    """Evidence by backend as plain JSON, without secrets."""
+    return masked(_STORED.dump_python(dict(evidence), mode="json"))
+
+
+def restored(data: Any) -> dict[str, Evidence]:
+    """What :func:`stored` made; nothing when it is something else."""
+    try:
+        return _STORED.validate_json(json.dumps(data))
+    except ValueError:
+        return {}
+
+
+def read_evidence(run: RunFolder) -> dict[str, Evidence]:
+    """What the run's last verification collected, by backend; empty unless it is as it was written down."""
+    stage = Manifest(run.manifest).stage("verify")
+    seal = stage.artefacts.get(run.evidence.relative_to(run.path).as_posix()) if stage and stage.intact else None
+    if seal is None or not run.evidence.is_file() or sha256_tree(run.evidence) != seal.sha256:
+        return {}
+    return restored(read_json(run.evidence))
 
 
 def written_since(path: Path, started_at: str) -> bool:
@@ -110,22 +290,9 @@ def _tokenised(client: httpx.Client, engine: Engine, run: RunFolder, texts: Sequ
     """The engine's own tokenizer on the conversation suite and the prompts: how many texts give the tokenizer's IDs, of how many."""
     if not texts or engine.tokenize(client, texts[0]) is None:
         return None
-    tokenizer = Tokenizer(run.merged)
-    every = [*suite_texts(run), *texts]
-    return sum(engine.tokenize(client, text) == tokenizer.encode(text) for text in every), len(every)
-
-
-def suite_texts(run: RunFolder) -> list[str]:
-    """Every conversation of the suite as the run's chat template renders it; those it refuses are left out."""
-    from pipeline.errors import ModelError
-    from pipeline.prompts.chat import ChatTemplate
-    from pipeline.prompts.conversation import load_suite
-    from pipeline.prompts.renderers import render_chat
-
-    template, texts = ChatTemplate.from_folder(run.merged), []
+    tokenizer, template = Tokenizer(run.merged), ChatTemplate.from_folder(run.merged)
+    every = list(texts)
     for conversation in load_suite():
-        try:
-            texts.append(render_chat(template, conversation, datetime(2026, 1, 1)))
-        except ModelError:
-            continue
-    return texts
+        with contextlib.suppress(ModelError):  # the template refuses it
+            every.append(render_chat(template, conversation, datetime(2026, 1, 1)))
+    return sum(engine.tokenize(client, text) == tokenizer.encode(text) for text in every), len(every)

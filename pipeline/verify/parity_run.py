@@ -22,6 +22,7 @@ from pipeline.verify.files import prompt_problems
 from pipeline.verify.sources import EngineRenderer, Source, choose_renderers, servers
 
 log = logging.getLogger(__name__)
+_MARKS = {"equal": Text("=", "green"), "listed": Text("~", "yellow"), "not applicable": Text("·", "dim")}
 
 
 @dataclass
@@ -82,9 +83,6 @@ def run_servers(run: RunFolder, names: Sequence[str], settings: Settings, *, sta
     finally:
         for name in mine:
             records.stop(run.servers, name)
-
-
-_MARKS = {"equal": Text("=", "green"), "listed": Text("~", "yellow"), "not applicable": Text("·", "dim")}
 
 
 def print_matrix(matrix: Matrix, absent: Mapping[str, str], problems: Sequence[str] = (), console: Console | None = None) -> None:

@@ -112,26 +112,28 @@ def is_exact(expected: str, text: str, fields: Sequence[str]) -> bool:
     return got is not None and all(name in got and got[name] == want[name] for name in keys)
 
 
+def field_right(name: str, rows: Sequence[HeldOut], answers: Sequence[Answer]) -> list[bool]:
+    """Row by row, whether one field of the answer is the expected one."""
+    pairs = ((parse(row.expected) or {}, parse(answer.text)) for row, answer in zip(rows, answers, strict=True))
+    return [got is not None and name in got and got[name] == want[name] for want, got in pairs]
+
+
 def score(rows: Sequence[HeldOut], answers: Sequence[Answer]) -> dict[str, Any]:
     """Shares of rows: JSON valid, each field right, exact, ended by itself; ``n`` is the number of rows.
 
     ``severity`` and ``technique`` are None for data whose answers have no such field.
     """
     fields = fields_of([row.expected for row in rows])
-    pairs = [(parse(row.expected) or {}, parse(answer.text)) for row, answer in zip(rows, answers, strict=True)]
 
     def share(right: int) -> float:
         return round(right / len(rows), 4)
 
-    def field(name: str) -> float:
-        return share(sum(got is not None and name in got and got[name] == want[name] for want, got in pairs))
-
     return {
         "n": len(rows),
-        "json_valid": share(sum(got is not None for _, got in pairs)),
+        "json_valid": share(sum(parse(answer.text) is not None for answer in answers)),
         "severity": None,
         "technique": None,
-        **{name: field(name) for name in fields},
+        **{name: share(sum(field_right(name, rows, answers))) for name in fields},
         "exact": share(sum(is_exact(row.expected, a.text, fields) for row, a in zip(rows, answers, strict=True))),
         "finish_stop": share(sum(answer.finish_reason == "stop" for answer in answers)),
     }

@@ -18,7 +18,7 @@ from typing import Any
 
 def line(request: dict[str, Any]) -> None:
     from pipeline.runs.folder import RunFolder
-    from training.export import evaluate, gguf, merge, package
+    from training.export import evaluate, gguf, merge
     from training.parameters import FinetuneParameters
     from training.tuning import finetune
 
@@ -30,7 +30,7 @@ def line(request: dict[str, Any]) -> None:
     merge.merge(run)
     if request.get("gguf", True):
         gguf.export_gguf(run)
-        package.package(run)
+        gguf.package(run)
     evaluate.evaluate(run)
 
 

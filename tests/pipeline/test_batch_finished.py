@@ -1,3 +1,5 @@
+"""A run that was finished and verified with the same inputs is not done again."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -6,51 +8,81 @@ from typing import Any
 import pytest
 
 from pipeline import batch
+from pipeline.commands import run as line
 from pipeline.runs.folder import RunFolder
+from pipeline.runs.manifest import Manifest
 
-_STAGES = ["01_finetune", "04_verify"]
+_STAGES = "01_finetune,04_verify"
 
 
 @pytest.fixture
-def done(run: RunFolder) -> RunFolder:
-    """A run whose artefacts are there and that was recorded as finished."""
-    for path in (run.adapter / "w", run.merged / "w", run.gguf, run.modelfile, run.report / "report.json"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("made")
-    batch.record(run, _inputs(run), 12.0)
-    return run
+def executed(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The parameters of each execution; what the notebooks would leave is there."""
+    calls: list[dict[str, Any]] = []
+
+    def execute(folder: RunFolder, chosen: list[str], given: dict[str, Any]) -> tuple[list[Any], list[str]]:
+        calls.append(given)
+        for path in (run.adapter / "w", run.gguf, run.report_file, run.evidence):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("made")
+        Manifest(run.manifest).record("gguf", {}, [run.gguf], {}, 1)
+        return [], []
+
+    monkeypatch.setattr(line, "_execute", execute)
+    monkeypatch.setattr(line, "_conclude", lambda _: None)
+    return calls
 
 
-def _inputs(run: RunFolder, **parameters: Any) -> dict[str, Any] | None:
-    return batch.inputs(run, _STAGES, {"NAME": "test", "OUTPUT": str(run.output), **parameters})
+def _run(run: RunFolder, **given: Any) -> None:
+    line.run(name=run.name, output=run.output, stages=_STAGES, **given)
 
 
-def test_a_verified_run_with_the_same_inputs_needs_nothing(done: RunFolder) -> None:
-    assert batch.is_current(done, _inputs(done)) is not None
+def test_a_verified_run_with_the_same_inputs_needs_nothing(run: RunFolder, executed: list[Any]) -> None:
+    _run(run)
+    _run(run)
+    assert len(executed) == 1
 
 
-def test_other_parameters_settings_or_artefacts_do(done: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert batch.is_current(done, _inputs(done, EPOCHS=2)) is None
+def test_other_parameters_settings_or_artefacts_do(run: RunFolder, executed: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    _run(run)
+    _run(run, parameter=["EPOCHS=2"])
+    assert len(executed) == 2
     with monkeypatch.context() as changed:
         changed.setenv("VLLM_MAX_MODEL_LEN", "1024")
-        assert batch.is_current(done, _inputs(done)) is None
-    done.gguf.write_text("edited")
-    assert batch.is_current(done, _inputs(done)) is None
+        _run(run, parameter=["EPOCHS=2"])
+    assert len(executed) == 3
+    run.gguf.write_text("edited")
+    _run(run)
+    _run(run)
+    assert len(executed) == 4
+    run.evidence.unlink()
+    _run(run)
+    _run(run, force="verify")
+    assert [given.get("FORCE") for given in executed[4:]] == [None, "verify"]
+
+
+def test_a_run_that_failed_is_done_again(run: RunFolder, executed: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: RunFolder) -> None:
+        raise AssertionError("not passed")
+
+    for _ in range(2):
+        monkeypatch.setattr(line, "_conclude", refuse)
+        with pytest.raises(AssertionError):
+            _run(run)
+    assert len(executed) == 2
 
 
 def test_data_counts_by_content(run: RunFolder, tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("one")
-    first = _inputs(run, DATA=str(data))
+    first = batch.inputs(run, ["04_verify"], {"DATA": str(data)})
     data.write_text("two")
     assert first is not None
-    assert _inputs(run, DATA=str(data)) != first
+    assert batch.inputs(run, ["04_verify"], {"DATA": str(data)}) != first
 
 
-def test_what_may_have_moved_on_is_never_taken_as_done(done: RunFolder) -> None:
-    assert _inputs(done, DATA="hub:owner/name") is None
-    assert batch.is_current(done, None) is None
-
-
-def test_a_run_that_was_never_recorded_is_not_current(run: RunFolder) -> None:
-    assert batch.is_current(run, _inputs(run)) is None
+def test_what_may_have_moved_on_is_never_taken_as_done(run: RunFolder, executed: list[Any]) -> None:
+    assert batch.inputs(run, ["04_verify"], {"DATA": "hub:owner/name"}) is None
+    for _ in range(2):
+        _run(run, data="hub:owner/name")
+    assert len(executed) == 2

@@ -10,7 +10,7 @@ import tamper
 import tiny
 
 from pipeline.runs.folder import RunFolder
-from training.export import evaluate, gguf, merge, package
+from training.export import evaluate, gguf, merge
 from training.parameters import FinetuneParameters
 from training.tuning.finetune import finetune
 
@@ -37,7 +37,7 @@ def make(folder: Path, *, seed: int = 7, variant: str = "3.x-dense", steps: int 
     train, held_out = rows(folder / "train.jsonl", range(40)), rows(folder / "held_out.jsonl", range(100, 112))
     params = FinetuneParameters(base=str(base), data=str(train), eval_data=str(held_out), trainer="hf", max_steps=steps, learning_rate=1e-2, seed=seed)  # fmt: skip
     finetune(run, params)
-    for stage in (merge.merge, gguf.export_gguf, package.package, evaluate.evaluate):
+    for stage in (merge.merge, gguf.export_gguf, gguf.package, evaluate.evaluate):
         stage(run)
     return run
 

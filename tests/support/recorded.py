@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from pipeline.certify.certificate import Data, Subject, hashes
 from pipeline.certify.links.custody import check_custody
-from pipeline.certify.subject import Data, Subject, hashes
 from pipeline.report.check import Check
 from pipeline.runs.files import write_json
 from pipeline.runs.folder import RunFolder

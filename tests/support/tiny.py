@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from training.embedded import write_tokenizer
+from training.base import write_tokenizer
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 49152, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,

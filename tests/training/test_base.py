@@ -8,18 +8,23 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.runs.folder import RunFolder
+from pipeline.runs.hashes import sha256_tree
 from pipeline.runs.manifest import Manifest
-from training import base, embedded
+from training import base
 from training.parameters import FinetuneParameters
 from training.tuning.finetune import finetune
 
+QUESTION = (
+    "<|start_of_role|>user<|end_of_role|>What is the capital of France?<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>"
+)
+
 
 def test_what_a_killed_build_left_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (".embedded-2.ab12cd34", f".embedded-{embedded.RECIPE}._b12cd3_"):
+    for name in (".embedded-2.ab12cd34", f".embedded-{base.RECIPE}._b12cd3_"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"half")
     (tmp_path / ".hashes.json.ab12cd34").write_text("another process writes this now")
-    monkeypatch.setattr(embedded, "build", Path.mkdir)  # 270 MB of weights are not the point here
+    monkeypatch.setattr(base, "build_embedded", Path.mkdir)  # 270 MB of weights are not the point here
     found = base.resolve("embedded", tmp_path)
     assert found.folder.is_dir()
     assert [path.name for path in tmp_path.glob(".embedded-*")] == []
@@ -47,3 +52,19 @@ def test_the_base_of_a_run_is_the_recorded_one_at_its_revision(run: RunFolder, m
     monkeypatch.setattr(base, "resolve", lambda *given: asked.append(given))
     base.BaseModel.of_run(run)
     assert asked == [("owner/name", run.base_cache, "abc")]
+
+
+@pytest.mark.slow
+def test_the_embedded_base_answers_and_is_made_the_same_each_time(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for name in ("first", "second"):
+        base.build_embedded(tmp_path / name)
+    assert sha256_tree(tmp_path / "first") == sha256_tree(tmp_path / "second")
+    model = AutoModelForCausalLM.from_pretrained(str(tmp_path / "first"), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path / "first"))
+    assert type(model).__name__ == "GraniteForCausalLM"
+    ids = tokenizer(QUESTION, return_tensors="pt").input_ids
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+    assert "Paris" in tokenizer.decode(out[0][ids.shape[1] :])

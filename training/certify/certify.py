@@ -1,19 +1,16 @@
 """Certify a run: gather its base, data and evidence, judge every link, write certificate and report."""
 
 import logging
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from pipeline import engines
 from pipeline.certify.bounds import CAST, MEASURED, MERGE, Bound
-from pipeline.certify.certificate import Certificate, make, save
-from pipeline.certify.harness import run_tasks
+from pipeline.certify.certificate import Certificate, Subject, make, save
 from pipeline.certify.links.own import load as load_own
-from pipeline.certify.links.own import run_own
+from pipeline.certify.links.own import run_own, run_tasks
 from pipeline.certify.links.served import judge
-from pipeline.certify.subject import Subject
 from pipeline.config import Settings
 from pipeline.errors import EnvironmentFailure, Interrupted, PipelineError
 from pipeline.net.client import wait_for
@@ -21,10 +18,10 @@ from pipeline.report.check import Check, Status, guarded, held, skipped
 from pipeline.runs import lock
 from pipeline.runs.files import read_json, write_json
 from pipeline.runs.folder import RunFolder
-from pipeline.serve import backends, start
-from pipeline.serve.start import Endpoint, Options
+from pipeline.serve import backends
+from pipeline.serve.start import Endpoint
 from pipeline.verify.distributions import ROWS, Reference
-from pipeline.verify.evidence import Plan, collect
+from pipeline.verify.evidence import Evidence, Plan, interrogate, read_evidence, stored
 from pipeline.verify.material import Material, read_material
 from training.certify import probes
 from training.certify.offline import described, offline_findings, read_subject
@@ -45,6 +42,16 @@ class Scope:
     keep: bool = True
     own: tuple[str, ...] = ()
     tasks: str = ""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What every backend is asked, and what the last verification knows of each."""
+
+    material: Material
+    rows: tuple[int, ...]
+    reference: Reference
+    known: Mapping[str, Evidence]
 
 
 def quick(names: Sequence[str], *, keep: bool) -> Scope:
@@ -68,37 +75,39 @@ def certify(run: RunFolder, settings: Settings, scope: Scope) -> Certificate:
 
 def _certify(run: RunFolder, subject: Subject, settings: Settings, scope: Scope) -> Certificate:
     log.info("certify: files")
-    findings = offline_findings(subject)
-    asked: list[tuple[Reference, Material, Plan]] = []
-    findings += _models(subject, scope, asked)
+    findings, evidence = offline_findings(subject), dict[str, Evidence]()
+    models, asked = _models(subject, scope)
+    findings += models
     for name in scope.backends:
-        if asked:
-            findings += guarded(f"served.{name}", partial(_backend, name, subject, settings, asked[0], scope))
-        else:
+        if asked is None:
             findings.append(skipped(f"served.{name}", "there is no in-process reference to compare it with"))
-    certificate = make(run, findings, described(subject), offline=False)
+        else:
+            findings += guarded(f"served.{name}", partial(_backend, name, subject, settings, asked, scope, evidence))
+    certificate = make(run, findings, described(subject), offline=False, judged_on={n: e.origin for n, e in evidence.items()})
     save(certificate, run.certificate)
     return certificate
 
 
-def _models(subject: Subject, scope: Scope, asked: list[tuple[Reference, Material, Plan]]) -> list[Check]:
-    """The findings of the models in process; what the backends are then asked is put into ``asked``, unless it cannot be had."""
+def _models(subject: Subject, scope: Scope) -> tuple[list[Check], Asked | None]:
+    """The findings of the models in process, and what the backends are then asked, unless it cannot be had."""
     if subject.base is None:
-        return [skipped("merge.logits", subject.missing["base"])]
+        return [skipped("merge.logits", subject.missing["base"])], None
+    asked: Asked | None = None
 
     def work() -> list[Check]:
+        nonlocal asked
         log.info("certify: the models in process")
         probes.probe(subject.run)
-        reference, material = Reference.from_json(read_json(subject.run.probes)), read_material(subject.run)
+        reference = Reference.from_json(read_json(subject.run.probes))
         chosen = sorted({probe.row for probe in reference.held_out})
         if scope.prompts > ROWS:
             log.warning("certify: %d prompts have a reference in process and are asked, not %d", len(chosen), scope.prompts)
-        plan = Plan(tuple(chosen[i] for i in probes.spread(len(chosen), scope.prompts)), scope.positions)
-        asked.append((reference, material, plan))
+        rows = tuple(chosen[i] for i in probes.spread(len(chosen), scope.prompts))
+        asked = Asked(read_material(subject.run), rows, reference, read_evidence(subject.run))
         return in_process(reference)
 
     # what the machine lacks (memory, a package) breaks no link
-    return guarded("merge.logits", work, fatal=(Interrupted, EnvironmentFailure))
+    return guarded("merge.logits", work, fatal=(Interrupted, EnvironmentFailure)), asked
 
 
 def in_process(reference: Reference) -> list[Check]:
@@ -125,24 +134,20 @@ def _stated(bound: Bound) -> str:
 
 
 def _backend(
-    name: str, subject: Subject, settings: Settings, asked: tuple[Reference, Material, Plan], scope: Scope
+    name: str, subject: Subject, settings: Settings, asked: Asked, scope: Scope, evidence: dict[str, Evidence]
 ) -> list[Check]:
-    run, (reference, material, plan) = subject.run, asked
-    attached = backends.find(run, name, settings) is not None
-    started = backends.start(run, name, settings, Options(purpose="verify", owner=os.getpid()))
-    if started.endpoint is None:
-        status: Status = "skipped" if started.status == "skipped" else "failed"
-        return [Check(f"served.{name}", status, started.reason.partition("; to have it: ")[0])]
-    try:
-        log.info("certify: %s, %d prompts", name, len(plan.rows))
-        evidence = wait_for(collect(started.endpoint, run, material, reference, plan))
+    run, material = subject.run, asked.material
+    with backends.borrowed(run, name, settings, keep=scope.keep) as started:
+        if started.endpoint is None:
+            status: Status = "skipped" if started.status == "skipped" else "failed"
+            return [Check(f"served.{name}", status, started.reason.partition("; to have it: ")[0])]
+        plan = Plan(asked.rows, scope.positions, asked.reference, known=asked.known.get(name))
+        evidence[name] = said = wait_for(interrogate(started.endpoint, run, material, plan, log.info))
         own = _own(started.endpoint, run, scope)
-    finally:
-        if not (scope.keep and attached):
-            start.stop(run.path, name)
-    write_json(run.certificate / f"evidence-{name}.json", asdict(evidence))
-    log.info("certify: %s answered in %.0f s", name, evidence.seconds)
-    return [*judge(evidence, subject, reference, material.base, material.tuned), *own]
+    write_json(run.certificate / f"evidence-{name}.json", stored({name: said})[name])
+    before = f", with what verify asked {said.reused}" if said.reused else ""
+    log.info("certify: %s answered in %.0f s%s", name, said.seconds, before)
+    return [*judge(said, subject, asked.reference, material.base, material.tuned), *own]
 
 
 def _own(endpoint: Endpoint, run: RunFolder, scope: Scope) -> list[Check]:

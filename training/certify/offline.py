@@ -5,9 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipeline.certify import signing
-from pipeline.certify.certificate import Certificate, make, save
+from pipeline.certify.certificate import Certificate, Data, Subject, hashes, make, save
 from pipeline.certify.links import adapter, custody, gguf, merged, stops, tuned
-from pipeline.certify.subject import Data, Subject, hashes
 from pipeline.errors import DataError, PipelineError
 from pipeline.model.safetensors import TensorFolder
 from pipeline.report.check import Check, guarded, held, skipped

@@ -20,12 +20,12 @@ from pipeline.runs.files import read_json, write_json
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import sha256_file
 from pipeline.runs.manifest import Manifest
+from pipeline.runs.stages import StageResult, run_stage
 from pipeline.verify.distributions import ROWS, Probe, Reference
 from pipeline.verify.score import read_held_out, read_reference
 from training.base import BaseModel
 from training.export.merge import Adapter, merged_weights, read_adapter
 from training.memory import evaluate_need, require_memory
-from training.stages import StageResult, run_stage
 
 log = logging.getLogger(__name__)
 STAGE = "probes"
@@ -80,7 +80,8 @@ def reference(run: RunFolder, base: Path, *, full: bool = False) -> Reference:
             summed = merged.log_probabilities(chosen)
             figures |= {"merge": _difference(adapted, summed), "cast": _difference(summed, tuned)}
     figures["drift"] = _difference(base_controls, tuned_controls)
-    return Reference(_probes(chosen, tuned), _probes(controls, tuned_controls), tuple(p.top for p in _probes(controls, base_controls)), figures)  # fmt: skip
+    as_base = tuple(probe.top for probe in _probes(controls, base_controls))
+    return Reference(_probes(chosen, tuned), _probes(controls, tuned_controls), as_base, figures)
 
 
 def _of_base(run: RunFolder, base: Path, chosen: Sequence[Passage], *, full: bool) -> tuple[list[Passage], Any, Any]:

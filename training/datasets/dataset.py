@@ -3,7 +3,7 @@
     data = load("alerts.jsonl")
     train, held_out = split(data.rows, share=0.1, seed=1)
 
-Formats are in ``training.datasets.formats``, kinds of file in ``training.datasets.sources``. Not covered: datasets larger than memory.
+Formats are in ``formats``, kinds of file in ``sources``. Not covered: datasets larger than memory.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.errors import DataError
 from pipeline.runs.hashes import sha256_file
@@ -30,8 +30,7 @@ class Row:
     tools: tuple[dict[str, Any], ...] | None = None
 
 
-@dataclass(frozen=True)
-class Refusal:
+class Refusal(NamedTuple):
     """A row that was not taken, where it is and why."""
 
     where: str
@@ -61,17 +60,18 @@ def read(source: str | Path, advance: Advance | None = None) -> Dataset:
     decodable, or has columns of no known format; EnvironmentFailure when the hub does not answer.
     """
     place = resolve(source)
-    reader = _Reader(str(source))
+    reader = _Reader()
     for record in records(place, advance):
         reader.take(record)
     if not reader.seen:
         raise DataError(f"{source} has no rows", remedy="give a file with at least one row")
     if reader.format is None and reader.columns:
-        raise _unknown_columns(str(source), reader.columns)
-    if isinstance(place, Path):
-        sha256 = sha256_file(place)
-    else:
-        sha256 = hashlib.sha256("".join(digest(row.messages, row.tools) for row in reader.rows).encode()).hexdigest()
+        understood = "; ".join(f"{name}: {', '.join(needed)}" for name, (needed, _) in UNDERSTOOD.items())
+        unknown = f"{source}: unknown column set ({', '.join(sorted(reader.columns)[:20])})"
+        remedy = 'rename the columns, or write each row as {"messages": [...]}'
+        raise DataError(unknown, evidence=f"understood are {understood}", remedy=remedy)
+    rows = "".join(digest(row.messages, row.tools) for row in reader.rows)
+    sha256 = sha256_file(place) if isinstance(place, Path) else hashlib.sha256(rows.encode()).hexdigest()
     ignored = tuple(sorted(reader.ignored))
     return Dataset(str(source), reader.format or "unknown", tuple(reader.rows), tuple(reader.refused), sha256, ignored)
 
@@ -89,21 +89,16 @@ def require_clean(dataset: Dataset) -> None:
     if not refused:
         return
     total = len(refused) + len(dataset.rows)
-    evidence = [f"{refusal.where}: {refusal.reason}" for refusal in refused[:_SHOWN]]
-    if len(refused) > _SHOWN:
-        evidence.append(f"... and {len(refused) - _SHOWN} more")
-    raise DataError(
-        f"{dataset.source}: {len(refused)} of {total} rows cannot be used",
-        evidence="\n".join(evidence),
-        remedy=f"correct or remove them; `granite-pipeline data {dataset.source} --json` lists them all",
-    )
+    more = [f"... and {len(refused) - _SHOWN} more"] if len(refused) > _SHOWN else []
+    evidence = "\n".join([*(f"{where}: {reason}" for where, reason in refused[:_SHOWN]), *more])
+    remedy = f"correct or remove them; `granite-pipeline data {dataset.source} --json` lists them all"
+    raise DataError(f"{dataset.source}: {len(refused)} of {total} rows cannot be used", evidence=evidence, remedy=remedy)
 
 
 class _Reader:
     """Collects rows; the first row with known columns decides the format of all."""
 
-    def __init__(self, source: str) -> None:
-        self.source = source
+    def __init__(self) -> None:
         self.format: str | None = None
         self.rows: list[Row] = []
         self.refused: list[Refusal] = []
@@ -131,16 +126,6 @@ class _Reader:
             self.ignored |= {showable(key, 60) for key in made.ignored}
 
 
-def _unknown_columns(source: str, columns: dict[str, None]) -> DataError:
-    understood = "; ".join(f"{name}: {', '.join(needed)}" for name, (needed, _) in UNDERSTOOD.items())
-    seen = ", ".join(sorted(columns)[:20])
-    return DataError(
-        f"{source}: unknown column set ({seen})",
-        evidence=f"understood are {understood}",
-        remedy='rename the columns, or write each row as {"messages": [...]}',
-    )
-
-
 def split(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
     """Training and held-out rows, each in their given order; ``share``, between 0 and 1, is held out, at least one row.
 
@@ -153,10 +138,10 @@ def split(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list
     if len(groups) < 2:
         raise DataError(f"{len(rows)} rows with {len(groups)} different prompts cannot be split", remedy="add rows")
     order = sorted(groups, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).hexdigest())
-    wanted = max(1, round(share * len(rows)))
+    most = min(max(1, round(share * len(rows))), len(rows) - 1)
     chosen: set[int] = set()
     for key in order:
-        if len(chosen) + len(groups[key]) <= min(wanted, len(rows) - 1):
+        if len(chosen) + len(groups[key]) <= most:
             chosen.update(groups[key])
     if not chosen:
         chosen.update(groups[min(order, key=lambda key: len(groups[key]))])
@@ -166,11 +151,11 @@ def split(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list
 
 def _groups(rows: Sequence[Row]) -> dict[str, list[int]]:
     """Row numbers by the shortest of a row's prompts that is some row's last one: linked rows have it in common."""
-    keys = [prompt_keys(row) for row in rows]
-    last = {found[-1] for found in keys}
+    prompts = [prompt_keys(row) for row in rows]
+    last = {keys[-1] for keys in prompts}
     groups: dict[str, list[int]] = {}
-    for index, found in enumerate(keys):
-        groups.setdefault(next(key for key in found if key in last), []).append(index)
+    for index, keys in enumerate(prompts):
+        groups.setdefault(next(key for key in keys if key in last), []).append(index)
     return groups
 
 
@@ -198,15 +183,12 @@ def prompt_keys(row: Row) -> list[str]:
     for message in row.messages:
         if message["role"] == "assistant":
             keys.append(running.hexdigest())
+        folded = " ".join(message["content"].casefold().split())
         calls = json.dumps(message.get("tool_calls"), sort_keys=True)
-        running.update(json.dumps([message["role"], _fold(message["content"]), calls]).encode())
+        running.update(json.dumps([message["role"], folded, calls]).encode())
     return keys
 
 
 def prompt_key(row: Row) -> str:
     """The key of the prompt that the last assistant turn answers."""
     return prompt_keys(row)[-1]
-
-
-def _fold(text: str) -> str:
-    return " ".join(text.casefold().split())

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from training.datasets.json_rows import parse
+from training.datasets.sources import parse
 
 Message = dict[str, Any]
 
@@ -53,8 +53,7 @@ def detect(columns: Mapping[str, Any]) -> str | None:
 def convert(name: str, row: Mapping[str, Any]) -> Converted:
     """A row of the named format as checked messages; raises RowError with the reason."""
     needed, optional = UNDERSTOOD[name]
-    missing = [column for column in needed if column not in row]
-    if missing:
+    if missing := [column for column in needed if column not in row]:
         raise RowError(f"has no {' and no '.join(map(repr, missing))} (columns: {', '.join(map(str, row)) or 'none'})")
     ignored = {str(column) for column in row if column not in (*needed, *optional)}
     messages = [_message(turn, number, ignored) for number, turn in enumerate(_turns(name, row), 1)]
@@ -72,23 +71,20 @@ def _turns(name: str, row: Mapping[str, Any]) -> list[Any]:
         turns = _list(row["conversations"], "conversations")
     elif name == "alpaca":
         asked, given = _text(row, "instruction"), _text(row, "input")
-        turns = [_turn("user", f"{asked}\n\n{given}" if given else asked), _turn("assistant", _text(row, "output"))]
+        both = {"user": f"{asked}\n\n{given}" if given else asked, "assistant": _text(row, "output")}
+        turns = [{"role": role, "content": text} for role, text in both.items()]
     else:
         turns = [*_part(row, "prompt", "user"), *_part(row, "completion", "assistant")]
     first = turns[0]
     if isinstance(first, dict) and _ROLES.get(str(first.get("role", first.get("from")))) == "system":
         return turns
     system = _text(row, "system")
-    return [_turn("system", system), *turns] if system.strip() else turns
+    return [{"role": "system", "content": system}, *turns] if system.strip() else turns
 
 
 def _part(row: Mapping[str, Any], column: str, role: str) -> list[Any]:
     """One side of TRL's pair: a list of messages, or the text of one."""
-    return _list(row[column], column) if isinstance(row[column], list) else [_turn(role, _text(row, column))]
-
-
-def _turn(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
+    return _list(row[column], column) if isinstance(row[column], list) else [{"role": role, "content": _text(row, column)}]
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:
@@ -132,8 +128,7 @@ def _message(turn: Any, number: int, ignored: set[str]) -> Message:
         raise RowError(f"turn {number} has no 'role' (keys: {', '.join(map(str, turn)) or 'none'})")
     role = _ROLES.get(turn[role_key]) if isinstance(turn[role_key], str) else None
     if role is None:
-        known = ", ".join(_ROLES)
-        raise RowError(f"turn {number} has the unknown role {turn[role_key]!r}; known: {known}")
+        raise RowError(f"turn {number} has the unknown role {turn[role_key]!r}; known: {', '.join(_ROLES)}")
     ignored |= {f"messages[].{key}" for key in turn if key not in (role_key, text_key, *_KEPT)}
     message: Message = {"role": role, "content": _content(turn.get(text_key), number)}
     for key in _KEPT:
@@ -201,8 +196,7 @@ def _check_order(messages: list[Message]) -> None:
 
 def _check_text(value: Any) -> None:
     """Refuse what a tokenizer or template stumbles over: NUL, text that is not UTF-8, deep nesting, dates."""
-    # a loop, because the input decides the depth
-    stack = [(value, 0)]
+    stack = [(value, 0)]  # a loop, because the input decides the depth
     while stack:
         item, depth = stack.pop()
         if depth > _DEPTH:
@@ -214,9 +208,8 @@ def _check_text(value: Any) -> None:
                 item.encode()
             except UnicodeEncodeError:
                 raise RowError("is not valid UTF-8") from None
-        elif isinstance(item, dict):
-            stack += [(part, depth + 1) for pair in item.items() for part in pair]
-        elif isinstance(item, list | tuple):
-            stack += [(part, depth + 1) for part in item]
+        elif isinstance(item, dict | list | tuple):
+            parts = [part for pair in item.items() for part in pair] if isinstance(item, dict) else item
+            stack += [(part, depth + 1) for part in parts]
         elif not isinstance(item, int | float | None):
             raise RowError(f"holds a value that JSON cannot ({type(item).__name__})")

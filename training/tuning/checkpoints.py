@@ -14,8 +14,6 @@ from pipeline.runs.hashes import sha256_file
 
 log = logging.getLogger(__name__)
 SEAL = "sealed.json"
-DAMAGED = "damaged-"
-EARLIER = "-of-other-inputs"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _INPUTS = "inputs.json"
 
@@ -57,7 +55,13 @@ def latest(folder: Path, inputs: dict[str, Any]) -> str | None:
     """The newest whole checkpoint of exactly this fine-tune; damaged ones and those of another are set aside."""
     note = folder / _INPUTS
     if not _same(note, inputs):
-        _set_aside(folder)
+        if kept := found(folder):
+            # hours of work end by no change of a parameter unseen: one earlier training is kept
+            aside = folder.with_name(f"{folder.name}-of-other-inputs")
+            remove(aside)
+            folder.rename(aside)
+            log.warning("%s is of a training with other inputs: set aside as %s, training starts over", kept[0].name, aside)
+        remove(folder)
         write_json(note, inputs)
         return None
     for checkpoint in found(folder):
@@ -65,7 +69,7 @@ def latest(folder: Path, inputs: dict[str, Any]) -> str | None:
         if why is None:
             log.info("resuming from %s", checkpoint.name)
             return str(checkpoint)
-        aside = folder / f"{DAMAGED}{checkpoint.name}"
+        aside = folder / f"damaged-{checkpoint.name}"
         shutil.rmtree(aside, ignore_errors=True)
         checkpoint.rename(aside)
         log.warning("%s is not used (%s) and set aside as %s; trying the one before", checkpoint.name, why, aside.name)
@@ -87,17 +91,6 @@ def step(checkpoint: str | None) -> int:
     """The step a checkpoint was written at; 0 for none."""
     match = _CHECKPOINT.fullmatch(Path(checkpoint or "").name)
     return int(match[1]) if match else 0
-
-
-def _set_aside(folder: Path) -> None:
-    """Keep one earlier training's checkpoints beside the folder: hours of work end by no change of a parameter unseen."""
-    kept = found(folder)
-    if kept:
-        aside = folder.with_name(f"{folder.name}{EARLIER}")
-        remove(aside)
-        folder.rename(aside)
-        log.warning("%s is of a training with other inputs: set aside as %s, training starts over", kept[0].name, aside)
-    remove(folder)
 
 
 def _same(note: Path, inputs: dict[str, Any]) -> bool:

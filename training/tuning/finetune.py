@@ -17,19 +17,17 @@ from pipeline.errors import DataError, EnvironmentFailure, InputError, PipelineE
 from pipeline.runs import interrupt, lock
 from pipeline.runs.files import read_json, require_free_space, staged, write_atomic, write_json
 from pipeline.runs.folder import RunFolder
+from pipeline.runs.stages import Force, StageResult, run_stage
 from training.base import BaseModel, resolve
 from training.datasets import soc
 from training.datasets.dataset import Row, load, overlap, split
 from training.memory import finetune_need, require_memory
 from training.parameters import FinetuneParameters
-from training.stages import Force, StageResult, run_stage
 from training.tuning import checkpoints, trainers
-from training.tuning.loop import make_trainer
 from training.tuning.prepare import Prepared, Preparer
 
 log = logging.getLogger(__name__)
 STAGE = "finetune"
-BUILT_IN = "soc"
 _RECIPE = 1
 _EVAL_ROWS = 32
 
@@ -56,11 +54,9 @@ class Job:
 
     def counts(self) -> dict[str, Any]:
         """Rows and tokens, as the manifest keeps them."""
-        rows = {"train": len(self.rows.examples), "held_out": len(self.held_out.examples)}
-        return {
-            "rows": {**rows, "too_long": list(self.rows.too_long), "neutralised": self.rows.neutralised},
-            "tokens": {"all": self.rows.tokens, "trained": self.rows.trained_tokens},
-        }
+        used = {"train": len(self.rows.examples), "held_out": len(self.held_out.examples)}
+        rows = {**used, "too_long": list(self.rows.too_long), "neutralised": self.rows.neutralised}
+        return {"rows": rows, "tokens": {"all": self.rows.tokens, "trained": self.rows.trained_tokens}}
 
 
 def read_split(params: FinetuneParameters) -> Split:
@@ -68,23 +64,20 @@ def read_split(params: FinetuneParameters) -> Split:
 
     Without ``eval_data`` a share of the user's rows is held out; ``soc`` is the built-in set with its own held-out file.
     """
-    built_in = params.data == BUILT_IN
+    built_in = params.data == "soc"
     train = load(soc.TRAIN if built_in else params.data)
     eval_source = params.eval_data or (soc.EVAL if built_in else None)
+    hashes = {"train": train.sha256}
     if eval_source is None:
         rows, held_out = split(train.rows, params.eval_share, params.seed)
-        hashes = {"train": train.sha256}
     else:
         evaluation = load(eval_source)
         rows, held_out = list(train.rows), list(evaluation.rows)
-        hashes = {"train": train.sha256, "eval": evaluation.sha256}
-    leaked = overlap(rows, held_out)
-    if leaked:
-        raise DataError(
-            f"{len(leaked)} held-out prompts are also in the training rows",
-            evidence=", ".join(row.where for row in leaked[:5]),
-            remedy="remove them from one of the two files: a score on seen prompts proves nothing",
-        )
+        hashes["eval"] = evaluation.sha256
+    if leaked := overlap(rows, held_out):
+        evidence = ", ".join(row.where for row in leaked[:5])
+        remedy = "remove them from one of the two files: a score on seen prompts proves nothing"
+        raise DataError(f"{len(leaked)} held-out prompts are also in the training rows", evidence=evidence, remedy=remedy)
     return Split(rows[: params.max_rows], held_out, hashes)
 
 
@@ -92,7 +85,9 @@ def finetune(run: RunFolder, params: FinetuneParameters, *, force: Force = False
     """Train as ``params`` say and leave ``adapter/`` and ``heldout.jsonl`` in the run folder; skip when already done."""
     data = read_split(params)
     base = resolve(params.base, run.base_cache, params.revision)
-    _require_apart(run, base)
+    if base.folder.resolve().is_relative_to(run.path.resolve()):
+        remedy = "train under another --name: the base is then kept"
+        raise InputError(f"base {base.id} lies in run {run.name} itself, whose export would replace it", remedy=remedy)
     inputs = {"recipe": _RECIPE, "parameters": params.to_json(), "data": data.sha256, "base": base.to_json()}
 
     def work() -> dict[str, Any]:
@@ -102,26 +97,16 @@ def finetune(run: RunFolder, params: FinetuneParameters, *, force: Force = False
         rows, held_out = (preparer.prepare(part, params.max_length) for part in (data.train, data.held_out))
         said = (len(rows.examples), rows.tokens, rows.trained_tokens, len(rows.too_long))
         log.info("finetune: %d rows, %d tokens (%d trained), %d rows too long and left out", *said)
-        need = finetune_need(base.folder, params, rows.longest)
+        need = finetune_need(base.folder, params, max(len(e.input_ids) for e in rows.examples))
         require_memory("fine-tuning", need, "lower --batch-size (and raise --gradient-accumulation) or --max-length")
         result = _train(Job(run, params, base, rows, held_out, noted))
-        result["date"] = noted["date"]
-        result["system"] = _shared_system(data.train)
         write_atomic(run.heldout, "".join(_jsonl(preparer.clean(row)) for row in data.held_out))
-        return result
+        return {**result, "date": noted["date"], "system": _shared_system(data.train)}
 
     with lock.held(run, "train"):
         done = run_stage(run, STAGE, inputs, [run.adapter, run.heldout], work, force=force)
         shutil.rmtree(run.checkpoints, ignore_errors=True)
     return done
-
-
-def _require_apart(run: RunFolder, base: BaseModel) -> None:
-    if base.folder.resolve().is_relative_to(run.path.resolve()):
-        raise InputError(
-            f"base {base.id} lies in run {run.name} itself, whose export would replace it",
-            remedy="train under another --name: the base is then kept",
-        )
 
 
 def _shared_system(rows: Sequence[Row]) -> str | None:
@@ -143,7 +128,7 @@ def _train(job: Job) -> dict[str, Any]:
     log.info("trainer: %s (%s), dtype %s", backend, reason, dtype)
     model = trainers.trainable(job.base.folder, params, backend, dtype)
     require_free_space(run.path, _disk_need(model), "fine-tuning (adapter and checkpoints)")
-    trainer = make_trainer(model, run.checkpoints, params, dtype, job.rows.examples, job.held_out.examples[:_EVAL_ROWS])
+    trainer = trainers.make_trainer(model, run.checkpoints, params, dtype, job.rows.examples, job.held_out.examples[:_EVAL_ROWS])
     before = trainer.evaluate()["eval_loss"]
     started = time.monotonic()
     checkpoint = checkpoints.latest(run.checkpoints, job.noted)
@@ -178,16 +163,12 @@ def _train(job: Job) -> dict[str, Any]:
 def _save(model: Any, adapter: Path, params: FinetuneParameters) -> None:
     with staged(adapter) as target:
         model.save_pretrained(str(target))
-        _settle_adapter(target)
+        path = target / "adapter_config.json"
+        if path.is_file():
+            # PEFT writes these in the order of a Python set, which differs from process to process
+            config = read_json(path).items()
+            write_json(path, {k: sorted(v) if isinstance(v, list) and k.endswith("modules") else v for k, v in config})
         write_json(target / "finetune.json", params.to_json())
-
-
-def _settle_adapter(folder: Path) -> None:
-    """Sort what PEFT writes in the order of a Python set, which differs from process to process."""
-    path = folder / "adapter_config.json"
-    if path.is_file():
-        config = read_json(path)
-        write_json(path, {k: sorted(v) if isinstance(v, list) and k.endswith("modules") else v for k, v in config.items()})
 
 
 def _disk_need(model: Any) -> int:
@@ -198,11 +179,11 @@ def _disk_need(model: Any) -> int:
 
 def _versions() -> dict[str, str]:
     """Installed versions of what shapes the result."""
-    found = {}
+    versions = {}
     for name in ("torch", "transformers", "peft", "unsloth", "accelerate", "tokenizers"):
         with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions
 
 
 def _history(log_history: list[dict[str, Any]], before: float) -> list[dict[str, Any]]:
@@ -223,8 +204,6 @@ def _check_learning(history: list[dict[str, Any]], model: Any, params: FinetuneP
         raise PipelineError("the loss became infinite or NaN", remedy="lower --learning-rate")
     if params.method == "full":
         return
-    moved = [float(p.detach().abs().max()) for name, p in model.named_parameters() if "lora_B" in name]
-    if not moved or not any(moved):
-        raise EnvironmentFailure(
-            "the adapter is all zeros after training", remedy="try --trainer hf, a higher --learning-rate, or more steps"
-        )
+    if not any(float(p.detach().abs().max()) for name, p in model.named_parameters() if "lora_B" in name):
+        remedy = "try --trainer hf, a higher --learning-rate, or more steps"
+        raise EnvironmentFailure("the adapter is all zeros after training", remedy=remedy)

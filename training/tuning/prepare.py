@@ -43,11 +43,6 @@ class Prepared:
         return sum(len(e.input_ids) for e in self.examples)
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest example."""
-        return max(len(e.input_ids) for e in self.examples)
-
-    @property
     def trained_tokens(self) -> int:
         """Tokens that carry loss."""
         return sum(label != IGNORED for e in self.examples for label in e.labels)
@@ -83,10 +78,8 @@ class Preparer:
         turns = sum(message["role"] == "assistant" for message in messages)
         ends = sum(label == self.eos_id for label in labels)
         if ends != turns:
-            raise DataError(
-                f"{row.where}: {ends} trained end-of-text tokens for {turns} assistant turns",
-                remedy="the chat template must end each assistant turn with the tokenizer's eos token, once",
-            )
+            remedy = "the chat template must end each assistant turn with the tokenizer's eos token, once"
+            raise DataError(f"{row.where}: {ends} trained end-of-text tokens for {turns} assistant turns", remedy=remedy)
         return Example(tuple(encoding.ids), tuple(labels), row.where)
 
     def prepare(self, rows: Sequence[Row], max_length: int) -> Prepared:
@@ -95,14 +88,10 @@ class Preparer:
         examples = [self.example(row) for row in clean]
         kept = tuple(e for e in examples if len(e.input_ids) <= max_length)
         if not kept:
-            raise DataError(
-                f"all {len(rows)} rows are longer than {max_length} tokens", remedy="raise --max-length or shorten the rows"
-            )
-        return Prepared(
-            kept,
-            tuple(e.where for e in examples if len(e.input_ids) > max_length),
-            sum(before.messages != after.messages for before, after in zip(rows, clean, strict=True)),
-        )
+            remedy = "raise --max-length or shorten the rows"
+            raise DataError(f"all {len(rows)} rows are longer than {max_length} tokens", remedy=remedy)
+        too_long = tuple(e.where for e in examples if len(e.input_ids) > max_length)
+        return Prepared(kept, too_long, sum(row.messages != made.messages for row, made in zip(rows, clean, strict=True)))
 
 
 def trained_tokens(params: FinetuneParameters, run: RunFolder, row: Row) -> Any:

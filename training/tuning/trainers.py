@@ -1,22 +1,26 @@
-"""Two ways to get a trainable model from the same parameters: unsloth, or transformers + PEFT."""
+"""A trainable model in one of two ways, unsloth or transformers + PEFT, and the loop that trains it: transformers' Trainer."""
 
-import contextlib
 import importlib.util
 import logging
+import math
 import sys
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import EnvironmentFailure, MissingDependency
+from pipeline.machine.hardware import Hardware
+from pipeline.runs import interrupt
 from pipeline.runs.files import read_json
 from training.parameters import FinetuneParameters
+from training.tuning import checkpoints
+from training.tuning.prepare import IGNORED, Example
 
 log = logging.getLogger(__name__)
-
-# unsloth patches the dense Granite layers; mixture-of-experts and mamba layers train through PEFT unchanged.
-_UNSLOTH_TYPES = frozenset({"granite"})
+_EVERY_SECONDS = 10.0
 _UNSLOTH_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -26,7 +30,8 @@ def choose(params: FinetuneParameters, folder: Path) -> tuple[str, str]:
     if params.trainer == "hf":
         return "hf", "asked for"
     problem = ""
-    if model_type not in _UNSLOTH_TYPES:
+    # unsloth patches the dense Granite layers; mixture-of-experts and mamba layers train through PEFT unchanged
+    if model_type != "granite":
         problem = f"unsloth has no patched layers for model_type {model_type!r}"
     elif importlib.util.find_spec("unsloth") is None:
         problem = "unsloth is not installed"
@@ -48,31 +53,24 @@ def import_unsloth() -> Any:
     unsloth probes ``vllm._C`` at import; in vLLM's CPU build that file is AVX-512 code, which kills the process
     (SIGILL) on a CPU without it. Training does not need vLLM, so it is hidden for the moment of the import.
     """
-    with _hidden("vllm"), warnings.catch_warnings():
-        # said when a notebook has something of transformers loaded; our models are loaded after the patches either way
-        warnings.filterwarnings("ignore", message=r"(?s).*Unsloth should be imported before")
-        import unsloth
-
-        return unsloth
-
-
-@contextlib.contextmanager
-def _hidden(name: str) -> Iterator[None]:
-    kept = sys.modules.get(name)
-    sys.modules[name] = None  # type: ignore[assignment]
+    kept = sys.modules.get("vllm")
+    sys.modules["vllm"] = None  # type: ignore[assignment]
     try:
-        yield
+        with warnings.catch_warnings():
+            # said when a notebook has something of transformers loaded; our models are loaded after the patches either way
+            warnings.filterwarnings("ignore", message=r"(?s).*Unsloth should be imported before")
+            import unsloth
+
+            return unsloth
     finally:
-        del sys.modules[name]
+        del sys.modules["vllm"]
         if kept is not None:
-            sys.modules[name] = kept
+            sys.modules["vllm"] = kept
 
 
 def training_dtype() -> Any:
     """bfloat16 where the GPU or CPU computes it natively, float16 on older GPUs, else float32."""
     import torch
-
-    from pipeline.machine.hardware import Hardware
 
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -84,32 +82,20 @@ def trainable(folder: Path, params: FinetuneParameters, backend: str, dtype: Any
     from transformers import set_seed
 
     set_seed(params.seed)
-    if params.method == "qlora":
-        _require_gpu()
+    if params.method == "qlora" and not _on_gpu():
+        raise EnvironmentFailure("qlora needs a CUDA GPU: its 4-bit kernels do not run on a CPU", remedy="use --method lora")
     return _unsloth(folder, params, dtype) if backend == "unsloth" else _hf(folder, params, dtype)
 
 
 def _unsloth(folder: Path, params: FinetuneParameters, dtype: Any) -> Any:
     loader = import_unsloth().FastLanguageModel
-    model, _ = loader.from_pretrained(
-        str(folder),
-        max_seq_length=params.max_length,
-        dtype=dtype,
-        load_in_4bit=params.method == "qlora",
-        full_finetuning=params.method == "full",
-        trust_remote_code=False,
-    )
+    loading = {"load_in_4bit": params.method == "qlora", "full_finetuning": params.method == "full", "trust_remote_code": False}
+    model, _ = loader.from_pretrained(str(folder), max_seq_length=params.max_length, dtype=dtype, **loading)
     if params.method == "full":
         return model
-    return loader.get_peft_model(
-        model,
-        r=params.rank,
-        lora_alpha=params.alpha,
-        lora_dropout=params.dropout,
-        target_modules=list(_UNSLOTH_TARGETS),
-        use_gradient_checkpointing="unsloth" if _on_gpu() else False,
-        random_state=params.seed,
-    )
+    sparing = "unsloth" if _on_gpu() else False
+    options = {**_lora(params), "target_modules": list(_UNSLOTH_TARGETS), "use_gradient_checkpointing": sparing}
+    return loader.get_peft_model(model, **options, random_state=params.seed)
 
 
 def _hf(folder: Path, params: FinetuneParameters, dtype: Any) -> Any:
@@ -117,44 +103,24 @@ def _hf(folder: Path, params: FinetuneParameters, dtype: Any) -> Any:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    quantization = None
-    if params.method == "qlora":
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    quantization = BitsAndBytesConfig(load_in_4bit=True, **nf4) if params.method == "qlora" else None
     # float16 weights with a gradient scaler need a float32 master copy; full fine-tuning wants one in any case
     weights = torch.float32 if params.method == "full" or dtype == torch.float16 else dtype
-    model = AutoModelForCausalLM.from_pretrained(
-        str(folder),
-        dtype=weights,
-        quantization_config=quantization,
-        device_map={"": 0} if _on_gpu() else None,
-        trust_remote_code=False,
-        use_safetensors=True,
-    )
+    loading = {"quantization_config": quantization, "device_map": {"": 0} if _on_gpu() else None, "use_safetensors": True}
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=weights, trust_remote_code=False, **loading)
     if params.method == "full":
         return model
     if params.method == "qlora":
         model = prepare_model_for_kbit_training(model)
-    lora = LoraConfig(
-        r=params.rank,
-        lora_alpha=params.alpha,
-        lora_dropout=params.dropout,
-        target_modules=_linear_targets(model),
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, lora)
+    # full names; expert tensors are not linear layers and stay as they are
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    targets = [name for name in linear if "router" not in name and not name.endswith("lm_head")]
+    return get_peft_model(model, LoraConfig(**_lora(params), target_modules=targets, task_type="CAUSAL_LM"))
 
 
-def _linear_targets(model: Any) -> list[str]:
-    """Full names of the linear layers to adapt; expert tensors are not linear layers and stay as they are."""
-    import torch
-
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and "router" not in name and not name.endswith("lm_head")
-    ]
+def _lora(params: FinetuneParameters) -> dict[str, Any]:
+    return {"r": params.rank, "lora_alpha": params.alpha, "lora_dropout": params.dropout}
 
 
 def _on_gpu() -> bool:
@@ -163,6 +129,95 @@ def _on_gpu() -> bool:
     return bool(torch.cuda.is_available())
 
 
-def _require_gpu() -> None:
-    if not _on_gpu():
-        raise EnvironmentFailure("qlora needs a CUDA GPU: its 4-bit kernels do not run on a CPU", remedy="use --method lora")
+def make_trainer(
+    model: Any, folder: Path, params: FinetuneParameters, dtype: Any, rows: Sequence[Example], held_out: Sequence[Example]
+) -> Any:
+    """A Trainer that leaves its checkpoints in ``folder``, sealed, and logs to stderr alone: --json is on stdout."""
+    from transformers import PrinterCallback, ProgressCallback, Trainer
+
+    steps_per_epoch = math.ceil(len(rows) / (params.batch_size * params.gradient_accumulation))
+    total = params.max_steps or math.ceil(steps_per_epoch * params.epochs)
+    collate = partial(_collate, model.config.pad_token_id or 0)
+    sets = {"train_dataset": list(rows), "eval_dataset": list(held_out), "data_collator": collate}
+    trainer = Trainer(model=model, args=_arguments(folder, params, dtype, total), callbacks=[_callback()], **sets)
+    for noisy in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(noisy)
+    return trainer
+
+
+def _arguments(folder: Path, params: FinetuneParameters, dtype: Any, total: int) -> Any:
+    import torch
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=total,
+        per_device_train_batch_size=params.batch_size,
+        per_device_eval_batch_size=params.batch_size,
+        gradient_accumulation_steps=params.gradient_accumulation,
+        learning_rate=params.peak_learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(params.warmup_steps, total),
+        weight_decay=params.weight_decay,
+        optim="adamw_torch",
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=not _on_gpu(),
+        logging_steps=max(1, total // 50),
+        eval_strategy="steps",
+        eval_steps=max(1, total // 2),
+        save_steps=params.save_steps,
+        save_total_limit=2,
+        prediction_loss_only=True,
+        disable_tqdm=not log.isEnabledFor(logging.INFO),
+        seed=params.seed,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=_on_gpu(),
+    )
+
+
+def _collate(pad_id: int, batch: Sequence[Example]) -> dict[str, Any]:
+    """Right-pad a batch; padding carries no loss and no attention, so any id will do."""
+    import torch
+
+    width = max(len(e.input_ids) for e in batch)
+    rows = [(e, width - len(e.input_ids)) for e in batch]
+    return {
+        "input_ids": torch.tensor([[*e.input_ids, *[pad_id] * gap] for e, gap in rows]),
+        "attention_mask": torch.tensor([[1] * len(e.input_ids) + [0] * gap for e, gap in rows]),
+        "labels": torch.tensor([[*e.labels, *[IGNORED] * gap] for e, gap in rows]),
+    }
+
+
+def _callback() -> Any:
+    from transformers import TrainerCallback
+
+    class Along(TrainerCallback):  # type: ignore[misc,unused-ignore]
+        """Says how far training is every few seconds, seals each checkpoint, and stops at one when the user has asked."""
+
+        begun, first, said = 0.0, 0, 0.0
+        loss: float | None = None  # evaluating before training logs too
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.begun, self.first = time.monotonic(), state.global_step
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            self.loss = (logs or {}).get("loss", self.loss)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            """Log one line, now and then; when the user has asked to stop, save a checkpoint and end."""
+            if interrupt.asked() and state.global_step < state.max_steps:
+                control.should_save = control.should_training_stop = True
+            now = time.monotonic()
+            if now - self.said < _EVERY_SECONDS and state.global_step < state.max_steps:
+                return
+            self.said = now
+            left = (now - self.begun) / (state.global_step - self.first) * (state.max_steps - state.global_step)
+            shown = "" if self.loss is None else f", loss {float(self.loss):.3f}"
+            log.info("finetune: step %d of %d%s, %.0f s left", state.global_step, state.max_steps, shown, left)
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    return Along()

@@ -1,16 +1,16 @@
 """Link 7: dataset -> base -> adapter -> merged -> GGUF -> Modelfile -> launch, each joint held by a SHA-256 taken again now."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from pipeline import engines
-from pipeline.certify.subject import Subject
+from pipeline.certify.certificate import Subject
 from pipeline.report.check import Check, guarded, held, skipped
 from pipeline.runs.hashes import sha256_json
 from pipeline.runs.manifest import ServedRecord
+from pipeline.runs.stages import LOOKING
 from pipeline.verify.score import Answer, read_held_out, read_reference, score
 
 _SHA = "SHA-256, taken again now"
@@ -34,17 +34,17 @@ def check_custody(subject: Subject) -> list[Check]:
         return [
             Check("custody.chain", "failed", f"the manifest has no record of {', '.join(lacking)}", "every stage recorded", "")
         ]
-    checks = {"artefacts": _artefacts, "chain": _chain, "base": _base, "dataset": _dataset, "records": _records, "scores": _scores, "launch": _launch}  # fmt: skip
-    return [found for name, check in checks.items() for found in guarded(f"custody.{name}", partial(_alone, check, subject))]
 
+    def made(check: Callable[[Subject], Check]) -> list[Check]:
+        return guarded(f"custody.{check.__name__.lstrip('_')}", lambda: [check(subject)])
 
-def _alone(check: Callable[[Subject], Check], subject: Subject) -> list[Check]:
-    return [check(subject)]
+    every = (_artefacts, _chain, _base, _dataset, _records, _scores, _launch)
+    return [found for check in every for found in made(check)]
 
 
 def _artefacts(subject: Subject) -> Check:
     problems, count = [], 0
-    stages = subject.manifest.stages
+    stages = {name: stage for name, stage in subject.manifest.stages.items() if name not in LOOKING}
     for name, stage in stages.items():
         for path, seal in stage.artefacts.items():
             if path not in subject.sha256 and not (subject.run.path / path).exists():
@@ -122,7 +122,8 @@ def _scores(subject: Subject) -> Check:
             problems += [f"{which}: {text}" for text in _rescored(rows, answers, stage.result)]
     if not compared:
         return skipped("custody.scores", "no recorded scores with their answers to compare")
-    return held("custody.scores", not problems, "; ".join(problems) or "recorded scores follow from the answers", "equal", "scored again now")  # fmt: skip
+    figure = "; ".join(problems) or "recorded scores follow from the answers"
+    return held("custody.scores", not problems, figure, "equal", "scored again now")
 
 
 def _rescored(rows: list[Any], answers: list[Answer], recorded: dict[str, Any]) -> Iterator[str]:

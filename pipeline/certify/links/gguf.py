@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ModelError
-from pipeline.model.gguf import GgufHeader, GgufTensor, read_gguf_header
-from pipeline.model.gguf_names import DERIVED, gguf_tensors
+from pipeline.model.gguf import DERIVED, GgufHeader, GgufTensor, gguf_tensors, read_gguf_header
 from pipeline.model.safetensors import TensorFolder
 from pipeline.prompts.chat import ChatTemplate
 from pipeline.prompts.stops import gguf_problems, special_ids, turn_end
@@ -42,6 +41,24 @@ _SCALING = {
 _SCALED = {"linear": ("factor",), "yarn": tuple(_SCALING)}
 # llama.cpp derives these from the head size when they are absent
 _HEAD = ("rope.dimension_count", "attention.key_length", "attention.value_length")
+# weights that share a step in Q8_0; a control token's kind in a GGUF
+_BLOCK = 32
+_Q8_SOURCE = "Q8_0's definition: half a step of max|block|/127, plus the float16 rounding of the step"
+_CONTROL = 3
+
+
+def check_gguf(merged: Path, gguf: Path, pre: str | None = None) -> list[Check]:
+    """Tensors, metadata, template and vocabulary of a GGUF against the merged folder it was made from.
+
+    ``pre`` is the name of the text splitting rule that the converter gave at export, None where none was recorded.
+    """
+    header = read_gguf_header(gguf, whole_arrays=True)
+    return [
+        *guarded("gguf.tensors", lambda: [_tensors(merged, gguf, header)]),
+        *guarded("gguf.metadata", lambda: [metadata(merged, header, pre)]),
+        *guarded("gguf.template", lambda: [template(merged, header)]),
+        *guarded("gguf.vocabulary", lambda: [_vocabulary(merged, header)]),
+    ]
 
 
 def metadata(merged: Path, header: GgufHeader, pre: str | None = None) -> Check:
@@ -146,25 +163,6 @@ def _shown(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-_BLOCK = 32
-_Q8_SOURCE = "Q8_0's definition: half a step of max|block|/127, plus the float16 rounding of the step"
-_CONTROL = 3
-
-
-def check_gguf(merged: Path, gguf: Path, pre: str | None = None) -> list[Check]:
-    """Tensors, metadata, template and vocabulary of a GGUF against the merged folder it was made from.
-
-    ``pre`` is the name of the text splitting rule that the converter gave at export, None where none was recorded.
-    """
-    header = read_gguf_header(gguf, whole_arrays=True)
-    return [
-        *guarded("gguf.tensors", lambda: [_tensors(merged, gguf, header)]),
-        *guarded("gguf.metadata", lambda: [metadata(merged, header, pre)]),
-        *guarded("gguf.template", lambda: [template(merged, header)]),
-        *guarded("gguf.vocabulary", lambda: [_vocabulary(merged, header)]),
-    ]
-
-
 def _tensors(merged: Path, gguf: Path, header: GgufHeader) -> Check:
     config, folder = read_json(merged / "config.json"), TensorFolder(merged)
     stored = {tensor.name: tensor for tensor in header.tensors}
@@ -179,21 +177,13 @@ def _tensors(merged: Path, gguf: Path, header: GgufHeader) -> Check:
     bad = [name for name, ratio in seen if not ratio <= 1]
     derived = DERIVED if rope_type(config) == "llama3" else frozenset()
     extra = sorted(set(stored) - {name for name, _ in seen} - derived)
-    problems = [
-        f"{len(names)} {what}, first {names[0]}"
-        for what, names in (
-            ("tensors differ", bad),
-            ("GGUF tensors come from no merged tensor", extra),
-            ("merged tensors have no known place in a GGUF", unknown),
-        )
-        if names
-    ]
+    lists = {"tensors differ": bad, "GGUF tensors come from no merged tensor": extra}
+    lists["merged tensors have no known place in a GGUF"] = unknown
+    problems = [f"{len(names)} {what}, first {names[0]}" for what, names in lists.items() if names]
     worst = max(seen, key=lambda pair: pair[1], default=("none", 0.0))
     figure = f"{len(seen) - len(bad)} of {len(seen)} tensors within the bound; largest error {worst[1]:.3g} of it ({worst[0]})"
-    return held(
-        "gguf.tensors", not problems, "; ".join([figure, *problems]), "1 (every weight)", _Q8_SOURCE,
-        errors=[list(pair) for pair in seen],
-    )  # fmt: skip
+    errors = [list(pair) for pair in seen]
+    return held("gguf.tensors", not problems, "; ".join([figure, *problems]), "1 (every weight)", _Q8_SOURCE, errors=errors)
 
 
 def error_ratio(gguf: Path, stored: GgufTensor, want: Any) -> float:

@@ -20,11 +20,12 @@ _SINGLE = 2.0**-24
 _SOURCE = "IEEE 754: half a unit in the last place of float16, plus the float32 sum's own rounding"
 _CAST_SOURCE = "IEEE 754: rounding to float16 cannot lose more, relative to the weights' own size"
 # what the export sets on purpose; end and pad tokens have their own check in link 6
+_OWN_IDS = {"transformers_version", "eos_token_id", "pad_token_id"}
 _OWN = {
-    "config.json": {"dtype", "torch_dtype", "quantization_config", "use_cache", "transformers_version", "eos_token_id", "pad_token_id"},
-    "generation_config.json": {"transformers_version", "eos_token_id", "pad_token_id"},
+    "config.json": _OWN_IDS | {"dtype", "torch_dtype", "quantization_config", "use_cache"},
+    "generation_config.json": _OWN_IDS,
     "tokenizer_config.json": {"eos_token", "pad_token"},
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,8 @@ def compare_weights(base: TensorFolder, lora: Lora | None, tuned: TensorFolder, 
     problems = [f"{len(missing)} tensors are in one folder only ({missing[0]})"] if missing else []
     if bad:
         problems.append(_diagnosis(bad, lora))
-    tensors = held(
-        "merge.tensors", not bad and not missing, "; ".join([figure, *problems]), "1 (every weight)", _SOURCE,
-        errors=[[one.name, one.ratio] for one in seen],
-    )  # fmt: skip
-    return [tensors, _cast(seen)]
+    errors, figure = [[one.name, one.ratio] for one in seen], "; ".join([figure, *problems])
+    return [held("merge.tensors", not bad and not missing, figure, "1 (every weight)", _SOURCE, errors=errors), _cast(seen)]
 
 
 def _cast(seen: list[Comparison]) -> Check:

@@ -3,28 +3,37 @@
 A YAML file is a list of entries, or ``{system: ..., minimum: 0.9, prompts: [...]}``; an entry has a ``prompt`` (or
 ``messages``) and a ``check`` with one of ``exact``, ``contains``, ``regex``, ``json_schema``. A function gets ``ask`` (prompt or
 messages in, text out) and returns names with True, False or a share from 0 to 1.
+
+Tasks of lm-evaluation-harness (``--tasks``) show what the training made the model forget. The harness is optional and fetches
+its tasks' data sets: pip install "lm-eval[api]".
 """
 
 import importlib
+import importlib.util
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import httpx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import EngineError, InputError
+from pipeline.net.chat import chat, greedy
+from pipeline.net.client import open_client
 from pipeline.prompts.neutralise import control_tokens, neutralise_message
-from pipeline.report.check import Check, held
+from pipeline.report.check import Check, held, skipped
 from pipeline.runs.folder import RunFolder
 from pipeline.serve.start import Endpoint
 
 Ask = Callable[[str | Sequence[Mapping[str, Any]]], str]
 _TOKENS = 256
 _SHOWN = 120
+# of one run of the harness
+_SECONDS = 3600
 
 
 class Rule(BaseModel):
@@ -182,17 +191,54 @@ def asker(endpoint: Endpoint, run: RunFolder) -> Ask:
 
     def ask(prompt: str | Sequence[Mapping[str, Any]]) -> str:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(message) for message in prompt]
-        body = {
-            "model": endpoint.model,
-            "messages": [neutralise_message(message, controls) for message in messages],
-            "max_tokens": _TOKENS,
-            "temperature": 0,
-        }
-        try:
-            answer = httpx.post(f"{endpoint.url}/v1/chat/completions", json=body, headers=endpoint.headers, timeout=300)
-            answer.raise_for_status()
-            return str(answer.json()["choices"][0]["message"]["content"] or "")
-        except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
-            raise EngineError(f"{endpoint.engine}: a question of --eval failed: {error!r}") from None
+        body = greedy(endpoint.model, [neutralise_message(message, controls) for message in messages], _TOKENS)
+        with open_client(endpoint.url, endpoint.api_key) as client:
+            return chat(client, body, f"{endpoint.engine}: a question of --eval failed:").text
 
     return ask
+
+
+def command(endpoint: Endpoint, run: RunFolder, tasks: str, target: Path) -> list[str]:
+    """The harness's argv: completions with log-probabilities, tokenised as the merged model does."""
+    arguments = {
+        "model": endpoint.model,
+        "base_url": f"{endpoint.url}/v1/completions",
+        "tokenizer": str(run.merged),
+        "tokenizer_backend": "huggingface",
+        "num_concurrent": "4",
+    }
+    joined = ",".join(f"{key}={value}" for key, value in arguments.items())
+    harness = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", joined]
+    return [*harness, "--tasks", tasks, "--output_path", str(target)]
+
+
+def run_tasks(endpoint: Endpoint, run: RunFolder, tasks: str) -> Check:
+    """Scores of the tasks; skipped, with the reason, when the harness is not installed or fails."""
+    check_id = f"own.{endpoint.engine}_tasks"
+    if importlib.util.find_spec("lm_eval") is None:
+        return skipped(check_id, 'lm-evaluation-harness is not installed: pip install "lm-eval[api]"')
+    with TemporaryDirectory(prefix="lm-eval-") as scratch:
+        target = Path(scratch)
+        try:
+            done = subprocess.run(
+                command(endpoint, run, tasks, target), capture_output=True, text=True, timeout=_SECONDS, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return skipped(check_id, f"{tasks} took more than {_SECONDS} s")
+        found = sorted(target.rglob("results*.json"))
+        if done.returncode != 0 or not found:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            return skipped(check_id, f"lm-eval ended with exit code {done.returncode}: {last[:300]}")
+        return read_results(check_id, json.loads(found[-1].read_text(encoding="utf-8")))
+
+
+def read_results(check_id: str, results: dict[str, Any]) -> Check:
+    """The harness's results file as a finding; its scores are stated, not bounded."""
+    scores = {
+        f"{task} {metric.partition(',')[0]}": value
+        for task, metrics in results["results"].items()
+        for metric, value in metrics.items()
+        if isinstance(value, int | float) and "stderr" not in metric
+    }
+    figure = ", ".join(f"{name} {value:.4g}" for name, value in scores.items()) or "no score"
+    return Check(check_id, "passed", figure, "stated, not bounded", "lm-evaluation-harness", scores)

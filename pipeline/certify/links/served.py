@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pipeline.certify.bounds import ANSWER_SHARE, MEASURED, distance_bound
+from pipeline.certify.certificate import Subject
 from pipeline.certify.links import stops, tuned
-from pipeline.certify.subject import Subject
 from pipeline.report.check import Check, held, skipped
 from pipeline.verify.distributions import Distance, Reference, compare_tops
 from pipeline.verify.evidence import Evidence

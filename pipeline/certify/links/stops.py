@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from pipeline.certify.bounds import FINISH_SHARE, FINISH_SLACK
-from pipeline.certify.subject import Subject
+from pipeline.certify.certificate import Subject
 from pipeline.errors import InputError, ModelError
 from pipeline.model.gguf import read_gguf_header
 from pipeline.model.tokenizer import Tokenizer

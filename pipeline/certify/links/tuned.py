@@ -8,11 +8,16 @@ from typing import Any
 
 from pipeline.certify.bounds import CANARY_SHARE
 from pipeline.report.check import Check, held, skipped
-from pipeline.verify.score import Answer, HeldOut, fields_of, is_exact, parse
+from pipeline.verify.score import Answer, HeldOut, field_right, fields_of, is_exact, parse
 
 _RESAMPLES = 2000
 _LEVEL = 0.95
 _SEED = 20261
+_MOST_CLASSES = 20
+_SMALLEST_CLASS = 5
+# canary prompts that a near-tie may answer as the base does
+_BASE_SHARE = 0.02
+_BOOTSTRAP = "95 % bootstrap interval over the held-out rows, 2000 resamples"
 
 
 @dataclass(frozen=True)
@@ -37,19 +42,12 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(float(sample.mean()), float(low), float(high))
 
 
-_MOST_CLASSES = 20
-_SMALLEST_CLASS = 5
-# canary prompts that a near-tie may answer as the base does
-_BASE_SHARE = 0.02
-_BOOTSTRAP = "95 % bootstrap interval over the held-out rows, 2000 resamples"
-
-
 def check_scores(rows: Sequence[HeldOut], base: Sequence[Answer], tuned: Sequence[Answer]) -> list[Check]:
     """Scores before and after, by field and by class; a class that got worse is named."""
     if not rows:
         return [skipped("tuned.scores", "no held-out rows")]
     fields = fields_of([row.expected for row in rows])
-    measures = {name: [_field_right(name, rows, answers) for answers in (base, tuned)] for name in fields}
+    measures = {name: [field_right(name, rows, answers) for answers in (base, tuned)] for name in fields}
     measures["exact"] = [
         [is_exact(r.expected, a.text, fields) for r, a in zip(rows, answers, strict=True)] for answers in (base, tuned)
     ]
@@ -59,18 +57,9 @@ def check_scores(rows: Sequence[HeldOut], base: Sequence[Answer], tuned: Sequenc
     before, after = (interval([float(v) for v in side]) for side in measures["exact"])
     gain = interval([float(b) - float(a) for a, b in zip(*measures["exact"], strict=True)])
     table = {name: _sides(before_, after_) for name, (before_, after_) in measures.items()}
-    found = [
-        held(
-            "tuned.scores", gain.high >= 0, f"exact {before} before, {after} after, {len(rows)} rows",
-            "not worse: the interval of the gain reaches 0", _BOOTSTRAP, fields=table,
-        )
-    ]  # fmt: skip
-    return [*found, _classes(rows, measures, fields)]
-
-
-def _field_right(name: str, rows: Sequence[HeldOut], answers: Sequence[Answer]) -> list[bool]:
-    pairs = ((parse(row.expected) or {}, parse(answer.text)) for row, answer in zip(rows, answers, strict=True))
-    return [got is not None and name in got and got[name] == want[name] for want, got in pairs]
+    figure, bound = f"exact {before} before, {after} after, {len(rows)} rows", "not worse: the interval of the gain reaches 0"
+    scores = held("tuned.scores", gain.high >= 0, figure, bound, _BOOTSTRAP, fields=table)
+    return [scores, _classes(rows, measures, fields)]
 
 
 def _sides(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]:
@@ -117,7 +106,9 @@ def check_canaries(base: Sequence[Answer], tuned: Sequence[Answer]) -> Check:
     return held("tuned.canaries", bool(found), figure, "at least 1", "an identical model was not tuned")
 
 
-def check_served_canaries(engine: str, chosen: Sequence[int], base: Sequence[Answer], tuned: Sequence[Answer], answers: Sequence[Answer | None]) -> Check:  # fmt: skip
+def check_served_canaries(
+    engine: str, chosen: Sequence[int], base: Sequence[Answer], tuned: Sequence[Answer], answers: Sequence[Answer | None]
+) -> Check:
     """On the canary prompts a backend answers as the tuned model, not as the base."""
     asked = [i for i in chosen if i < len(answers) and answers[i] is not None]
     if not asked:

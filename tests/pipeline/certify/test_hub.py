@@ -10,7 +10,8 @@ import yaml
 from typer.testing import CliRunner
 
 from pipeline.certify import certificate as made
-from pipeline.certify.hub import plain, plan, redacted, require_current_certificate, write_card
+from pipeline.certify.card import plain, write_card
+from pipeline.certify.hub import plan, redacted, require_current_certificate
 from pipeline.cli import app
 from pipeline.errors import InputError
 from pipeline.report import certificate
@@ -41,7 +42,7 @@ def exported(run: RunFolder) -> RunFolder:
 
 
 def _certify(run: RunFolder, ok: bool = True, *, offline: bool = False, links: tuple[str, ...] = LINKS) -> None:
-    from pipeline.certify.subject import hashes
+    from pipeline.certify.certificate import hashes
 
     finding = held("merge.tensors", ok, "a | b <script>", "1", "IEEE 754")
     others = [held(f"{key}.x", True, "", "", "") for key in links]

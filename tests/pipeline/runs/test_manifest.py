@@ -26,9 +26,9 @@ def _stage(manifest: Manifest, name: str) -> StageRecord:
 
 def test_a_finished_stage_is_current_with_the_same_inputs_only(run: RunFolder) -> None:
     manifest = _recorded(run)
-    assert manifest.is_current("finetune", {"seed": 1})
-    assert not manifest.is_current("finetune", {"seed": 2})
-    assert not manifest.is_current("merge", {"seed": 1})
+    assert manifest.holds(manifest.stage("finetune"), {"seed": 1})
+    assert not manifest.holds(manifest.stage("finetune"), {"seed": 2})
+    assert not manifest.holds(manifest.stage("merge"), {"seed": 1})
     record = _stage(manifest, "finetune")
     assert (record.result, record.seconds) == ({"loss": 0.5}, 12.3)
     assert manifest.stage("merge") is None
@@ -37,9 +37,9 @@ def test_a_finished_stage_is_current_with_the_same_inputs_only(run: RunFolder) -
 def test_a_changed_or_missing_artefact_is_not_current(run: RunFolder) -> None:
     manifest = _recorded(run)
     (run.adapter / "w").write_text("WEIGHTS")
-    assert not manifest.is_current("finetune", {"seed": 1})
+    assert not manifest.holds(manifest.stage("finetune"), {"seed": 1})
     (run.adapter / "w").unlink()
-    assert not manifest.is_current("finetune", {"seed": 1})
+    assert not manifest.holds(manifest.stage("finetune"), {"seed": 1})
 
 
 def test_artefact_hash_is_recorded_by_relative_path(run: RunFolder) -> None:

@@ -24,16 +24,16 @@ ROW = HeldOut(({"role": "user", "content": "hi"},), "x")
 
 def _verified(run: RunFolder, name: str, settings: Settings) -> dict[str, Any]:
     material: Any = Material([ROW], [("hi", [1])], [], [], {}, 8, None)  # type: ignore[arg-type]
-    outcome = verify._backend(run, name, settings, material, lambda _: None, keep=False)
+    outcome, _ = verify._backend(run, name, settings, material, keep=False)
     assert [check.status for check in outcome.checks] == ["failed"]
-    return outcome.entry
+    return outcome.entry.model_dump()
 
 
 def test_an_endpoint_that_does_not_answer_is_a_row_with_its_error_and_then_a_failed_check(run: RunFolder) -> None:
     run.path.mkdir(parents=True)
     run.heldout.write_text(json.dumps({"messages": [*ROW.messages, {"role": "assistant", "content": "x"}]}) + "\n")
     asked = prober.ask_once(run, Endpoint("openai", NOBODY, "m"), None)
-    assert (asked["prompt"], "/v1/chat/completions failed" in asked["error"]) == ("hi", True), asked
+    assert (asked["prompt"], "/v1/chat/completions does not answer" in asked["error"]) == ("hi", True), asked
     settings = Settings(openai_compatible_base_url=f"{NOBODY}/v1", openai_compatible_model="m")
     assert _verified(run, "openai", settings)["status"] == "failed"
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from pipeline.net.chat import Streamed
 from pipeline.verify import checks
-from pipeline.verify.prober import Streamed
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from pipeline.prompts.parity import Reference, compare
 from pipeline.serve.start import Endpoint
 from pipeline.verify.material import Yardstick
 from pipeline.verify.prober import Prober
-from pipeline.verify.probes import probe, structured_output, tool_call
+from pipeline.verify.probes import injection, structured_output, tool_call
 from pipeline.verify.score import HeldOut
 from pipeline.verify.sources import EngineRenderer
 
@@ -82,5 +82,5 @@ def test_a_call_comes_back_as_tool_calls_when_the_model_makes_one(model, embedde
 
 
 def test_the_injection_probe_reads_its_rendered_prompt(model, base):
-    found = ask(model[0], lambda prober: probe(prober, Yardstick.of_folder(base)))[1]
+    found = ask(model[0], lambda prober: injection(prober, Yardstick.of_folder(base))).data
     assert (found["raw"], found["neutralised"], found["how"]) == (True, False, "rendered text")

@@ -7,10 +7,11 @@ import pytest
 from stub_engine import Answers, serve
 
 from pipeline.prompts.neutralise import neutralise
+from pipeline.report.check import Check
 from pipeline.serve.start import Endpoint
 from pipeline.verify.material import Yardstick
 from pipeline.verify.prober import Prober
-from pipeline.verify.probes import ATTACK, probe
+from pipeline.verify.probes import ATTACK, injection
 
 
 @pytest.fixture
@@ -18,14 +19,15 @@ def yardstick(tokenizer_folder):
     return Yardstick.of_folder(tokenizer_folder)
 
 
-def run(engine: str, answers: Answers, yardstick: Yardstick) -> tuple[Any, dict[str, Any]]:
+def run(engine: str, answers: Answers, yardstick: Yardstick) -> tuple[Check, Any]:
     with serve(answers) as (url, _):
 
-        async def ask() -> tuple[Any, dict[str, Any]]:
+        async def ask() -> Check:
             async with Prober(Endpoint(engine, url, "m"), 8) as prober:
-                return await probe(prober, yardstick)
+                return await injection(prober, yardstick)
 
-        return asyncio.run(ask())
+        check = asyncio.run(ask())
+    return check, check.data
 
 
 def words(yardstick: Yardstick, text: str) -> list[int]:

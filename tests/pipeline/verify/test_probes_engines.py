@@ -8,10 +8,11 @@ import pytest
 from servers import llama
 
 from pipeline.model.toolcalls import tool_format
+from pipeline.report.check import Check
 from pipeline.serve.start import Endpoint
 from pipeline.verify.material import Yardstick
 from pipeline.verify.prober import Prober
-from pipeline.verify.probes import probe, structured_output, tool_call
+from pipeline.verify.probes import injection, structured_output, tool_call
 from pipeline.verify.score import HeldOut
 
 pytestmark = pytest.mark.slow
@@ -23,16 +24,16 @@ def test_llamacpp(base, gguf, template, tmp_path):
     with llama(gguf, template.source, tmp_path) as server:
         endpoint = Endpoint("llamacpp", server.url(180), "")
 
-        async def ask() -> list[tuple[object, dict[str, object]]]:
+        async def ask() -> list[Check]:
             async with Prober(endpoint, 8) as prober:
                 return [
                     await structured_output(prober, row),
                     await tool_call(prober, template.source),
-                    await probe(prober, yardstick),
+                    await injection(prober, yardstick),
                 ]
 
-        schema, tools, injection = (facts for _, facts in asyncio.run(ask()))
+        schema, tools, attack = (check.data for check in asyncio.run(ask()))
     assert schema["result"] == "passed", schema
     granite4 = tool_format(template.source) == "granite4"
     assert tools["result"] == ("passed" if granite4 else "not supported by this engine for this chat template"), tools
-    assert (injection["raw"], injection["neutralised"], injection["how"]) == (True, False, "token IDs")
+    assert (attack["raw"], attack["neutralised"], attack["how"]) == (True, False, "token IDs")

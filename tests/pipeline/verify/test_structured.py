@@ -31,11 +31,12 @@ def ask(engine: str, answers: Answers, template: str | None = None) -> tuple[Che
     """The schema probe, or with a chat template the tool probe."""
     with serve(answers) as (url, seen):
 
-        async def run() -> tuple[Check, dict[str, Any]]:
+        async def run() -> Check:
             async with Prober(Endpoint(engine, url, "m"), 8) as prober:
                 return await (structured_output(prober, ROW) if template is None else tool_call(prober, template))
 
-        return *asyncio.run(run()), seen
+        check = asyncio.run(run())
+    return check, dict(check.data), seen
 
 
 def test_a_schema_that_is_obeyed():

@@ -11,7 +11,7 @@ import tiny
 from pipeline.modelfile.grammar import parse_modelfile
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
-from training.export import gguf, merge, package
+from training.export import gguf, merge
 from training.parameters import FinetuneParameters
 from training.tuning.finetune import finetune
 
@@ -42,7 +42,7 @@ def test_the_line_from_random_weights_to_a_gguf_that_generates(variant: str, row
     assert torch.isfinite(model(torch.tensor([[1, 2, 3, 4]])).logits).all()
     converted = gguf.export_gguf(run)
     assert converted.result["probe_tokens"] == 8
-    package.package(run)
+    gguf.package(run)
     assert parse_modelfile(run.modelfile.read_text()).source == "./unsloth.Q8_0.gguf"
     assert set(Manifest(run.manifest).data["stages"]) == {"finetune", "merge", "gguf", "modelfile"}
     assert [merge.merge(run).skipped, gguf.export_gguf(run).skipped, finetune(run, params).skipped] == [True] * 3

@@ -7,8 +7,8 @@ import pytest
 
 from pipeline.errors import DataError
 from pipeline.prompts.chat import EMBEDDED_TEMPLATE
+from training.base import write_tokenizer
 from training.datasets.dataset import Row
-from training.embedded import write_tokenizer
 from training.tuning.prepare import IGNORED, Preparer
 
 EOS, START, END = 2, 1, 3

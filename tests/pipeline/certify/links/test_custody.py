@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from recorded import edit, failed, judged
 
-from pipeline.certify.subject import hashes
+from pipeline.certify.certificate import hashes
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest, sealed
 

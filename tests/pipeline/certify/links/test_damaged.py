@@ -9,10 +9,10 @@ import pytest
 from recorded import edit, failed, judged
 from stub_server import serving
 
+from pipeline.certify.certificate import Data, Subject, hashes
 from pipeline.certify.links.gguf import check_gguf
 from pipeline.certify.links.merged import compare_files
 from pipeline.certify.links.stops import check_files
-from pipeline.certify.subject import Data, Subject, hashes
 from pipeline.errors import EngineError, InputError, Interrupted
 from pipeline.net.client import wait_for
 from pipeline.report.check import guarded

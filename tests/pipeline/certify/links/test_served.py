@@ -8,8 +8,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from pipeline.certify.certificate import Data, Subject, hashes
 from pipeline.certify.links.served import _file
-from pipeline.certify.subject import Data, Subject, hashes
 from pipeline.runs.files import read_json
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import sha256_file
@@ -27,7 +27,7 @@ def subject(line: RunFolder) -> Subject:
 def evidence(subject: Subject) -> Evidence:
     """llama.cpp that names the run's GGUF, which is the exported one now."""
     gguf = subject.run.gguf
-    return Evidence("llamacpp", "1", "Q8_0", (), (), None, {}, {}, str(gguf), subject.sha256[gguf.name], None, 0.0)
+    return Evidence("llamacpp", "1", "Q8_0", (), (), file=str(gguf), file_sha256=subject.sha256[gguf.name])
 
 
 def test_the_exported_file_loaded_and_unchanged_passes(subject: Subject) -> None:

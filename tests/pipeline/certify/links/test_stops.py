@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.certify.certificate import Subject
 from pipeline.certify.links.stops import check_files
-from pipeline.certify.subject import Subject
 from pipeline.modelfile.modelfile import write_modelfile
 from pipeline.prompts.chat import ChatTemplate
 from pipeline.prompts.stops import special_ids

@@ -7,7 +7,7 @@ import pytest
 from pipeline.errors import InputError, Interrupted, PipelineError
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
-from training.stages import forced, run_stage
+from pipeline.runs.stages import forced, run_stage
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pipeline.modelfile.grammar import parse_modelfile
 from pipeline.prompts.chat import EMBEDDED_TEMPLATE
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
-from training.export.package import package
+from training.export.gguf import package
 
 
 @pytest.fixture

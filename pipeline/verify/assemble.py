@@ -1,0 +1,188 @@
+"""What a verification makes of the evidence: each backend's checks and entry, and the report of the whole run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from pipeline import engines
+from pipeline.config import resolved
+from pipeline.machine.hardware import Hardware
+from pipeline.net.chat import Streamed
+from pipeline.report import schema
+from pipeline.report.check import Check, held, skipped
+from pipeline.report.schema import Backend, Evaluation, Result
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.manifest import Manifest, TrainingRecord
+from pipeline.verify import checks
+from pipeline.verify.evidence import Evidence
+from pipeline.verify.files import run_checks
+from pipeline.verify.material import Material
+from pipeline.verify.score import Answer, score
+
+_EXAMPLES = 12
+# an embedded-base run on the built-in data is expected to learn the task; a user's own run decides for itself
+DEMO_MIN_EXACT = 0.8
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one backend: its report entry, its checks, and its answers where it gave any."""
+
+    entry: Backend
+    checks: tuple[Check, ...]
+    answers: tuple[Answer, ...] = ()
+
+
+def titled(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A report with the titles of its backends, which older ones lack; one that follows no contract as it is."""
+    backends = report.get("backends")
+    if not isinstance(backends, list) or not all(isinstance(backend, dict) for backend in backends):
+        return dict(report)
+    known = {name: engines.get(name).title for name in engines.NAMES}
+    return {**report, "backends": [{"title": known.get(str(b.get("name"))), **b} for b in backends]}
+
+
+def absent(name: str, status: str, reason: str, launched: Mapping[str, Any] | None = None) -> Outcome:
+    """A backend without figures: skipped because it is not installed, or failed."""
+    what, _, install = reason.partition("; to have it: ")
+    missing = status == "skipped"
+    check = skipped(f"{name}.available", reason) if missing else held(f"{name}.serving", False, reason)
+    nothing = {"engine_version": None, "argv": None, "ready_seconds": None, "exact": None, "prompt_parity": None}
+    nothing |= {"finish_stop": None, "ttft_ms": None, "tokens_per_second": None}
+    entry = Backend(
+        **{**nothing, **(launched or {})},
+        name=name,
+        title=engines.get(name).title,
+        status="skipped" if missing else "failed",
+        reason=what,
+        install=install or None,
+        prompts=schema.PromptCount(total=0, passed=0),
+        checks=[check],
+    )
+    return Outcome(entry, (check,))
+
+
+def judged(evidence: Evidence, material: Material) -> Outcome:
+    """A backend that answered: how its evidence compares with the in-process reference."""
+    name, answers, seen, parity = evidence.engine, evidence.answers, evidence.features, evidence.parity
+    assert seen and parity
+    scores, reference, count = score(material.rows, answers), material.tuned_score, len(material.rows)
+    found = (
+        checks.listed(name, evidence.model, seen.listed),
+        checks.chat(name, seen.first.text, material.tuned[0].text),
+        parity,
+        *seen.probed,
+        checks.streamed(name, seen.streams, [answer.text for answer in answers[: len(seen.streams)]]),
+        checks.exact(name, scores["exact"], reference["exact"], count),
+        checks.finish(name, scores["finish_stop"], reference["finish_stop"], count),
+    )
+    failed = [check for check in found if check.status == "failed"]
+    same = sum(answer.text.strip() == tuned.text.strip() for answer, tuned in zip(answers, material.tuned, strict=True))
+    injection, structured, tools = seen.probed
+    entry = Backend(
+        **evidence.launched,
+        name=name,
+        title=engines.get(name).title,
+        status="failed" if failed else "passed",
+        reason="; ".join(f"{check.id}: {check.figure}" for check in failed) or None,
+        # a prompt passes when the served answer is the one the trained model gives in process
+        prompts=schema.PromptCount(total=count, passed=same),
+        exact=scores["exact"],
+        fields={k: v for k, v in scores.items() if k not in ("n", "exact", "finish_stop") and v is not None},
+        prompt_parity=None if parity.status == "skipped" else parity.status == "passed",
+        finish_stop=scores["finish_stop"],
+        ttft_ms=_first_tokens(seen.streams),
+        tokens_per_second=round(evidence.tokens_per_second, 1),
+        injection=schema.Injection(**injection.data, detail=injection.figure),
+        structured_output=schema.Feature(**structured.data, detail=structured.figure),
+        tool_calls=schema.Feature(**tools.data, detail=tools.figure),
+        checks=list(found),
+    )
+    return Outcome(entry, found, answers)
+
+
+def _first_tokens(streams: Sequence[Streamed]) -> schema.Milliseconds | None:
+    """Median and 95th percentile of the time to the first token, ms; None when no answer had a token."""
+    times = sorted(1000 * s.first_token for s in streams if s.chunks)
+    if not times:
+        return None
+    return schema.Milliseconds(p50=_share(times, 0.5), p95=_share(times, 0.95))
+
+
+def _share(times: Sequence[float], share: float) -> float:
+    return round(times[min(len(times) - 1, int(share * len(times)))], 1)
+
+
+def assemble(run: RunFolder, material: Material, outcomes: Mapping[str, Outcome]) -> Result:
+    """The report: the run's own checks and those of its backends, with everything they are judged by."""
+    manifest = Manifest(run.manifest)
+    training = manifest.require_training()
+    evaluation = Evaluation(
+        base=schema.Scores(**score(material.rows, material.base)), tuned=schema.Scores(**material.tuned_score)
+    )
+    found = [*_line_checks(training, evaluation), *run_checks(run), *(c for o in outcomes.values() for c in o.checks)]
+    if all(outcome.entry.status == "skipped" for outcome in outcomes.values()):
+        found.append(Check("backends", "failed", "no backend could be started on this machine"))
+    hardware = Hardware.detect()
+    return Result(
+        schema=1,
+        run=run.name,
+        passed=all(check.status != "failed" for check in found),
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        base_model=schema.BaseModelId(**asdict(training.base)),
+        eval=evaluation,
+        training=schema.Training(
+            **{key: getattr(training, key) for key in ("method", "trainer", "dtype", "steps", "tokens_per_second")},
+            history=[schema.Point(**entry) for entry in training.history],
+            seconds=training.train_seconds,
+            parameters=dict(training.parameters),
+        ),
+        backends=[outcome.entry for outcome in outcomes.values()],
+        checks=found,
+        examples=_examples(material, outcomes),
+        manifest={
+            name: {key: stage.raw[key] for key in ("artefacts", "seconds", "finished_at")}
+            for name, stage in manifest.stages.items()
+        },
+        hardware=hardware.to_json(),
+        settings=[schema.EffectiveSetting(**asdict(setting)) for setting in resolved()],
+        not_tested=[
+            *([] if hardware.gpus else ["No GPU on this machine: GPU training and GPU serving were not run."]),
+            "Load beyond 32 requests at a time was not measured.",
+        ],
+    )
+
+
+def _line_checks(training: TrainingRecord, evaluation: Evaluation) -> list[Check]:
+    loss, base, tuned, asked = training.eval_loss, evaluation.base, evaluation.tuned, training.parameters
+    fell = f"held-out loss {loss['before']:.3f} before, {loss['after']:.3f} after"
+    gain = f"exact {base.exact:.3f} before, {tuned.exact:.3f} after, {tuned.n} rows"
+    found = [held("training.learned", loss["after"] < loss["before"], fell)]
+    found.append(held("eval.not_worse", tuned.exact >= base.exact, gain))
+    # a run cut short on purpose (a test, a try-out) is not held to what the whole one reaches
+    if asked["base"] == "embedded" and asked["data"] == "soc" and not training.cut_short:
+        expected = f"exact {tuned.exact:.3f}, at least {DEMO_MIN_EXACT} expected"
+        found.append(held("eval.exact", tuned.exact >= DEMO_MIN_EXACT, expected))
+    return found
+
+
+def _examples(material: Material, outcomes: Mapping[str, Outcome]) -> list[schema.Example]:
+    """Some rows with every answer: first those that any backend gets wrong, then the others."""
+    answered = {name: o.answers for name, o in outcomes.items() if o.answers}
+
+    def trouble(i: int) -> int:
+        return -sum(answers[i].text.strip() != material.rows[i].expected.strip() for answers in answered.values())
+
+    wrong_first = sorted(range(len(material.rows)), key=trouble)
+    chosen = sorted({*wrong_first[: _EXAMPLES // 3], *range(_EXAMPLES - _EXAMPLES // 3)} & set(range(len(material.rows))))
+    return [
+        schema.Example(
+            prompt=material.rows[i].prompt,
+            expected=material.rows[i].expected,
+            base=material.base[i].text,
+            tuned=material.tuned[i].text,
+            answers={name: answers[i].text for name, answers in answered.items()},
+        )
+        for i in chosen
+    ]
