@@ -26,7 +26,7 @@ from pipeline import __version__, config
 from pipeline.config import Settings
 from pipeline.net.loopback import from_here, is_local, spare_loopback
 from pipeline.operate.observer import Observation, Observer
-from pipeline.report import html
+from pipeline.report import phrases
 from pipeline.report.certificate import summaries
 from pipeline.runs.folder import DEFAULT_OUTPUT
 from pipeline.runs.text import without_password
@@ -166,7 +166,7 @@ def _gauge(name: str, words: str, *labels: str) -> GaugeMetricFamily:
 
 def status_page(settings: Settings, observer: Observer) -> tuple[str, str]:
     """The page for people and its Content-Security-Policy: no script, nothing fetched, its own style only."""
-    css = (html.TEMPLATES / "status.css").read_text(encoding="utf-8")
+    css = (phrases.TEMPLATES / "status.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     status = inference_status(settings, observer)
@@ -182,7 +182,7 @@ def _moment(timestamp: float) -> str | None:
 
 @cache
 def _template() -> Any:
-    return html.environment().get_template("status.html.j2")
+    return phrases.environment().get_template("status.html.j2")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import io
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree
 
 from pipeline.runs.text import visible
@@ -46,8 +46,8 @@ class Canvas:
         self.axes.spines[["top", "right", "left"]].set_visible(False)
         self.axes.spines["bottom"].set_color(PALETTE["grid"])
         self.axes.tick_params(colors=PALETTE["muted"], length=0)
-        self.axes.xaxis.label.set_color(PALETTE["muted"])
-        self.axes.yaxis.label.set_color(PALETTE["muted"])
+        for axis in (self.axes.xaxis, self.axes.yaxis):
+            axis.label.set_color(PALETTE["muted"])
 
     def bars(self, rows: Sequence[tuple[str, float, str]], role: str, label: str, offset: float) -> None:
         """Horizontal bars (name, value, tooltip), the first on top, each with its figure at the end."""
@@ -58,9 +58,9 @@ class Canvas:
             )
             for bar, (_, value, tooltip) in zip(drawn, rows, strict=True):
                 self._tip(bar, tooltip)
-                at = (value, bar.get_y() + height / 2)
-                style: dict[str, Any] = {"va": "center", "size": 10, "color": PALETTE["ink"]}
-                self.axes.annotate(_figure(value), at, (4, 0), textcoords="offset points", **style)
+                at, ink = (value, bar.get_y() + height / 2), PALETTE["ink"]
+                said = f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.1f}"
+                self.axes.annotate(said, at, (4, 0), textcoords="offset points", va="center", size=10, color=ink)
             self.axes.set_yticks(range(len(rows)), [_short(name) for name, _, _ in rows], color=PALETTE["ink"])
         self.axes.set_ylim(len(rows) - 0.4, -0.6)
 
@@ -75,17 +75,16 @@ class Canvas:
         (drawn,) = self.axes.plot(x, y, "o", color=colour, markersize=6, label=label)
         self._tip(drawn, tooltip)
 
-    def legend(self) -> None:
-        """The key, above the axes and left-aligned."""
-        with self._rc(_RC):
-            self.figure.legend(loc="outside upper left", ncols=3, frameon=False, labelcolor=PALETTE["ink"], fontsize=10.5)
-
-    def svg(self) -> str:
-        """The figure as an ``<svg>`` element for an HTML page."""
+    def svg(self, xlabel: str, ylabel: str = "", grid: Literal["x", "y", ""] = "") -> str:
+        """The figure as an ``<svg>`` element for an HTML page, its axes labelled, the key above them and left-aligned."""
+        self.axes.set(xlabel=xlabel, ylabel=ylabel)
+        if grid:
+            self.axes.grid(axis=grid, color=PALETTE["grid"], linewidth=0.8)
         buffer = io.StringIO()
         with self._rc(_RC), warnings.catch_warnings():
             # labels in a script matplotlib's font lacks: the browser draws them, only the measured width is off
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            self.figure.legend(loc="outside upper left", ncols=3, frameon=False, labelcolor=PALETTE["ink"], fontsize=10.5)
             self.figure.savefig(buffer, format="svg", metadata={"Date": None})
         return _inline(buffer.getvalue(), self.prefix, self.label, self.titles)
 
@@ -143,7 +142,3 @@ def _restyle(element: ElementTree.Element, prefix: str) -> None:
 def _short(name: str) -> str:
     name = re.sub(r"\s+", " ", visible(name))
     return name if len(name) <= 22 else f"{name[:21]}…"
-
-
-def _figure(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.1f}"

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,13 +34,9 @@ def loss_curve(history: Sequence[Point]) -> str:
             axes.plot(*zip(*_thin(smooth), strict=True), color=PALETTE["after"], linewidth=2.2, label=label)
     if held_out:
         canvas.points(_thin(held_out), "held-out", "held-out loss {y:.3f} at step {x}")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
     axes.margins(y=0.08)
     axes.set_ylim(bottom=0)
-    axes.grid(axis="y", color=PALETTE["grid"], linewidth=0.8)
-    canvas.legend()
-    return canvas.svg()
+    return canvas.svg("step", "loss", grid="y")
 
 
 def before_after(before: Mapping[str, float], after: Mapping[str, float]) -> str:
@@ -52,11 +49,8 @@ def before_after(before: Mapping[str, float], after: Mapping[str, float]) -> str
     after_rows = [(words(name), after[name] * 100, f"{words(name)}, after: {after[name]:.1%}") for name in names]
     canvas.bars(before_rows, "before", "before fine-tuning", -0.19)
     canvas.bars(after_rows, "after", "after fine-tuning", 0.19)
-    canvas.axes.set_xlabel("% of held-out rows")
-    canvas.axes.set_xlim(0, 112)
-    canvas.axes.set_xticks([0, 25, 50, 75, 100])
-    canvas.legend()
-    return canvas.svg()
+    canvas.axes.set(xlim=(0, 112), xticks=[0, 25, 50, 75, 100])
+    return canvas.svg("% of held-out rows")
 
 
 def latency(backends: Sequence[Backend]) -> str:
@@ -69,10 +63,8 @@ def latency(backends: Sequence[Backend]) -> str:
     tail = [(name, t.p95, f"{name}: 95th percentile {t.p95:.0f} ms") for name, t in measured]
     canvas.bars(half, "after", "median", -0.19)
     canvas.bars(tail, "before", "95th percentile", 0.19)
-    canvas.axes.set_xlabel("milliseconds, less is better")
     canvas.axes.set_xlim(0, max(t.p95 for _, t in measured) * 1.18 or 1)
-    canvas.legend()
-    return canvas.svg()
+    return canvas.svg("milliseconds, less is better")
 
 
 def throughput(backends: Sequence[Backend]) -> str:
@@ -82,10 +74,8 @@ def throughput(backends: Sequence[Backend]) -> str:
         return ""
     canvas = Canvas("throughput", "Generated tokens per second by backend", 1.3 + 0.62 * len(measured))
     canvas.bars([(name, rate, f"{name}: {rate:.1f} tokens/s") for name, rate in measured], "after", "all requests together", 0.0)
-    canvas.axes.set_xlabel("tokens per second, more is better")
     canvas.axes.set_xlim(0, max(rate for _, rate in measured) * 1.18 or 1)
-    canvas.legend()
-    return canvas.svg()
+    return canvas.svg("tokens per second, more is better")
 
 
 def intervals(fields: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
@@ -100,13 +90,8 @@ def intervals(fields: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
             label = f"{role} fine-tuning" if i == 0 else None
             canvas.mark(mean, i + offset, PALETTE[role], f"{rows[i][0]}, {role}: {mean:.1f} % ({low:.1f} to {high:.1f})", label)
     canvas.axes.set_yticks(range(len(fields)), [name.replace("_", " ")[:22] for name in fields], color=PALETTE["ink"])
-    canvas.axes.set_ylim(len(fields) - 0.4, -0.6)
-    canvas.axes.set_xlim(-3, 103)
-    canvas.axes.set_xticks([0, 25, 50, 75, 100])
-    canvas.axes.set_xlabel("% of held-out rows, band: 95 % interval")
-    canvas.axes.grid(axis="x", color=PALETTE["grid"], linewidth=0.8)
-    canvas.legend()
-    return canvas.svg()
+    canvas.axes.set(ylim=(len(fields) - 0.4, -0.6), xlim=(-3, 103), xticks=[0, 25, 50, 75, 100])
+    return canvas.svg("% of held-out rows, band: 95 % interval", grid="x")
 
 
 def divergence(series: Mapping[str, Sequence[float]]) -> str:
@@ -117,24 +102,13 @@ def divergence(series: Mapping[str, Sequence[float]]) -> str:
     canvas = Canvas("divergence", "Divergence from the in-process model, by position", 3.6)
     colours = [PALETTE["after"], PALETTE["second"], PALETTE["before"], PALETTE["ink"]]
     for (name, values), colour in zip(drawn.items(), colours, strict=False):
-        counts = _histogram(values)
-        shares = [100 * count / len(values) for count in counts]
+        powers = (math.floor(math.log10(value)) if value > 0 else _BINS[0] for value in values)
+        counts = Counter(min(max(power, _BINS[0]), _BINS[-1]) for power in powers)
+        shares = [100 * counts[power] / len(values) for power in _BINS]
         canvas.axes.step([*_BINS, _BINS[-1] + 1], [*shares, shares[-1]], where="post", color=colour, linewidth=2, label=name)
     canvas.axes.set_xticks(_BINS[::2], [f"1e{power}" for power in _BINS[::2]])
-    canvas.axes.set_xlabel("KL divergence in nats (leftmost: that or less)")
-    canvas.axes.set_ylabel("% of positions")
     canvas.axes.set_ylim(bottom=0)
-    canvas.axes.grid(axis="y", color=PALETTE["grid"], linewidth=0.8)
-    canvas.legend()
-    return canvas.svg()
-
-
-def _histogram(values: Sequence[float]) -> list[int]:
-    counts = [0] * len(_BINS)
-    for value in values:
-        power = math.floor(math.log10(value)) if value > 0 else _BINS[0]
-        counts[min(max(power, _BINS[0]), _BINS[-1]) - _BINS[0]] += 1
-    return counts
+    return canvas.svg("KL divergence in nats (leftmost: that or less)", "% of positions", grid="y")
 
 
 def tensor_errors(series: Mapping[str, Sequence[Sequence[Any]]]) -> str:
@@ -156,10 +130,7 @@ def tensor_errors(series: Mapping[str, Sequence[Sequence[Any]]]) -> str:
         canvas.axes.set_yscale("log")
     else:
         canvas.axes.set_ylim(0, 1.15)
-    canvas.axes.set_xlabel("tensor, in file order")
-    canvas.axes.set_ylabel("error / bound")
-    canvas.legend()
-    return canvas.svg()
+    return canvas.svg("tensor, in file order", "error / bound")
 
 
 def _centred_mean(values: Sequence[float], half: int) -> list[float]:

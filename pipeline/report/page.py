@@ -2,21 +2,30 @@
 
 import base64
 import hashlib
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-from jinja2 import Environment
 from markupsafe import Markup
 
 from pipeline import __version__
-from pipeline.report import charts, html
+from pipeline.report import charts
 from pipeline.report.answers import Comparison, compare, show
 from pipeline.report.certificate import view
 from pipeline.report.check import Check
-from pipeline.report.phrases import NONE, duration, first_line, flatten, listing, moment, percent, plain, points, was, words
+from pipeline.report.phrases import (
+    NONE,
+    TEMPLATES,
+    duration,
+    environment,
+    first_line,
+    flatten,
+    listing,
+    percent,
+    points,
+    was,
+    words,
+)
 from pipeline.report.schema import Backend, Example, Feature, Result
 from pipeline.runs.text import visible
 
@@ -75,9 +84,9 @@ class Sheet:
 def render(result: Result) -> str:
     """The whole page."""
     titles = {backend.name: backend.shown for backend in result.backends}
-    css = (html.TEMPLATES / "report.css").read_text(encoding="utf-8")
+    css = (TEMPLATES / "report.css").read_text(encoding="utf-8")
     return (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             result=result,
@@ -134,12 +143,8 @@ def figures(result: Result) -> list[Figure]:
             found.append(Figure(f"Exact, {backend.shown}", percent(backend.exact), note, backend.status))
     parity = [b.prompt_parity for b in result.backends if b.prompt_parity is not None]
     if parity:
-        state = "passed" if all(parity) else "failed"
-        found.append(
-            Figure(
-                "Prompt parity", f"{sum(parity)} of {len(parity)}", "engines feed the model the tokenizer's exact prompt", state
-            )
-        )
+        state, note = "passed" if all(parity) else "failed", "engines feed the model the tokenizer's exact prompt"
+        found.append(Figure("Prompt parity", f"{sum(parity)} of {len(parity)}", note, state))
     stops = [b.finish_stop for b in result.backends if b.finish_stop is not None]
     if stops:
         found.append(Figure("Stops", percent(min(stops)), "answers that end by themselves, in the worst engine"))
@@ -177,15 +182,6 @@ def sheets(examples: Sequence[Example], titles: Mapping[str, str]) -> list[Sheet
     return found
 
 
-@cache
-def _environment() -> Environment:
-    environment = html.environment()
-    environment.filters.update(
-        percent=percent, duration=duration, moment=moment, flatten=flatten, words=words, shell=shlex.join, plain=plain
-    )
-    return environment
-
-
 def _group(name: str, status: str, checks: Sequence[Check], reason: str) -> Group:
     ran = [c for c in checks if c.status != "skipped"]
     passed = sum(c.status == "passed" for c in ran)
@@ -210,11 +206,8 @@ def _score_rows(result: Result) -> dict[str, Any]:
     scored = [b for b in result.backends if b.exact is not None or b.fields]
     heads = ["Before", "After", *(b.shown for b in scored)]
     names = [n for n in dict.fromkeys([*tuned, *base]) if n != "exact"] + ["exact"]
-    columns: list[Mapping[str, float | None]] = [
-        base,
-        tuned,
-        *({**b.fields, "finish_stop": b.finish_stop, "exact": b.exact} for b in scored),
-    ]
+    columns: list[Mapping[str, float | None]] = [base, tuned]
+    columns += [{**b.fields, "finish_stop": b.finish_stop, "exact": b.exact} for b in scored]
     return {"heads": heads, "rows": [(words(name), [percent(column.get(name)) for column in columns]) for name in names]}
 
 
