@@ -130,10 +130,9 @@ def systemd(
         launch = services.status_launch("127.0.0.1", STATUS_PORT, out, free=False)
     else:
         launch = units.planned_launch(chosen, RunFolder(run, out), settings, name)
-    writable = [out, Path.home() / ".cache"]
+    writable, what = [out, Path.home() / ".cache"], f"Granite {chosen}"
     if chosen in engines.NAMES:
-        writable += engines.get(chosen).folders()
-    what = f"Granite {chosen}" + (f", run {run}" if chosen in engines.NAMES else "")
+        writable, what = writable + engines.get(chosen).folders(), f"{what}, run {run}"
     typer.echo(units.unit(launch, what, Path.cwd(), writable), nl=False)
 
 

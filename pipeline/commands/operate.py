@@ -18,7 +18,6 @@ from pipeline.errors import EngineError, InputError
 from pipeline.machine.named import hardware_from
 from pipeline.net.client import wait_for
 from pipeline.operate import registry
-from pipeline.operate.registry import ModelStatus
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT
 
 _STYLE = {"ok": "green", "warn": "yellow", "fail": "bold red"}
@@ -71,9 +70,12 @@ def models(
     found = wait_for(registry.check_every(settings, backend, output))
     if as_json:
         show.as_json({name: [status.to_json() for status in statuses] for name, statuses in found.items()})
-    else:
-        rows = [_row(name, status) for name, statuses in found.items() for status in statuses]
-        show.table("", ("backend", "model", "available", "context", "ms", "artefact", "detail"), rows)
+        return
+    rows = []
+    for name, s in ((name, status) for name, statuses in found.items() for status in statuses):
+        ours = f"{s.artefact.run}, {s.artefact.file} {s.artefact.sha256[:12]}" if s.artefact else ""
+        rows.append((name, s.name, "yes" if s.available else "no", s.context or "", f"{s.latency_ms or 0:.0f}", ours, s.detail))
+    show.table("", ("backend", "model", "available", "context", "ms", "artefact", "detail"), rows)
 
 
 def warmup(
@@ -138,14 +140,8 @@ def doctor(
     if as_json:
         show.as_json({"healthy": healthy, "findings": [finding.to_json() for finding in found]})
     else:
-        rows = [
-            (Text(f.status, _STYLE[f.status]), f.check, f"{f.evidence}\n→ {f.remedy}" if f.remedy else f.evidence) for f in found
-        ]
+        told = (f"{f.evidence}\n→ {f.remedy}" if f.remedy else f.evidence for f in found)
+        rows = [(Text(f.status, _STYLE[f.status]), f.check, text) for f, text in zip(found, told, strict=True)]
         show.table("", ("", "check", "what was seen, what to do"), rows)
     if not healthy:
         raise typer.Exit(1)
-
-
-def _row(backend: str, s: ModelStatus) -> list[str]:
-    ours = f"{s.artefact.run}, {s.artefact.file} {s.artefact.sha256[:12]}" if s.artefact else ""
-    return [backend, s.name, "yes" if s.available else "no", str(s.context or ""), f"{s.latency_ms or 0:.0f}", ours, s.detail]

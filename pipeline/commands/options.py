@@ -22,27 +22,15 @@ Purposed = Annotated[str, Option("--purpose", help="verify (fast start), serve, 
 Set = Annotated[
     list[str] | None, Option("--set", metavar="KEY=VALUE", help="Your own value instead of the planned one. Repeatable.")
 ]
-Hardware = Annotated[
-    str | None,
-    Option(
-        "--hardware",
-        metavar="NAME|FILE.json|JSON",
-        help="Another machine: rtx4060, l4, 2xa10g, h100, cpu-2c-24g, cpu-16c-64g-bf16, ..., a JSON file or inline JSON.",
-    ),
-]
+_MACHINES = "Another machine: rtx4060, l4, 2xa10g, h100, cpu-2c-24g, cpu-16c-64g-bf16, ..., a JSON file or inline JSON."
+Hardware = Annotated[str | None, Option("--hardware", metavar="NAME|FILE.json|JSON", help=_MACHINES)]
 Host = Annotated[str, Option("--host", help="Address to bind; anything but 127.0.0.1 is reachable by others.")]
 Port = Annotated[int, Option("--port", help="Port; 0 picks a free one.")]
 Detach = Annotated[bool, Option("--detach", help="Leave it running and return.")]
 Stop = Annotated[bool, Option("--stop", help="Stop the one that was left running.")]
 EvalData = Annotated[str | None, Option("--eval-data", help="Held-out rows; else a share of --data is held out.")]
-Force = Annotated[
-    str,
-    Option(
-        "--force",
-        metavar="[STAGE]",
-        help="Do it again even when nothing changed: all, or finetune, merge, gguf, modelfile, evaluate, verify.",
-    ),
-]
+_STAGES = "Do it again even when nothing changed: all, or finetune, merge, gguf, modelfile, evaluate, verify."
+Force = Annotated[str, Option("--force", metavar="[STAGE]", help=_STAGES)]
 Template = Annotated[Path | None, Option("--template", help="A chat template (.jinja) instead of a run's.")]
 
 _RunName = TypeVar("_RunName", str, str | None)

@@ -42,10 +42,8 @@ def hardware(machine: options.Hardware = None, as_json: options.AsJson = False) 
     for gpu in here.gpus:
         capability = f", compute capability {gpu.compute_capability}" if gpu.compute_capability else ""
         rows.append(("GPU", f"{gpu.name}, {gpu.free_gib:.1f} of {gpu.memory_gib:.1f} GiB free{capability}"))
-    if not here.gpus:
-        rows.append(("GPU", "none"))
-    if here.driver:
-        rows.append(("driver", f"{here.driver}{f', CUDA {here.cuda}' if here.cuda else ''}"))
+    rows += [] if here.gpus else [("GPU", "none")]
+    rows += [("driver", f"{here.driver}{f', CUDA {here.cuda}' if here.cuda else ''}")] if here.driver else []
     show.table(f"machine: {here.name}", ("", ""), [*rows, *(("note", note) for note in here.notes)])
 
 
@@ -87,9 +85,8 @@ def plan(
     made = chosen.plan(request)
     if check and made.feasible:
         require_known_flags(chosen, made)
-    argv: list[str] = []
-    if made.feasible and chosen.default_port:
-        argv = list(chosen.launch(made, request, host="127.0.0.1", port=chosen.default_port).argv)
+    launched = made.feasible and chosen.default_port
+    argv = list(chosen.launch(made, request, host="127.0.0.1", port=chosen.default_port).argv) if launched else []
     described = made.to_json(argv) | {"model": source.name, "machine": request.hardware.name, "purpose": purpose}
     if as_json:
         show.as_json(described)
@@ -115,10 +112,8 @@ def _show(plan: dict[str, Any], argv: list[str]) -> None:
     verdict = "fits" if plan["feasible"] else "does not fit"
     title = f"{plan['engine']}: {plan['model']} on {plan['machine']}, purpose {plan['purpose']} - {verdict}"
     if plan["feasible"]:
-        rows = [
-            (row["flag"], row["value"], Text(row["reason"], "" if row["source"] == "planned" else "yellow"))
-            for row in plan["reasons"]
-        ]
+        styles = {"planned": ""}
+        rows = [(r["flag"], r["value"], Text(r["reason"], styles.get(r["source"], "yellow"))) for r in plan["reasons"]]
         show.table(title, ("setting", "value", "reason"), rows)
     else:
         show.line(title, style="bold red")

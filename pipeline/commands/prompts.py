@@ -105,10 +105,8 @@ def modelfile(
     wanted = _parameters(parameter or [], num_ctx)
     license_text = _read_text(license_file) if license_file else None
     this = options.folder(None, run, output)
-    if gguf:
-        made = made_for.for_gguf(gguf, template, system, wanted, license_text)
-    else:
-        made = made_for.for_run(this, system, wanted, license_text)
+    told = (system, wanted, license_text)
+    made = made_for.for_gguf(gguf, template, *told) if gguf else made_for.for_run(this, *told)
     if explain:
         for choice in made_for.explain(parse_modelfile(made.text), made.jinja):
             typer.echo(f"Ollama {choice.generation}: {choice.renderer}; {choice.reason}")
@@ -120,11 +118,10 @@ def modelfile(
 
 
 def _parameters(given: list[str], num_ctx: int | None) -> dict[str, str | int | list[str]]:
-    found: dict[str, list[str]] = {}
-    for item in given:
-        name, value = options.pair("--parameter", item)
-        found.setdefault(name, []).append(value)
-    made: dict[str, str | int | list[str]] = {name: values if name == "stop" else values[-1] for name, values in found.items()}
+    pairs = [options.pair("--parameter", item) for item in given]
+    made: dict[str, str | int | list[str]] = dict(pairs)
+    if "stop" in made:
+        made["stop"] = [value for name, value in pairs if name == "stop"]
     return made | ({"num_ctx": num_ctx} if num_ctx else {})
 
 
