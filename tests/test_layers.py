@@ -14,7 +14,7 @@ pipeline/prompts pipeline/planning pipeline/notebook.py
 pipeline/modelfile pipeline/engines
 pipeline/config.py
 pipeline/serve
-pipeline/verify pipeline/operate pipeline/deploy pipeline/batch.py
+pipeline/verify pipeline/operate pipeline/deploy.py pipeline/batch.py
 pipeline/certify pipeline/doctor pipeline/integrations
 training
 pipeline/commands

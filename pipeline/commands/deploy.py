@@ -9,11 +9,10 @@ import typer
 from typer import Argument, Option
 
 from pipeline import config, engines
+from pipeline import deploy as files
 from pipeline.commands import options, show
 from pipeline.commands.serve import attend
 from pipeline.config import Strategy
-from pipeline.deploy import compose as containers
-from pipeline.deploy import systemd as units
 from pipeline.engines.base import Launch
 from pipeline.errors import MissingDependency
 from pipeline.machine.named import hardware_from
@@ -105,8 +104,8 @@ def compose(
     command = "granite-pipeline compose" + (" --gpu" if gpu else "")
     command += f" --run {run}" if run else f" --model-shape {model_shape}" if model_shape != COMPOSE_MODEL else ""
     command += f" --hardware {machine}" if machine else ""
-    made = containers.gpu_overlay(shape, where) if gpu else containers.compose(shape, where)
-    typer.echo(containers.to_yaml(made, command, f"{run or model_shape} on {where.name}"), nl=False)
+    made = files.gpu_overlay(shape, where) if gpu else files.compose(shape, where)
+    typer.echo(files.to_yaml(made, command, f"{run or model_shape} on {where.name}"), nl=False)
 
 
 def systemd(
@@ -129,11 +128,11 @@ def systemd(
     elif chosen == "status-api":
         launch = services.status_launch("127.0.0.1", STATUS_PORT, out, free=False)
     else:
-        launch = units.planned_launch(chosen, RunFolder(run, out), settings, name)
+        launch = files.planned_launch(chosen, RunFolder(run, out), settings, name)
     writable, what = [out, Path.home() / ".cache"], f"Granite {chosen}"
     if chosen in engines.NAMES:
         writable, what = writable + engines.get(chosen).folders(), f"{what}, run {run}"
-    typer.echo(units.unit(launch, what, Path.cwd(), writable), nl=False)
+    typer.echo(files.unit(launch, what, Path.cwd(), writable), nl=False)
 
 
 def _serve(launch: Launch, output: Path, *, detach: bool) -> None:

@@ -11,8 +11,7 @@ from pipeline import engines
 from pipeline.commands import options, show
 from pipeline.doctor.findings import Facts, examine, worst_first
 from pipeline.doctor.machine import MACHINE
-from pipeline.doctor.serving import APPLICATIONS
-from pipeline.doctor.settings import ask_selected, check
+from pipeline.doctor.serving import APPLICATIONS, ask_selected, check
 from pipeline.engines.choose import recommend
 from pipeline.errors import EngineError, InputError
 from pipeline.machine.named import hardware_from

@@ -112,7 +112,7 @@ def _show(plan: dict[str, Any], argv: list[str]) -> None:
     verdict = "fits" if plan["feasible"] else "does not fit"
     title = f"{plan['engine']}: {plan['model']} on {plan['machine']}, purpose {plan['purpose']} - {verdict}"
     if plan["feasible"]:
-        styles = {"planned": ""}
+        styles = {"planned": ""}  # what somebody set stands out
         rows = [(r["flag"], r["value"], Text(r["reason"], styles.get(r["source"], "yellow"))) for r in plan["reasons"]]
         show.table(title, ("setting", "value", "reason"), rows)
     else:

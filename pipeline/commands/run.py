@@ -124,9 +124,8 @@ def _conclude(folder: RunFolder) -> None:
 
 def _stages(text: str) -> list[str]:
     wanted = options.listed(text)
-    for word in wanted:
-        if word not in STAGES:
-            raise InputError(f"no notebook {word!r}", remedy=f"known: {', '.join(STAGES)}")
+    if unknown := [word for word in wanted if word not in STAGES]:
+        raise InputError(f"no notebook {unknown[0]!r}", remedy=f"known: {', '.join(STAGES)}")
     return [stage for stage in STAGES if stage in wanted]
 
 

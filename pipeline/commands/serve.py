@@ -16,7 +16,7 @@ from pipeline.engines.vllm.lora import base_folder, parse
 from pipeline.errors import InputError
 from pipeline.planning.plan import Purpose
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
-from pipeline.serve import backends, ollama_service, records, server, start
+from pipeline.serve import backends, records, server, start
 from pipeline.serve.start import Endpoint, Options, Target
 
 
@@ -67,7 +67,7 @@ def serve(
     how = Options(cast(Purpose, purpose), host, listens, None if detach else os.getpid(), None, given, loras)
     # on Linux Ollama is a system service that holds its port; one that runs is used, unless another port is asked for
     mine = not chosen.creates_model or port is not None or host != start.LOOPBACK
-    there = None if mine else ollama_service.find(settings.address(chosen.name).base_url)
+    there = None if mine else backends.find_service(settings.address(chosen.name).base_url)
     run_server(chosen.name, target, how, there, detach=detach)
 
 

@@ -3,6 +3,7 @@
 Facts are read from metadata, never by importing torch.
 """
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,13 +23,10 @@ from pipeline.runs.files import read_json
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
 from pipeline.runs.stages import LOOKING
-from pipeline.serve import ollama_service
+from pipeline.serve import backends
 
-_CPU_TORCH = "pip install torch==2.13.0+cpu, or make setup DEVICE=cpu"
-_CUDA_TORCH = "make setup DEVICE=cuda"
-_LEAST_DISK, _GOOD_DISK = 2.0, 10.0
-_LEAST_RAM, _GOOD_RAM = 2.0, 6.0
-_HUB = "https://huggingface.co"
+# GiB: below the first it is a failure, below the second a warning
+_DISK, _RAM = (2.0, 10.0), (2.0, 6.0)
 
 
 def torch_build(facts: Facts) -> Iterator[Finding]:
@@ -38,10 +36,12 @@ def torch_build(facts: Facts) -> Iterator[Finding]:
         yield Finding("torch build", "warn", "torch is not installed: nothing can be trained or exported here", "make setup")
     elif facts.hardware.accelerator == "nvidia" and cuda == "":
         names = ", ".join(g.name for g in facts.hardware.gpus)
-        yield Finding("torch build", "fail", f"torch {version} is a CPU build, but there is a GPU ({names})", _CUDA_TORCH)
+        yield Finding(
+            "torch build", "fail", f"torch {version} is a CPU build, but there is a GPU ({names})", "make setup DEVICE=cuda"
+        )
     elif not facts.hardware.gpus and cuda:
         evidence = f"torch {version} is built for CUDA {cuda}, but there is no GPU: gigabytes unused"
-        yield Finding("torch build", "warn", evidence, _CPU_TORCH)
+        yield Finding("torch build", "warn", evidence, "pip install torch==2.13.0+cpu, or make setup DEVICE=cpu")
     else:
         yield Finding("torch build", "ok", f"torch {version}, {f'CUDA {cuda}' if cuda else 'CPU'}")
 
@@ -53,11 +53,9 @@ def torch_companions(facts: Facts) -> Iterator[Finding]:
         return
     # without a label and without a word of its own it comes from the default index, which on Linux means CUDA
     bad = [f"{name} {facts.packages.versions[name]}" for name, cuda in builds.items() if name != "torch" and cuda != ""]
-    if bad:
-        evidence = f"{', '.join(bad)} (CUDA) beside a CPU torch: importing transformers fails with torchvision::nms"
-        yield Finding("torchvision", "fail", evidence, "pip uninstall -y torchvision torchaudio torchcodec")
-    else:
-        yield Finding("torchvision", "ok", "nothing built for CUDA beside the CPU torch")
+    evidence = f"{', '.join(bad)} (CUDA) beside a CPU torch: importing transformers fails with torchvision::nms"
+    failed = Finding("torchvision", "fail", evidence, "pip uninstall -y torchvision torchaudio torchcodec")
+    yield failed if bad else Finding("torchvision", "ok", "nothing built for CUDA beside the CPU torch")
 
 
 def driver(facts: Facts) -> Iterator[Finding]:
@@ -81,24 +79,21 @@ def inference_engines(facts: Facts) -> Iterator[Finding]:
     """At least one engine, each in the build this machine wants."""
     if not any(available.usable for available in facts.engines.values()):
         yield Finding("engines", "fail", "no inference engine is installed", "make setup")
+    packages = facts.server.versions if facts.server else {}
     for name, available in facts.engines.items():
-        if available.usable:
-            yield _build_of(name, available.version or "", facts)
+        check, version = f"engine {name}", available.version or ""
+        if not available.usable:
+            yield Finding(check, "warn", available.reason, available.remedy)
+        elif wrong := engines.get(name).mismatch(facts.hardware, version, packages):
+            yield Finding(check, "fail" if wrong.fatal else "warn", f"{name} {version} {wrong.text}", wrong.remedy)
         else:
-            yield Finding(f"engine {name}", "warn", available.reason, available.remedy)
-
-
-def _build_of(name: str, version: str, facts: Facts) -> Finding:
-    check, said, packages = f"engine {name}", f"{name} {version}", facts.server.versions if facts.server else {}
-    if wrong := engines.get(name).mismatch(facts.hardware, version, packages):
-        return Finding(check, "fail" if wrong.fatal else "warn", f"{said} {wrong.text}", wrong.remedy)
-    return Finding(check, "ok", said)
+            yield Finding(check, "ok", f"{name} {version}")
 
 
 def ollama(facts: Facts) -> Iterator[Finding]:
     """Where no Ollama is installed, one may still answer at OLLAMA_BASE_URL."""
     url = root_url(facts.settings.ollama_base_url)
-    if there := ollama_service.find(url):
+    if there := backends.find_service(url):
         yield Finding("Ollama", "ok", f"{there.version} answers at {url}")
     elif engines.get(facts.settings.llm_backend).creates_model:
         evidence = f"LLM_BACKEND is {facts.settings.llm_backend} and nothing answers at {url}"
@@ -133,35 +128,33 @@ def _saved_with(run: RunFolder) -> str | None:
 
 
 def _newer(saved: str, served: str) -> bool:
-    try:
+    with contextlib.suppress(InvalidVersion):
         return Version(saved).major > Version(served).major
-    except InvalidVersion:
-        return False
+    return False
 
 
 def disk(facts: Facts) -> Iterator[Finding]:
     """Room for a run: merged weights, GGUF and checkpoints of even a small model take gigabytes."""
     free = facts.hardware.disk_free_gib
     remedy = "free some space, or give --output on a larger disk; a model needs about 5 times its 16-bit size"
-    yield _room("disk", free, _LEAST_DISK, _GOOD_DISK, f"{free:.1f} GiB free below {facts.run.output}", remedy)
+    yield _room("disk", free, _DISK, f"{free:.1f} GiB free below {facts.run.output}", remedy)
 
 
 def memory(facts: Facts) -> Iterator[Finding]:
     """RAM that is really available here, container limit applied."""
     free, total = facts.hardware.ram_free_gib, facts.hardware.ram_gib
     remedy = "end other programs (granite-pipeline ps, stop --all), or raise the container's memory limit"
-    yield _room("RAM", free, _LEAST_RAM, _GOOD_RAM, f"{free:.1f} of {total:.1f} GiB available", remedy)
+    yield _room("RAM", free, _RAM, f"{free:.1f} of {total:.1f} GiB available", remedy)
 
 
-def _room(check: str, free: float, least: float, good: float, evidence: str, remedy: str) -> Finding:
-    status: Status = "fail" if free < least else "warn" if free < good else "ok"
+def _room(check: str, free: float, bounds: tuple[float, float], evidence: str, remedy: str) -> Finding:
+    status: Status = "fail" if free < bounds[0] else "warn" if free < bounds[1] else "ok"
     return Finding(check, status, evidence, "" if status == "ok" else remedy)
 
 
 def ports(facts: Facts) -> Iterator[Finding]:
     """The documented ports: free, ours, or taken - and by whom."""
-    mine = {entry.port: entry for entry in listing(facts.run.output)}
-    taken = False
+    mine, taken = {entry.port: entry for entry in listing(facts.run.output)}, False
     for name in facts.engines:
         port = engines.get(name).default_port
         if port in mine:
@@ -186,7 +179,7 @@ def hub(facts: Facts) -> Iterator[Finding]:
     base, token = facts.base, facts.token
     if not base or base == "embedded" or Path(base).exists() or base.count("/") != 1:
         return
-    url = (facts.environment.get("HF_ENDPOINT") or _HUB).rstrip("/")
+    url = (facts.environment.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     try:
         path = f"{url}/{base}/resolve/main/config.json"
         code = httpx.head(path, headers=bearer(token), timeout=5, follow_redirects=True).status_code

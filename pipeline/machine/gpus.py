@@ -3,6 +3,7 @@
 No driver and no GPU library is the normal case of a CPU machine, not an error; what could not be asked is told in ``notes``.
 """
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -86,11 +87,8 @@ def _ask_nvml(nvml: Any, visible: str | None) -> Detected:
             key = f"{index}:{number}" if slices else str(index)
             named[f"{key} {nvml.nvmlDeviceGetUUID(device)}"] = _nvidia_gpu(nvml, handle, device, bool(slices))
     version = nvml.nvmlSystemGetCudaDriverVersion_v2()
-    return Detected(
-        gpus=visible_gpus(named, visible),
-        driver=str(nvml.nvmlSystemGetDriverVersion()),
-        cuda=f"{version // 1000}.{version % 1000 // 10}",
-    )
+    cuda = f"{version // 1000}.{version % 1000 // 10}"
+    return Detected(visible_gpus(named, visible), str(nvml.nvmlSystemGetDriverVersion()), cuda)
 
 
 def _mig_slices(nvml: Any, handle: Any) -> list[Any]:
@@ -100,10 +98,8 @@ def _mig_slices(nvml: Any, handle: Any) -> list[Any]:
             return []
         slices = []
         for number in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
-            try:
+            with contextlib.suppress(nvml.NVMLError_NotFound):
                 slices.append(nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number))
-            except nvml.NVMLError_NotFound:
-                continue
         return slices
     except nvml.NVMLError:  # cards without MIG answer "not supported"
         return []
@@ -116,14 +112,9 @@ def _nvidia_gpu(nvml: Any, parent: Any, device: Any, mig: bool) -> Gpu:
     except nvml.NVMLError:  # drivers before 510
         memory, reserved = nvml.nvmlDeviceGetMemoryInfo(device), 0
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(parent)
-    return Gpu(
-        name=str(nvml.nvmlDeviceGetName(device)),
-        # the driver's reserve is in NVML's total but never available to a program
-        memory_gib=round((memory.total - reserved) / GIB, 2),
-        free_gib=round(memory.free / GIB, 2),
-        compute_capability=f"{major}.{minor}",
-        mig=mig,
-    )
+    # the driver's reserve is in NVML's total but never available to a program
+    total, free = round((memory.total - reserved) / GIB, 2), round(memory.free / GIB, 2)
+    return Gpu(str(nvml.nvmlDeviceGetName(device)), total, free, f"{major}.{minor}", mig=mig)
 
 
 def visible_gpus(named: dict[str, Gpu], visible: str | None) -> tuple[Gpu, ...]:
@@ -166,14 +157,12 @@ def detect_amd(root: Path = Path("/")) -> tuple[Gpu, ...]:
 
 def _gfx_versions(root: Path) -> list[str]:
     """ "9.4" for gfx942, "11.0" for gfx1100: gfx_target_version is major x 10000 + minor x 100 + step; CPUs have 0."""
-    found = []
+    versions = []
     nodes = (root / "sys/class/kfd/kfd/topology/nodes").glob("[0-9]*")
     for node in sorted(nodes, key=lambda p: int(p.name)):
         words = dict(line.split(maxsplit=1) for line in read(node / "properties").splitlines() if " " in line)
-        version = int(words.get("gfx_target_version", "0"))
-        if version:
-            found.append(f"{version // 10000}.{version // 100 % 100}")
-    return found
+        versions.append(int(words.get("gfx_target_version", "0")))
+    return [f"{version // 10000}.{version // 100 % 100}" for version in versions if version]
 
 
 def _apple(ram_gib: float, ram_free_gib: float) -> Gpu:

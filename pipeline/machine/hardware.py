@@ -18,16 +18,8 @@ from pipeline.machine import gpus
 from pipeline.machine.gpus import GIB, Gpu, Vendor
 
 # /proc/cpuinfo flag -> the name used in plans; ARM calls the line "Features" and NEON "asimd".
-_ISA = {
-    "avx2": "avx2",
-    "avx512f": "avx512",
-    "avx512_bf16": "avx512_bf16",
-    "amx_tile": "amx",
-    "amx_bf16": "amx_bf16",
-    "asimd": "neon",
-    "neon": "neon",
-    "bf16": "arm_bf16",
-}
+_RENAMED = {"avx512f": "avx512", "amx_tile": "amx", "asimd": "neon", "bf16": "arm_bf16"}
+_ISA = {name: name for name in ("avx2", "avx512_bf16", "amx_bf16", "neon")} | _RENAMED
 _FAST_BFLOAT16 = frozenset({"avx512_bf16", "amx", "amx_bf16", "arm_bf16"})
 
 
@@ -109,10 +101,8 @@ def memory_bytes(root: Path = Path("/")) -> tuple[int, int]:
     for folder in _cgroup_folders(root, "memory"):
         limit = _integer(folder / "memory.max") or _integer(folder / "memory.limit_in_bytes")
         used = _integer(folder / "memory.current") or _integer(folder / "memory.usage_in_bytes") or 0
-        if limit is not None and limit < total:
-            total = limit
         if limit is not None:
-            free = min(free, max(0, limit - used + _reclaimable(folder)))
+            total, free = min(total, limit), min(free, max(0, limit - used + _reclaimable(folder)))
     return total, free
 
 
@@ -136,9 +126,8 @@ def _cpu_quota(folder: Path) -> float | None:
     quota, _, period = gpus.read(folder / "cpu.max").partition(" ")
     if not quota:
         quota, period = gpus.read(folder / "cpu.cfs_quota_us"), gpus.read(folder / "cpu.cfs_period_us")
-    if not quota or quota == "max" or int(quota) <= 0:
-        return None
-    return int(quota) / int(period or 100_000)
+    unlimited = quota in ("", "max") or int(quota) <= 0
+    return None if unlimited else int(quota) / int(period or 100_000)
 
 
 def _reclaimable(folder: Path) -> int:

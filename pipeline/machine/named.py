@@ -48,10 +48,8 @@ def hardware_from(text: str | None, folder: Path = Path()) -> Hardware:
     path = Path(text)
     if path.suffix == ".json" or path.is_file():
         return from_json(read_json(path), str(path))
-    raise InputError(
-        f"no machine {text!r}",
-        remedy=f"a name ({', '.join(NAMES)}; 2xa10g for several; cpu-2c-24g, cpu-16c-64g-bf16), a FILE.json, or inline JSON",
-    )
+    names = f"{', '.join(NAMES)}; 2xa10g for several; cpu-2c-24g, cpu-16c-64g-bf16"
+    raise InputError(f"no machine {text!r}", remedy=f"a name ({names}), a FILE.json, or inline JSON")
 
 
 def named(name: str) -> Hardware | None:
@@ -66,10 +64,8 @@ def named(name: str) -> Hardware | None:
     if one not in _MACHINES or not 1 <= count <= 64:
         return None
     machine = replace(from_json(_MACHINES[one], "machines.json"), name=name)
-    if not several:
-        return machine
-    if machine.accelerator == "apple":
-        return None
+    if not several or machine.accelerator == "apple":
+        return None if several else machine
     ram = machine.ram_gib * count
     cpu = replace(machine.cpu, cores=machine.cpu.cores * count)
     return replace(machine, cpu=cpu, ram_gib=ram, ram_free_gib=round(ram * 0.9, 2), gpus=machine.gpus * count)
@@ -83,13 +79,9 @@ def from_json(value: Any, source: str) -> Hardware:
     gpus = top.get("gpus", [])
     if not isinstance(gpus, list):
         raise InputError(f"{source}: gpus is not a list")
+    cores, numa_nodes = int(cpu.number("cores", low=1)), int(cpu.number("numa_nodes", 1, low=1))
     return Hardware(
-        cpu=Cpu(
-            cores=int(cpu.number("cores", low=1)),
-            isa=_isa(cpu.get("isa", []), source),
-            numa_nodes=int(cpu.number("numa_nodes", 1, low=1)),
-            name=str(cpu.get("name", "")),
-        ),
+        cpu=Cpu(cores, _isa(cpu.get("isa", []), source), numa_nodes, str(cpu.get("name", ""))),
         ram_gib=ram,
         ram_free_gib=top.number("ram_free_gib", round(ram * 0.9, 2), high=ram),
         disk_free_gib=top.number("disk_free_gib", _DISK_GIB, low=0),

@@ -3,6 +3,7 @@
 Only the standard library is used: for another Python (``VLLM_PYTHON``) this very file is run by it and prints JSON.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import re
@@ -45,22 +46,18 @@ def of(python: str) -> Installed | None:
     """Another Python's packages; None when it cannot be run."""
     if python == sys.executable:
         return here()
-    try:
+    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError, TypeError):
         done = subprocess.run([python, "-I", __file__], capture_output=True, text=True, timeout=60, check=True)
         return Installed(**json.loads(done.stdout))
-    except (OSError, subprocess.SubprocessError, ValueError, TypeError):
-        return None
+    return None
 
 
 def _built_for(name: str) -> str | None:
     """The CUDA version in the package's ``version.py``, else the one its version's local label names (+cu130, +cpu)."""
     distribution = importlib.metadata.distribution(name)
-    try:
-        found = _CUDA.search(Path(str(distribution.locate_file(f"{name}/version.py"))).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
-        found = None
-    if found:
-        return found[1] or found[2] or ""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if found := _CUDA.search(Path(str(distribution.locate_file(f"{name}/version.py"))).read_text(encoding="utf-8")):
+            return found[1] or found[2] or ""
     label = distribution.version.partition("+")[2]
     if label.startswith("cu") and label[2:].isdigit():
         return f"{label[2:-1]}.{label[-1]}"

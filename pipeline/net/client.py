@@ -49,14 +49,8 @@ def client_settings(url: str, key: str, timeout: float | httpx.Timeout) -> dict[
     # a proxy set in the environment is for other hosts, never for this machine; a connection kept open may be closed by
     # the server in the moment it is used again, which looks like a failure
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    return {
-        "base_url": url,
-        "headers": bearer(key),
-        "timeout": timeout,
-        "limits": limits,
-        "trust_env": not is_here(url),
-        "verify": tls(),
-    }
+    trusted = {"trust_env": not is_here(url), "verify": tls()}
+    return {"base_url": url, "headers": bearer(key), "timeout": timeout, "limits": limits, **trusted}
 
 
 def open_client(url: str, key: str = "", timeout: float | httpx.Timeout = TIMEOUT) -> httpx.Client:

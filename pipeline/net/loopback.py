@@ -68,19 +68,16 @@ def spare_loopback() -> None:
 def claim(host: str, port: int) -> int:
     """``port`` when nothing listens there, a free one for 0; EnvironmentFailure naming the holder, InputError for IPv6."""
     if ":" in host:
-        raise InputError(
-            f"{host} is an IPv6 address, which nothing here binds", remedy="use --host 127.0.0.1, or 0.0.0.0 for others"
-        )
+        remedy = "use --host 127.0.0.1, or 0.0.0.0 for others"
+        raise InputError(f"{host} is an IPv6 address, which nothing here binds", remedy=remedy)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise EnvironmentFailure(
-                f"port {port} on {host} is not free ({error.strerror})",
-                evidence=holder(port),
-                remedy="choose another with --port (0 picks a free one), or stop what holds it",
-            ) from None
+            words = f"port {port} on {host} is not free ({error.strerror})"
+            remedy = "choose another with --port (0 picks a free one), or stop what holds it"
+            raise EnvironmentFailure(words, evidence=holder(port), remedy=remedy) from None
         return int(probe.getsockname()[1])
 
 

@@ -51,9 +51,8 @@ async def get_json(root: str, path: str, api_key: str = "", timeout: float = TIM
             body = await _read(answer)
         return _judged(answer, body, shown, path, _ms(begun))
     except (TimeoutError, httpx.TimeoutException):
-        return _failed(
-            "timeout", f"{shown} did not answer within {timeout:g} s: it hangs, is overloaded or still starting", begun
-        )
+        words = f"{shown} did not answer within {timeout:g} s: it hangs, is overloaded or still starting"
+        return _failed("timeout", words, begun)
     except httpx.ConnectError as error:
         return _failed(*_not_connected(error, shown), begun)
     except (httpx.InvalidURL, httpx.UnsupportedProtocol):
@@ -67,13 +66,12 @@ async def get_json(root: str, path: str, api_key: str = "", timeout: float = TIM
 
 
 async def _read(answer: httpx.Response) -> bytes:
-    parts, size = [], 0
+    body = bytearray()
     async for part in answer.aiter_bytes():
-        parts.append(part)
-        size += len(part)
-        if size > _MOST_BYTES:
+        body += part
+        if len(body) > _MOST_BYTES:
             break
-    return b"".join(parts)
+    return bytes(body)
 
 
 def _judged(answer: httpx.Response, body: bytes, root: str, path: str, latency: float) -> Reached:
@@ -105,20 +103,18 @@ def _not_connected(error: httpx.ConnectError, root: str) -> tuple[str, str]:
         return "tls", f"{root} does not speak TLS as asked: use http:// for a local server, or trust its certificate"
     if any(isinstance(cause, ConnectionRefusedError) for cause in causes) or "refused" in str(error):
         return "refused", f"nothing listens at {root} (connection refused): start the server there, or correct the port"
-    if "Name or service" in str(error) or "nodename" in str(error) or "resolution" in str(error):
+    if any(words in str(error) for words in ("Name or service", "nodename", "resolution")):
         return "name", f"the host name in {root} is not known: correct it, or check the network"
     return "connect", f"no connection to {root}: check host, port and network"
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    found: list[BaseException] = []
+    causes: list[BaseException] = []
     following: BaseException | None = error
-    while following is not None and len(found) < 10:
-        found.append(following)
-        if isinstance(following, BaseExceptionGroup):
-            found += list(following.exceptions)
+    while following is not None and len(causes) < 10:
+        causes += [following, *(following.exceptions if isinstance(following, BaseExceptionGroup) else ())]
         following = following.__cause__ or following.__context__
-    return found
+    return causes
 
 
 def _failed(kind: str, detail: str, begun: float) -> Reached:

@@ -32,8 +32,8 @@ class Observation:
 
     def artefact(self, model: str) -> Artefact | None:
         """The fine-tune behind a model name here, as last seen - also while the backend is down."""
-        found = registry.same_model(self.models, model)
-        return found.artefact if found else None
+        status = registry.same_model(self.models, model)
+        return status.artefact if status else None
 
 
 class Observer:
@@ -102,9 +102,8 @@ def _after(before: Observation, statuses: list[ModelStatus]) -> Observation:
     if wanted is None:
         # no model is configured: any that answers will do
         wanted = next((status for status in statuses if status.available), statuses[0])
-    slow = wanted.kind == "timeout"
-    timeouts = before.timeouts + 1 if slow else 0
-    if slow and before.healthy and timeouts < _PATIENCE:
+    timeouts = before.timeouts + 1 if wanted.kind == "timeout" else 0
+    if before.healthy and 0 < timeouts < _PATIENCE:
         return replace(before, checked_at=now, timeouts=timeouts)
     if any(status.available for status in statuses):
         # a name that is not served now is still known for what it was, so that its fine-tune can be had elsewhere

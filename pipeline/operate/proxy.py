@@ -31,15 +31,9 @@ PATHS = frozenset({"/v1/chat/completions", "/chat/completions", "/v1/completions
 _KEY_HEADERS = frozenset({b"authorization", b"api-key", b"x-api-key", b"x-goog-api-key", b"ocp-apim-subscription-key"})
 # no usage reports, no price list from the network, no pages, no look at a .env of its own
 _ENVIRONMENT = {
-    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-    "LITELLM_MODE": "PRODUCTION",
-    "LITELLM_LOG": "ERROR",
-    "LITELLM_TELEMETRY": "False",
-    "DO_NOT_TRACK": "1",
-    "NO_DOCS": "True",
-    "NO_REDOC": "True",
-    "DISABLE_ADMIN_UI": "True",
-    "LITELLM_DONT_SHOW_FEEDBACK_BOX": "True",
+    **{"LITELLM_MODE": "PRODUCTION", "LITELLM_LOG": "ERROR", "LITELLM_TELEMETRY": "False", "DO_NOT_TRACK": "1"},
+    **dict.fromkeys(("NO_DOCS", "NO_REDOC", "DISABLE_ADMIN_UI"), "True"),
+    **dict.fromkeys(("LITELLM_LOCAL_MODEL_COST_MAP", "LITELLM_DONT_SHOW_FEEDBACK_BOX"), "True"),
 }
 # what a client must not say: it would undo the routing or answer without a model
 _FORBIDDEN = ("fallbacks", "context_window_fallbacks", "content_policy_fallbacks", "mock_response", "mock_testing_fallbacks")
@@ -98,8 +92,7 @@ async def _serve(host: str, port: int, router: Router, keys: Keys) -> None:
     litellm.callbacks.append(routing_hook(router))
     ready = asyncio.Event()
     guarded_app = guarded(app, router, keys, ready)
-    settings = uvicorn.Config(guarded_app, host=host, port=port, log_level="warning", access_log=False)
-    served = uvicorn.Server(settings)
+    served = uvicorn.Server(uvicorn.Config(guarded_app, host=host, port=port, log_level="warning", access_log=False))
     async with router.observer:
         warming = asyncio.create_task(_warm(served, guarded_app, keys, ready))
         await served.serve()

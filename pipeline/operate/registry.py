@@ -91,9 +91,8 @@ async def _listed(engine: Engine, url: str, key: str, model: str, timeout: float
     found = []
     for one in listing.models:
         # an adapter is not the artefact the server was started with
-        about = [] if one.adapter else [note.artefact for note in known if note.about(root, one.name, one.digest)]
-        started = next(filter(None, about), None)
-        ours = started or artefacts.of_served_path(one.path, output, since)
+        about = (note.artefact for note in known if not one.adapter and note.about(root, one.name, one.digest))
+        ours = next(filter(None, about), None) or artefacts.of_served_path(one.path, output, since)
         found.append(ModelStatus(one.name, True, one.loaded, one.context, one.size, latency, artefact=ours))
     wanted = model if ":" in model or not model else model + engine.tag
     if (found and not wanted) or any(status.name == wanted for status in found):
@@ -118,10 +117,8 @@ async def warmup_model(
         return wanted or statuses[0]
     run = _run_of(config, agent_name)
     if run and wanted.artefact and wanted.artefact.run != run:
-        words = (
-            f"this is run {wanted.artefact.run}, and agent {agent_name} is run {run}: granite-pipeline serve --agent {agent_name}"
-        )
-        return replace(wanted, available=False, detail=words)
+        words = f"this is run {wanted.artefact.run}, and agent {agent_name} is run {run}"
+        return replace(wanted, available=False, detail=f"{words}: granite-pipeline serve --agent {agent_name}")
     return await _first_token(address, wanted, timeout)
 
 
@@ -164,9 +161,9 @@ def address_for(config: Settings, agent_name: str | None, output: Path = DEFAULT
         return replace(address, model=record.ready.model, base_url=up.url if up else address.base_url)
     if run == DEFAULT_NAME:
         return address
+    remedy = f"granite-pipeline serve {address.backend} --agent {agent_name}, or give the agent a model in {config.agents_file}"
     raise InputError(
-        f"agent {agent_name} is run {run}, and nothing says under which name {address.backend} serves it",
-        remedy=f"granite-pipeline serve {address.backend} --agent {agent_name}, or give the agent a model in {config.agents_file}",
+        f"agent {agent_name} is run {run}, and nothing says under which name {address.backend} serves it", remedy=remedy
     )
 
 

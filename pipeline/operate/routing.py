@@ -1,5 +1,7 @@
 """The gateway's routing: which deployments may answer for a model name, in which order, and what LiteLLM is told about them."""
 
+import contextlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,10 +71,8 @@ class Router:
         exact = next((d for d in self.deployments if d.id == name), None)
         if exact:
             return Route(exact, (exact,))
-        named, wanted = self._named(name), self._wanted(name)
-        if not named:
-            named = [d for d in self.deployments if wanted and self.fine_tune(d) == wanted]
-        allowed = self._allowed(name)
+        wanted = self._wanted(name)
+        named = self._named(name) or [d for d in self.deployments if wanted and self.fine_tune(d) == wanted]
         if not named:
             return None
         first = min(named, key=self._rank)
@@ -80,7 +80,9 @@ class Router:
         same = [d for d in self.deployments if d == first or (wanted and self.fine_tune(d) == wanted)]
         # the first choice, though it bears the name, may by now serve another fine-tune than the agent's
         same = [d for d in same if self.fine_tune(d) in (wanted, None)]
-        order = [*sorted(same, key=self._rank), *(d for d in allowed if d not in same)]
+        words = self.agents.allow_fallback.get(name, [])
+        allowed = [d for word in words for d in self.deployments if word in (d.model, d.id) and d not in same]
+        order = [*sorted(same, key=self._rank), *allowed]
         healthy = [d for d in order if self.healthy(d)]
         return Route(order[0], tuple(healthy or order)) if order else None
 
@@ -100,10 +102,9 @@ class Router:
     def healthy(self, deployment: Deployment) -> bool:
         """True when the last observation lists the model as available, and is not an old one."""
         seen = self.observer.seen.get(deployment.backend)
-        names = (deployment.model, f"{deployment.model}:latest")
         if seen is None or self.observer.outdated(seen):
             return False
-        return any(model.available and model.name in names for model in seen.models)
+        return any(model.available and records.same_name(model.name, deployment.model) for model in seen.models)
 
     def headers(self, deployment_id: str, first: str) -> dict[str, str]:
         """What every answer says about who gave it: backend, model, run, manifest hash, artefact, and whether it is a fallback."""
@@ -135,24 +136,15 @@ class Router:
         runs = [a.run for key, a in self.agents.agents.items() if name in (key, a.run, a.model)]
         if not runs:
             return None
-        try:
+        with contextlib.suppress(InputError, KeyError, TypeError):
             return manifest_hash(Manifest(RunFolder(runs[0], self.observer.output).manifest))
-        except (InputError, KeyError, TypeError):
-            return None
-
-    def _allowed(self, name: str) -> list[Deployment]:
-        wanted = self.agents.allow_fallback.get(name, [])
-        return [d for word in wanted for d in self.deployments if word in (d.model, d.id)]
+        return None
 
     def _rank(self, deployment: Deployment) -> tuple[float, ...]:
         """Sorting key of the strategy; the selected backend goes first among equals."""
-        selected = 0.0 if deployment.backend == self.settings.llm_backend else 1.0
-        position = float(list(engines.NAMES).index(deployment.backend))
-        first = {
-            "local-first": 0.0 if deployment.local else 1.0,
-            "cloud-first": 1.0 if deployment.local else 0.0,
-            "cheapest": deployment.price,
-        }
+        selected = deployment.backend != self.settings.llm_backend
+        position = list(engines.NAMES).index(deployment.backend)
+        first = {"local-first": not deployment.local, "cloud-first": deployment.local, "cheapest": deployment.price}
         return first[self.strategy], selected, position
 
 
@@ -167,10 +159,9 @@ def deployments(settings: Settings, agents: Agents) -> list[Deployment]:
         if not address.base_url:
             continue
         if without_password(address.base_url) != address.base_url:
-            raise InputError(
-                f"the gateway does not take a URL with a password: {backend} is {without_password(address.base_url)}",
-                remedy="leave user and password out of it, and send a key with OPENAI_COMPATIBLE_API_KEY",
-            )
+            words = f"the gateway does not take a URL with a password: {backend} is {without_password(address.base_url)}"
+            remedy = "leave user and password out of it, and send a key with OPENAI_COMPATIBLE_API_KEY"
+            raise InputError(words, remedy=remedy)
         named = [a.model for a in agents.agents.values() if a.model and (a.backend or settings.llm_backend) == backend]
         for model in dict.fromkeys(filter(None, [address.model, address.orchestrator_model, *named])):
             local = engine.serves != "url" or is_local(address.root)
@@ -180,44 +171,27 @@ def deployments(settings: Settings, agents: Agents) -> list[Deployment]:
 
 def litellm_config(found: Sequence[Deployment], timeout: float = REQUEST_TIMEOUT) -> dict[str, Any]:
     """LiteLLM's configuration: one model group for each deployment, keys by reference, no cool-down, no database, no reports."""
-    keys = key_variables()
-    entries = [
-        {
-            "model_name": d.id,
-            "litellm_params": {
-                "model": f"openai/{d.model}",
-                "api_base": d.url,
-                "api_key": f"os.environ/{keys[d.backend]}" if d.backend in keys else "none",
-                "timeout": timeout,
-                "stream_timeout": timeout,
-                "max_retries": 0,
-                "input_cost_per_token": d.price / 1e6,
-                "output_cost_per_token": d.price / 1e6,
-            },
-            "model_info": {"id": d.id},
-        }
-        for d in found
-    ]
+    keys, entries = key_variables(), []
+    for d in found:
+        key = f"os.environ/{keys[d.backend]}" if d.backend in keys else "none"
+        place = {"model": f"openai/{d.model}", "api_base": d.url, "api_key": key}
+        limits = {"timeout": timeout, "stream_timeout": timeout, "max_retries": 0}
+        costs = dict.fromkeys(("input_cost_per_token", "output_cost_per_token"), d.price / 1e6)
+        entries.append({"model_name": d.id, "litellm_params": {**place, **limits, **costs}, "model_info": {"id": d.id}})
+    quiet = {"disable_spend_logs": True, "disable_error_logs": True}
     return {
         "model_list": entries,
         "router_settings": {"num_retries": 0, "disable_cooldowns": True},
         "litellm_settings": {"turn_off_message_logging": True, "num_retries": 0, "json_logs": False},
-        "general_settings": {
-            "disable_spend_logs": True,
-            "disable_error_logs": True,
-            "master_key": "os.environ/LITELLM_MASTER_KEY",
-        },
+        "general_settings": {**quiet, "master_key": "os.environ/LITELLM_MASTER_KEY"},
     }
 
 
 def write_config(path: Path, found: Sequence[Deployment], timeout: float = REQUEST_TIMEOUT) -> None:
     """Write the configuration (JSON is YAML); it holds variable names, never keys. InputError when nothing is configured."""
-    import json
-
     if not found:
-        raise InputError(
-            "no backend has a URL and a model, so the gateway has nothing to route to", remedy="granite-pipeline config"
-        )
+        words = "no backend has a URL and a model, so the gateway has nothing to route to"
+        raise InputError(words, remedy="granite-pipeline config")
     write_atomic(path, json.dumps(litellm_config(found, timeout), indent=2), 0o600)
 
 

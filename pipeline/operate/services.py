@@ -32,21 +32,18 @@ def gateway_launch(
 ) -> Launch:
     """The gateway's process; InputError when it would be open to others without a key."""
     if host not in HERE and not settings.gateway_api_key.get_secret_value():
-        raise InputError(
-            f"the gateway on {host} could be used by everyone who reaches this machine",
-            remedy="set GATEWAY_API_KEY, or leave out --host",
-        )
+        said = f"the gateway on {host} could be used by everyone who reaches this machine"
+        raise InputError(said, remedy="set GATEWAY_API_KEY, or leave out --host")
     # what the gateway would refuse in its own log is said here
     deployments(settings, Agents.load(settings.agents_file))
     config = gateway_folder(output.resolve()) / "litellm.yaml"
     words = ("--config", str(config), "--output", str(output.resolve()), *options)
-    return _launch("gateway", "pipeline.operate.proxy", (host, claim(host, port) if free else port), words)
+    return _launch("gateway", "proxy", host, claim(host, port) if free else port, words)
 
 
 def status_launch(host: str, port: int, output: Path, *, free: bool = True) -> Launch:
     """The status API's process."""
-    at = (host, claim(host, port) if free else port)
-    return _launch("status-api", "pipeline.operate.status", at, ("--output", str(output.resolve())))
+    return _launch("status-api", "status", host, claim(host, port) if free else port, ("--output", str(output.resolve())))
 
 
 def folder(output: Path) -> Path:
@@ -92,19 +89,10 @@ class Listed:
     def row(self) -> dict[str, Any]:
         """For ``ps --json``."""
         there = self.server
-        return {
-            "run": self.run,
-            "engine": there.engine,
-            "pid": there.pid,
-            "port": self.port,
-            "url": there.url,
-            "model": there.model,
-            "state": self.state,
-            "started_at": there.started_at,
-            "age_seconds": round(max(0.0, time.time() - there.started), 1),
-            "rss_gib": round(there.memory_gib(), 2),
-            "log": str(there.log),
-        }
+        known = {name: getattr(there, name) for name in ("engine", "pid", "url", "model", "started_at")}
+        age, memory = round(max(0.0, time.time() - there.started), 1), round(there.memory_gib(), 2)
+        now = {"port": self.port, "state": self.state, "age_seconds": age, "rss_gib": memory, "log": str(there.log)}
+        return {"run": self.run, **known, **now}
 
 
 def listing(output: Path) -> list[Listed]:
@@ -120,8 +108,7 @@ def logs(run: Path, engine: str | None = None) -> list[Path]:
     """The start logs of a run, oldest first; InputError when there is none."""
     if written := start_logs(run, engine):
         return written
-    what = f"{engine} log" if engine else "server log"
-    raise InputError(f"run {run.name} has no {what}", remedy="granite-pipeline serve writes one per start")
+    raise InputError(f"run {run.name} has no {engine or 'server'} log", remedy="granite-pipeline serve writes one per start")
 
 
 def start_logs(run: Path, engine: str | None = None) -> list[Path]:
@@ -130,10 +117,9 @@ def start_logs(run: Path, engine: str | None = None) -> list[Path]:
     return sorted(written, key=lambda path: (path.stat().st_mtime, path.name))
 
 
-def _launch(name: str, module: str, address: tuple[str, int], words: Sequence[str]) -> Launch:
-    host, port = address
+def _launch(name: str, module: str, host: str, port: int, words: Sequence[str]) -> Launch:
     reached = "127.0.0.1" if host == "0.0.0.0" else host
-    argv = (sys.executable, "-m", module, "--host", host, "--port", str(port), *words)
+    argv = (sys.executable, "-m", f"pipeline.operate.{module}", "--host", host, "--port", str(port), *words)
     return Launch(name, argv, {}, f"http://{reached}:{port}", "/health", name, start_timeout=_READY_SECONDS)
 
 

@@ -9,9 +9,8 @@ import hashlib
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +74,6 @@ def create_app(settings: Settings, output: Path = DEFAULT_OUTPUT) -> FastAPI:
 def add_routes(app: FastAPI, settings: Settings, observer: Observer) -> None:
     """The documented paths."""
 
-    def status() -> dict[str, Any]:
-        return inference_status(settings, observer)
-
     def health() -> Response:
         code = 503 if observer.stale else 200
         body = {"status": "stale" if observer.stale else "ok", "backends": {n: s.healthy for n, s in observer.seen.items()}}
@@ -94,7 +90,7 @@ def add_routes(app: FastAPI, settings: Settings, observer: Observer) -> None:
         headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
         return HTMLResponse(page, headers={**headers, "Cache-Control": "no-store"})
 
-    app.add_api_route("/api/v1/inference/status", status)
+    app.add_api_route("/api/v1/inference/status", lambda: inference_status(settings, observer))
     for path, endpoint in (("/health", health), ("/models", models), ("/metrics", metrics)):
         app.add_api_route(path, endpoint, response_model=None)
         app.add_api_route(f"/api/v1/inference{path}", endpoint, response_model=None, include_in_schema=False)
@@ -105,25 +101,16 @@ def inference_status(settings: Settings, observer: Observer) -> dict[str, Any]:
     """The documented object: ``backend base_url model orchestrator_model healthy``."""
     address = settings.address()
     seen = observer.seen.get(address.backend)
-    return {
-        "backend": address.backend,
-        "base_url": without_password(address.base_url),
-        "model": address.model,
-        "orchestrator_model": address.orchestrator_model,
-        "healthy": bool(seen and seen.healthy and not observer.stale),
-    }
+    models = {"model": address.model, "orchestrator_model": address.orchestrator_model}
+    healthy = bool(seen and seen.healthy and not observer.stale)
+    return {"backend": address.backend, "base_url": without_password(address.base_url), **models, "healthy": healthy}
 
 
 def backend_json(seen: Observation) -> dict[str, Any]:
     """One backend with its models, for ``/models``."""
-    return {
-        "base_url": without_password(seen.address.base_url),
-        "healthy": seen.healthy,
-        "detail": seen.detail,
-        "changed_at": _moment(seen.changed_at),
-        "checked_at": _moment(seen.checked_at),
-        "models": [asdict(model) for model in seen.models],
-    }
+    said = {"base_url": without_password(seen.address.base_url), "healthy": seen.healthy, "detail": seen.detail}
+    moments = {"changed_at": _moment(seen.changed_at), "checked_at": _moment(seen.checked_at)}
+    return {**said, **moments, "models": [model.to_json() for model in seen.models]}
 
 
 def exposition(settings: Settings, observer: Observer) -> str:
@@ -172,17 +159,13 @@ def status_page(settings: Settings, observer: Observer) -> tuple[str, str]:
     status = inference_status(settings, observer)
     rows = {name: backend_json(seen) for name, seen in observer.seen.items()}
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    page = _template().render(status=status, rows=rows, css=Markup(css), now=now, version=__version__, stale=observer.stale)
+    template = phrases.environment().get_template("status.html.j2")
+    page = template.render(status=status, rows=rows, css=Markup(css), now=now, version=__version__, stale=observer.stale)
     return page, policy
 
 
 def _moment(timestamp: float) -> str | None:
     return datetime.fromtimestamp(timestamp, UTC).isoformat(timespec="seconds") if timestamp else None
-
-
-@cache
-def _template() -> Any:
-    return phrases.environment().get_template("status.html.j2")
 
 
 if __name__ == "__main__":

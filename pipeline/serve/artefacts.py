@@ -1,5 +1,6 @@
 """Which file or folder of ours is served: an artefact is known by the manifest that vouches for it."""
 
+import contextlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,10 @@ class Artefact:
 def of_file(path: Path) -> Artefact | None:
     """The artefact at a path inside a run folder, or None when no manifest vouches for it in its present size."""
     manifest = path.parent / "manifest.json"
-    try:
-        if not manifest.is_file() or not path.exists():
-            return None
-        return _sealed(Manifest(manifest), path)
     # a path may be what a stranger's server said, and files vanish while they are looked at
-    except (InputError, OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+    with contextlib.suppress(InputError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return _sealed(Manifest(manifest), path) if manifest.is_file() and path.exists() else None
+    return None
 
 
 def of_served_path(said: str, output: Path = DEFAULT_OUTPUT, since: float | None = None) -> Artefact | None:
@@ -67,22 +65,15 @@ def manifest_hash(manifest: Manifest) -> str:
 
     Not of the file's bytes: later stages and every server that is started add to the manifest without changing the fine-tune.
     """
-    stages = {
-        "adapter": manifest.artefact_sha256("finetune", "adapter"),
-        "merged_fp16": manifest.artefact_sha256("merge", "merged_fp16"),
-    }
-    return sha256_json(stages)
+    parts = {"adapter": "finetune", "merged_fp16": "merge"}
+    return sha256_json({part: manifest.artefact_sha256(stage, part) for part, stage in parts.items()})
 
 
 def _sealed(manifest: Manifest, path: Path) -> Artefact | None:
-    for stage in manifest.stages.values():
-        seal = stage.artefacts.get(path.name)
-        if seal is None:
-            continue
-        if tree_bytes(path) != seal.bytes:
-            return None
-        made_from = stage.inputs.get("merged")
-        if path.suffix == ".gguf" and made_from != manifest.artefact_sha256("merge", "merged_fp16"):
-            return None
-        return Artefact(manifest.run, manifest_hash(manifest), path.name, seal.sha256)
-    return None
+    stage = next((stage for stage in manifest.stages.values() if path.name in stage.artefacts), None)
+    if stage is None or tree_bytes(path) != stage.artefacts[path.name].bytes:
+        return None
+    # a GGUF that was made from other weights than the merged ones is another fine-tune
+    if path.suffix == ".gguf" and stage.inputs.get("merged") != manifest.artefact_sha256("merge", "merged_fp16"):
+        return None
+    return Artefact(manifest.run, manifest_hash(manifest), path.name, stage.artefacts[path.name].sha256)

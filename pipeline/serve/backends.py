@@ -1,22 +1,32 @@
-"""The backends of a run: attach to those that are up, start those that are installed, say why of the rest."""
+"""The backends of a run: attach to those that are up, start those that are installed, say why of the rest.
+
+An Ollama that already runs, as the system service it is on Linux, is used as it is: nothing of it is started or stopped.
+"""
 
 import logging
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline import engines
-from pipeline.config import Settings
+from pipeline.config import Settings, root_url
+from pipeline.engines.base import require_feasible
 from pipeline.errors import EngineError, InputError, PipelineError
+from pipeline.net.client import wait_for
+from pipeline.net.loopback import is_local
+from pipeline.net.reach import get_json
+from pipeline.planning.plan import Plan
 from pipeline.runs.folder import RunFolder
-from pipeline.serve import ollama_service
+from pipeline.serve import records
 from pipeline.serve import start as serving
 from pipeline.serve.server import Progress
 from pipeline.serve.start import Endpoint, Options, Target
 
 log = logging.getLogger(__name__)
+_ASK_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -37,8 +47,7 @@ class Started:
     @property
     def reasons(self) -> list[dict[str, Any]]:
         """The planned settings with their reasons."""
-        plan = self.endpoint.plan if self.endpoint else None
-        return list((plan or {}).get("reasons", []))
+        return list(self.endpoint.plan.get("reasons", [])) if self.endpoint and self.endpoint.plan else []
 
     @property
     def memory(self) -> dict[str, float]:
@@ -61,7 +70,7 @@ def find(run: RunFolder, name: str, settings: Settings) -> Endpoint | None:
 def bring_up(engine: str, target: Target, options: Options, progress: Progress, there: Endpoint | None = None) -> Endpoint:
     """An endpoint for a target that is not up: made in ``there``, a service that already runs, or a server started for it."""
     if there is not None:
-        return ollama_service.serve_there(there, target, options, progress)
+        return _serve_there(there, target, options, progress)
     return serving.serve(engine, target, options, progress)
 
 
@@ -75,7 +84,8 @@ def start(run: RunFolder, name: str, settings: Settings, options: Options) -> St
             return Started(name, "skipped", f"{available.reason}; to have it: {available.remedy}")
         if endpoint is None:
             wanted = replace(options, overrides={**settings.overrides(name), **options.overrides})
-            endpoint = bring_up(name, Target.of_run(run, name, key=settings.key(name)), wanted, _say)
+            target = Target.of_run(run, name, key=settings.key(name))
+            endpoint = bring_up(name, target, wanted, lambda text: log.info("%s", text[:160]))
         return Started(name, "ready", endpoint=endpoint)
     except InputError:
         raise
@@ -104,15 +114,48 @@ def start_backends(
     return [start(run, name, settings, replace(options, port=(ports or {}).get(name, options.port))) for name in names]
 
 
+def find_service(base_url: str) -> Endpoint | None:
+    """The Ollama that answers at a URL, without a model yet; None when nothing, or something else, answers."""
+    root = root_url(base_url)
+    if not root:
+        return None
+    seen = wait_for(get_json(root, "/api/version", timeout=_ASK_SECONDS))
+    version = seen.data.get("version") if seen.ok and isinstance(seen.data, dict) else None
+    return Endpoint("ollama", root, "", str(version)) if version else None
+
+
 def require_any(started: Sequence[Started]) -> None:
     """Raise EngineError with every reason when not one backend is up."""
     if not any(s.endpoint for s in started):
-        raise EngineError(
-            "no backend could be started on this machine",
-            evidence="\n".join(f"{s.name} {s.status}: {s.reason}" for s in started),
-            remedy="granite-pipeline doctor names what is installed and what is missing",
-        )
+        evidence = "\n".join(f"{s.name} {s.status}: {s.reason}" for s in started)
+        remedy = "granite-pipeline doctor names what is installed and what is missing"
+        raise EngineError("no backend could be started on this machine", evidence=evidence, remedy=remedy)
 
 
-def _say(text: str) -> None:
-    log.info("%s", text[:160])
+def _serve_there(there: Endpoint, target: Target, options: Options, progress: Progress) -> Endpoint:
+    """Make the target's model in that Ollama, wait for its first token, and note which artefact it is.
+
+    Raises EngineError when Ollama refuses, InputError for a server setting: those are its owner's.
+    """
+    begun = time.monotonic()
+    records.require_none("ollama", target.servers, serving.to_stop(target))
+    plan = _parameters(target, options) if is_local(there.url) else None
+    endpoint = replace(there, model=target.name, plan=plan.to_json([]) if plan else None)
+    progress(f"Ollama already runs at {there.url}: the model is made there")
+    serving.create_in_ollama(endpoint, target, progress, plan)
+    serving.first_token(endpoint)
+    # Ollama's digest of the model changes when someone makes another one of the same name
+    listing = wait_for(engines.get(there.engine).listing(there.url, "", _ASK_SECONDS))
+    digest = next((one.digest for one in listing.models or () if records.same_name(one.name, target.name)), "")
+    return serving.note_ready(endpoint, target, begun, digest)
+
+
+def _parameters(target: Target, options: Options) -> Plan:
+    """The model's own parameters; the variables of the server stay what its owner set."""
+    request = serving.request_for(target, options)
+    plan = engines.get("ollama").plan(request)
+    require_feasible(plan)
+    if given := [setting.name for setting in plan.env if setting.source == "user"]:
+        words = f"{', '.join(given)} is a setting of the server, and this Ollama already runs"
+        raise InputError(words, remedy="set it where that Ollama is started, or start another one with --port 0")
+    return replace(plan, env=())

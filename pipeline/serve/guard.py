@@ -16,7 +16,6 @@ import time
 import psutil
 
 _POLL_SECONDS = 0.5
-_GRACE_SECONDS = 10.0
 
 
 def main(argv: list[str]) -> int:
@@ -25,8 +24,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--owner", type=int, default=0, help="end when this process is gone; 0: run until stopped")
     parser.add_argument("command", nargs="+")
     args = parser.parse_args(argv)
-    owner = _process(args.owner) if args.owner else None
-    if args.owner and owner is None:
+    try:
+        owner = psutil.Process(args.owner) if args.owner else None
+    except psutil.NoSuchProcess:
         return 128 + signal.SIGTERM
     child = subprocess.Popen(args.command, stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent)
     # the group's SIGTERM reaches the child as well; the guard stays to see it end and to finish off stragglers
@@ -60,19 +60,13 @@ def _end_with_parent() -> None:
             ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
-def _process(pid: int) -> psutil.Process | None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid)
-    return None
-
-
 def _end_group(child: subprocess.Popen[bytes]) -> None:
     """SIGTERM to everyone in the group, a little time, then SIGKILL to whoever is left."""
     me, group = os.getpid(), os.getpgid(0)
     if group != me:
         raise RuntimeError("the guard must lead its own process group")
-    for sent in (signal.SIGTERM, signal.SIGKILL):
-        deadline = time.monotonic() + (_GRACE_SECONDS if sent == signal.SIGTERM else 2)
+    for sent, seconds in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 2.0)):
+        deadline = time.monotonic() + seconds
         for pid in _others(group, me):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, sent)

@@ -126,22 +126,20 @@ def require_none(engine: str, folder: Path, remedy: str) -> None:
     """One server of a name in a folder: a second one would take the first one's record, and nobody could stop the first."""
     record = read(folder, engine)
     if record is not None and (there := record.running):
-        raise EnvironmentFailure(
-            f"{engine} already serves {there.model} from {folder.parent.name}",
-            evidence=f"{there.url}, process {there.pid}, log {there.log}",
-            remedy=f"use it, or stop it first: {remedy}",
-        )
+        words = f"{engine} already serves {there.model} from {folder.parent.name}"
+        seen = f"{there.url}, process {there.pid}, log {there.log}"
+        raise EnvironmentFailure(words, evidence=seen, remedy=f"use it, or stop it first: {remedy}")
 
 
 def living(folder: Path) -> list[Record]:
     """The records of a folder whose server runs; those of dead ones are removed, but for what they served."""
-    found = []
-    for record in _all(folder):
-        if record.running:
-            found.append(record)
-        elif record.process:
+    # one that is removed meanwhile is left out
+    records = [record for engine in _engines(folder) if (record := read(folder, engine))]
+    alive = [record for record in records if record.running]
+    for record in records:
+        if record.process and record not in alive:
             forget(record.process, folder)
-    return found
+    return alive
 
 
 def running(folder: Path) -> list[Server]:
@@ -155,7 +153,7 @@ def stop(folder: Path, engine: str) -> bool:
     if record is None or record.process is None:
         return False
     was_alive = record.process.alive
-    end(record.process, folder) if was_alive else forget(record.process, folder)
+    (end if was_alive else forget)(record.process, folder)
     return was_alive
 
 
@@ -180,7 +178,7 @@ def forget(process: Server, folder: Path) -> None:
 def of_run(run: RunFolder, engine: str) -> Record | None:
     """What this engine serves of a run, or served last; None when that never answered, or the record is damaged."""
     with contextlib.suppress(InputError):
-        record = read(run.path / "servers", engine)
+        record = read(run.servers, engine)
         return record if record and record.ready else None
     return None
 
@@ -210,11 +208,6 @@ def up_since(url: str, known: Iterable[Record]) -> float | None:
 def same_name(served: str, asked: str) -> bool:
     """True for the same name; Ollama's ``:latest`` may be left out."""
     return served in (asked, f"{asked}:latest")
-
-
-def _all(folder: Path) -> list[Record]:
-    # one that is removed meanwhile is left out
-    return [record for engine in _engines(folder) if (record := read(folder, engine))]
 
 
 def _engines(folder: Path) -> list[str]:

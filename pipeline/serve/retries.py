@@ -94,25 +94,26 @@ def _refused(failed: StartFailure, why: str = "", *, remedy: str = "", tried: st
 def replan(engine: Engine, request: Request, changes: list[Change]) -> Plan:
     """The plan with all changes so far laid over it, marked as retries with their reasons."""
     asked = {name: "true" if value is None else value for change in changes for name, value in change.settings.items()}
-    reasons = {name: change.reason for change in changes for name in change.settings}
+    # a flag may have become a parameter of the model: --ctx-size, ctx_size
+    reasons = {key: change.reason for change in changes for name in change.settings for key in (name, _parameter(name))}
     plan = engine.plan(replace(request, overrides={**request.overrides, **asked}))
 
     def marked(settings: tuple[Setting, ...]) -> tuple[Setting, ...]:
-        parameters = {name.lstrip("-").replace("-", "_"): name for name in reasons}
-        found = []
-        for setting in settings:
-            key = setting.name if setting.name in reasons else parameters.get(setting.name)
-            found.append(replace(setting, source="retry", reason=f"retry: {reasons[key]}") if key else setting)
-        return tuple(found)
+        why = [reasons.get(setting.name) for setting in settings]
+        pairs = zip(settings, why, strict=True)
+        return tuple(replace(setting, source="retry", reason=f"retry: {said}") if said else setting for setting, said in pairs)
 
     return replace(plan, flags=marked(plan.flags), env=marked(plan.env), parameters=marked(plan.parameters))
 
 
+def _parameter(flag: str) -> str:
+    return flag.lstrip("-").replace("-", "_")
+
+
 def _set_by_user(plan: Plan, name: str) -> Setting | None:
-    opposite = name.replace("--", "--no-", 1)
-    parameter = name.lstrip("-").replace("-", "_")
+    names = (name, name.replace("--", "--no-", 1), _parameter(name))
     every = (*plan.flags, *plan.env, *plan.parameters)
-    return next((s for s in every if s.source == "user" and s.name in (name, opposite, parameter)), None)
+    return next((s for s in every if s.source == "user" and s.name in names), None)
 
 
 def _length(case: _Case) -> Change | None:
@@ -140,10 +141,8 @@ def _share(case: _Case) -> Change | None:
         return None
     free, total = case.failed.numbers[:2]
     share = math.floor((free / total - 0.02) * 100) / 100
-    return Change(
-        f"another process holds part of the GPU: {free:.1f} of {total:.1f} GiB are free",
-        {"--gpu-memory-utilization": f"{share:.2f}"},
-    )
+    reason = f"another process holds part of the GPU: {free:.1f} of {total:.1f} GiB are free"
+    return Change(reason, {"--gpu-memory-utilization": f"{share:.2f}"})
 
 
 def _eager(case: _Case) -> Change | None:
@@ -167,10 +166,6 @@ def _smaller(case: _Case) -> Change | None:
     return first or _fewer(case)
 
 
-def _half_precision(case: _Case) -> Change | None:
-    return Change(case.failed.cause, {"--dtype": "float16"})
-
-
 _RULES: dict[str, Callable[[_Case], Change | None]] = {
     "context-exceeds-kv": _length,
     "context-exceeds-model": _length,
@@ -180,5 +175,5 @@ _RULES: dict[str, Callable[[_Case], Change | None]] = {
     "out-of-memory": _smaller,
     "sampler-memory": _fewer,
     "compile-failed": _eager,
-    "no-bfloat16": _half_precision,
+    "no-bfloat16": lambda case: Change(case.failed.cause, {"--dtype": "float16"}),
 }

@@ -1,14 +1,19 @@
-"""The one supervisor: start a server in its own process group, wait until it answers, say why when it does not, stop the group."""
+"""The one supervisor: start a server in its own process group, wait until it answers, say why when it does not, stop the group.
+
+Why it did not start (``failures.json``) and how far a start has come (``milestones.json``) is read from its log.
+"""
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +23,16 @@ from pipeline.config import key_variables
 from pipeline.engines.base import Launch
 from pipeline.errors import StartFailure
 from pipeline.net.client import status_of
-from pipeline.serve.logs import Failure, classify, end_of, phase, plain
+from pipeline.runs.files import read_json
 
 _POLL_SECONDS = 0.5
-_OK = 200
 _STOP_SECONDS = 20.0
 # start times are read against the wall clock, which may be set; a pid that is used again starts much later
 _SAME_START = 120.0
 _TAIL_LINES = 12
 # milestones are looked for in the end of a log only: it may be long
 _READ_BYTES = 1 << 16
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 Progress = Callable[[str], None]
 # guards started by this process, kept so that their exit status can be collected; what they ended with
 _children: dict[int, subprocess.Popen[bytes]] = {}
@@ -54,7 +59,10 @@ class Server:
     @property
     def alive(self) -> bool:
         """True while the guard runs, and with it the server."""
-        _reap(self.pid)
+        # collected when the guard is our own child, so that it does not stay a zombie
+        if self.pid in _children and (code := _children[self.pid].poll()) is not None:
+            _codes[self.pid] = code
+            del _children[self.pid]
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(self.pid)
             return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - self.started) < _SAME_START
@@ -75,6 +83,22 @@ class Server:
             guard = psutil.Process(self.pid)
             return sum(_resident(process) for process in [guard, *guard.children(recursive=True)]) / 2**30
         return 0.0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A recognised failure: its name in the table, cause and remedy, the log line that shows it and the numbers found there."""
+
+    name: str
+    cause: str
+    remedy: str
+    line: str = ""
+    numbers: tuple[float, ...] = ()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a :class:`StartFailure` carries of it."""
+        return {"remedy": self.remedy, "kind": self.name, "cause": self.cause, "numbers": self.numbers}
 
 
 def start(launch: Launch, log: Path, *, owner: int | None) -> Server:
@@ -106,13 +130,12 @@ def wait_ready(server: Server, timeout: float, progress: Progress) -> float:
     ``progress`` is told what the server is doing, from its log. On an exit (whatever the code) or a time-out the group is
     ended and StartFailure carries cause, remedy and log tail.
     """
-    begun = time.monotonic()
-    shown = ""
+    begun, shown = time.monotonic(), ""
     while time.monotonic() - begun < timeout:
         if not server.alive:
             stop(server)
             raise failure(server, "ended before it was ready")
-        if status_of(server.url + server.ready_path, timeout=5) == _OK:
+        if status_of(server.url + server.ready_path, timeout=5) == 200:
             return time.monotonic() - begun
         doing = phase(end_of(server.log, _READ_BYTES))
         if doing != shown:
@@ -152,11 +175,8 @@ def failure(server: Server, what: str, *, ended: bool = True) -> StartFailure:
     evidence += [f"exit code: {code}"] if code is not None else []
     evidence += [f"seen: {known.line}"] if known and known.line else []
     evidence += [f"last lines:\n{tail}"] if tail else ["the log is empty"]
-    return StartFailure(
-        f"{server.engine} {what}{f': {known.cause}' if known else ''}",
-        evidence="\n".join(evidence),
-        **(known.facts if known else {"remedy": "read the log named above"}),
-    )
+    facts = known.facts if known else {"remedy": "read the log named above"}
+    return StartFailure(f"{server.engine} {what}{f': {known.cause}' if known else ''}", evidence="\n".join(evidence), **facts)
 
 
 def oom_kills() -> int:
@@ -189,22 +209,57 @@ def _resident(process: psutil.Process) -> int:
     return 0
 
 
-def _reap(pid: int) -> None:
-    """Collect the exit status when the guard is our own child, so that it does not stay a zombie."""
-    if pid in _children and (code := _children[pid].poll()) is not None:
-        _codes[pid] = code
-        del _children[pid]
-
-
 def _group(server: Server) -> list[int]:
     """Living processes of the server's group or session, the guard not counted; its number cannot be reused while there are any."""
     found = []
     for process in psutil.process_iter(["pid", "status", "create_time"]):
         with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
-            info = process.info
-            if info["pid"] == server.pid or info["status"] == psutil.STATUS_ZOMBIE:
-                continue
-            mine = server.pid in (os.getpgid(process.pid), os.getsid(process.pid))
-            if mine and info["create_time"] > server.started - _SAME_START:
+            living = process.pid != server.pid and process.info["status"] != psutil.STATUS_ZOMBIE
+            mine = living and server.pid in (os.getpgid(process.pid), os.getsid(process.pid))
+            if mine and process.info["create_time"] > server.started - _SAME_START:
                 found.append(process.pid)
     return found
+
+
+def plain(log: str) -> str:
+    """A log without its colours."""
+    return _COLOUR.sub("", log)
+
+
+def classify(log: str) -> Failure | None:
+    """The first row of the table that matches any line; rows are ordered from specific to general."""
+    lines = plain(log).splitlines()
+    for pattern, failure in _failures():
+        for line in lines:
+            if found := pattern.search(line):
+                return replace(failure, line=line.strip()[:400], numbers=tuple(float(text) for text in found.groups() if text))
+    return None
+
+
+def end_of(log: Path, most: int) -> str:
+    """The last bytes of a log, at most so many, as text."""
+    with log.open("rb") as handle:
+        handle.seek(max(0, log.stat().st_size - most))
+        return handle.read().decode("utf-8", errors="replace")
+
+
+def phase(log: str) -> str:
+    """The last milestone in the log; "starting" before the first."""
+    for line in reversed(plain(log).splitlines()):
+        for pattern, words in _milestones():
+            if found := pattern.search(line):
+                return words.format(found[1]) if "{}" in words else words
+    return "starting"
+
+
+@cache
+def _failures() -> list[tuple[re.Pattern[str], Failure]]:
+    rows = read_json(Path(__file__).with_name("failures.json"))
+    return [(re.compile(row["pattern"]), Failure(row["name"], row["cause"], row["remedy"])) for row in rows]
+
+
+@cache
+def _milestones() -> list[tuple[re.Pattern[str], str]]:
+    # {} takes what the pattern's group found; vLLM 0.32, llama.cpp b11549, Ollama, SGLang 0.5
+    rows = read_json(Path(__file__).with_name("milestones.json"))
+    return [(re.compile(row["pattern"]), row["words"]) for row in rows]

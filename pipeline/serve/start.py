@@ -22,10 +22,9 @@ from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
 from pipeline.serve import records, server
 from pipeline.serve.artefacts import of_file
-from pipeline.serve.logs import classify
 from pipeline.serve.records import Ready
 from pipeline.serve.retries import MAX_RETRIES, Change, next_plan
-from pipeline.serve.server import Progress, Server
+from pipeline.serve.server import Progress, Server, classify
 
 LOOPBACK = "127.0.0.1"
 _DEATH_SECONDS = 5.0
@@ -45,6 +44,11 @@ class Target:
     def servers(self) -> Path:
         """Records of the servers started for this target."""
         return self.folder / "servers"
+
+    @property
+    def manifest(self) -> Path:
+        """The run's record, where the folder is a run's."""
+        return self.folder / "manifest.json"
 
     @classmethod
     def of_run(cls, run: RunFolder, engine: str, name: str | None = None, key: str = "") -> "Target":
@@ -94,9 +98,8 @@ class Endpoint:
 
 def request_for(target: Target, options: Options, hardware: Hardware | None = None) -> Request:
     """The planning request for a target on this machine (or on the one given)."""
-    model = Model.open(target.model)
     machine = hardware or Hardware.detect(target.folder)
-    return Request(model, machine, options.purpose, target.name, options.overrides, options.adapters)
+    return Request(Model.open(target.model), machine, options.purpose, target.name, options.overrides, options.adapters)
 
 
 def serve(engine_name: str, target: Target, options: Options, progress: Progress) -> Endpoint:
@@ -157,10 +160,9 @@ class _Start:
 
     def record(self, ready_seconds: float | None) -> None:
         """Append this start to the run's manifest, where the target is a run."""
-        path = self.target.folder / "manifest.json"
-        if path.is_file():
+        if self.target.manifest.is_file():
             said = {"engine": self.engine.name, "ready_seconds": ready_seconds, "attempts": self.attempts}
-            Manifest(path).append("starts", said)
+            Manifest(self.target.manifest).append("starts", said)
 
     def _once(self, plan: Plan) -> Endpoint:
         """One try, to the first token; nothing is left on failure."""
@@ -198,9 +200,9 @@ class _Start:
 
 def note_ready(endpoint: Endpoint, target: Target, begun: float, digest: str = "") -> Endpoint:
     """Record what answered its first token, and which artefact was loaded then: the file may be exported again meanwhile."""
-    manifest = target.folder / "manifest.json"
     # the file's own hash, not the manifest's word; remembered since the export, so that nothing is read again
-    sha256 = Manifest(manifest).sha256(target.model) if manifest.is_file() and target.model.exists() else None
+    sealed = target.manifest.is_file() and target.model.exists()
+    sha256 = Manifest(target.manifest).sha256(target.model) if sealed else None
     done = replace(endpoint, ready_seconds=round(time.monotonic() - begun, 1), sha256=sha256)
     said = {name: getattr(done, name) for name in ("url", "model", "version", "plan", "ready_seconds", "sha256")}
     ready = Ready(**said, artefact=of_file(target.model), digest=digest)
@@ -229,11 +231,9 @@ def create_in_ollama(endpoint: Endpoint, target: Target, progress: Progress, pla
     The plan's parameters (num_ctx, num_gpu) are for this machine and replace the Modelfile's.
     """
     if target.modelfile is None:
-        raise EngineError(
-            "serving a GGUF with Ollama needs its Modelfile", remedy="granite-pipeline modelfile says why there is none"
-        )
-    modelfile = read_modelfile(target.modelfile)
-    request = to_create_request(modelfile, "", endpoint.model)
+        remedy = "granite-pipeline modelfile says why there is none"
+        raise EngineError("serving a GGUF with Ollama needs its Modelfile", remedy=remedy)
+    request = to_create_request(read_modelfile(target.modelfile), "", endpoint.model)
     parts = {name: value for name, value in request.items() if name not in ("model", "files", "stream")}
     planned = {s.name: int(s.value) for s in (plan.parameters if plan else ()) if s.value is not None}
     parts["parameters"] = {**parts.get("parameters", {}), **planned}
@@ -250,12 +250,9 @@ def first_token(endpoint: Endpoint, timeout: float = 300) -> None:
         with open_client(endpoint.url, endpoint.api_key, timeout) as client:
             post(client, PATH, hello(endpoint.model))
     except Refused as refused:
-        known = classify(refused.evidence)
-        raise StartFailure(
-            f"{endpoint.engine} is up but refuses a chat ({refused.status}){f': {known.cause}' if known else ''}",
-            evidence=refused.evidence,
-            **(known.facts if known else {}),
-        ) from None
+        known, words = classify(refused.evidence), f"{endpoint.engine} is up but refuses a chat ({refused.status})"
+        words += f": {known.cause}" if known else ""
+        raise StartFailure(words, evidence=refused.evidence, **(known.facts if known else {})) from None
     except Unanswered as silent:
         if endpoint.server is None:
             raise EngineError(f"{endpoint.engine} is up but does not answer a chat: {silent.cause!r}") from None

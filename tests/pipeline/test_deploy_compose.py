@@ -19,7 +19,7 @@ from pipeline.cli import app
 from pipeline.config import Settings
 from pipeline.operate.agents import Agents
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 FILES = {"docker-compose.yml": ["compose"], "docker-compose.gpu.yml": ["compose", "--gpu"]}
 PORTS = {"local-ollama": 11434, "local-vllm": 8003, "local-sglang": 8004, "local-llamacpp": 8005}
 

@@ -1,1 +1,0 @@
-"""What runs the services elsewhere: docker compose files and systemd units, made from plans."""
