@@ -85,24 +85,21 @@ def render(result: Result) -> str:
     """The whole page."""
     titles = {backend.name: backend.shown for backend in result.backends}
     css = (TEMPLATES / "report.css").read_text(encoding="utf-8")
-    return (
-        environment()
-        .get_template("report.html.j2")
-        .render(
-            result=result,
-            version=__version__,
-            css=Markup(css),
-            css_hash=base64.b64encode(hashlib.sha256(css.encode()).digest()).decode(),
-            verdict=verdict(result),
-            certificate=view(result.certificate, titles) if result.certificate else None,
-            figures=figures(result),
-            groups=groups(result),
-            charts=_charts(result),
-            scores=_score_rows(result),
-            table=_backend_table(result.backends),
-            sheets=sheets(result.examples, titles),
-            facts_run=flatten({"run": result.run, "written": result.created_at, "base model": result.base_model.model_dump()}),
-        )
+    template = environment().get_template("report.html.j2")
+    return template.render(
+        result=result,
+        version=__version__,
+        css=Markup(css),
+        css_hash=base64.b64encode(hashlib.sha256(css.encode()).digest()).decode(),
+        verdict=verdict(result),
+        certificate=view(result.certificate, titles) if result.certificate else None,
+        figures=figures(result),
+        groups=groups(result),
+        charts=_charts(result),
+        scores=_score_rows(result),
+        table=_backend_table(result.backends),
+        sheets=sheets(result.examples, titles),
+        facts_run=flatten({"run": result.run, "written": result.created_at, "base model": result.base_model.model_dump()}),
     )
 
 
