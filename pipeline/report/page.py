@@ -243,8 +243,7 @@ def feature(tried: Feature | None) -> str:
 
 
 def _memory(backend: Backend) -> str:
-    predicted = (backend.memory_gib or {}).get("total")
-    parts = [f"{backend.memory_measured_gib:.1f}" if backend.memory_measured_gib is not None else ""]
-    parts.append(f"({predicted:.1f} planned)" if predicted is not None else "")
-    text = " ".join(filter(None, parts))
-    return f"{text} GiB" if text else NONE
+    measured, predicted = backend.memory_measured_gib, (backend.memory_gib or {}).get("total")
+    parts = [f"{measured:.1f}"] if measured is not None else []
+    parts += [f"({predicted:.1f} planned)"] if predicted is not None else []
+    return " ".join([*parts, "GiB"]) if parts else NONE
