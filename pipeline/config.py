@@ -1,7 +1,7 @@
 """Settings from the environment and ``.env``: the documented variables, their defaults and where each value came from."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,14 +17,13 @@ from pipeline.runs.text import mask, without_password
 
 Strategy = Literal["local-first", "cloud-first", "cheapest"]
 ENV_FILE = Path(".env")
+_NO_KEY = SecretStr("")
 
 
 def _known(name: str) -> str:
+    *others, last = map(repr, engines.NAMES)
     if name not in engines.NAMES:
-        words = [repr(known) for known in engines.NAMES]
-        raise PydanticCustomError(
-            "literal_error", "Input should be {expected}", {"expected": f"{', '.join(words[:-1])} or {words[-1]}"}
-        )
+        raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": f"{', '.join(others)} or {last}"})
     return name
 
 
@@ -49,11 +48,11 @@ class Settings(BaseSettings):
     vllm_gpu_memory_util: float | None = Field(None, gt=0, le=1, description="share of GPU memory vLLM takes; empty: planned")
     vllm_max_model_len: int | None = Field(None, gt=0, description="vLLM's context in tokens; empty: planned")
     vllm_tensor_parallel: int | None = Field(None, gt=0, description="GPUs vLLM splits a model over; empty: planned")
-    vllm_api_key: SecretStr = Field(SecretStr(""), description="key a vLLM started here asks for, sent to it and to no other")
+    vllm_api_key: SecretStr = Field(_NO_KEY, description="key a vLLM started here asks for, sent to it and to no other")
     openai_compatible_base_url: str = Field("", description="any OpenAI-compatible endpoint: TGI, LM Studio, a hosted model")
     openai_compatible_model: str = Field("", description="model asked of that endpoint")
     openai_compatible_orchestrator_model: str = Field("", description="orchestrator's model there; empty: the same")
-    openai_compatible_api_key: SecretStr = Field(SecretStr(""), description="key sent to that endpoint, and to no other")
+    openai_compatible_api_key: SecretStr = Field(_NO_KEY, description="key sent to that endpoint, and to no other")
     sglang_base_url: str = Field("http://127.0.0.1:8004/v1", description="where SGLang is looked for")
     sglang_model: str = Field("granite-soc", description="model asked of SGLang, and the name serve sglang gives it")
     sglang_max_model_len: int | None = Field(None, gt=0, description="SGLang's context in tokens; empty: planned")
@@ -61,13 +60,11 @@ class Settings(BaseSettings):
     llamacpp_model: str = Field("granite-soc", description="model asked of llama.cpp, and the name serve llamacpp gives it")
     llamacpp_ctx_size: int | None = Field(None, gt=0, description="llama.cpp's context, all slots together; empty: planned")
     llamacpp_parallel: int | None = Field(None, gt=0, description="requests llama.cpp computes at once; empty: planned")
-    llama_api_key: SecretStr = Field(
-        SecretStr(""), description="key a llama.cpp started here asks for, sent to it and to no other"
-    )
-    gateway_api_key: SecretStr = Field(SecretStr(""), description="key the gateway asks of its clients; empty: none")
+    llama_api_key: SecretStr = Field(_NO_KEY, description="key a llama.cpp started here asks for, sent to it and to no other")
+    gateway_api_key: SecretStr = Field(_NO_KEY, description="key the gateway asks of its clients; empty: none")
     gateway_strategy: Strategy = Field("local-first", description="which backend the gateway asks first")
     agents_file: Path = Field(Path("agents.yaml"), description="which run each agent uses, and what the gateway may do")
-    hf_token: SecretStr = Field(SecretStr(""), description="hub token for gated or private models")
+    hf_token: SecretStr = Field(_NO_KEY, description="hub token for gated or private models")
     # the env file's lines, for an engine whose variables are not among these fields
     _file: dict[str, str | None] = PrivateAttr(default_factory=dict)
 
@@ -75,10 +72,6 @@ class Settings(BaseSettings):
         """The planning overrides these variables hold for an engine, by flag name."""
         held = {flag: self._value(variable) for variable, flag in engines.get(engine).settings.items()}
         return {flag: value for flag, value in held.items() if value}
-
-    def served_name(self, engine: str) -> str:
-        """The name an engine's model is served under."""
-        return self.address(engine).model
 
     def address(self, backend: str = "") -> "Address":
         """Where a backend (default: the one in ``LLM_BACKEND``) answers, and the models asked of it."""
@@ -108,7 +101,7 @@ class Address:
     base_url: str
     model: str
     orchestrator_model: str
-    api_key: SecretStr = field(default_factory=lambda: SecretStr(""))
+    api_key: SecretStr = _NO_KEY
 
     @property
     def root(self) -> str:
@@ -152,27 +145,27 @@ def check_env_file(path: Path = ENV_FILE) -> None:
         raise InputError(f"{path}:{text[: text.index(chr(0))].count(chr(10)) + 1}: contains a NUL character")
     for binding in parse_stream(StringIO(text.removeprefix("\ufeff"))):
         if binding.error:
-            raise InputError(
-                f"{path}:{binding.original.line}: not NAME=VALUE",
-                remedy="one assignment a line; put a value with spaces, # or quotes in quotes and close them",
-            )
+            remedy = "one assignment a line; put a value with spaces, # or quotes in quotes and close them"
+            raise InputError(f"{path}:{binding.original.line}: not NAME=VALUE", remedy=remedy)
 
 
 def load(env_file: Path = ENV_FILE) -> Settings:
     """Read the settings; raises InputError naming each variable that does not fit."""
-    from dotenv import dotenv_values
-
     check_env_file(env_file)
     try:
         settings = Settings(_env_file=env_file)
     except ValidationError as error:
         lines = [f"{str(e['loc'][0]).upper()}={mask(str(e['input']))[:200]!r}: {e['msg']}" for e in error.errors()]
-        raise InputError(
-            "a setting has an unusable value", evidence="\n".join(lines), remedy=f"correct it in {env_file} or the environment"
-        ) from None
-    in_file = dotenv_values(env_file, encoding="utf-8-sig") if env_file.is_file() else {}
-    settings._file = {name: value for name, value in in_file.items() if name.lower() not in Settings.model_fields}
+        remedy = f"correct it in {env_file} or the environment"
+        raise InputError("a setting has an unusable value", evidence="\n".join(lines), remedy=remedy) from None
+    settings._file = {name: value for name, value in _in_file(env_file).items() if name.lower() not in Settings.model_fields}
     return settings
+
+
+def _in_file(env_file: Path) -> dict[str, str | None]:
+    from dotenv import dotenv_values
+
+    return dotenv_values(env_file, encoding="utf-8-sig") if env_file.is_file() else {}
 
 
 def key_variables() -> dict[str, str]:
@@ -182,17 +175,11 @@ def key_variables() -> dict[str, str]:
 
 def resolved(env_file: Path = ENV_FILE) -> list[Resolved]:
     """Every setting with its value and source, in documented order."""
-    from dotenv import dotenv_values
-
-    settings, in_file = load(env_file), dotenv_values(env_file, encoding="utf-8-sig") if env_file.is_file() else {}
-    rows = []
+    settings, in_file, rows = load(env_file), _in_file(env_file), []
     for key, info in Settings.model_fields.items():
-        value, name = getattr(settings, key), key.upper()
-        shown = (
-            ("********" if value.get_secret_value() else "")
-            if isinstance(value, SecretStr)
-            else without_password(str("" if value is None else value))
-        )
+        name, value = key.upper(), settings._value(key.upper())
+        secret = isinstance(getattr(settings, key), SecretStr)
+        shown = value and "********" if secret else without_password(value)
         source = _source(os.environ.get(name), in_file.get(name))
         rows.append(Resolved(name, shown, source, info.description or ""))
     return rows

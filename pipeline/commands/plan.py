@@ -79,7 +79,7 @@ def plan(
     # as serve does; what is set for this machine's servers says nothing of another machine or a model that is not here
     if machine is None and model_shape is None:
         settings = config.load()
-        name = settings.served_name(chosen.name) or name
+        name = settings.address(chosen.name).model or name
         given = {**settings.overrides(chosen.name), **given}
     request = Request(source, hardware_from(machine, output), cast(Purpose, purpose), name, given)
     made = chosen.plan(request)

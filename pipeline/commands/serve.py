@@ -130,7 +130,7 @@ def status(
 
 
 def _target(run: RunFolder, engine: Engine, model: Path | None, name: str | None, settings: config.Settings) -> Target:
-    served = name or settings.served_name(engine.name) or run.name
+    served = name or settings.address(engine.name).model or run.name
     if model is None:
         return Target.of_run(run, engine.name, served)
     if not model.exists():

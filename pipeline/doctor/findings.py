@@ -110,6 +110,5 @@ def hub_token(settings: Settings) -> str:
 
 def _base_of(run: RunFolder) -> str | None:
     with contextlib.suppress(PipelineError, TypeError, ValueError, OSError):
-        training = Manifest(run.manifest).training
-        return training.base.id if training else None
+        return training.base.id if (training := Manifest(run.manifest).training) else None
     return None

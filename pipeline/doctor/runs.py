@@ -126,9 +126,8 @@ def _state(run: RunFolder) -> str:
     if "evaluate_tuned" in stages:
         with contextlib.suppress(PipelineError, KeyError, TypeError):
             return "verified" if read_json(run.report_file)["passed"] else "failed verification"
-    for stage, state in _STATES:
-        if stage in stages:
-            return state
+    if known := next((state for stage, state in _STATES if stage in stages), ""):
+        return known
     steps = [path.name.rpartition("-")[2] for path in run.checkpoints.glob("checkpoint-*")]
     newest = max((int(step) for step in steps if step.isdigit()), default=None)
     return "empty" if newest is None else f"training, checkpoint of step {newest}"

@@ -31,9 +31,7 @@ LOOPBACK = "127.0.0.1"
 ASKED = 20
 # half the context is not worth a retry below this
 LEAST_CONTEXT = 512
-_AT_A_TIME = 8
-# the tag before a token's ID, where tokens would else be text
-_ID_TAG = "token_id:"
+OTHERS_TELL = "compare prompts with the vllm, llamacpp or ollama engine"
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ class Engine(ABC):
     tag: ClassVar[str] = ""
     # whether prompt() can be asked for what the model is fed
     tells_prompt: ClassVar[bool] = False
-    # the ways a chat may take to a prompt here, as pipeline.prompts.deviations names them
+    # the ways a chat may take to a prompt here, as the known deviations in pipeline.prompts.parity name them
     renderers: ClassVar[tuple[str, ...]] = ()
     # forms of tool calls (pipeline.model.toolcalls) that it finds in an answer
     call_forms: ClassVar[tuple[str, ...]] = tuple(MARKS)
@@ -188,7 +186,7 @@ class Engine(ABC):
     def variables(self) -> list[str]:
         """The variables that configure it."""
         common = (f"{self.prefix}_{word}" for word in ("BASE_URL", "MODEL", "ORCHESTRATOR_MODEL"))
-        return [*common, *self.settings, *filter(None, [self.key_variable])]
+        return list(filter(None, [*common, *self.settings, self.key_variable]))
 
     def artefact(self, run: RunFolder) -> Path | None:
         """The folder or file of a run that it serves; None when nothing is served from here."""
@@ -212,9 +210,7 @@ class Engine(ABC):
         Raises ModelError when the chat template refuses it, NotApplicable when the API cannot say it, EngineError when
         the engine does not tell its prompts or does not answer.
         """
-        raise EngineError(
-            f"{self.title} does not tell the rendered prompt", remedy="compare prompts with the vllm, llamacpp or ollama engine"
-        )
+        raise EngineError(f"{self.title} does not tell the rendered prompt", remedy=OTHERS_TELL)
 
     def schema_requests(self, body: Body, schema: Body) -> list[tuple[str, Body]]:
         """(path, body) of every way this engine has to answer a chat request by a JSON schema; here OpenAI's."""
@@ -247,7 +243,7 @@ class Engine(ABC):
         Raises EngineError when the engine cannot take or give token IDs.
         """
         try:
-            with ThreadPoolExecutor(_AT_A_TIME) as pool:
+            with ThreadPoolExecutor(8) as pool:
                 return list(pool.map(lambda ids: self._top(client, model, list(ids)), prompts))
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise EngineError(f"{self.name} gives no log-probabilities of token IDs ({error!r})") from None
@@ -257,7 +253,7 @@ class Engine(ABC):
         wanted = {"max_tokens": 1, "temperature": 0, "logprobs": ASKED, "return_tokens_as_token_ids": True}
         answer = ask(client, "/v1/completions", {"model": model, "prompt": ids, **wanted})
         tops: dict[str, float] = answer["choices"][0]["logprobs"]["top_logprobs"][0]
-        return {int(token.removeprefix(_ID_TAG)): float(value) for token, value in tops.items()}
+        return {int(token.removeprefix("token_id:")): float(value) for token, value in tops.items()}
 
     def tokenize(self, client: httpx.Client, text: str) -> list[int] | None:
         """The token IDs that the engine's own tokenizer gives a text; None where that is the folder's tokenizer or is not told."""
@@ -279,11 +275,8 @@ class Engine(ABC):
 def require_feasible(plan: Plan) -> None:
     """Raise EngineError with the numbers and the alternatives when a plan was refused."""
     if not plan.feasible:
-        raise EngineError(
-            f"{plan.engine} cannot serve this model on this machine",
-            evidence="\n".join(plan.warnings),
-            remedy="; or ".join(plan.alternatives) or "use a larger machine",
-        )
+        what, remedy = f"{plan.engine} cannot serve this model on this machine", "; or ".join(plan.alternatives)
+        raise EngineError(what, evidence="\n".join(plan.warnings), remedy=remedy or "use a larger machine")
 
 
 def openai_body(conversation: Conversation) -> dict[str, Any]:
@@ -298,12 +291,9 @@ def openai_body(conversation: Conversation) -> dict[str, Any]:
 
 def _openai_message(message: Mapping[str, Any]) -> dict[str, Any]:
     """OpenAI's form: call arguments are a JSON string."""
-    calls = message.get("tool_calls")
-    if not calls:
-        return dict(message)
     made = []
-    for call in calls:
+    for call in message.get("tool_calls") or ():
         arguments = call["function"]["arguments"]
         text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
         made.append({**call, "function": {**call["function"], "arguments": text}})
-    return {**message, "tool_calls": made}
+    return {**message, "tool_calls": made} if made else dict(message)

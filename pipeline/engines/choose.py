@@ -42,8 +42,7 @@ def recommend(hardware: Hardware, users: int = 1, purpose: str = "serve") -> Cho
     backend, reasons = _decide(hardware, users, purpose)
     others = {e.name: e.advice(hardware, users) for e in engines.every() if e.name != backend}
     words = {"batch": " --purpose throughput"}.get(purpose, " --purpose latency" if users == 1 and backend == "vllm" else "")
-    command = f"granite-pipeline serve {backend}{words}"
-    engine = engines.get(backend)
+    command, engine = f"granite-pipeline serve {backend}{words}", engines.get(backend)
     if engine.serves == "url":
         command = f"set {engine.prefix}_BASE_URL and {engine.prefix}_MODEL, then LLM_BACKEND={backend}"
     return Choice(backend, command, tuple(reasons), others)

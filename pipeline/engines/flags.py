@@ -23,29 +23,19 @@ _TIMEOUT = 180.0
 def listed_flags(engine: str) -> Known:
     """What ``flags.json`` lists for an engine; with ``opposites`` a switch can also be written ``--no-...``."""
     listed: dict[str, Any] = json.loads(Path(__file__).with_name("flags.json").read_text(encoding="utf-8"))[engine]
-    switches = [f"--{word}" for word in listed["switches"]]
-    switches += [f"--no-{word}" for word in listed["switches"] if listed["opposites"]]
-    return Known(
-        frozenset(word if word[0] == "-" else f"--{word}" for word in listed["flags"]),
-        frozenset(switches),
-        frozenset(listed["variables"]),
-    )
-
-
-def unknown_flags(engine: Engine, plan: Plan, cache: Path | None = None) -> tuple[str, ...]:
-    """Flags of a plan that the installed engine's own parser does not know; empty when the engine cannot be asked."""
-    known = installed_flags(engine, cache)
-    return tuple(f.name for f in plan.flags if f.name not in known) if known else ()
+    flags = frozenset(word if word[0] == "-" else f"--{word}" for word in listed["flags"])
+    starts = ("--", "--no-") if listed["opposites"] else ("--",)
+    switches = frozenset(f"{start}{word}" for word in listed["switches"] for start in starts)
+    return Known(flags, switches, frozenset(listed["variables"]))
 
 
 def require_known_flags(engine: Engine, plan: Plan, cache: Path | None = None) -> None:
-    """Raise EngineError before launch when the installed engine would refuse a flag of the plan."""
-    if unknown := unknown_flags(engine, plan, cache):
-        version = engine.available().version
-        raise EngineError(
-            f"{engine.name} {version} does not know {', '.join(unknown)}",
-            remedy=f"install the {engine.name} version this release was tested with (make setup), or drop these --set values",
-        )
+    """Raise EngineError before launch when the installed engine's own parser, where it can be asked, does not know a flag."""
+    known = installed_flags(engine, cache)
+    if known and (unknown := [flag.name for flag in plan.flags if flag.name not in known]):
+        what = f"{engine.name} {engine.available().version} does not know {', '.join(unknown)}"
+        tested = f"install the {engine.name} version this release was tested with (make setup)"
+        raise EngineError(what, remedy=f"{tested}, or drop these --set values")
 
 
 def installed_flags(engine: Engine, cache: Path | None = None) -> frozenset[str]:
@@ -55,11 +45,11 @@ def installed_flags(engine: Engine, cache: Path | None = None) -> frozenset[str]
     if not question or not version:
         return frozenset()
     digest = hashlib.sha256(json.dumps([version, question]).encode()).hexdigest()[:16]
-    stored = (cache or _cache()) / f"flags-{engine.name}-{digest}.json"
+    folder = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "granite-pipeline"
+    stored = folder / f"flags-{engine.name}-{digest}.json"
     if stored.is_file():
         return frozenset(json.loads(stored.read_text(encoding="utf-8")))
-    flags = _ask(question)
-    if flags:
+    if flags := _ask(question):
         write_json(stored, sorted(flags))
     return flags
 
@@ -75,7 +65,3 @@ def _ask(question: list[str]) -> frozenset[str]:
         if line.startswith("FLAGS"):
             return frozenset(json.loads(line.removeprefix("FLAGS")))
     return frozenset(_HELP_FLAG.findall(done.stdout))
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "granite-pipeline"

@@ -33,13 +33,13 @@ class Listing:
 
 def openai_listing(reached: Reached) -> Listing:
     """The answer of ``/v1/models``, with what vLLM, llama.cpp and LM Studio add to OpenAI's fields."""
-    found = entries(reached, "data")
-    return Listing(reached, None if found is None else tuple(map(_openai_model, found)))
+    listed = entries(reached, "data")
+    return Listing(reached, None if listed is None else tuple(map(_openai_model, listed)))
 
 
 def _openai_model(entry: Mapping[str, Any]) -> Listed:
-    meta = entry.get("meta") if isinstance(entry.get("meta"), dict) else {}
-    assert isinstance(meta, dict)
+    said = entry.get("meta")
+    meta = said if isinstance(said, dict) else {}
     return Listed(
         name=str(entry.get("id", "")),
         loaded=str(entry["state"]) == "loaded" if "state" in entry else True,

@@ -24,33 +24,27 @@ from pipeline.planning.overrides import Overrides
 from pipeline.planning.plan import Plan, Request, Setting
 from pipeline.prompts.conversation import Conversation, Prompt
 
-_ALIASES = {
-    "--ctx-size": "-c", "--c": "-c", "--np": "--parallel", "--t": "--threads", "--ngl": "--n-gpu-layers", "--fa": "--flash-attn",
-    "--ctk": "--cache-type-k", "--ctv": "--cache-type-v", "--b": "--batch-size", "--ub": "--ubatch-size",
-    "--kvu": "--kv-unified", "--a": "--alias", "--tb": "--threads-batch", "--m": "--model",
-}  # fmt: skip
+# llama-server's short words, and the one setting whose short word is planned
+_ALIASES = {"--ctx-size": "-c", "--c": "-c", "--np": "--parallel", "--kvu": "--kv-unified", "--a": "--alias", "--m": "--model"}
+_ALIASES |= {"--t": "--threads", "--tb": "--threads-batch", "--ngl": "--n-gpu-layers", "--fa": "--flash-attn"}
+_ALIASES |= {"--ctk": "--cache-type-k", "--ctv": "--cache-type-v", "--b": "--batch-size", "--ub": "--ubatch-size"}
 
 
 def _settings(request: Request, fit: GgufFit) -> list[Setting]:
     model, cpu = request.model, request.hardware.cpu
-    total = fit.slots * fit.length
+    why = f"{fit.slots} slots x {fit.length} tokens; left out, the model's declared context is taken (hybrids: 1,048,576)"
     settings = [
         Setting("--model", str(model.path or f"{model.name}.Q8_0.gguf"), "the GGUF to serve"),
         Setting("--alias", request.name, "the name clients ask for"),
-        Setting(
-            "-c",
-            str(total),
-            f"{fit.slots} slots x {fit.length} tokens; left out, the model's declared context is taken (hybrids: 1,048,576)",
-        ),
+        Setting("-c", str(fit.slots * fit.length), why),
         Setting("--parallel", str(fit.slots), "requests computed together; each slot owns an equal share of -c"),
         Setting("--threads", str(cpu.cores), "the cores this process may use (affinity and container quota applied)"),
         Setting("--jinja", None, "prompts come from the model's own chat template"),
     ]
-    if cpu.numa_nodes > 1 and not fit.on_gpu:
-        settings.append(Setting("--numa", "distribute", f"threads and memory spread over {cpu.numa_nodes} NUMA nodes"))
-    if not fit.on_gpu:
-        settings.append(SHORT_SPIN)
-    return settings
+    if fit.on_gpu:
+        return settings
+    numa = Setting("--numa", "distribute", f"threads and memory spread over {cpu.numa_nodes} NUMA nodes")
+    return [*settings, numa, SHORT_SPIN] if cpu.numa_nodes > 1 else [*settings, SHORT_SPIN]
 
 
 class LlamaCpp(Engine):
@@ -88,9 +82,8 @@ class LlamaCpp(Engine):
             return Availability(True, version=f"xllamacpp {importlib.metadata.version('xllamacpp')}")
         except importlib.metadata.PackageNotFoundError:
             reason = "neither llama-server is on PATH nor is the xllamacpp package installed"
-            return Availability(
-                False, reason=reason, remedy="pip install xllamacpp, or install llama.cpp (brew install llama.cpp)"
-            )
+            remedy = "pip install xllamacpp, or install llama.cpp (brew install llama.cpp)"
+            return Availability(False, reason=reason, remedy=remedy)
 
     def mismatch(self, hardware: Hardware, version: str, packages: Mapping[str, str]) -> Mismatch | None:
         """The portable CPU wheel beside a GPU."""
@@ -133,10 +126,8 @@ class LlamaCpp(Engine):
         slot = said.get("default_generation_settings")
         context = integer(slot.get("n_ctx")) if isinstance(slot, dict) else None
         path = str(said.get("model_path", ""))
-        models = found.models and tuple(
-            replace(one, context=context or one.context, path=one.path or path, loaded=True) for one in found.models
-        )
-        return replace(found, models=models)
+        told = [replace(one, context=context or one.context, path=one.path or path, loaded=True) for one in found.models or ()]
+        return replace(found, models=found.models and tuple(told))
 
     def loaded_file(self, client: httpx.Client, model: str) -> str | None:
         """``/props`` names it."""

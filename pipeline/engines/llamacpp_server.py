@@ -34,9 +34,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-fa", "--flash-attn", choices=sorted(_FLASH), default="auto")
     p.add_argument("-ctk", "--cache-type-k", choices=sorted(_CACHE_TYPES), default="f16")
     p.add_argument("-ctv", "--cache-type-v", choices=sorted(_CACHE_TYPES), default="f16")
-    p.add_argument(
-        "--jinja", action="store_true", help="accepted for llama-server's sake; the chat template is always rendered by jinja"
-    )
+    always = "accepted for llama-server's sake; the chat template is always rendered by jinja"
+    p.add_argument("--jinja", action="store_true", help=always)
     p.add_argument("--metrics", action="store_true", help="serve /metrics")
     p.add_argument("--no-warmup", action="store_true")
     p.add_argument("--cache-ram", type=int, default=8192, help="MiB of prompts kept in RAM besides the slots; 0: none")

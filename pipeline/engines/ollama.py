@@ -26,11 +26,7 @@ from pipeline.prompts.ollama_view import as_api
 from pipeline.runs.hashes import sha256_file
 
 _PARALLEL: dict[Purpose, int] = {"verify": 4, "serve": 4, "throughput": 8, "latency": 1}
-_ALIASES = {
-    "--num-parallel": "OLLAMA_NUM_PARALLEL",
-    "--keep-alive": "OLLAMA_KEEP_ALIVE",
-    "--max-loaded-models": "OLLAMA_MAX_LOADED_MODELS",
-}
+_ALIASES = {f"--{w}": f"OLLAMA_{w.upper().replace('-', '_')}" for w in ("num-parallel", "keep-alive", "max-loaded-models")}
 _PARAMETERS = {"--num-ctx": "num_ctx", "--num-gpu": "num_gpu"}
 _INSTALL = "curl -fsSL https://ollama.com/install.sh | sh (macOS: brew install ollama), or set OLLAMA_BASE_URL to a running one"
 
@@ -76,7 +72,7 @@ class Ollama(Engine):
 
     def folders(self) -> list[Path]:
         """Where it keeps models."""
-        return [Path.home() / ".ollama", *(Path(folder) for folder in [os.environ.get("OLLAMA_MODELS")] if folder)]
+        return [Path.home() / ".ollama", *map(Path, filter(None, [os.environ.get("OLLAMA_MODELS")]))]
 
     def half_context(self, plan: Plan, request: Request) -> Mapping[str, str | None]:
         """Half of num_ctx."""
@@ -92,8 +88,8 @@ class Ollama(Engine):
         running = {str(entry.get("name")): entry for entry in entries(ps, "models") or []}
         models = []
         for entry in found:
-            name = str(entry.get("name", ""))
-            context, digest = integer(running.get(name, {}).get("context_length")), str(entry.get("digest") or "")
+            name, digest = str(entry.get("name", "")), str(entry.get("digest") or "")
+            context = integer(running.get(name, {}).get("context_length"))
             models.append(Listed(name, name in running, context, integer(entry.get("size")), digest=digest))
         return Listing(tags, tuple(models))
 
@@ -122,12 +118,11 @@ class Ollama(Engine):
             Setting("OLLAMA_KEEP_ALIVE", "30m", "the default unloads the model after five minutes without requests"),
             Setting("OLLAMA_CONTEXT_LENGTH", str(fit.length), f"for models created without num_ctx; the default of 4096 {cut}"),
             Setting("--num-ctx", str(fit.length), "the default of 4096 on small machines cuts long prompts silently"),
-            Setting("--num-gpu", "0", "no GPU here")
-            if on_cpu
-            else Setting("--num-gpu", "-1", "Ollama's own estimate of how many layers fit"),
         ]
         if on_cpu:
-            settings.append(SHORT_SPIN)
+            settings += [Setting("--num-gpu", "0", "no GPU here"), SHORT_SPIN]
+        else:
+            settings.append(Setting("--num-gpu", "-1", "Ollama's own estimate of how many layers fit"))
         flags, env = user.lay_over(settings, self.flags)
         parameters = tuple(replace(flag, name=_PARAMETERS[flag.name]) for flag in flags)
         folder = request.model.format == "safetensors"

@@ -2,7 +2,7 @@
 
 import httpx
 
-from pipeline.engines.base import Engine
+from pipeline.engines.base import OTHERS_TELL, Engine
 from pipeline.errors import EngineError, InputError
 from pipeline.planning.plan import Plan, Request
 from pipeline.prompts.conversation import Conversation, Prompt
@@ -23,9 +23,8 @@ class OpenAiCompatible(Engine):
         """An empty plan: the server's flags are its owner's."""
         model = request.model
         if request.overrides:
-            raise InputError(
-                "--set does nothing for an OpenAI-compatible URL", remedy="change the settings where that server is started"
-            )
+            remedy = "change the settings where that server is started"
+            raise InputError("--set does nothing for an OpenAI-compatible URL", remedy=remedy)
         return Plan(
             engine=self.name,
             feasible=True,
@@ -37,6 +36,4 @@ class OpenAiCompatible(Engine):
 
     def prompt(self, client: httpx.Client, model: str, conversation: Conversation) -> Prompt:
         """Always raises EngineError: the OpenAI API has no way to ask for the rendered prompt."""
-        raise EngineError(
-            "the OpenAI API does not tell the rendered prompt", remedy="compare prompts with the vllm, llamacpp or ollama engine"
-        )
+        raise EngineError("the OpenAI API does not tell the rendered prompt", remedy=OTHERS_TELL)

@@ -11,90 +11,12 @@ from pipeline.engines.base import Availability, Container, Engine
 from pipeline.engines.flags import listed_flags
 from pipeline.errors import InputError
 from pipeline.machine.hardware import Hardware
-from pipeline.planning import alternatives
-from pipeline.planning.gpu_fit import Wish, alike, best, choices, hub_id, refusal
+from pipeline.planning.gpu_fit import Fit, Wish, alike, best, choices, gpu_plan, hub_id, refusal
 from pipeline.planning.overrides import Overrides
 from pipeline.planning.plan import Memory, Plan, Purpose, Request, Setting
 
 _SEQUENCES: dict[Purpose, int] = {"verify": 16, "serve": 64, "throughput": 256, "latency": 8}
 _ALIASES = {"--tensor-parallel-size": "--tp-size", "--tp": "--tp-size", "--max-model-len": "--context-length"}
-
-
-def plan(request: Request) -> Plan:
-    """Flags for SGLang, or a refusal: it needs a CUDA or ROCm GPU."""
-    user = Overrides.of(request.overrides, _ALIASES)
-    if not request.hardware.gpus:
-        return _no_gpu(request)
-    gpu, shape = request.hardware.gpus[0], request.model.shape
-    why_not = refusal(request, gpu).replace("vLLM", "SGLang")
-    dtype = "bfloat16" if gpu.vendor == "amd" or gpu.capability >= (8, 0) else "float16"
-    if user.values.get("--dtype") == "bfloat16" and dtype == "float16":
-        raise InputError(f"--dtype bfloat16 needs compute capability 8.0, {gpu.name} has {gpu.compute_capability}")
-    gpus = alike(request.hardware.gpus)
-    asked = user.integer("--tp-size", 1, len(gpus), f"GPUs that can work together here: {len(gpus)}")
-    found = choices(request.model, gpus, eager=request.purpose == "verify")
-    # SGLang has no bitsandbytes loader for Granite worth planning; fp8 is its online quantisation
-    usable = tuple(c for c in found if c.quantization != "bitsandbytes" and asked in (None, c.tensor_parallel))
-    if not usable:
-        raise InputError(f"--tp-size {asked} does not divide {shape.heads} heads and {shape.kv_heads} kv heads")
-    sequences = user.integer("--max-running-requests", 1, 4096) or _SEQUENCES[request.purpose]
-    length = user.integer("--context-length", 1, shape.max_positions, f"the model's own limit is {shape.max_positions}")
-    wish = Wish(request.purpose, dtype, sequences, usable, length)
-    fit = best(request.model, gpus, wish)
-    fit = replace(fit, feasible=fit.feasible and not why_not)
-    m, choice = fit.memory, fit.choice
-    short = f"needs {m.total:.1f} GiB per GPU (weights {m.weights:.1f}), {m.available:.1f} GiB are free"
-    settings = [
-        Setting("--model-path", str(request.model.path or hub_id(request.model.name)), "the model to serve"),
-        Setting("--served-model-name", request.name, "the name clients ask for"),
-        Setting("--dtype", dtype, f"compute capability {gpu.compute_capability or 'unknown'}"),
-        Setting(
-            "--context-length",
-            str(fit.length),
-            f"context per request that the KV cache holds; the model allows {shape.max_positions}",
-        ),
-        Setting("--max-running-requests", str(fit.sequences), f"purpose {request.purpose}"),
-    ]
-    if choice.quantization:
-        settings.append(Setting("--quantization", choice.quantization, "16-bit weights do not fit with activations and KV cache"))
-    if choice.kv_dtype == "fp8":
-        settings.append(Setting("--kv-cache-dtype", "fp8_e4m3", "halves the KV cache"))
-    if choice.tensor_parallel > 1:
-        settings.append(Setting("--tp-size", str(choice.tensor_parallel), "one GPU does not hold the model"))
-    if choice.eager:
-        settings.append(Setting("--disable-cuda-graph", None, "starts faster and leaves the memory to the KV cache"))
-    flags, env = user.lay_over(settings, listed_flags("sglang"))
-    return Plan(
-        engine="sglang",
-        feasible=fit.feasible,
-        flags=flags,
-        env=env,
-        dtype=dtype,
-        quantization=request.model.quantization or choice.quantization,
-        tensor_parallel=choice.tensor_parallel,
-        max_model_len=fit.length,
-        max_num_seqs=fit.sequences,
-        memory=m,
-        alternatives=alternatives.nearest_gpu(request, fit, wish),
-        warnings=tuple([why_not] if why_not else [] if fit.feasible else [short]),
-    )
-
-
-def _no_gpu(request: Request) -> Plan:
-    model = request.model
-    memory = Memory(weights=model.weights_gib("float32"), available=request.hardware.ram_free_gib)
-    return Plan(
-        engine="sglang",
-        feasible=False,
-        dtype="float32",
-        quantization=model.quantization,
-        max_model_len=model.shape.max_positions,
-        memory=memory,
-        alternatives=("the vllm engine's CPU build, or llamacpp",),
-        warnings=("SGLang's packages need a CUDA or ROCm GPU; its CPU build is compiled from source",),
-    )
-
-
 _INSTALL = "python -m venv sglang-env && sglang-env/bin/pip install sglang, then SGLANG_PYTHON=sglang-env/bin/python"
 _VERSION_CODE = "import importlib.metadata as m; print(m.version('sglang'))"
 
@@ -134,8 +56,29 @@ class Sglang(Engine):
         return "its packages need a CUDA or ROCm GPU"
 
     def plan(self, request: Request) -> Plan:
-        """Flags for this model, these GPUs and this purpose."""
-        return plan(request)
+        """Flags for these GPUs, or a refusal: it needs a CUDA or ROCm GPU."""
+        user, model, hardware = Overrides.of(request.overrides, _ALIASES), request.model, request.hardware
+        if not hardware.gpus:
+            return Plan(
+                engine=self.name,
+                feasible=False,
+                dtype="float32",
+                quantization=model.quantization,
+                max_model_len=model.shape.max_positions,
+                memory=Memory(weights=model.weights_gib("float32"), available=hardware.ram_free_gib),
+                alternatives=("the vllm engine's CPU build, or llamacpp",),
+                warnings=("SGLang's packages need a CUDA or ROCm GPU; its CPU build is compiled from source",),
+            )
+        why_not = refusal(request, hardware.gpus[0]).replace("vLLM", "SGLang")
+        wish = _wish(request, user)
+        fit = best(model, alike(hardware.gpus), wish)
+        fit = replace(fit, feasible=fit.feasible and not why_not)
+        m = fit.memory
+        short = f"needs {m.total:.1f} GiB per GPU (weights {m.weights:.1f}), {m.available:.1f} GiB are free"
+        laid = user.lay_over(_settings(request, wish, fit), self.flags)
+        quantization = model.quantization or fit.choice.quantization
+        warnings = [why_not] if why_not else [] if fit.feasible else [short]
+        return gpu_plan(self.name, request, (wish, fit), laid, quantization, warnings)
 
     def program(self) -> Sequence[str]:
         """The server's module."""
@@ -144,3 +87,40 @@ class Sglang(Engine):
 
 def _python() -> str:
     return os.environ.get("SGLANG_PYTHON") or sys.executable
+
+
+def _wish(request: Request, user: Overrides) -> Wish:
+    gpus, shape = alike(request.hardware.gpus), request.model.shape
+    dtype = "bfloat16" if gpus[0].vendor == "amd" or gpus[0].capability >= (8, 0) else "float16"
+    if user.values.get("--dtype") == "bfloat16" and dtype == "float16":
+        raise InputError(f"--dtype bfloat16 needs compute capability 8.0, {gpus[0].name} has {gpus[0].compute_capability}")
+    asked = user.integer("--tp-size", 1, len(gpus), f"GPUs that can work together here: {len(gpus)}")
+    every = choices(request.model, gpus, eager=request.purpose == "verify")
+    # SGLang has no bitsandbytes loader for Granite worth planning; fp8 is its online quantisation
+    usable = tuple(c for c in every if c.quantization != "bitsandbytes" and asked in (None, c.tensor_parallel))
+    if not usable:
+        raise InputError(f"--tp-size {asked} does not divide {shape.heads} heads and {shape.kv_heads} kv heads")
+    sequences = user.integer("--max-running-requests", 1, 4096) or _SEQUENCES[request.purpose]
+    length = user.integer("--context-length", 1, shape.max_positions, f"the model's own limit is {shape.max_positions}")
+    return Wish(request.purpose, dtype, sequences, usable, length)
+
+
+def _settings(request: Request, wish: Wish, fit: Fit) -> list[Setting]:
+    model, choice, capability = request.model, fit.choice, request.hardware.gpus[0].compute_capability
+    why = f"context per request that the KV cache holds; the model allows {model.shape.max_positions}"
+    settings = [
+        Setting("--model-path", str(model.path or hub_id(model.name)), "the model to serve"),
+        Setting("--served-model-name", request.name, "the name clients ask for"),
+        Setting("--dtype", wish.dtype, f"compute capability {capability or 'unknown'}"),
+        Setting("--context-length", str(fit.length), why),
+        Setting("--max-running-requests", str(fit.sequences), f"purpose {request.purpose}"),
+    ]
+    if choice.quantization:
+        settings.append(Setting("--quantization", choice.quantization, "16-bit weights do not fit with activations and KV cache"))
+    if choice.kv_dtype == "fp8":
+        settings.append(Setting("--kv-cache-dtype", "fp8_e4m3", "halves the KV cache"))
+    if choice.tensor_parallel > 1:
+        settings.append(Setting("--tp-size", str(choice.tensor_parallel), "one GPU does not hold the model"))
+    if choice.eager:
+        settings.append(Setting("--disable-cuda-graph", None, "starts faster and leaves the memory to the KV cache"))
+    return settings

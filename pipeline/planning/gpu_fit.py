@@ -1,23 +1,27 @@
 """What fits on these GPUs: quantisation, KV precision, tensor parallelism and graphs, tried from best quality downwards.
 
-Used for vLLM and SGLang, which hold weights and KV cache alike. All memory is GiB per GPU.
+What else would fit is said with numbers where a model does not fit, or only quantised. Used for vLLM and SGLang, which hold weights and KV cache alike. All memory is GiB per GPU.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 
 from pipeline.machine.gpus import Gpu
 from pipeline.model.model import Model
 from pipeline.model.shape import Shape
+from pipeline.planning.gguf_fit import other_gguf, smaller
 from pipeline.planning.memory import activation_gib, graphs_gib, kv_gib, mamba_gib, non_torch_gib, utilization
-from pipeline.planning.plan import Memory, Purpose, Request
+from pipeline.planning.plan import Memory, Plan, Purpose, Request, Setting
 
 # longest context planned per request (None: the model's own), and how many requests of that length must fit
 _CONTEXT: dict[Purpose, int] = {"verify": 4096, "serve": 32768, "throughput": 8192, "latency": 32768}
 _FULL_LENGTH: dict[Purpose, int] = {"verify": 1, "serve": 2, "throughput": 4, "latency": 1}
 _STEP = 1024
 # contexts below which the next quantisation is tried first; 2048 is the last resort
-ACCEPTABLE = (8192, 4096, 2048)
+_ACCEPTABLE = (8192, 4096, 2048)
+# up to so many GPUs are suggested for a model that does not fit
+_MOST_GPUS = 8
 
 
 @dataclass(frozen=True)
@@ -74,13 +78,11 @@ def native_fp8(gpu: Gpu) -> bool:
 def quantizations(model: Model, gpu: Gpu) -> list[str | None]:
     """Ways to hold the weights, best quality first: as they are, fp8, bitsandbytes 4-bit.
 
-    Online fp8 needs compute capability 7.5, or AMD hardware that computes it; the bitsandbytes plugin needs 7.0 and is not for AMD. A quantised
-    hybrid mixture of experts fails to load (KeyError experts.w13_weight); 4-bit is planned for dense models only.
+    Online fp8 needs compute capability 7.5, or AMD hardware that computes it; the bitsandbytes plugin needs 7.0 and is not for
+    AMD. A quantised hybrid mixture of experts fails to load (KeyError experts.w13_weight); 4-bit is planned for dense models only.
     """
-    if model.quantization:
-        return [None]
     found: list[str | None] = [None]
-    if model.shape.hybrid and model.shape.experts:
+    if model.quantization or (model.shape.hybrid and model.shape.experts):
         return found
     if native_fp8(gpu) or (gpu.vendor == "nvidia" and gpu.capability >= (7, 5)):
         found.append("fp8")
@@ -97,22 +99,18 @@ def choices(model: Model, gpus: tuple[Gpu, ...], eager: bool) -> Iterator[Choice
     gpu = gpus[0]
     sizes = [n for n in range(1, len(gpus) + 1) if legal_tensor_parallel(model.shape, n)]
     cache = ["auto", "fp8"] if native_fp8(gpu) and not model.shape.hybrid else ["auto"]
-    for quantization in quantizations(model, gpu):
-        for size in sizes:
-            for graphs in (True, False):
-                yield from (Choice(quantization, kv, size, not graphs) for kv in cache if not (eager and graphs))
+    for quantization, size, without in product(quantizations(model, gpu), sizes, (True,) if eager else (False, True)):
+        yield from (Choice(quantization, kv, size, without) for kv in cache)
 
 
 def best(model: Model, gpus: tuple[Gpu, ...], wish: Wish) -> Fit:
     """The first choice that fits with an acceptable context; when none does, the smallest one, marked not feasible."""
-    wanted = [wish.length] if wish.length else sorted({min(a, model.shape.max_positions) for a in ACCEPTABLE}, reverse=True)
+    wanted = [wish.length] if wish.length else sorted({min(a, model.shape.max_positions) for a in _ACCEPTABLE}, reverse=True)
     for least in wanted:
         for choice in wish.choices:
-            fit = _fit(model, gpus[0], wish, choice, least)
-            if fit.feasible:
+            if (fit := _fit(model, gpus[0], wish, choice, least)).feasible:
                 return fit
-    fits = [_fit(model, gpus[0], wish, choice, wanted[-1]) for choice in wish.choices]
-    return min(fits, key=lambda f: f.memory.total)
+    return min((_fit(model, gpus[0], wish, choice, wanted[-1]) for choice in wish.choices), key=lambda fit: fit.memory.total)
 
 
 def _fit(model: Model, gpu: Gpu, wish: Wish, choice: Choice, least: int) -> Fit:
@@ -122,7 +120,8 @@ def _fit(model: Model, gpu: Gpu, wish: Wish, choice: Choice, least: int) -> Fit:
     graphs = graphs_gib(wish.sequences, choice.eager)
     fixed = weights + activation_gib(shape) + graphs + non_torch_gib(size)
     pool = share * gpu.memory_gib - fixed
-    token = kv_gib(shape, 1, kv_bytes(wish.dtype, choice.kv_dtype)) / min(size, shape.kv_heads)
+    element = 1.0 if choice.kv_dtype.startswith("fp8") else 4.0 if wish.dtype == "float32" else 2.0
+    token = kv_gib(shape, 1, element) / min(size, shape.kv_heads)
     state = mamba_gib(shape, 1, prefix_caching=wish.prefix_caching) / size
     enough = pool >= least * token + state and share * gpu.memory_gib <= gpu.free_gib
     length = wish.length or _length(shape, wish.purpose, pool, token, state, least)
@@ -150,11 +149,6 @@ def _sequences(wish: Wish, pool: float, token: float, state: float, length: int)
     return max(1, min(wish.sequences, int(pool / (typical * token + state))))
 
 
-def kv_bytes(dtype: str, kv_dtype: str) -> float:
-    """Bytes of one KV cache element."""
-    return 1.0 if kv_dtype.startswith("fp8") else 4.0 if dtype == "float32" else 2.0
-
-
 def hub_id(name: str) -> str:
     """The public id of a shape's chat model; 3.x ids end in -instruct."""
     return f"ibm-granite/{name}-instruct" if name.startswith("granite-3.") else f"ibm-granite/{name}"
@@ -170,4 +164,72 @@ def refusal(request: Request, gpu: Gpu | None) -> str:
         return "vLLM has no Metal build that serves Granite: use llama.cpp or Ollama on this Mac"
     if gpu.vendor == "nvidia" and gpu.capability < (7, 0):
         return f"vLLM needs compute capability 7.0; {gpu.name} has {gpu.compute_capability}"
+    return ""
+
+
+def gpu_plan(
+    engine: str,
+    request: Request,
+    wanted: tuple[Wish, Fit],
+    settings: tuple[tuple[Setting, ...], tuple[Setting, ...]],
+    quantization: str | None,
+    warnings: Sequence[str],
+) -> Plan:
+    """The plan with the fit found for a wish and these (flags, environment), and what else would fit."""
+    wish, fit = wanted
+    return Plan(
+        engine=engine,
+        feasible=fit.feasible,
+        flags=settings[0],
+        env=settings[1],
+        dtype=wish.dtype,
+        quantization=quantization,
+        tensor_parallel=fit.choice.tensor_parallel,
+        max_model_len=fit.length,
+        max_num_seqs=fit.sequences,
+        memory=fit.memory,
+        alternatives=_nearest(request, fit, wish),
+        warnings=tuple(warnings),
+    )
+
+
+def _nearest(request: Request, fit: Fit, wish: Wish) -> tuple[str, ...]:
+    """What else fits: without the user's limits, a GGUF, more GPUs, a smaller Granite."""
+    if fit.feasible and not fit.choice.quantization:
+        return ()
+    found, gpus = [other_gguf(request)], alike(request.hardware.gpus)
+    if not fit.feasible and not refusal(request, gpus[0]):
+        free = replace(wish, length=None)
+        found += [_without_limits(request, wish), _more_gpus(request, wish)]
+        found.append(smaller(request, lambda model: _best_of_all(model, gpus, free).feasible))
+    return tuple(words for words in found if words)
+
+
+def _best_of_all(model: Model, gpus: tuple[Gpu, ...], wish: Wish) -> Fit:
+    """The best fit whatever choices the user's settings left."""
+    return best(model, gpus, replace(wish, choices=tuple(choices(model, gpus, eager=False))))
+
+
+def _without_limits(request: Request, wish: Wish) -> str:
+    """What would fit if the user's own settings were dropped."""
+    fit = _best_of_all(request.model, alike(request.hardware.gpus), replace(wish, length=None, utilization=None))
+    if not request.overrides or not fit.feasible:
+        return ""
+    choice = fit.choice
+    how = [choice.quantization or "unquantised", f"--max-model-len {fit.length}"]
+    how += [f"tensor parallel {choice.tensor_parallel}"] if choice.tensor_parallel > 1 else []
+    how += ["fp8 KV cache"] if choice.kv_dtype == "fp8" else []
+    return "without your --set: " + ", ".join(how)
+
+
+def _more_gpus(request: Request, wish: Wish) -> str:
+    """The smallest number of the same GPU that holds the model, unquantised where that needs no more of them."""
+    gpu, model = request.hardware.gpus[0], request.model
+    for count in range(len(request.hardware.gpus) + 1, _MOST_GPUS + 1):
+        if not legal_tensor_parallel(model.shape, count):
+            continue
+        fit = _best_of_all(model, (gpu,) * count, wish)
+        if fit.feasible:
+            how = f"tensor parallel {fit.choice.tensor_parallel}, {fit.choice.quantization or 'unquantised'}"
+            return f"{count} x {gpu.name} ({how})"
     return ""

@@ -8,7 +8,6 @@ from pipeline.machine.gpus import GIB, Gpu
 from pipeline.model.shape import Shape
 
 # --- vLLM on GPUs -------------------------------------------------------------------------------------------------------
-VLLM_UTILIZATION = 0.92
 _DENSE_ACTIVATION = 0.80  # report: 0.75-0.85
 _MOE_ACTIVATION = (1.2, 2.9)  # report: the range from small to large mixtures of experts
 _LARGE_MOE = 32e9
@@ -63,27 +62,19 @@ def non_torch_gib(tensor_parallel: int) -> float:
 def utilization(gpu: Gpu) -> tuple[float, str]:
     """The share of a GPU vLLM may take, and why: never more than is free, less on a card that also drives a desktop."""
     free = gpu.free_gib / gpu.memory_gib
-    share, why = VLLM_UTILIZATION, "vLLM's own default; the rest absorbs what the profiling run does not see"
+    share, why = 0.92, "vLLM's own default; the rest absorbs what the profiling run does not see"
     if gpu.vendor == "nvidia" and "GeForce" in gpu.name:
-        share, why = (
-            (0.90, "a consumer card without a desktop") if free > 0.985 else (0.85, "a consumer card that also drives a desktop")
-        )
+        share, why = 0.85, "a consumer card that also drives a desktop"
+        if free > 0.985:
+            share, why = 0.90, "a consumer card without a desktop"
     if free - 0.02 < share:
-        share, why = (
-            max(0.05, free - 0.02),
-            f"only {gpu.free_gib:.1f} of {gpu.memory_gib:.1f} GiB are free: free share less 0.02",
-        )
+        share, why = max(0.05, free - 0.02), f"only {gpu.free_gib:.1f} of {gpu.memory_gib:.1f} GiB are free: free share less 0.02"
     return int(share * 100) / 100, why
 
 
 def default_max_num_seqs(gpu: Gpu) -> int:
     """vLLM's own default for a GPU of this size: 1024 from 70 GiB (A100 excepted), else 256."""
     return 1024 if gpu.memory_gib >= 70 and "A100" not in gpu.name else 256
-
-
-def llamacpp_state_gib(shape: Shape, slots: int) -> float:
-    """Mamba state of llama.cpp: one float32 state a slot."""
-    return mamba_gib(shape, slots, 4.0, prefix_caching=False)
 
 
 def compute_gib(shape: Shape) -> float:

@@ -35,11 +35,9 @@ class Known:
         """Raise InputError, with the nearest known names, when a setting is unknown."""
         every = {*self.flags, *self.switches, *self.variables}
         if name not in every:
-            close = difflib.get_close_matches(name, sorted(every), n=3)
-            raise InputError(
-                f"the engine has no setting {name}",
-                remedy=f"did you mean {', '.join(close)}?" if close else "the engine's own --help lists its settings",
-            )
+            close = ", ".join(difflib.get_close_matches(name, sorted(every), n=3))
+            remedy = f"did you mean {close}?" if close else "the engine's own --help lists its settings"
+            raise InputError(f"the engine has no setting {name}", remedy=remedy)
 
 
 @dataclass(frozen=True)
@@ -62,9 +60,9 @@ class Overrides:
 
     def integer(self, name: str, low: int, high: int, why: str = "") -> int | None:
         """The user's whole number for ``name``, or None; raises InputError outside low..high."""
-        if name not in self.values:
+        text = self.values.get(name)
+        if text is None:
             return None
-        text = self.values[name]
         if not re.fullmatch(r"-?\d+", text) or not low <= int(text) <= high:
             raise InputError(f"{name} is {text!r}; it must be a whole number from {low} to {high}{why and ': ' + why}")
         return int(text)
@@ -91,11 +89,9 @@ class Overrides:
     def switch(self, name: str) -> bool | None:
         """The user's yes or no for a bare flag, or None."""
         value = self.values.get(name)
-        if value is None:
-            return None
-        if value.lower() not in (*_TRUE, *_FALSE):
+        if value is not None and value.lower() not in (*_TRUE, *_FALSE):
             raise InputError(f"{name} is {value!r}; it takes true or false")
-        return value.lower() in _TRUE
+        return None if value is None else value.lower() in _TRUE
 
     def lay_over(self, planned: Sequence[Setting], known: Known) -> tuple[tuple[Setting, ...], tuple[Setting, ...]]:
         """Planned settings with the user's put in their place and marked as such, split into (flags, environment).

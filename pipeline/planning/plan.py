@@ -97,22 +97,17 @@ class Plan:
     def to_json(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
         """The documented JSON object of ``granite-pipeline plan --json``; ``argv`` is the whole command line where there is one."""
         memory = {**asdict(self.memory), "total": self.memory.total}
+        settings = [asdict(setting) for setting in (*self.flags, *self.env, *self.parameters)]
+        as_it_is = ("dtype", "quantization", "tensor_parallel", "max_model_len", "max_num_seqs")
         return {
             "engine": self.engine,
             "feasible": self.feasible,
             "argv": self.arguments if argv is None else list(argv),
             "env": self.environment,
-            "dtype": self.dtype,
-            "quantization": self.quantization,
-            "tensor_parallel": self.tensor_parallel,
-            "max_model_len": self.max_model_len,
-            "max_num_seqs": self.max_num_seqs,
+            **{name: getattr(self, name) for name in as_it_is},
             "memory_gib": {name: round(value, 3) for name, value in memory.items()},
-            "parameters": {s.name: s.value for s in self.parameters},
-            "reasons": [
-                {"flag": s.name, "value": s.value, "reason": s.reason, "source": s.source}
-                for s in (*self.flags, *self.env, *self.parameters)
-            ],
+            "parameters": {setting.name: setting.value for setting in self.parameters},
+            "reasons": [{"flag": setting.pop("name"), **setting} for setting in settings],
             "alternatives": list(self.alternatives),
             "warnings": list(self.warnings),
         }

@@ -38,9 +38,9 @@ class ChatTemplate:
     @classmethod
     def from_folder(cls, folder: Path) -> "ChatTemplate":
         """Read a model folder's chat_template.jinja, else its tokenizer_config.json; ModelError when there is none."""
-        config = read_object(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-        older = folder / "special_tokens_map.json"
-        named = {**(read_object(older) if older.is_file() else {}), **config}
+        paths = (folder / "tokenizer_config.json", folder / "special_tokens_map.json")
+        config, older = (read_object(path) if path.is_file() else {} for path in paths)
+        named = {**older, **config}
         if (folder / "chat_template.jinja").is_file():
             return cls(read_utf8(folder / "chat_template.jinja"), _named_tokens(named, folder))
         source = config.get("chat_template")
@@ -49,10 +49,8 @@ class ChatTemplate:
         if source and not isinstance(source, str):
             raise ModelError(f"{folder}/tokenizer_config.json: chat_template must be text, this is {type(source).__name__}")
         if not source:
-            raise ModelError(
-                f"{folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)",
-                remedy="save it with the tokenizer: tokenizer.save_pretrained(folder)",
-            )
+            what = f"{folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)"
+            raise ModelError(what, remedy="save it with the tokenizer: tokenizer.save_pretrained(folder)")
         return cls(source, _named_tokens(named, folder))
 
     @classmethod
@@ -97,8 +95,7 @@ class ChatTemplate:
         if continue_final_message and add_generation_prompt:
             raise ModelError("a final message is either continued or followed by a generation prompt, not both")
         chat = _with_cut(messages) if continue_final_message else list(messages)
-        clock = now or datetime.now()
-        context = {**self.variables, "strftime_now": clock.strftime, **kwargs}
+        context = {**self.variables, "strftime_now": (now or datetime.now()).strftime, **kwargs}
         given = {"messages": chat, "tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
         text = sandbox.render(self.source, {**given, **context})
         return _cut(text) if continue_final_message else text

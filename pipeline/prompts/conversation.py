@@ -8,7 +8,6 @@ from typing import Any
 from pipeline.errors import InputError
 from pipeline.runs.files import read_json
 
-SUITE = Path(__file__).parent / "conversations"
 _KEYS = {"id", "messages", "tools", "documents", "continue"}
 
 
@@ -22,10 +21,16 @@ class Conversation:
     documents: tuple[Mapping[str, Any], ...] | None = None
     continued: bool = False
 
+    @property
+    def ending(self) -> dict[str, Any]:
+        """How chat templates are told whether an answer begins or the last message goes on."""
+        return {"add_generation_prompt": not self.continued, "continue_final_message": self.continued}
+
 
 def load_suite() -> list[Conversation]:
     """Every conversation of the suite, in the order of the files' names."""
-    return [conversation for path in sorted(SUITE.glob("*.json")) for conversation in load_file(path)]
+    folder = Path(__file__).parent / "conversations"
+    return [conversation for path in sorted(folder.glob("*.json")) for conversation in load_file(path)]
 
 
 def load_file(path: Path) -> list[Conversation]:
@@ -51,15 +56,13 @@ def read_tools(path: Path) -> tuple[Mapping[str, Any], ...]:
 def _conversation(entry: Mapping[str, Any], where: str) -> Conversation:
     if unknown := set(entry) - _KEYS:
         raise InputError(f"{where}: unknown key {', '.join(sorted(unknown))}")
-    messages = tuple({**m, "content": _expanded(m.get("content"))} for m in _checked(entry.get("messages"), where))
+    messages = []
+    for message in _checked(entry.get("messages"), where):
+        content = message.get("content")
+        written = str(content["repeat"]) * int(content["times"]) if isinstance(content, dict) else content
+        messages.append({**message, "content": written})
     tools, documents = (tuple(entry[name]) if entry.get(name) else None for name in ("tools", "documents"))
-    return Conversation(entry["id"], messages, tools, documents, bool(entry.get("continue")))
-
-
-def _expanded(content: Any) -> Any:
-    if isinstance(content, dict):
-        return str(content["repeat"]) * int(content["times"])
-    return content
+    return Conversation(entry["id"], tuple(messages), tools, documents, bool(entry.get("continue")))
 
 
 def _checked(messages: Any, where: str) -> tuple[Mapping[str, Any], ...]:

@@ -22,14 +22,11 @@ def control_tokens(folder: Path) -> frozenset[str]:
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise ModelError(
-            f"{folder} has no tokenizer.json", remedy="save the tokenizer there with tokenizer.save_pretrained(folder)"
-        )
+        remedy = "save the tokenizer there with tokenizer.save_pretrained(folder)"
+        raise ModelError(f"{folder} has no tokenizer.json", remedy=remedy)
     try:
-        added = added_tokens(read_object(path))
-        return frozenset(
-            t["content"] for t in added if t["content"].strip() and (t.get("special") or _MARKUP.fullmatch(t["content"]))
-        )
+        steer = [t["content"] for t in added_tokens(read_object(path)) if t.get("special") or _MARKUP.fullmatch(t["content"])]
+        return frozenset(text for text in steer if text.strip())
     except (KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path}: an entry of added_tokens is malformed ({error!r})") from None
 
@@ -51,12 +48,10 @@ def neutralise(text: str, tokens: Collection[str]) -> str:
     # a break can join with what stands beside it to another token, so look again until none is left
     for _ in range(len(text) + 2):
         folded = text if text.isascii() else unicodedata.normalize("NFKC", text)
-        if pattern.search(folded):
-            text = pattern.sub(_break, folded)
-        elif pattern.search(text):
-            text = pattern.sub(_break, text)
-        else:
+        seen = next(filter(pattern.search, (folded, text)), None)
+        if seen is None:
             return text
+        text = pattern.sub(_break, seen)
     raise ModelError("these control tokens cannot be broken up in text", evidence=", ".join(sorted(map(repr, tokens)))[:400])
 
 

@@ -22,7 +22,7 @@ _PROPERTY_KEYS = ("anyOf", "type", "items", "description", "enum", "properties",
 
 def as_api(conversation: Conversation) -> Conversation:
     """Only what /api/chat can carry: text content (parts joined by a line end) and arguments as objects."""
-    return replace(conversation, messages=tuple(_api_message(message) for message in conversation.messages))
+    return replace(conversation, messages=tuple(map(_api_message, conversation.messages)))
 
 
 def merged(conversation: Conversation) -> Conversation:
@@ -38,15 +38,13 @@ def merged(conversation: Conversation) -> Conversation:
 
 def remade_tools(conversation: Conversation) -> Conversation:
     """Tools and call arguments after a pass through Ollama's types: known keys only, names sorted, Go's escapes."""
-    messages = tuple(_remade_calls(message) for message in conversation.messages)
-    tools = conversation.tools and tuple(_tool(tool) for tool in conversation.tools)
-    return replace(conversation, messages=messages, tools=tools)
+    tools = conversation.tools and tuple(map(_tool, conversation.tools))
+    return replace(conversation, messages=tuple(map(_remade_calls, conversation.messages)), tools=tools)
 
 
 def reordered_tools(conversation: Conversation) -> Conversation:
     """Tools after a pass through Ollama's types on the way to llama.cpp: known keys only, in its order."""
-    made = conversation.tools and tuple(_passed(tool) for tool in conversation.tools)
-    return replace(conversation, tools=made)
+    return replace(conversation, tools=conversation.tools and tuple(map(_passed, conversation.tools)))
 
 
 def restored(text: str) -> str:
@@ -79,10 +77,9 @@ def _api_message(message: Mapping[str, Any]) -> dict[str, Any]:
     content = message.get("content")
     if isinstance(content, list):
         content = "\n".join(part["text"] for part in content if part.get("type") == "text")
-    made = {**message, "role": message["role"].lower(), "content": content or ""}
-    if calls := message.get("tool_calls"):
-        made["tool_calls"] = [_api_call(call) for call in calls]
-    return made
+    calls = message.get("tool_calls")
+    made = {"tool_calls": list(map(_api_call, calls))} if calls else {}
+    return {**message, "role": message["role"].lower(), "content": content or ""} | made
 
 
 def _api_call(call: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,11 +91,9 @@ def _api_call(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _remade_calls(message: Mapping[str, Any]) -> dict[str, Any]:
-    made = dict(message)
-    if calls := message.get("tool_calls"):
-        functions = [call.get("function", call) for call in calls]
-        made["tool_calls"] = [{"function": {**f, "arguments": _sorted(f["arguments"])}} for f in functions]
-    return made
+    functions = [call.get("function", call) for call in message.get("tool_calls") or ()]
+    made = [{"function": {**function, "arguments": _sorted(function["arguments"])}} for function in functions]
+    return {**message, "tool_calls": made} if made else dict(message)
 
 
 def _sorted(value: Any) -> Any:
@@ -120,10 +115,9 @@ def _tool(tool: Mapping[str, Any]) -> Any:
     """A tool as TEMPLATE prints it: spaced like the tokenizer's JSON when nothing would be lost, else compact."""
     function = tool.get("function", {})
     given = function.get("parameters") or {}
-    extra = {name: given[name] for name in ("$defs", "items") if given.get(name)}
     properties = {name: _property(item) for name, item in sorted((given.get("properties") or {}).items())}
-    if extra or tool.get("items"):
-        return _raw(go_json(_ollama_tool(tool, extra, properties)))
+    if given.get("$defs") or given.get("items") or tool.get("items"):
+        return _raw(go_json(_ollama_tool(tool, properties)))
     made: dict[str, Any] = {"name": _leaf(function.get("name", ""))}
     if function.get("description"):
         made["description"] = _leaf(function["description"])
@@ -136,20 +130,19 @@ def _tool(tool: Mapping[str, Any]) -> Any:
 
 
 def _passed(tool: Mapping[str, Any]) -> dict[str, Any]:
-    function = tool.get("function", {})
-    given = function.get("parameters") or {}
+    given = tool.get("function", {}).get("parameters") or {}
     properties = {name: _property(item) for name, item in (given.get("properties") or {}).items()}
-    extra = {name: given[name] for name in ("$defs", "items") if given.get(name)}
-    made = _ollama_tool(tool, extra, properties if "properties" in given else None)
+    made = _ollama_tool(tool, properties if "properties" in given else None)
     if not made["function"]["description"]:
         del made["function"]["description"]
     return made
 
 
-def _ollama_tool(tool: Mapping[str, Any], extra: Mapping[str, Any], properties: Any) -> dict[str, Any]:
+def _ollama_tool(tool: Mapping[str, Any], properties: Any) -> dict[str, Any]:
     function = tool.get("function", {})
     given = function.get("parameters") or {}
     required = {"required": given["required"]} if given.get("required") else {}
+    extra = {name: given[name] for name in ("$defs", "items") if given.get(name)}
     parameters = {"type": given.get("type", ""), **_deep(extra), **required, "properties": properties}
     described = {"name": function.get("name", ""), "description": function.get("description", ""), "parameters": parameters}
     items = {"items": _deep(tool["items"])} if tool.get("items") else {}
@@ -184,9 +177,5 @@ def _shown(kept: Mapping[str, Any]) -> Any:
     """The simple properties (type, description, enum) print spaced, all others compact."""
     if "type" not in kept or set(kept) - {"type", "description", "enum"}:
         return _raw(go_json(kept))
-    made: dict[str, Any] = {"type": _leaf(kept["type"])}
-    if "description" in kept:
-        made["description"] = _leaf(kept["description"])
-    if "enum" in kept:
-        made["enum"] = [_leaf(value) for value in kept["enum"]]
-    return made
+    made: dict[str, Any] = {name: _leaf(kept[name]) for name in ("type", "description") if name in kept}
+    return made | ({"enum": list(map(_leaf, kept["enum"]))} if "enum" in kept else {})

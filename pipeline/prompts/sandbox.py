@@ -95,14 +95,11 @@ class _Worker:
             self.process.stdin.write(HEADER.pack(len(request)) + request)
             self.process.stdin.flush()
         head = self._read(1 + HEADER.size, SECONDS)
-        if head is not None and len(head) == 1 + HEADER.size:
-            raw = self._read(HEADER.unpack(head[1:])[0], SECONDS)
-            if raw is not None and len(raw) == HEADER.unpack(head[1:])[0]:
-                return head[:1], raw.decode("utf-8", "surrogatepass")
-        return None
+        raw = None if head is None else self._read(HEADER.unpack(head[1:])[0], SECONDS)
+        return None if head is None or raw is None else (head[:1], raw.decode("utf-8", "surrogatepass"))
 
     def _read(self, count: int, seconds: float) -> bytes | None:
-        """Exactly so many bytes, fewer when the process ended, None when they did not come in time."""
+        """Exactly so many bytes; None when they did not come in time, or the process ended."""
         assert self.process.stdout is not None
         handle, found, deadline = self.process.stdout.fileno(), bytearray(), time.monotonic() + seconds
         while len(found) < count:
@@ -113,7 +110,7 @@ class _Worker:
             if not part:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.process.wait(1)
-                break
+                return None
             found += part
         return bytes(found)
 
@@ -134,9 +131,7 @@ _running: list[_Worker] = []
 def _worker() -> _Worker:
     """The running process, or a new one; a forked child does not share its parent's."""
     if _running and (_running[0].owner != os.getpid() or _running[0].process.poll() is not None):
-        old = _running.pop()
-        if old.owner == os.getpid():
-            old.end()
+        _end()
     if not _running:
         _running.append(_Worker())
     return _running[0]

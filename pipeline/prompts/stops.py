@@ -45,10 +45,9 @@ def turn_end(template: ChatTemplate, vocabulary: Mapping[str, int]) -> Token:
     after = template.render(messages, now=datetime(2000, 1, 1)).partition(_ANSWER)[2]
     found = max((token for token in vocabulary if after.startswith(token)), key=len, default=None)
     if found is None:
-        raise ModelError(
-            f"the chat template ends an assistant turn with {after[:40]!r}, which is no control token of the tokenizer",
-            remedy="a model trained on it would never learn to stop; use the template published with the model",
-        )
+        what = f"the chat template ends an assistant turn with {after[:40]!r}, which is no control token of the tokenizer"
+        remedy = "a model trained on it would never learn to stop; use the template published with the model"
+        raise ModelError(what, remedy=remedy)
     return Token(found, vocabulary[found])
 
 
@@ -58,20 +57,22 @@ def repair_stops(files: StopFiles, end: Token, vocabulary: Mapping[str, int]) ->
     An ID list (several end tokens) that holds ``end`` is right. Raises ModelError when no other token can be the pad.
     """
     notes: list[str] = []
-    config, generation, tokenizer = dict(files.config), dict(files.generation), dict(files.tokenizer)
-    for name, values in (("config.json", config), ("generation_config.json", generation)):
+    config, generation, tokenizer = map(dict[str, Any], files)
+    configs = (("config.json", config), ("generation_config.json", generation))
+    for name, values in configs:
         known = values.get("eos_token_id")
         if known != end.id and not (isinstance(known, list) and end.id in known):
             values["eos_token_id"] = end.id
             notes.append(f"{name}: eos_token_id {known} is now {end.id} ({end.text}), which ends a turn")
-    if _text(tokenizer.get("eos_token")) != end.text:
-        notes.append(f"tokenizer_config.json: eos_token {_text(tokenizer.get('eos_token'))} is now {end.text}, which ends a turn")
+    old_end, old_pad = _text(tokenizer.get("eos_token")), _text(tokenizer.get("pad_token"))
+    if old_end != end.text:
+        notes.append(f"tokenizer_config.json: eos_token {old_end} is now {end.text}, which ends a turn")
         tokenizer["eos_token"] = end.text
-    pad = _pad(_text(tokenizer.get("pad_token")), end, vocabulary)
-    if _text(tokenizer.get("pad_token")) != pad.text:
-        notes.append(f"tokenizer_config.json: pad_token {_text(tokenizer.get('pad_token'))} is now {pad.text}")
+    pad = _pad(old_pad, end, vocabulary)
+    if old_pad != pad.text:
+        notes.append(f"tokenizer_config.json: pad_token {old_pad} is now {pad.text}")
         tokenizer["pad_token"] = pad.text
-    for name, values in (("config.json", config), ("generation_config.json", generation)):
+    for name, values in configs:
         if values.get("pad_token_id") != pad.id:
             notes.append(f"{name}: pad_token_id {values.get('pad_token_id')} is now {pad.id} ({pad.text})")
             values["pad_token_id"] = pad.id
@@ -94,10 +95,8 @@ def folder_problems(folder: Path, end: Token, vocabulary: Mapping[str, int]) -> 
     after, notes = repair_stops(files, end, vocabulary)
     here = tuple(f"{path.name}:" for path in _paths(folder) if path.is_file())  # an absent file contradicts nothing
     found = [note.replace(" is now ", " should be ") for note in notes if note.startswith(here)]
-    pad = after.config.get("pad_token_id")
-    if any(
-        values.get("eos_token_id") == pad and values.get("pad_token_id") == end.id for values in (files.config, files.generation)
-    ):
+    swapped = (after.config.get("pad_token_id"), end.id)
+    if swapped in [(values.get("eos_token_id"), values.get("pad_token_id")) for values in files[:2]]:
         found.insert(0, "eos and pad are swapped")
     return found
 
@@ -107,15 +106,11 @@ def extra_ends(folder: Path, base: Path | None, end: Token, vocabulary: Mapping[
 
     Without the base every control token of the vocabulary may end an answer, and no other.
     """
-    of_base = [] if base is None else _stop_files(base)
-    known = set(vocabulary.values()) if base is None else {one for values in of_base for one in _ends(values)}
-    found = []
-    for path, values in zip(_paths(folder), _stop_files(folder), strict=True):
-        extra = _ends(values) - known - {end.id}
-        found += (
-            [f"{path.name}: eos_token_id {sorted(extra)} beside {end.id} ({end.text}), which alone ends a turn"] if extra else []
-        )
-    return found
+    known = set(vocabulary.values()) if base is None else set().union(*map(_ends, _stop_files(base)))
+    beside = f"beside {end.id} ({end.text}), which alone ends a turn"
+    extra = [_ends(values) - known - {end.id} for values in _stop_files(folder)]
+    named = zip(_paths(folder), extra, strict=True)
+    return [f"{path.name}: eos_token_id {sorted(ids)} {beside}" for path, ids in named if ids]
 
 
 def _ends(values: Mapping[str, Any]) -> set[int]:
@@ -134,34 +129,29 @@ def special_ids(folder: Path) -> dict[str, int]:
 
 def gguf_problems(metadata: Mapping[str, Any], end: Token) -> list[str]:
     """What a GGUF's metadata says about end and pad tokens that is wrong; empty when it stops where training stopped."""
-    problems = []
-    known = metadata.get("tokenizer.ggml.eos_token_id")
-    if known != end.id and metadata.get("tokenizer.ggml.padding_token_id") == end.id:
+    problems, ggml = [], "tokenizer.ggml"
+    known, pad = metadata.get(f"{ggml}.eos_token_id"), metadata.get(f"{ggml}.padding_token_id")
+    if known != end.id and pad == end.id:
         problems.append("eos and pad are swapped in the GGUF")
     if known != end.id:
         problems.append(f"the GGUF's eos_token_id is {known}, but {end.id} ({end.text}) ends a turn: answers would not stop")
     for name in ("eot", "eom"):  # llama.cpp stops at these too
-        other = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        other = metadata.get(f"{ggml}.{name}_token_id")
         if other not in (None, end.id):
-            problems.append(
-                f"the GGUF also ends answers with its {name}_token_id {other}; only {end.id} ({end.text}) ends a turn"
-            )
-    if metadata.get("tokenizer.ggml.padding_token_id") == end.id:
+            only = f"only {end.id} ({end.text}) ends a turn"
+            problems.append(f"the GGUF also ends answers with its {name}_token_id {other}; {only}")
+    if pad == end.id:
         problems.append(f"the GGUF pads with {end.id} ({end.text}), the token that ends a turn")
-    for name in ("bos", "eos"):
-        if metadata.get(f"tokenizer.ggml.add_{name}_token"):
-            problems.append(f"the GGUF adds its {name} token to every prompt, which the chat template does not")
-    return problems
+    added = [name for name in ("bos", "eos") if metadata.get(f"{ggml}.add_{name}_token")]
+    return problems + [f"the GGUF adds its {name} token to every prompt, which the chat template does not" for name in added]
 
 
 def _pad(known: str | None, end: Token, vocabulary: Mapping[str, int]) -> Token:
     for text in (known, *_PADS):
         if text is not None and text in vocabulary and text != end.text:
             return Token(text, vocabulary[text])
-    raise ModelError(
-        f"the pad token is {known}, which ends a turn and so must be learned, and the tokenizer has no other to pad with",
-        remedy="add a special token <|pad|> to the tokenizer",
-    )
+    what = f"the pad token is {known}, which ends a turn and so must be learned, and the tokenizer has no other to pad with"
+    raise ModelError(what, remedy="add a special token <|pad|> to the tokenizer")
 
 
 def _paths(folder: Path) -> list[Path]:

@@ -13,8 +13,7 @@ from rich.text import Text
 
 from pipeline.config import Settings
 from pipeline.errors import EngineError
-from pipeline.prompts.deviations import DEVIATIONS
-from pipeline.prompts.parity import Matrix, compare
+from pipeline.prompts.parity import DEVIATIONS, Matrix, compare
 from pipeline.runs.folder import RunFolder
 from pipeline.serve import backends, records
 from pipeline.serve.start import Options

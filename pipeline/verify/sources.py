@@ -19,9 +19,8 @@ from pipeline.modelfile.template import derive
 from pipeline.net.client import ask, open_client, wait_for
 from pipeline.prompts.chat import ChatTemplate
 from pipeline.prompts.conversation import Conversation, Prompt
-from pipeline.prompts.gorender import find_go
 from pipeline.prompts.parity import Reference
-from pipeline.prompts.renderers import GoRenderer, JinjaRenderer, Renderer, TransformersRenderer
+from pipeline.prompts.renderers import GoRenderer, JinjaRenderer, Renderer, TransformersRenderer, find_go
 from pipeline.runs.folder import DEFAULT_NAME, RunFolder
 from pipeline.serve import records
 from pipeline.verify.files import trained_template

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.prompts.chat import EMBEDDED_TEMPLATE, ChatTemplate
-from pipeline.prompts.gorender import find_go
+from pipeline.prompts.renderers import find_go
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "granite" / "chat-templates"
 TOKENS = {"bos_token": "<|end_of_text|>", "eos_token": "<|end_of_text|>"}

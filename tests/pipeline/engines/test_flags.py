@@ -28,7 +28,7 @@ def _plan(engine: Engine) -> Plan:
 
 
 def test_our_server_knows_every_flag_a_plan_may_have(llamacpp: Engine, tmp_path: Path) -> None:
-    assert flags.unknown_flags(llamacpp, _plan(llamacpp), tmp_path) == ()
+    flags.require_known_flags(llamacpp, _plan(llamacpp), tmp_path)
 
 
 def test_a_flag_the_installed_engine_does_not_know_stops_the_launch(llamacpp: Engine, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pipeline.modelfile.grammar import parse_modelfile
 from pipeline.modelfile.modelfile import build_modelfile, explain, for_gguf, to_create_request, write_modelfile
 from pipeline.modelfile.template import derive
 from pipeline.prompts.chat import EMBEDDED_TEMPLATE, ChatTemplate
-from pipeline.prompts.gorender import render_go
+from pipeline.prompts.renderers import render_go
 from pipeline.runs.files import write_json
 from pipeline.runs.folder import RunFolder
 

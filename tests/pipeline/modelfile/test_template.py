@@ -7,7 +7,7 @@ import pytest
 from pipeline.errors import ModelError
 from pipeline.modelfile.template import derive, prove
 from pipeline.prompts.chat import EMBEDDED_TEMPLATE, ChatTemplate
-from pipeline.prompts.gorender import render_go
+from pipeline.prompts.renderers import render_go
 
 USER = {"role": "user", "content": "Hi"}
 

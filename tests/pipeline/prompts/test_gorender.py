@@ -9,7 +9,7 @@ from datetime import datetime
 import pytest
 
 from pipeline.errors import MissingDependency, ModelError
-from pipeline.prompts.gorender import find_go, render_go
+from pipeline.prompts.renderers import find_go, render_go
 
 pytestmark = pytest.mark.usefixtures("go")
 NOW = datetime(2026, 3, 1)

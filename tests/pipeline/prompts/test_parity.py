@@ -11,8 +11,7 @@ from pipeline.model.tokenizer import Tokenizer
 from pipeline.modelfile.template import derive, go_differences
 from pipeline.prompts.chat import ChatTemplate
 from pipeline.prompts.conversation import Conversation, NotApplicable, Prompt, load_suite
-from pipeline.prompts.deviations import DEVIATIONS
-from pipeline.prompts.parity import Reference, compare
+from pipeline.prompts.parity import DEVIATIONS, Reference, compare
 from pipeline.prompts.renderers import GoRenderer, JinjaRenderer, render_chat
 from pipeline.verify.parity_run import print_matrix
 
