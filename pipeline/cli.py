@@ -49,11 +49,8 @@ class _Group(TyperGroup):
         return list(self.commands)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        told = [
-            TyperCommand(name=verb, help=first_words(verb), rich_help_panel=panel)
-            for panel, verbs in commands.PANELS.items()
-            for verb in verbs
-        ]
+        placed = [(verb, panel) for panel, verbs in commands.PANELS.items() for verb in verbs]
+        told = [TyperCommand(name=verb, help=first_words(verb), rich_help_panel=panel) for verb, panel in placed]
         overview = TyperGroup(name=self.name, commands=told, params=self.params, help=self.help)
         overview.rich_markup_mode = self.rich_markup_mode
         overview.format_help(ctx, formatter)

@@ -32,12 +32,8 @@ class PipelineError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        parts = [self.message]
-        if self.evidence:
-            parts.append(self.evidence)
-        if self.remedy:
-            parts.append(f"What to do: {self.remedy}")
-        return "\n".join(parts)
+        parts = (self.message, self.evidence, self.remedy and f"What to do: {self.remedy}")
+        return "\n".join(part for i, part in enumerate(parts) if part or i == 0)
 
 
 class VerificationFailed(PipelineError):
@@ -93,8 +89,8 @@ class EngineError(EnvironmentFailure):
 class StartFailure(EngineError):
     """A server that did not come up or did not stay: ``kind`` is its name in ``failures.json`` ("" when not recognised)."""
 
-    def __init__(self, message: str, *, evidence: str = "", remedy: str = "", kind: str = "", cause: str = "", numbers: Sequence[float] = ()) -> None:  # fmt: skip
-        super().__init__(message, evidence=evidence, remedy=remedy)
+    def __init__(self, message: str, *, kind: str = "", cause: str = "", numbers: Sequence[float] = (), **told: str) -> None:
+        super().__init__(message, **told)
         self.kind = kind
         self.cause = cause
         self.numbers = tuple(numbers)

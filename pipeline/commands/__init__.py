@@ -5,7 +5,7 @@ PANELS = {
     "The line": {"run": "run", "data": "data", "train": "train", "export": "train"},
     "Serving": {
         **{"hardware": "plan", "plan": "plan", "serve": "serve", "status": "serve"},
-        **{"ps": "servers", "logs": "servers", "stop": "servers", "warmup": "operate"},
+        **{"ps": "runs", "logs": "runs", "stop": "runs", "warmup": "operate"},
     },
     "Proof": {
         **{"verify": "verify", "certify": "certify", "report": "verify"},

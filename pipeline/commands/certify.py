@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from pipeline import config
 from pipeline.certify import card as model_card
@@ -24,19 +25,17 @@ def certify(
     run: options.Run = DEFAULT_NAME,
     output: options.Output = DEFAULT_OUTPUT,
     backends: options.Backends = _DEFAULT,
-    prompts: Annotated[
-        int, typer.Option("--prompts", min=1, help=f"Held-out prompts put to each backend, {ROWS} at most.")
-    ] = ROWS,
+    prompts: Annotated[int, Option(min=1, help=f"Held-out prompts put to each backend, {ROWS} at most.")] = ROWS,
     own: Annotated[
         list[str] | None,
-        typer.Option("--eval", metavar="FILE.yaml|MODULE:FUNCTION", help="Your own checks of each backend. Repeatable."),
+        Option("--eval", metavar="FILE.yaml|MODULE:FUNCTION", help="Your own checks of each backend. Repeatable."),
     ] = None,
-    tasks: Annotated[str, typer.Option("--tasks", help="lm-evaluation-harness tasks to run against each backend.")] = "",
-    sign: Annotated[Path | None, typer.Option("--sign", metavar="KEY.pem", help="Sign the certificate (EC key).")] = None,
+    tasks: Annotated[str, Option(help="lm-evaluation-harness tasks to run against each backend.")] = "",
+    sign: Annotated[Path | None, Option(metavar="KEY.pem", help="Sign the certificate (EC key).")] = None,
     public_key: Annotated[
-        Path | None, typer.Option("--public-key", metavar="KEY.pem", help="With --offline: check the signed certificate too.")
+        Path | None, Option(metavar="KEY.pem", help="With --offline: check the signed certificate too.")
     ] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Only what files prove: no server, no model in memory.")] = False,
+    offline: Annotated[bool, Option("--offline", help="Only what files prove: no server, no model in memory.")] = False,
     agent: options.Agent = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -90,15 +89,13 @@ def card(run: options.Run = DEFAULT_NAME, output: options.Output = DEFAULT_OUTPU
 
 
 def push(
-    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Model repository on the hub.")],
+    repository: Annotated[str, Argument(metavar="OWNER/NAME", help="Model repository on the hub.")],
     run: options.Run = DEFAULT_NAME,
     output: options.Output = DEFAULT_OUTPUT,
-    parts: Annotated[str, typer.Option("--parts", help="Comma-separated: merged,gguf,adapter.")] = "merged,gguf,adapter",
-    public: Annotated[bool, typer.Option("--public", help="A new repository is public; else private.")] = False,
-    uncertified: Annotated[
-        bool, typer.Option("--uncertified", help="Even without a certificate that proves every link.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be uploaded.")] = False,
+    parts: Annotated[str, Option(help="Comma-separated: merged,gguf,adapter.")] = "merged,gguf,adapter",
+    public: Annotated[bool, Option("--public", help="A new repository is public; else private.")] = False,
+    uncertified: Annotated[bool, Option("--uncertified", help="Even without a certificate that proves every link.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only list what would be uploaded.")] = False,
     agent: options.Agent = None,
     as_json: options.AsJson = False,
 ) -> None:

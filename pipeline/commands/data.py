@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
 from pipeline.commands import options, show
 from pipeline.runs.files import require_path
 
 if TYPE_CHECKING:
     from training.datasets.dataset import Dataset
-    from training.datasets.summary import Label, Summary
+    from training.datasets.summary import Summary
 
 _BIG = 20 << 20
 _SHOWN_REFUSALS = 20
@@ -21,16 +22,13 @@ _SHOWN_VALUES = 8
 
 def data(
     source: Annotated[
-        str, typer.Argument(metavar="FILE", help=".jsonl, .json, .csv, .tsv or .parquet file, or hub:owner/name[@rev][:split].")
+        str, Argument(metavar="FILE", help=".jsonl, .json, .csv, .tsv or .parquet file, or hub:owner/name[@rev][:split].")
     ],
     as_json: options.AsJson = False,
     tokenizer: Annotated[
-        Path | None,
-        typer.Option("--tokenizer", help="Model folder whose tokenizer.json counts the tokens; else they are estimated."),
+        Path | None, Option(help="Model folder whose tokenizer.json counts the tokens; else they are estimated.")
     ] = None,
-    max_length: Annotated[
-        int | None, typer.Option("--max-length", min=1, help="Count the rows that have more tokens than this.")
-    ] = None,
+    max_length: Annotated[int | None, Option(min=1, help="Count the rows that have more tokens than this.")] = None,
 ) -> None:
     """Check a dataset and summarise it: rows, turns, token lengths, labels, duplicates, refused rows with file:line.
 
@@ -57,8 +55,7 @@ def _read(source: str) -> Dataset:
 
     path = Path(source)
     require_path(path)
-    size = path.stat().st_size if path.is_file() else 0
-    if size < _BIG:
+    if not path.is_file() or (size := path.stat().st_size) < _BIG:
         return read(source)
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -71,11 +68,16 @@ def _read(source: str) -> Dataset:
 def _print(summary: Summary) -> None:
     """Tables for people; text from the file is shown as it is, never as markup or terminal codes."""
     show.table(_plain(summary.source), ("", ""), [(name, _plain(value)) for name, value in _lines(summary)])
-    if summary.labels:
-        show.table("answer fields", ("field", "values", "most frequent"), [_label_row(label) for label in summary.labels])
+    rows = []
+    for label in summary.labels:
+        shown = [f"{value[:40]} {count}" for value, count in label.top[:_SHOWN_VALUES]]
+        shown += ["..."] if label.distinct > len(shown) else []
+        rows.append((_plain(label.field), label.distinct, _plain(", ".join(shown))))
+    if rows:
+        show.table("answer fields", ("field", "values", "most frequent"), rows)
     if summary.refused:
-        shown = summary.refused[:_SHOWN_REFUSALS]
-        show.table("refused rows", ("where", "reason"), [(_plain(where), _plain(reason)) for where, reason in shown])
+        refused = [(_plain(where), _plain(reason)) for where, reason in summary.refused[:_SHOWN_REFUSALS]]
+        show.table("refused rows", ("where", "reason"), refused)
         if len(summary.refused) > _SHOWN_REFUSALS:
             show.line(f"and {len(summary.refused) - _SHOWN_REFUSALS} more; --json lists them all")
 
@@ -100,12 +102,6 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
         ("sha256", summary.sha256),
     ]
     return [(name, value) for name, value in lines if value]
-
-
-def _label_row(label: Label) -> tuple[str, int, str]:
-    shown = [f"{value[:40]} {count}" for value, count in label.top[:_SHOWN_VALUES]]
-    more = ["..."] if label.distinct > len(shown) else []
-    return _plain(label.field), label.distinct, _plain(", ".join(shown + more))
 
 
 def _plain(text: str) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
+from typer import Argument, Option
 
 from pipeline import config, engines
 from pipeline import deploy as files
@@ -26,12 +27,10 @@ COMPOSE_MODEL, COMPOSE_CPU, COMPOSE_GPU = "granite-4.0-350m", "cpu-4c-16g", "l4"
 
 
 def gateway(
-    strategy: Annotated[
-        str | None, typer.Option("--strategy", help="local-first, cloud-first or cheapest; default: GATEWAY_STRATEGY.")
-    ] = None,
+    strategy: Annotated[str | None, Option(help="local-first, cloud-first or cheapest; default: GATEWAY_STRATEGY.")] = None,
     host: options.Host = "127.0.0.1",
     port: options.Port = DEFAULT_PORT,
-    timeout: Annotated[float, typer.Option("--timeout", help="Seconds a backend may take for one answer.")] = REQUEST_TIMEOUT,
+    timeout: Annotated[float, Option(help="Seconds a backend may take for one answer.")] = REQUEST_TIMEOUT,
     output: options.Output = DEFAULT_OUTPUT,
     detach: options.Detach = False,
     stop: options.Stop = False,
@@ -80,8 +79,8 @@ def status_api(
 
 
 def compose(
-    gpu: Annotated[bool, typer.Option("--gpu", help="The overlay for NVIDIA GPUs (docker-compose.gpu.yml).")] = False,
-    model_shape: Annotated[str, typer.Option("--model-shape", help="Plan for a published model's shape.")] = COMPOSE_MODEL,
+    gpu: Annotated[bool, Option("--gpu", help="The overlay for NVIDIA GPUs (docker-compose.gpu.yml).")] = False,
+    model_shape: Annotated[str, Option(help="Plan for a published model's shape.")] = COMPOSE_MODEL,
     machine: options.Hardware = None,
     run: options.SomeRun = None,
     output: options.Output = DEFAULT_OUTPUT,
@@ -110,9 +109,7 @@ def compose(
 
 
 def systemd(
-    service: Annotated[
-        str, typer.Argument(help="vllm, llamacpp, sglang, ollama, gateway or status-api; default: LLM_BACKEND.")
-    ] = "",
+    service: Annotated[str, Argument(help="vllm, llamacpp, sglang, ollama, gateway or status-api; default: LLM_BACKEND.")] = "",
     run: options.Run = DEFAULT_NAME,
     output: options.Output = DEFAULT_OUTPUT,
     name: options.ServedName = None,
@@ -132,10 +129,9 @@ def systemd(
         launch = services.status_launch("127.0.0.1", STATUS_PORT, out, free=False)
     else:
         launch = files.planned_launch(chosen, RunFolder(run, out), settings, name)
-    writable = [out, Path.home() / ".cache"]
+    writable, what = [out, Path.home() / ".cache"], f"Granite {chosen}"
     if chosen in engines.NAMES:
-        writable += engines.get(chosen).folders()
-    what = f"Granite {chosen}" + (f", run {run}" if chosen in engines.NAMES else "")
+        writable, what = writable + engines.get(chosen).folders(), f"{what}, run {run}"
     typer.echo(files.unit(launch, what, Path.cwd(), writable), nl=False)
 
 

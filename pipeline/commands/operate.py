@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 from rich.text import Text
+from typer import Option
 
 from pipeline import config as settings_file
 from pipeline import engines
@@ -16,7 +17,6 @@ from pipeline.errors import EngineError, InputError
 from pipeline.machine.named import hardware_from
 from pipeline.net.client import wait_for
 from pipeline.operate import registry
-from pipeline.operate.registry import ModelStatus
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT
 
 _STYLE = {"ok": "green", "warn": "yellow", "fail": "bold red"}
@@ -24,7 +24,7 @@ _LEVELS = {"fail": "error", "warn": "warning", "ok": "ok"}
 
 
 def config(
-    offline: Annotated[bool, typer.Option("--offline", help="Do not ask the selected backend which models it has.")] = False,
+    offline: Annotated[bool, Option("--offline", help="Do not ask the selected backend which models it has.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Show every setting with its value, where it comes from and what it affects; secrets are masked.
@@ -55,7 +55,7 @@ def config(
 
 
 def models(
-    backend: Annotated[str, typer.Option("--backend", help="Only this backend; default: all that have a URL.")] = "",
+    backend: Annotated[str, Option(help="Only this backend; default: all that have a URL.")] = "",
     output: options.Output = DEFAULT_OUTPUT,
     as_json: options.AsJson = False,
 ) -> None:
@@ -69,14 +69,16 @@ def models(
     found = wait_for(registry.check_every(settings, backend, output))
     if as_json:
         show.as_json({name: [status.to_json() for status in statuses] for name, statuses in found.items()})
-    else:
-        rows = [_row(name, status) for name, statuses in found.items() for status in statuses]
-        show.table("", ("backend", "model", "available", "context", "ms", "artefact", "detail"), rows)
+        return
+    rows = []
+    for name, s in ((name, status) for name, statuses in found.items() for status in statuses):
+        ours = f"{s.artefact.run}, {s.artefact.file} {s.artefact.sha256[:12]}" if s.artefact else ""
+        rows.append((name, s.name, "yes" if s.available else "no", s.context or "", f"{s.latency_ms or 0:.0f}", ours, s.detail))
+    show.table("", ("backend", "model", "available", "context", "ms", "artefact", "detail"), rows)
 
 
 def warmup(
-    agent: Annotated[str | None, typer.Option("--agent", help="An agent of agents.yaml, or orchestrator.")] = None,
-    as_json: options.AsJson = False,
+    agent: Annotated[str | None, Option(help="An agent of agents.yaml, or orchestrator.")] = None, as_json: options.AsJson = False
 ) -> None:
     """Make the selected backend load its model and answer one token; exit code 3 when it does not.
 
@@ -91,8 +93,8 @@ def warmup(
 
 
 def choose(
-    users: Annotated[int, typer.Option("--users", min=1, help="People or agents asking at the same time.")] = 1,
-    purpose: Annotated[str, typer.Option("--purpose", help="try, develop, serve or batch.")] = "serve",
+    users: Annotated[int, Option(min=1, help="People or agents asking at the same time.")] = 1,
+    purpose: Annotated[str, Option(help="try, develop, serve or batch.")] = "serve",
     machine: options.Hardware = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -116,7 +118,7 @@ def choose(
 def doctor(
     run: options.Run = DEFAULT_NAME,
     output: options.Output = DEFAULT_OUTPUT,
-    base: Annotated[str | None, typer.Option("--base", help="Also ask the hub whether this model may be read.")] = None,
+    base: Annotated[str | None, Option(help="Also ask the hub whether this model may be read.")] = None,
     agent: options.Agent = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -137,14 +139,8 @@ def doctor(
     if as_json:
         show.as_json({"healthy": healthy, "findings": [finding.to_json() for finding in found]})
     else:
-        rows = [
-            (Text(f.status, _STYLE[f.status]), f.check, f"{f.evidence}\n→ {f.remedy}" if f.remedy else f.evidence) for f in found
-        ]
+        told = (f"{f.evidence}\n→ {f.remedy}" if f.remedy else f.evidence for f in found)
+        rows = [(Text(f.status, _STYLE[f.status]), f.check, text) for f, text in zip(found, told, strict=True)]
         show.table("", ("", "check", "what was seen, what to do"), rows)
     if not healthy:
         raise typer.Exit(1)
-
-
-def _row(backend: str, s: ModelStatus) -> list[str]:
-    ours = f"{s.artefact.run}, {s.artefact.file} {s.artefact.sha256[:12]}" if s.artefact else ""
-    return [backend, s.name, "yes" if s.available else "no", str(s.context or ""), f"{s.latency_ms or 0:.0f}", ours, s.detail]

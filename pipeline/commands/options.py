@@ -4,46 +4,34 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Generic, NamedTuple, TypeVar
 
-import typer
+from typer import Argument, Option
 
 from pipeline.errors import InputError
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 
-Run = Annotated[str, typer.Option("--run", "--name", help="Name of the run, one folder below --output.")]
-SomeRun = Annotated[str | None, typer.Option("--run", "--name", help="Use what this run exported.")]
-Agent = Annotated[str | None, typer.Option("--agent", help="Use the run, backend and model that agents.yaml gives this agent.")]
-Output = Annotated[Path, typer.Option("--output", help="Folder that holds the runs.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Backends = Annotated[str, typer.Option("--backends", help="Comma-separated: vllm,llamacpp,ollama,openai.")]
-OnlyEngine = Annotated[str, typer.Argument(help="Only this engine.")]
-ServedName = Annotated[str | None, typer.Option("--served-model-name", help="Name that clients use.")]
-ModelPath = Annotated[Path | None, typer.Option("--model", "--gguf", help="This model folder or GGUF instead of a run's.")]
-Purposed = Annotated[str, typer.Option("--purpose", help="verify (fast start), serve, throughput or latency.")]
+Run = Annotated[str, Option("--run", "--name", help="Name of the run, one folder below --output.")]
+SomeRun = Annotated[str | None, Option("--run", "--name", help="Use what this run exported.")]
+Agent = Annotated[str | None, Option("--agent", help="Use the run, backend and model that agents.yaml gives this agent.")]
+Output = Annotated[Path, Option("--output", help="Folder that holds the runs.")]
+AsJson = Annotated[bool, Option("--json", help="Print one JSON object.")]
+Backends = Annotated[str, Option("--backends", help="Comma-separated: vllm,llamacpp,ollama,openai.")]
+OnlyEngine = Annotated[str, Argument(help="Only this engine.")]
+ServedName = Annotated[str | None, Option("--served-model-name", help="Name that clients use.")]
+ModelPath = Annotated[Path | None, Option("--model", "--gguf", help="This model folder or GGUF instead of a run's.")]
+Purposed = Annotated[str, Option("--purpose", help="verify (fast start), serve, throughput or latency.")]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Your own value instead of the planned one. Repeatable.")
+    list[str] | None, Option("--set", metavar="KEY=VALUE", help="Your own value instead of the planned one. Repeatable.")
 ]
-Hardware = Annotated[
-    str | None,
-    typer.Option(
-        "--hardware",
-        metavar="NAME|FILE.json|JSON",
-        help="Another machine: rtx4060, l4, 2xa10g, h100, cpu-2c-24g, cpu-16c-64g-bf16, ..., a JSON file or inline JSON.",
-    ),
-]
-Host = Annotated[str, typer.Option("--host", help="Address to bind; anything but 127.0.0.1 is reachable by others.")]
-Port = Annotated[int, typer.Option("--port", help="Port; 0 picks a free one.")]
-Detach = Annotated[bool, typer.Option("--detach", help="Leave it running and return.")]
-Stop = Annotated[bool, typer.Option("--stop", help="Stop the one that was left running.")]
-EvalData = Annotated[str | None, typer.Option("--eval-data", help="Held-out rows; else a share of --data is held out.")]
-Force = Annotated[
-    str,
-    typer.Option(
-        "--force",
-        metavar="[STAGE]",
-        help="Do it again even when nothing changed: all, or finetune, merge, gguf, modelfile, evaluate, verify.",
-    ),
-]
-Template = Annotated[Path | None, typer.Option("--template", help="A chat template (.jinja) instead of a run's.")]
+_MACHINES = "Another machine: rtx4060, l4, 2xa10g, h100, cpu-2c-24g, cpu-16c-64g-bf16, ..., a JSON file or inline JSON."
+Hardware = Annotated[str | None, Option("--hardware", metavar="NAME|FILE.json|JSON", help=_MACHINES)]
+Host = Annotated[str, Option("--host", help="Address to bind; anything but 127.0.0.1 is reachable by others.")]
+Port = Annotated[int, Option("--port", help="Port; 0 picks a free one.")]
+Detach = Annotated[bool, Option("--detach", help="Leave it running and return.")]
+Stop = Annotated[bool, Option("--stop", help="Stop the one that was left running.")]
+EvalData = Annotated[str | None, Option("--eval-data", help="Held-out rows; else a share of --data is held out.")]
+_STAGES = "Do it again even when nothing changed: all, or finetune, merge, gguf, modelfile, evaluate, verify."
+Force = Annotated[str, Option("--force", metavar="[STAGE]", help=_STAGES)]
+Template = Annotated[Path | None, Option("--template", help="A chat template (.jinja) instead of a run's.")]
 
 _RunName = TypeVar("_RunName", str, str | None)
 

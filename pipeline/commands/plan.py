@@ -4,8 +4,8 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
-import typer
 from rich.text import Text
+from typer import Option
 
 from pipeline import config, engines
 from pipeline.commands import options, show
@@ -42,24 +42,20 @@ def hardware(machine: options.Hardware = None, as_json: options.AsJson = False) 
     for gpu in here.gpus:
         capability = f", compute capability {gpu.compute_capability}" if gpu.compute_capability else ""
         rows.append(("GPU", f"{gpu.name}, {gpu.free_gib:.1f} of {gpu.memory_gib:.1f} GiB free{capability}"))
-    if not here.gpus:
-        rows.append(("GPU", "none"))
-    if here.driver:
-        rows.append(("driver", f"{here.driver}{f', CUDA {here.cuda}' if here.cuda else ''}"))
+    rows += [] if here.gpus else [("GPU", "none")]
+    rows += [("driver", f"{here.driver}{f', CUDA {here.cuda}' if here.cuda else ''}")] if here.driver else []
     show.table(f"machine: {here.name}", ("", ""), [*rows, *(("note", note) for note in here.notes)])
 
 
 def plan(
-    engine: Annotated[str, typer.Option("--engine", help="vllm, llamacpp, ollama, sglang or openai.")],
+    engine: Annotated[str, Option(help="vllm, llamacpp, ollama, sglang or openai.")],
     run: options.SomeRun = None,
     model: options.ModelPath = None,
-    model_shape: Annotated[
-        str | None, typer.Option("--model-shape", help="Plan for a published model by name, e.g. granite-4.1-8b.")
-    ] = None,
+    model_shape: Annotated[str | None, Option(help="Plan for a published model by name, e.g. granite-4.1-8b.")] = None,
     machine: options.Hardware = None,
     purpose: options.Purposed = "serve",
     setting: options.Set = None,
-    check: Annotated[bool, typer.Option("--check", help="Ask the installed engine whether it knows every flag.")] = False,
+    check: Annotated[bool, Option("--check", help="Ask the installed engine whether it knows every flag.")] = False,
     output: options.Output = DEFAULT_OUTPUT,
     agent: options.Agent = None,
     as_json: options.AsJson = False,
@@ -89,9 +85,8 @@ def plan(
     made = chosen.plan(request)
     if check and made.feasible:
         require_known_flags(chosen, made)
-    argv: list[str] = []
-    if made.feasible and chosen.default_port:
-        argv = list(chosen.launch(made, request, host="127.0.0.1", port=chosen.default_port).argv)
+    launched = made.feasible and chosen.default_port
+    argv = list(chosen.launch(made, request, host="127.0.0.1", port=chosen.default_port).argv) if launched else []
     described = made.to_json(argv) | {"model": source.name, "machine": request.hardware.name, "purpose": purpose}
     if as_json:
         show.as_json(described)
@@ -117,10 +112,8 @@ def _show(plan: dict[str, Any], argv: list[str]) -> None:
     verdict = "fits" if plan["feasible"] else "does not fit"
     title = f"{plan['engine']}: {plan['model']} on {plan['machine']}, purpose {plan['purpose']} - {verdict}"
     if plan["feasible"]:
-        rows = [
-            (row["flag"], row["value"], Text(row["reason"], "" if row["source"] == "planned" else "yellow"))
-            for row in plan["reasons"]
-        ]
+        styles = {"planned": ""}  # what somebody set stands out
+        rows = [(r["flag"], r["value"], Text(r["reason"], styles.get(r["source"], "yellow"))) for r in plan["reasons"]]
         show.table(title, ("setting", "value", "reason"), rows)
     else:
         show.line(title, style="bold red")

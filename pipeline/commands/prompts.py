@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Option
 
 from pipeline.commands import options, show
 from pipeline.errors import InputError
@@ -19,18 +20,17 @@ from pipeline.verify.sources import make_renderer, prompt_text, read_source
 
 
 def render(
-    messages: Annotated[Path, typer.Option("--messages", help="JSON file: a list of messages, or {'messages': [...]}.")],
-    tools: Annotated[Path | None, typer.Option("--tools", help="JSON file: a list of tools in OpenAI's form.")] = None,
+    messages: Annotated[Path, Option(help="JSON file: a list of messages, or {'messages': [...]}.")],
+    tools: Annotated[Path | None, Option(help="JSON file: a list of tools in OpenAI's form.")] = None,
     run: options.SomeRun = None,
     template: options.Template = None,
-    renderer: Annotated[str, typer.Option(help="jinja, transformers, go, llamacpp, vllm or ollama.")] = "jinja",
-    url: Annotated[str | None, typer.Option("--url", help="Base URL of the engine (default: its usual local port).")] = None,
+    renderer: Annotated[str, Option(help="jinja, transformers, go, llamacpp, vllm or ollama.")] = "jinja",
+    url: Annotated[str | None, Option(help="Base URL of the engine (default: its usual local port).")] = None,
     model: Annotated[
-        str | None,
-        typer.Option("--model", help="Model name on the engine (default: the one with this chat template, or its only one)."),
+        str | None, Option(help="Model name on the engine (default: the one with this chat template, or its only one).")
     ] = None,
-    prefill: Annotated[bool, typer.Option("--continue", help="Continue the last (assistant) message.")] = False,
-    now: Annotated[datetime | None, typer.Option(help="Clock that dated templates see.")] = None,
+    prefill: Annotated[bool, Option("--continue", help="Continue the last (assistant) message.")] = False,
+    now: Annotated[datetime | None, Option(help="Clock that dated templates see.")] = None,
     output: options.Output = DEFAULT_OUTPUT,
     agent: options.Agent = None,
 ) -> None:
@@ -48,13 +48,13 @@ def parity(
     template: options.Template = None,
     engines: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Comma-separated: chat, transformers, go, merged, gguf, modelfile, llamacpp, vllm, ollama; NAME=URL#MODEL for a "
             "server elsewhere."
         ),
     ] = None,
     start: Annotated[
-        bool, typer.Option("--start", help="Start the run's llama.cpp, vLLM and Ollama where installed, and stop them again.")
+        bool, Option("--start", help="Start the run's llama.cpp, vLLM and Ollama where installed, and stop them again.")
     ] = False,
     as_json: options.AsJson = False,
     output: options.Output = DEFAULT_OUTPUT,
@@ -84,17 +84,13 @@ def parity(
 
 def modelfile(
     run: options.SomeRun = None,
-    gguf: Annotated[Path | None, typer.Option("--gguf", help="A GGUF instead of a run; the Modelfile goes to stdout.")] = None,
+    gguf: Annotated[Path | None, Option(help="A GGUF instead of a run; the Modelfile goes to stdout.")] = None,
     template: options.Template = None,
-    system: Annotated[str | None, typer.Option("--system", help="System message for requests that bring none.")] = None,
-    num_ctx: Annotated[
-        int | None, typer.Option("--num-ctx", min=1, help="Context length (default: the model's, at most 8192).")
-    ] = None,
-    parameter: Annotated[list[str] | None, typer.Option("--parameter", help="NAME=VALUE; repeat for several (stop).")] = None,
-    license_file: Annotated[Path | None, typer.Option("--license-file", help="Text for LICENSE.")] = None,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Say which renderer each Ollama generation uses; write nothing.")
-    ] = False,
+    system: Annotated[str | None, Option(help="System message for requests that bring none.")] = None,
+    num_ctx: Annotated[int | None, Option(min=1, help="Context length (default: the model's, at most 8192).")] = None,
+    parameter: Annotated[list[str] | None, Option(help="NAME=VALUE; repeat for several (stop).")] = None,
+    license_file: Annotated[Path | None, Option(help="Text for LICENSE.")] = None,
+    explain: Annotated[bool, Option("--explain", help="Say which renderer each Ollama generation uses; write nothing.")] = False,
     output: options.Output = DEFAULT_OUTPUT,
     agent: options.Agent = None,
 ) -> None:
@@ -109,10 +105,8 @@ def modelfile(
     wanted = _parameters(parameter or [], num_ctx)
     license_text = _read_text(license_file) if license_file else None
     this = options.folder(None, run, output)
-    if gguf:
-        made = made_for.for_gguf(gguf, template, system, wanted, license_text)
-    else:
-        made = made_for.for_run(this, system, wanted, license_text)
+    told = (system, wanted, license_text)
+    made = made_for.for_gguf(gguf, template, *told) if gguf else made_for.for_run(this, *told)
     if explain:
         for choice in made_for.explain(parse_modelfile(made.text), made.jinja):
             typer.echo(f"Ollama {choice.generation}: {choice.renderer}; {choice.reason}")
@@ -124,11 +118,10 @@ def modelfile(
 
 
 def _parameters(given: list[str], num_ctx: int | None) -> dict[str, str | int | list[str]]:
-    found: dict[str, list[str]] = {}
-    for item in given:
-        name, value = options.pair("--parameter", item)
-        found.setdefault(name, []).append(value)
-    made: dict[str, str | int | list[str]] = {name: values if name == "stop" else values[-1] for name, values in found.items()}
+    pairs = [options.pair("--parameter", item) for item in given]
+    made: dict[str, str | int | list[str]] = dict(pairs)
+    if "stop" in made:
+        made["stop"] = [value for name, value in pairs if name == "stop"]
     return made | ({"num_ctx": num_ctx} if num_ctx else {})
 
 

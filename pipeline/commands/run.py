@@ -6,7 +6,7 @@ import os
 import time
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 from pipeline import batch
 from pipeline.batch import STAGES, Executed, run_notebooks
@@ -28,17 +28,15 @@ log = logging.getLogger(__name__)
 
 def run(
     name: options.Run = DEFAULT_NAME,
-    base: Annotated[str | None, typer.Option("--base", help="embedded (default), a hub id, or a model folder.")] = None,
-    data: Annotated[str | None, typer.Option("--data", help="soc (default), a file, or hub:owner/name.")] = None,
+    base: Annotated[str | None, Option(help="embedded (default), a hub id, or a model folder.")] = None,
+    data: Annotated[str | None, Option(help="soc (default), a file, or hub:owner/name.")] = None,
     eval_data: options.EvalData = None,
     backends: options.Backends = "",
     output: options.Output = DEFAULT_OUTPUT,
-    stages: Annotated[str, typer.Option("--stages", help="Comma-separated notebooks to run.")] = ",".join(STAGES),
+    stages: Annotated[str, Option(help="Comma-separated notebooks to run.")] = ",".join(STAGES),
     parameter: Annotated[
         list[str] | None,
-        typer.Option(
-            "--parameter", "-p", metavar="NAME=VALUE", help="Any other notebook parameter, e.g. -p EPOCHS=2. Repeatable."
-        ),
+        Option("--parameter", "-p", metavar="NAME=VALUE", help="Any other notebook parameter, e.g. -p EPOCHS=2. Repeatable."),
     ] = None,
     force: options.Force = "",
     agent: options.Agent = None,
@@ -126,9 +124,8 @@ def _conclude(folder: RunFolder) -> None:
 
 def _stages(text: str) -> list[str]:
     wanted = options.listed(text)
-    for word in wanted:
-        if word not in STAGES:
-            raise InputError(f"no notebook {word!r}", remedy=f"known: {', '.join(STAGES)}")
+    if unknown := [word for word in wanted if word not in STAGES]:
+        raise InputError(f"no notebook {unknown[0]!r}", remedy=f"known: {', '.join(STAGES)}")
     return [stage for stage in STAGES if stage in wanted]
 
 

@@ -3,39 +3,35 @@
 import os
 import re
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, cast, get_args
 
-import typer
+from typer import Argument, Option
 
 from pipeline import config, engines
 from pipeline.commands import options, show
 from pipeline.engines.base import Engine
 from pipeline.engines.vllm.lora import base_folder, parse
 from pipeline.errors import InputError
-from pipeline.planning.plan import Adapter, Purpose
+from pipeline.planning.plan import Purpose
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 from pipeline.serve import backends, records, server, start
 from pipeline.serve.start import Endpoint, Options, Target
 
 
 def serve(
-    engine: Annotated[str, typer.Argument(help="vllm, llamacpp, ollama or sglang; default: LLM_BACKEND.")] = "",
+    engine: Annotated[str, Argument(help="vllm, llamacpp, ollama or sglang; default: LLM_BACKEND.")] = "",
     run: options.Run = DEFAULT_NAME,
     output: options.Output = DEFAULT_OUTPUT,
     model: options.ModelPath = None,
     name: options.ServedName = None,
     host: options.Host = start.LOOPBACK,
-    port: Annotated[
-        int | None, typer.Option("--port", help="Port; 0 picks a free one. Default: the engine's documented one.")
-    ] = None,
+    port: Annotated[int | None, Option(help="Port; 0 picks a free one. Default: the engine's documented one.")] = None,
     purpose: options.Purposed = "serve",
     setting: options.Set = None,
     adapters: Annotated[
-        str | None,
-        typer.Option("--adapters", metavar="NAME=RUN,...", help="vLLM only: serve these LoRA adapters on their base model."),
+        str | None, Option(metavar="NAME=RUN,...", help="vLLM only: serve these LoRA adapters on their base model.")
     ] = None,
     detach: options.Detach = False,
     agent: options.Agent = None,
@@ -56,8 +52,14 @@ def serve(
     settings = config.load()
     run, engine, name = options.chosen(agent, run, engine, name)
     chosen, this = engines.get(engine or settings.llm_backend), RunFolder(run, output)
-    loras = _adapters(chosen, adapters, output)
-    target = _on_base(this, loras, model, name) if loras else _target(this, chosen, model, name, settings)
+    if adapters is not None and not chosen.serves_adapters:
+        raise InputError(f"{chosen.name} does not serve adapters here", remedy="use vllm, or serve the merged model")
+    loras = () if adapters is None else tuple(parse(adapters, output))
+    if loras:  # the base model under its own name; logs and records stay in the run's folder
+        base = base_folder(loras, model)
+        target = Target(base, name or base.name, this.path)
+    else:
+        target = _target(this, chosen, model, name, settings)
     target = replace(target, key=settings.key(chosen.name))
     given = {**settings.overrides(chosen.name), **options.overrides(setting)}
     options.require_known("purpose", purpose, get_args(Purpose))
@@ -75,8 +77,10 @@ def run_server(engine: str, target: Target, how: Options, there: Endpoint | None
         endpoint = backends.bring_up(engine, target, how, progress, there)
     _ready(endpoint)
     if endpoint.server is None:
-        said = f"made in the Ollama that already runs at {endpoint.url}; it goes on running (--port 0 starts another one)"
-        show.line(said, err=True)
+        there_already = (
+            f"made in the Ollama that already runs at {endpoint.url}; it goes on running (--port 0 starts another one)"
+        )
+        show.line(there_already, err=True)
     elif not detach:
         attend(endpoint.server, target.servers)
 
@@ -134,24 +138,6 @@ def _target(run: RunFolder, engine: Engine, model: Path | None, name: str | None
     modelfile = model.parent / "Modelfile"
     # a model inside a run belongs to it; for any other, a folder of its name beside the runs, where ps and stop look
     inside = model.resolve().parent.parent == run.output.resolve()
-    folder = model.parent if inside else run.output / _folder_name(model)
+    own = re.sub(r"[^A-Za-z0-9._-]", "-", model.resolve().stem if model.is_file() else model.resolve().name)
+    folder = model.parent if inside else run.output / (own.lstrip("._-")[:64] or "model")
     return Target(model, served, folder, modelfile if engine.creates_model else None)
-
-
-def _folder_name(model: Path) -> str:
-    name = re.sub(r"[^A-Za-z0-9._-]", "-", model.resolve().stem if model.is_file() else model.resolve().name)
-    return name.lstrip("._-")[:64] or "model"
-
-
-def _adapters(engine: Engine, text: str | None, output: Path) -> tuple[Adapter, ...]:
-    if text is None:
-        return ()
-    if not engine.serves_adapters:
-        raise InputError(f"{engine.name} does not serve adapters here", remedy="use vllm, or serve the merged model")
-    return tuple(parse(text, output))
-
-
-def _on_base(run: RunFolder, loras: Sequence[Adapter], model: Path | None, name: str | None) -> Target:
-    """The base model under its own name; logs and records stay in the run's folder."""
-    base = base_folder(loras, model)
-    return Target(base, name or base.name, run.path)

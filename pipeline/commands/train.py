@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from pipeline.commands import options, show
 from pipeline.runs import lock
@@ -27,29 +27,25 @@ _DEFAULT = _defaults()
 def train(
     run: options.Run = DEFAULT_NAME,
     output: options.Output = DEFAULT_OUTPUT,
-    base: Annotated[str, typer.Option("--base", help="embedded (offline), a hub id, or a model folder.")] = _DEFAULT.base,
-    revision: Annotated[str | None, typer.Option("--revision", help="Hub revision; the commit is recorded either way.")] = None,
-    data: Annotated[str, typer.Option("--data", help="soc (built in), a file, or hub:owner/name.")] = _DEFAULT.data,
+    base: Annotated[str, Option(help="embedded (offline), a hub id, or a model folder.")] = _DEFAULT.base,
+    revision: Annotated[str | None, Option(help="Hub revision; the commit is recorded either way.")] = None,
+    data: Annotated[str, Option(help="soc (built in), a file, or hub:owner/name.")] = _DEFAULT.data,
     eval_data: options.EvalData = None,
-    method: Annotated[str, typer.Option("--method", help="lora, qlora (GPU) or full.")] = _DEFAULT.method,
-    trainer: Annotated[str, typer.Option("--trainer", help="auto, unsloth or hf.")] = _DEFAULT.trainer,
-    rank: Annotated[int, typer.Option("--rank", help="LoRA rank.")] = _DEFAULT.rank,
-    alpha: Annotated[int, typer.Option("--alpha", help="LoRA alpha; the delta is scaled by alpha / rank.")] = _DEFAULT.alpha,
+    method: Annotated[str, Option(help="lora, qlora (GPU) or full.")] = _DEFAULT.method,
+    trainer: Annotated[str, Option(help="auto, unsloth or hf.")] = _DEFAULT.trainer,
+    rank: Annotated[int, Option(help="LoRA rank.")] = _DEFAULT.rank,
+    alpha: Annotated[int, Option(help="LoRA alpha; the delta is scaled by alpha / rank.")] = _DEFAULT.alpha,
     learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", help="Peak learning rate, cosine schedule; default by base and method.")
+        float | None, Option(help="Peak learning rate, cosine schedule; default by base and method.")
     ] = None,
-    epochs: Annotated[float, typer.Option("--epochs", help="Passes over the rows.")] = _DEFAULT.epochs,
-    max_steps: Annotated[int | None, typer.Option("--max-steps", help="Stop after this many optimizer steps.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows a step and device.")] = _DEFAULT.batch_size,
-    gradient_accumulation: Annotated[
-        int, typer.Option("--gradient-accumulation", help="Batches a step.")
-    ] = _DEFAULT.gradient_accumulation,
-    max_length: Annotated[
-        int, typer.Option("--max-length", help="Longest row in tokens; longer ones are left out and listed.")
-    ] = _DEFAULT.max_length,
-    max_rows: Annotated[int | None, typer.Option("--max-rows", help="Train on the first N rows only.")] = None,
-    save_steps: Annotated[int, typer.Option("--save-steps", help="Steps between checkpoints.")] = _DEFAULT.save_steps,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of everything random.")] = _DEFAULT.seed,
+    epochs: Annotated[float, Option(help="Passes over the rows.")] = _DEFAULT.epochs,
+    max_steps: Annotated[int | None, Option(help="Stop after this many optimizer steps.")] = None,
+    batch_size: Annotated[int, Option(help="Rows a step and device.")] = _DEFAULT.batch_size,
+    gradient_accumulation: Annotated[int, Option(help="Batches a step.")] = _DEFAULT.gradient_accumulation,
+    max_length: Annotated[int, Option(help="Longest row in tokens; longer ones are left out and listed.")] = _DEFAULT.max_length,
+    max_rows: Annotated[int | None, Option(help="Train on the first N rows only.")] = None,
+    save_steps: Annotated[int, Option(help="Steps between checkpoints.")] = _DEFAULT.save_steps,
+    seed: Annotated[int, Option(help="Seed of everything random.")] = _DEFAULT.seed,
     force: options.Force = "",
     agent: options.Agent = None,
     as_json: options.AsJson = False,

@@ -4,6 +4,7 @@ import webbrowser
 from typing import Annotated
 
 import typer
+from typer import Option
 
 from pipeline import config
 from pipeline.commands import options, show
@@ -22,7 +23,7 @@ def verify(
     run: options.Run = DEFAULT_NAME,
     output: options.Output = DEFAULT_OUTPUT,
     backends: options.Backends = _DEFAULT,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N held-out prompts.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="Only the first N held-out prompts.")] = None,
     agent: options.Agent = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -50,7 +51,7 @@ def report(
     output: options.Output = DEFAULT_OUTPUT,
     agent: options.Agent = None,
     as_json: options.AsJson = False,
-    open_page: Annotated[bool, typer.Option("--open", help="Open report.html in the browser.")] = False,
+    open_page: Annotated[bool, Option("--open", help="Open report.html in the browser.")] = False,
 ) -> None:
     """Draw report.html and junit.xml again from the run's report.json, and print the summary.
 

@@ -25,7 +25,7 @@ from pipeline import __version__, config
 from pipeline.config import Settings
 from pipeline.net.loopback import from_here, is_local, spare_loopback
 from pipeline.operate.observer import Observation, Observer
-from pipeline.report import html
+from pipeline.report import phrases
 from pipeline.report.certificate import summaries
 from pipeline.runs.folder import DEFAULT_OUTPUT
 from pipeline.runs.text import without_password
@@ -153,13 +153,13 @@ def _gauge(name: str, words: str, *labels: str) -> GaugeMetricFamily:
 
 def status_page(settings: Settings, observer: Observer) -> tuple[str, str]:
     """The page for people and its Content-Security-Policy: no script, nothing fetched, its own style only."""
-    css = (html.TEMPLATES / "status.css").read_text(encoding="utf-8")
+    css = (phrases.TEMPLATES / "status.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     status = inference_status(settings, observer)
     rows = {name: backend_json(seen) for name, seen in observer.seen.items()}
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    template = html.environment().get_template("status.html.j2")
+    template = phrases.environment().get_template("status.html.j2")
     page = template.render(status=status, rows=rows, css=Markup(css), now=now, version=__version__, stale=observer.stale)
     return page, policy
 

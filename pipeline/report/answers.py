@@ -50,12 +50,13 @@ def compare(expected: str, answer: str) -> Comparison:
     want, got = _json_object(expected), _json_object(answer)
     if want is not None and got is not None:
         return _compare_fields(want, got)
+    whole = (Line(None, (Span(visible(answer)),)),)
     if expected.strip() == answer.strip():
-        return Comparison((Line(None, (Span(visible(answer)),)),), True, "as expected")
+        return Comparison(whole, True, "as expected")
     if not answer.strip():
         return Comparison((Line(None, (Span("(empty answer)", "missing"),)),), False, "empty answer")
     if want is not None:
-        return Comparison((Line(None, (Span(visible(answer)),)),), False, "not a JSON object")
+        return Comparison(whole, False, "not a JSON object")
     return _compare_words(expected, answer)
 
 

@@ -63,13 +63,11 @@ def _matrix(checks: Checks, titles: Mapping[str, str]) -> tuple[list[str], list[
     """Headings, and by backend its title and a (status, figure) each; columns that no backend has are left out."""
     engines = _engines(checks, _ANSWERS)
     kept = {head: key for head, key in _COLUMNS.items() if any(key.format(engine) in checks for engine in engines)}
-    nothing = {"status": "", "figure": ""}
-
-    def cells(engine: str) -> list[tuple[str, str]]:
-        made = (checks.get(key.format(engine), nothing) for key in kept.values())
-        return [(check["status"], check["figure"]) for check in made]
-
-    return list(kept), [(titles.get(engine, visible(engine)), cells(engine)) for engine in engines]
+    rows, nothing = [], {"status": "", "figure": ""}
+    for engine in engines:
+        made = [checks.get(key.format(engine), nothing) for key in kept.values()]
+        rows.append((titles.get(engine, visible(engine)), [(check["status"], check["figure"]) for check in made]))
+    return list(kept), rows
 
 
 def _data(checks: Checks, key: str) -> Mapping[str, Any]:
@@ -77,10 +75,9 @@ def _data(checks: Checks, key: str) -> Mapping[str, Any]:
 
 
 def _charts(checks: Checks, titles: Mapping[str, str]) -> dict[str, str]:
-    spread = {"float16 cast": _data(checks, "merge.cast_logits").get("divergences", [])}
-    for engine in _engines(checks, _LOGPROBS):
-        divergences = _data(checks, engine.join(_LOGPROBS)).get("divergences", [])
-        spread[titles.get(engine, visible(engine))] = divergences
+    compared = {"float16 cast": "merge.cast_logits"}
+    compared |= {titles.get(engine, visible(engine)): engine.join(_LOGPROBS) for engine in _engines(checks, _LOGPROBS)}
+    spread = {title: _data(checks, key).get("divergences", []) for title, key in compared.items()}
     errors = {name: _data(checks, key).get("errors", []) for name, key in (("merged", "merge.tensors"), ("GGUF", "gguf.tensors"))}
     return {
         "Before and after, with intervals": charts.intervals(_data(checks, "tuned.scores").get("fields", {})),

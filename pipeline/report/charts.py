@@ -1,17 +1,106 @@
-"""The charts of the report and of the certificate in it, each an ``<svg>`` element, or '' where there is nothing to draw."""
+"""The charts of the report and of the certificate in it, each an ``<svg>`` element, or '' where there is nothing to draw.
 
+A chart is matplotlib's drawing, restyled so that the page's CSS colours it: colours become classes (light, dark and print
+follow the page), style attributes become presentation attributes (the page's content security policy allows none), ids get a
+prefix (several charts share one page), and marks carry ``<title>`` tooltips.
+"""
+
+from __future__ import annotations
+
+import io
 import itertools
 import math
+import re
+import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
+from xml.etree import ElementTree
 
-from pipeline.report.canvas import PALETTE, Canvas
 from pipeline.report.phrases import words
 from pipeline.report.schema import Backend, Point
+from pipeline.runs.text import visible
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# role -> colour on white; templates/report.css holds the dark ones under the same names
+PALETTE = {"ink": "#1c2530", "muted": "#5a6674", "grid": "#dfe4ea", "before": "#8d99a8", "after": "#1d5fd1", "second": "#c2571a"}
+_ROLE = {colour: role for role, colour in PALETTE.items()}
+_RC = {"svg.fonttype": "none", "svg.hashsalt": "granite-pipeline", "text.parse_math": False, "font.size": 10.5}
+_WIDTH = 5.4  # inches; 72 SVG units each, so that text stays readable when a phone shrinks the chart to 350 pixels
+_STYLE = {"fill", "fill-opacity", "stroke", "stroke-width", "stroke-dasharray", "stroke-dashoffset", "stroke-linecap"}
+_STYLE |= {"stroke-linejoin", "stroke-opacity", "opacity", "font-size", "font-weight", "text-anchor"}
 _MAX_POINTS = 500
 _SMOOTH_FROM = 120  # log entries; a shorter history is readable as it is
 _BINS = tuple(range(-9, 2))  # powers of ten of the divergence, in nats
+
+
+class Canvas:
+    """One figure with the report's plain axes, no pyplot state, and the tooltip of each mark."""
+
+    def __init__(self, prefix: str, label: str, height: float) -> None:
+        import matplotlib
+        from matplotlib.figure import Figure
+
+        self._rc = matplotlib.rc_context
+        self.prefix, self.label = prefix, label
+        self.titles: dict[str, str] = {}
+        with self._rc(_RC):
+            self.figure: Figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+            self.axes: Axes = self.figure.add_subplot()
+        for artist in (self.figure.patch, self.axes.patch):
+            artist.set_visible(False)
+        self.axes.spines[["top", "right", "left"]].set_visible(False)
+        self.axes.spines["bottom"].set_color(PALETTE["grid"])
+        self.axes.tick_params(colors=PALETTE["muted"], length=0)
+        for axis in (self.axes.xaxis, self.axes.yaxis):
+            axis.label.set_color(PALETTE["muted"])
+
+    def bars(self, rows: Sequence[tuple[str, float, str]], role: str, label: str, offset: float) -> None:
+        """Horizontal bars (name, value, tooltip), the first on top, each with its figure at the end."""
+        height = 0.36 if offset else 0.5
+        with self._rc(_RC):
+            drawn = self.axes.barh(
+                [i + offset for i in range(len(rows))], [v for _, v, _ in rows], height, color=PALETTE[role], label=label
+            )
+            for bar, (_, value, tooltip) in zip(drawn, rows, strict=True):
+                self._tip(bar, tooltip)
+                at, ink = (value, bar.get_y() + height / 2), PALETTE["ink"]
+                said = f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.1f}"
+                self.axes.annotate(said, at, (4, 0), textcoords="offset points", va="center", size=10, color=ink)
+            self.axes.set_yticks(range(len(rows)), [_short(name) for name, _, _ in rows], color=PALETTE["ink"])
+        self.axes.set_ylim(len(rows) - 0.4, -0.6)
+
+    def points(self, points: Sequence[tuple[int, float]], label: str, tooltip: str) -> None:
+        """A dotted line whose marks each have a tooltip."""
+        self.axes.plot(*zip(*points, strict=True), color=PALETTE["second"], linewidth=1.4, linestyle=(0, (4, 3)))
+        for i, (x, y) in enumerate(points):
+            self.mark(x, y, PALETTE["second"], tooltip.format(x=x, y=y), label if i == 0 else None)
+
+    def mark(self, x: float, y: float, colour: str, tooltip: str, label: str | None = None) -> None:
+        """One dot with its tooltip; ``label`` puts it into the key."""
+        (drawn,) = self.axes.plot(x, y, "o", color=colour, markersize=6, label=label)
+        self._tip(drawn, tooltip)
+
+    def svg(self, xlabel: str, ylabel: str = "", grid: Literal["x", "y", ""] = "") -> str:
+        """The figure as an ``<svg>`` element for an HTML page, its axes labelled, the key above them and left-aligned."""
+        self.axes.set(xlabel=xlabel, ylabel=ylabel)
+        if grid:
+            self.axes.grid(axis=grid, color=PALETTE["grid"], linewidth=0.8)
+        buffer = io.StringIO()
+        with self._rc(_RC), warnings.catch_warnings():
+            # labels in a script matplotlib's font lacks: the browser draws them, only the measured width is off
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            self.figure.legend(loc="outside upper left", ncols=3, frameon=False, labelcolor=PALETTE["ink"], fontsize=10.5)
+            self.figure.savefig(buffer, format="svg", metadata={"Date": None})
+        return _inline(buffer.getvalue(), self.prefix, self.label, self.titles)
+
+    def _tip(self, artist: Any, text: str) -> None:
+        gid = f"tip{len(self.titles)}"
+        artist.set_gid(gid)
+        self.titles[gid] = text
 
 
 def loss_curve(history: Sequence[Point]) -> str:
@@ -33,13 +122,9 @@ def loss_curve(history: Sequence[Point]) -> str:
             axes.plot(*zip(*_thin(smooth), strict=True), color=PALETTE["after"], linewidth=2.2, label=label)
     if held_out:
         canvas.points(_thin(held_out), "held-out", "held-out loss {y:.3f} at step {x}")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
     axes.margins(y=0.08)
     axes.set_ylim(bottom=0)
-    axes.grid(axis="y", color=PALETTE["grid"], linewidth=0.8)
-    canvas.legend()
-    return canvas.svg()
+    return canvas.svg("step", "loss", grid="y")
 
 
 def before_after(before: Mapping[str, float], after: Mapping[str, float]) -> str:
@@ -52,11 +137,8 @@ def before_after(before: Mapping[str, float], after: Mapping[str, float]) -> str
     after_rows = [(words(name), after[name] * 100, f"{words(name)}, after: {after[name]:.1%}") for name in names]
     canvas.bars(before_rows, "before", "before fine-tuning", -0.19)
     canvas.bars(after_rows, "after", "after fine-tuning", 0.19)
-    canvas.axes.set_xlabel("% of held-out rows")
-    canvas.axes.set_xlim(0, 112)
-    canvas.axes.set_xticks([0, 25, 50, 75, 100])
-    canvas.legend()
-    return canvas.svg()
+    canvas.axes.set(xlim=(0, 112), xticks=[0, 25, 50, 75, 100])
+    return canvas.svg("% of held-out rows")
 
 
 def latency(backends: Sequence[Backend]) -> str:
@@ -69,10 +151,8 @@ def latency(backends: Sequence[Backend]) -> str:
     tail = [(name, t.p95, f"{name}: 95th percentile {t.p95:.0f} ms") for name, t in measured]
     canvas.bars(half, "after", "median", -0.19)
     canvas.bars(tail, "before", "95th percentile", 0.19)
-    canvas.axes.set_xlabel("milliseconds, less is better")
     canvas.axes.set_xlim(0, max(t.p95 for _, t in measured) * 1.18 or 1)
-    canvas.legend()
-    return canvas.svg()
+    return canvas.svg("milliseconds, less is better")
 
 
 def throughput(backends: Sequence[Backend]) -> str:
@@ -82,10 +162,8 @@ def throughput(backends: Sequence[Backend]) -> str:
         return ""
     canvas = Canvas("throughput", "Generated tokens per second by backend", 1.3 + 0.62 * len(measured))
     canvas.bars([(name, rate, f"{name}: {rate:.1f} tokens/s") for name, rate in measured], "after", "all requests together", 0.0)
-    canvas.axes.set_xlabel("tokens per second, more is better")
     canvas.axes.set_xlim(0, max(rate for _, rate in measured) * 1.18 or 1)
-    canvas.legend()
-    return canvas.svg()
+    return canvas.svg("tokens per second, more is better")
 
 
 def intervals(fields: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
@@ -100,13 +178,8 @@ def intervals(fields: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
             label = f"{role} fine-tuning" if i == 0 else None
             canvas.mark(mean, i + offset, PALETTE[role], f"{rows[i][0]}, {role}: {mean:.1f} % ({low:.1f} to {high:.1f})", label)
     canvas.axes.set_yticks(range(len(fields)), [name.replace("_", " ")[:22] for name in fields], color=PALETTE["ink"])
-    canvas.axes.set_ylim(len(fields) - 0.4, -0.6)
-    canvas.axes.set_xlim(-3, 103)
-    canvas.axes.set_xticks([0, 25, 50, 75, 100])
-    canvas.axes.set_xlabel("% of held-out rows, band: 95 % interval")
-    canvas.axes.grid(axis="x", color=PALETTE["grid"], linewidth=0.8)
-    canvas.legend()
-    return canvas.svg()
+    canvas.axes.set(ylim=(len(fields) - 0.4, -0.6), xlim=(-3, 103), xticks=[0, 25, 50, 75, 100])
+    return canvas.svg("% of held-out rows, band: 95 % interval", grid="x")
 
 
 def divergence(series: Mapping[str, Sequence[float]]) -> str:
@@ -117,24 +190,13 @@ def divergence(series: Mapping[str, Sequence[float]]) -> str:
     canvas = Canvas("divergence", "Divergence from the in-process model, by position", 3.6)
     colours = [PALETTE["after"], PALETTE["second"], PALETTE["before"], PALETTE["ink"]]
     for (name, values), colour in zip(drawn.items(), colours, strict=False):
-        counts = _histogram(values)
-        shares = [100 * count / len(values) for count in counts]
+        powers = (math.floor(math.log10(value)) if value > 0 else _BINS[0] for value in values)
+        counts = Counter(min(max(power, _BINS[0]), _BINS[-1]) for power in powers)
+        shares = [100 * counts[power] / len(values) for power in _BINS]
         canvas.axes.step([*_BINS, _BINS[-1] + 1], [*shares, shares[-1]], where="post", color=colour, linewidth=2, label=name)
     canvas.axes.set_xticks(_BINS[::2], [f"1e{power}" for power in _BINS[::2]])
-    canvas.axes.set_xlabel("KL divergence in nats (leftmost: that or less)")
-    canvas.axes.set_ylabel("% of positions")
     canvas.axes.set_ylim(bottom=0)
-    canvas.axes.grid(axis="y", color=PALETTE["grid"], linewidth=0.8)
-    canvas.legend()
-    return canvas.svg()
-
-
-def _histogram(values: Sequence[float]) -> list[int]:
-    counts = [0] * len(_BINS)
-    for value in values:
-        power = math.floor(math.log10(value)) if value > 0 else _BINS[0]
-        counts[min(max(power, _BINS[0]), _BINS[-1]) - _BINS[0]] += 1
-    return counts
+    return canvas.svg("KL divergence in nats (leftmost: that or less)", "% of positions", grid="y")
 
 
 def tensor_errors(series: Mapping[str, Sequence[Sequence[Any]]]) -> str:
@@ -156,10 +218,7 @@ def tensor_errors(series: Mapping[str, Sequence[Sequence[Any]]]) -> str:
         canvas.axes.set_yscale("log")
     else:
         canvas.axes.set_ylim(0, 1.15)
-    canvas.axes.set_xlabel("tensor, in file order")
-    canvas.axes.set_ylabel("error / bound")
-    canvas.legend()
-    return canvas.svg()
+    return canvas.svg("tensor, in file order", "error / bound")
 
 
 def _centred_mean(values: Sequence[float], half: int) -> list[float]:
@@ -174,3 +233,53 @@ def _thin(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
         return list(points)
     stride = -(-len(points) // _MAX_POINTS)
     return [*points[::stride], *points[-1:]]
+
+
+def _inline(markup: str, prefix: str, label: str, titles: Mapping[str, str]) -> str:
+    root = ElementTree.fromstring(markup)
+    for parent in list(root.iter()):
+        parent.tag = parent.tag.rpartition("}")[2]
+        for child in list(parent):
+            if child.tag.rpartition("}")[2] in ("metadata", "style"):
+                parent.remove(child)
+    for element in root.iter():
+        _restyle(element, prefix)
+        tooltip = titles.get(element.get("id", "").removeprefix(f"{prefix}-"))
+        if tooltip is not None:
+            note = ElementTree.Element("title")
+            note.text = visible(tooltip)
+            element.insert(0, note)
+    for name in ("width", "height", "version"):
+        root.attrib.pop(name, None)
+    root.attrib.update({"class": "chart", "role": "img", "aria-label": label})
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _restyle(element: ElementTree.Element, prefix: str) -> None:
+    attributes: dict[str, str] = {}
+    classes: list[str] = []
+    for name, value in element.attrib.items():
+        plain = name.rpartition("}")[2]
+        if plain == "id":
+            attributes["id"] = f"{prefix}-{value}"
+        elif plain == "href":
+            attributes["href"] = f"#{prefix}-{value.removeprefix('#')}"
+        elif plain == "clip-path":
+            attributes["clip-path"] = value.replace("url(#", f"url(#{prefix}-")
+        elif plain != "style":
+            attributes[plain] = value
+    for declaration in element.get("style", "").split(";"):
+        key, _, value = (part.strip() for part in declaration.partition(":"))
+        if key in _STYLE:
+            attributes[key] = value.removesuffix("px")
+            if value in _ROLE:
+                classes.append(f"{key}-{_ROLE[value]}")
+    if classes:
+        attributes["class"] = " ".join(classes)
+    element.attrib.clear()
+    element.attrib.update(attributes)
+
+
+def _short(name: str) -> str:
+    name = re.sub(r"\s+", " ", visible(name))
+    return name if len(name) <= 22 else f"{name[:21]}…"

@@ -2,21 +2,30 @@
 
 import base64
 import hashlib
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-from jinja2 import Environment
 from markupsafe import Markup
 
 from pipeline import __version__
-from pipeline.report import charts, html
+from pipeline.report import charts
 from pipeline.report.answers import Comparison, compare, show
 from pipeline.report.certificate import view
 from pipeline.report.check import Check
-from pipeline.report.phrases import NONE, duration, first_line, flatten, listing, moment, percent, plain, points, was, words
+from pipeline.report.phrases import (
+    NONE,
+    TEMPLATES,
+    duration,
+    environment,
+    first_line,
+    flatten,
+    listing,
+    percent,
+    points,
+    was,
+    words,
+)
 from pipeline.report.schema import Backend, Example, Feature, Result
 from pipeline.runs.text import visible
 
@@ -75,25 +84,22 @@ class Sheet:
 def render(result: Result) -> str:
     """The whole page."""
     titles = {backend.name: backend.shown for backend in result.backends}
-    css = (html.TEMPLATES / "report.css").read_text(encoding="utf-8")
-    return (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            result=result,
-            version=__version__,
-            css=Markup(css),
-            css_hash=base64.b64encode(hashlib.sha256(css.encode()).digest()).decode(),
-            verdict=verdict(result),
-            certificate=view(result.certificate, titles) if result.certificate else None,
-            figures=figures(result),
-            groups=groups(result),
-            charts=_charts(result),
-            scores=_score_rows(result),
-            table=_backend_table(result.backends),
-            sheets=sheets(result.examples, titles),
-            facts_run=flatten({"run": result.run, "written": result.created_at, "base model": result.base_model.model_dump()}),
-        )
+    css = (TEMPLATES / "report.css").read_text(encoding="utf-8")
+    template = environment().get_template("report.html.j2")
+    return template.render(
+        result=result,
+        version=__version__,
+        css=Markup(css),
+        css_hash=base64.b64encode(hashlib.sha256(css.encode()).digest()).decode(),
+        verdict=verdict(result),
+        certificate=view(result.certificate, titles) if result.certificate else None,
+        figures=figures(result),
+        groups=groups(result),
+        charts=_charts(result),
+        scores=_score_rows(result),
+        table=_backend_table(result.backends),
+        sheets=sheets(result.examples, titles),
+        facts_run=flatten({"run": result.run, "written": result.created_at, "base model": result.base_model.model_dump()}),
     )
 
 
@@ -134,12 +140,8 @@ def figures(result: Result) -> list[Figure]:
             found.append(Figure(f"Exact, {backend.shown}", percent(backend.exact), note, backend.status))
     parity = [b.prompt_parity for b in result.backends if b.prompt_parity is not None]
     if parity:
-        state = "passed" if all(parity) else "failed"
-        found.append(
-            Figure(
-                "Prompt parity", f"{sum(parity)} of {len(parity)}", "engines feed the model the tokenizer's exact prompt", state
-            )
-        )
+        state, note = "passed" if all(parity) else "failed", "engines feed the model the tokenizer's exact prompt"
+        found.append(Figure("Prompt parity", f"{sum(parity)} of {len(parity)}", note, state))
     stops = [b.finish_stop for b in result.backends if b.finish_stop is not None]
     if stops:
         found.append(Figure("Stops", percent(min(stops)), "answers that end by themselves, in the worst engine"))
@@ -177,15 +179,6 @@ def sheets(examples: Sequence[Example], titles: Mapping[str, str]) -> list[Sheet
     return found
 
 
-@cache
-def _environment() -> Environment:
-    environment = html.environment()
-    environment.filters.update(
-        percent=percent, duration=duration, moment=moment, flatten=flatten, words=words, shell=shlex.join, plain=plain
-    )
-    return environment
-
-
 def _group(name: str, status: str, checks: Sequence[Check], reason: str) -> Group:
     ran = [c for c in checks if c.status != "skipped"]
     passed = sum(c.status == "passed" for c in ran)
@@ -210,11 +203,8 @@ def _score_rows(result: Result) -> dict[str, Any]:
     scored = [b for b in result.backends if b.exact is not None or b.fields]
     heads = ["Before", "After", *(b.shown for b in scored)]
     names = [n for n in dict.fromkeys([*tuned, *base]) if n != "exact"] + ["exact"]
-    columns: list[Mapping[str, float | None]] = [
-        base,
-        tuned,
-        *({**b.fields, "finish_stop": b.finish_stop, "exact": b.exact} for b in scored),
-    ]
+    columns: list[Mapping[str, float | None]] = [base, tuned]
+    columns += [{**b.fields, "finish_stop": b.finish_stop, "exact": b.exact} for b in scored]
     return {"heads": heads, "rows": [(words(name), [percent(column.get(name)) for column in columns]) for name in names]}
 
 
@@ -253,8 +243,7 @@ def feature(tried: Feature | None) -> str:
 
 
 def _memory(backend: Backend) -> str:
-    predicted = (backend.memory_gib or {}).get("total")
-    parts = [f"{backend.memory_measured_gib:.1f}" if backend.memory_measured_gib is not None else ""]
-    parts.append(f"({predicted:.1f} planned)" if predicted is not None else "")
-    text = " ".join(filter(None, parts))
-    return f"{text} GiB" if text else NONE
+    measured, predicted = backend.memory_measured_gib, (backend.memory_gib or {}).get("total")
+    parts = [f"{measured:.1f}"] if measured is not None else []
+    parts += [f"({predicted:.1f} planned)"] if predicted is not None else []
+    return " ".join([*parts, "GiB"]) if parts else NONE

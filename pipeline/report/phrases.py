@@ -1,12 +1,18 @@
-"""How figures, names and times read to people, in the report and on the terminal."""
+"""How figures, names and times read to people, on the terminal and (``environment``) in every HTML page we write."""
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from pipeline.runs.text import visible
 
+TEMPLATES = Path(__file__).with_name("templates")
 NONE = "–"
 _HEADLINE = 280  # characters of a failed check's detail that fit under the headline; the rest is in the list
 _ACRONYMS = re.compile(r"\b(?:json|gguf|kv|id|ids|eos|gpu|cpu|ttft)\b")
@@ -93,3 +99,17 @@ def listing(names: Sequence[str]) -> str:
 def was(names: Sequence[str]) -> str:
     """The verb for so many names."""
     return "was" if len(names) == 1 else "were"
+
+
+def environment() -> Environment:
+    """A new environment over the package's templates: all text escaped, none hidden or reordered, a missing name an error."""
+    options: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    made = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, finalize=_finalize, **options)
+    spoken = (percent, duration, moment, flatten, words, plain)
+    made.filters.update({filter_.__name__: filter_ for filter_ in spoken}, shell=shlex.join)
+    return made
+
+
+def _finalize(value: Any) -> Any:
+    """Applied to every expression of a template before escaping: no text from outside can hide or reorder what is shown."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value

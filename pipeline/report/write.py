@@ -44,8 +44,7 @@ def write_report(result: Mapping[str, Any], folder: Path) -> ReportPaths:
 
 def render_again(result: Mapping[str, Any], folder: Path) -> ReportPaths:
     """Write report.html and junit.xml from what report.json holds, leaving report.json as it is."""
-    html, junit = render_html(result), junit_xml(result)
-    paths = paths_in(folder)
+    html, junit, paths = render_html(result), junit_xml(result), paths_in(folder)
     write_atomic(paths.html, html)
     write_atomic(paths.junit, junit)
     return paths
@@ -73,12 +72,9 @@ def summary_table(result: Mapping[str, Any]) -> Table:
     run = parse(clean(result))
     verdict = page.verdict(run)
     colour = {"passed": "bold green", "failed": "bold red"}.get(verdict.state, "bold yellow")
-    table = Table(
-        title=Text(visible(verdict.title), style=colour),
-        caption=Text("\n".join([visible(verdict.text), *_probe_lines(run)])),
-        title_justify="left",
-        caption_justify="left",
-    )
+    caption = Text("\n".join([visible(verdict.text), *_probe_lines(run)]))
+    title = Text(visible(verdict.title), style=colour)
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     heads = ("", "status", "exact", "prompt parity", "stops", "first token ms", "tokens/s")
     for head in heads:
         table.add_column(head, justify="left" if head in ("", "status", "prompt parity") else "right")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.commands.servers import stop
+from pipeline.commands.runs import stop
 from pipeline.engines.base import Launch
 from pipeline.errors import EnvironmentFailure
 from pipeline.net.loopback import claim

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import pytest
 
 from pipeline.report import charts
-from pipeline.report.canvas import PALETTE
+from pipeline.report.charts import PALETTE
 from pipeline.report.schema import Point, Result, parse
 from pipeline.runs.text import visible
 
