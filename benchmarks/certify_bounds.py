@@ -31,7 +31,7 @@ from pipeline.runs.folder import RunFolder
 from pipeline.verify.distributions import Reference, compare_tops
 from training.certify import probes
 from training.certify.certify import Scope, certify
-from training.datasets import soc
+from training.datasets.dataset import SOC_EVAL
 from training.export import evaluate, gguf, merge
 from training.parameters import FinetuneParameters
 from training.tuning.finetune import finetune
@@ -78,7 +78,7 @@ def _trained(args: argparse.Namespace, seed: int) -> RunFolder:
     run = RunFolder(f"seed{seed}", args.out)
     args.out.mkdir(parents=True, exist_ok=True)
     held_out = args.out / "held_out.jsonl"
-    held_out.write_text("".join(soc.EVAL.read_text(encoding="utf-8").splitlines(keepends=True)[: args.rows]), encoding="utf-8")
+    held_out.write_text("".join(SOC_EVAL.read_text(encoding="utf-8").splitlines(keepends=True)[: args.rows]), encoding="utf-8")
     finetune(
         run, FinetuneParameters(base=args.base, eval_data=str(held_out), max_steps=args.steps, learning_rate=2e-3, seed=seed)
     )

@@ -16,7 +16,7 @@ import pytest
 from pipeline.engines.ollama import Ollama
 from pipeline.engines.vllm.engine import Vllm
 from pipeline.runs.manifest import Manifest
-from training.datasets import soc
+from training.datasets.dataset import SOC_EVAL
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 HELD_OUT = 24
@@ -69,7 +69,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def words(output: Path) -> list[str]:
     held_out = output / "held_out.jsonl"
-    held_out.write_text("".join(soc.EVAL.read_text().splitlines(keepends=True)[:HELD_OUT]))
+    held_out.write_text("".join(SOC_EVAL.read_text().splitlines(keepends=True)[:HELD_OUT]))
     return ["run", "--name", "e2e", "--output", str(output), "--eval-data", str(held_out), *BUDGET]
 
 

@@ -18,6 +18,8 @@ from pipeline.runs.hashes import sha256_file
 from training.datasets.formats import UNDERSTOOD, RowError, convert, detect
 from training.datasets.sources import Advance, Record, records, resolve
 
+# the built-in SOC alerts; benchmarks/soc_data.py makes them
+SOC_TRAIN, SOC_EVAL = (Path(__file__).parents[1] / "data" / f"soc_{part}.jsonl" for part in ("train", "eval"))
 _SHOWN = 5
 
 

@@ -19,8 +19,7 @@ from pipeline.runs.files import read_json, require_free_space, staged, write_ato
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.stages import Force, StageResult, run_stage
 from training.base import BaseModel, resolve
-from training.datasets import soc
-from training.datasets.dataset import Row, load, overlap, split
+from training.datasets.dataset import SOC_EVAL, SOC_TRAIN, Row, load, overlap, split
 from training.memory import finetune_need, require_memory
 from training.parameters import FinetuneParameters
 from training.tuning import checkpoints, trainers
@@ -65,8 +64,8 @@ def read_split(params: FinetuneParameters) -> Split:
     Without ``eval_data`` a share of the user's rows is held out; ``soc`` is the built-in set with its own held-out file.
     """
     built_in = params.data == "soc"
-    train = load(soc.TRAIN if built_in else params.data)
-    eval_source = params.eval_data or (soc.EVAL if built_in else None)
+    train = load(SOC_TRAIN if built_in else params.data)
+    eval_source = params.eval_data or (SOC_EVAL if built_in else None)
     hashes = {"train": train.sha256}
     if eval_source is None:
         rows, held_out = split(train.rows, params.eval_share, params.seed)

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
+from benchmarks import soc_data as soc
 from pipeline.errors import DataError
-from training.datasets import soc
 from training.datasets.dataset import load, overlap
 
 BENIGN = re.compile(
@@ -35,7 +35,7 @@ def test_check_names_a_file_that_differs(monkeypatch, tmp_path, capsys):
     edited.write_text(soc.TRAIN.read_text(encoding="utf-8").replace("LockBit", "Lockbit", 1), encoding="utf-8")
     monkeypatch.setattr(soc, "TRAIN", edited)
     assert soc.main(["--check"]) == 1
-    assert capsys.readouterr().err == f"{edited} differs from the generator's output; run: python -m training.datasets.soc\n"
+    assert capsys.readouterr().err == f"{edited} differs from the generator's output; run: python -m benchmarks.soc_data\n"
 
 
 def test_writing_repairs_a_missing_file(monkeypatch, tmp_path):

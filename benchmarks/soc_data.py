@@ -1,6 +1,6 @@
-"""The SOC alert-triage set: a deterministic generator over the tables in ``data/soc_tables.json``.
+"""The SOC alert-triage set: a deterministic generator over the tables in ``training/data/soc_tables.json``.
 
-``python -m training.datasets.soc`` writes ``data/soc_train.jsonl`` and ``data/soc_eval.jsonl``; ``--check`` verifies that the
+``python -m benchmarks.soc_data`` writes ``soc_train.jsonl`` and ``soc_eval.jsonl`` there; ``--check`` verifies that the
 committed files are what this generator makes. The labelling rules are written out in the tables under ``rules``.
 """
 
@@ -12,10 +12,10 @@ from typing import Any
 
 from pipeline.errors import DataError
 from pipeline.runs.files import read_object, write_atomic
+from training.datasets.dataset import SOC_EVAL, SOC_TRAIN
 
-FOLDER = Path(__file__).parents[1] / "data"
-TRAIN = FOLDER / "soc_train.jsonl"
-EVAL = FOLDER / "soc_eval.jsonl"
+FOLDER = SOC_TRAIN.parent
+TRAIN, EVAL = SOC_TRAIN, SOC_EVAL
 
 SEED = 20261
 TRAIN_ROUNDS = 50
@@ -137,7 +137,7 @@ def main(arguments: list[str]) -> int:
             write_atomic(path, lines(rows))
     different = check()
     for path in different:
-        sys.stderr.write(f"{path} differs from the generator's output; run: python -m training.datasets.soc\n")
+        sys.stderr.write(f"{path} differs from the generator's output; run: python -m benchmarks.soc_data\n")
     return 1 if different else 0
 
 
