@@ -33,12 +33,10 @@ from pipeline.runs.manifest import Manifest
 from pipeline.runs.text import masked
 from pipeline.serve.artefacts import written_after
 from pipeline.serve.start import Endpoint
-from pipeline.verify import checks
 from pipeline.verify.distributions import Reference
-from pipeline.verify.material import Material
-from pipeline.verify.prober import Prober, ask_all
+from pipeline.verify.prober import Prober, ask_all, parity
 from pipeline.verify.probes import injection, structured_output, tool_call
-from pipeline.verify.score import Answer
+from pipeline.verify.score import Answer, Material
 
 _CONCURRENCY = 32
 _STREAMED = 4
@@ -124,13 +122,7 @@ class Plan:
 
     def probes(self, rows: Sequence[int]) -> list[int]:
         """Numbers of the probes to ask: the first ``positions`` of each row that is asked (all, when there are fewer)."""
-        taken: dict[int, int] = {}
-        chosen = []
-        for i, row in enumerate(rows):
-            taken[row] = taken.get(row, 0) + 1
-            if taken[row] <= self.positions:
-                chosen.append(i)
-        return chosen
+        return [i for i, row in enumerate(rows) if rows[:i].count(row) < self.positions]
 
 
 async def interrogate(
@@ -145,16 +137,13 @@ async def interrogate(
         rows = tuple(row for row in plan.rows if known is None or row not in known.rows)
         said = await _chats(endpoint, material, rows, plan.features, progress)
         if known:
-            said |= {
-                "answers": known.answers + said["answers"],
-                "parity": _both(known.parity, said["parity"]),
-                "reused": known.at,
-            }
-            rows = known.rows + rows
-        said |= _distributions(client, endpoint, plan) if plan.reference else {}
-        said |= (
-            {"tokenised": _tokenised(client, engine, run, [material.prompts[i][0] for i in plan.rows])} if plan.reference else {}
-        )
+            now, rows = said["parity"], known.rows + rows
+            # of two sets of rows, what is wrong with either
+            both = now if known.parity is None or (now and now.status != "passed") else known.parity
+            said |= {"answers": known.answers + said["answers"], "parity": both, "reused": known.at}
+        if plan.reference:
+            said |= _distributions(client, endpoint, plan, plan.reference)
+            said["tokenised"] = _tokenised(client, engine, run, [material.prompts[i][0] for i in plan.rows])
     return Evidence(
         engine=endpoint.engine,
         version=endpoint.version,
@@ -209,16 +198,15 @@ async def _chats(
             probed.append(await tool_call(prober, material.yardstick.template.source))
             streams = [await prober.stream(row) for row in rows[:_STREAMED]]
             features = Features(tuple(listed), first, tuple(probed), tuple(streams))
-        parity = await checks.parity(prober, rows, [material.prompts[i] for i in numbers]) if rows else None
-        answers, speed = await ask_all(prober, rows, _concurrency(endpoint), done)
-    return {"answers": tuple(answers), "parity": parity, "features": features, "tokens_per_second": speed}
+        same = await parity(prober, rows, [material.prompts[i] for i in numbers]) if rows else None
+        planned = int((endpoint.plan or {}).get("max_num_seqs") or _CONCURRENCY)
+        answers, speed = await ask_all(prober, rows, max(1, min(_CONCURRENCY, planned)), done)
+    return {"answers": tuple(answers), "parity": same, "features": features, "tokens_per_second": speed}
 
 
-def _distributions(client: httpx.Client, endpoint: Endpoint, plan: Plan) -> dict[str, Any]:
+def _distributions(client: httpx.Client, endpoint: Endpoint, plan: Plan, reference: Reference) -> dict[str, Any]:
     """Next-token distributions at held-out positions of the rows asked and at the controls'; or why there are none."""
-    assert plan.reference
-    engine = engines.get(endpoint.engine)
-    held_out, controls = plan.reference.held_out, plan.reference.controls
+    engine, held_out, controls = engines.get(endpoint.engine), reference.held_out, reference.controls
     asked = {
         "probes": [(i, held_out[i].ids) for i in plan.probes([p.row for p in held_out]) if held_out[i].row in plan.rows],
         "controls": [(i, controls[i].ids) for i in plan.probes([p.row for p in controls])],
@@ -233,11 +221,6 @@ def _distributions(client: httpx.Client, endpoint: Endpoint, plan: Plan) -> dict
     return tops
 
 
-def _both(before: Check | None, now: Check | None) -> Check | None:
-    """Parity of two sets of rows: what is wrong with either."""
-    return now if before is None or (now and now.status != "passed") else before
-
-
 def _process(endpoint: Endpoint) -> tuple[int, float] | None:
     return (endpoint.server.pid, endpoint.server.started) if endpoint.server else None
 
@@ -249,11 +232,6 @@ def _asked(material: Material, rows: Sequence[int]) -> str:
 
 def _sha256(file: str | None) -> str | None:
     return sha256_tree(Path(file)) if file and Path(file).exists() else None
-
-
-def _concurrency(endpoint: Endpoint) -> int:
-    planned = (endpoint.plan or {}).get("max_num_seqs") or _CONCURRENCY
-    return max(1, min(_CONCURRENCY, int(planned)))
 
 
 _STORED = TypeAdapter(dict[str, Evidence])

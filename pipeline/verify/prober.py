@@ -13,6 +13,7 @@ from pipeline.net.chat import Streamed
 from pipeline.net.client import get_async, open_async, open_client, post_async, wait_for
 from pipeline.prompts.conversation import Conversation
 from pipeline.prompts.neutralise import control_tokens, neutralise
+from pipeline.report.check import Check
 from pipeline.runs.folder import RunFolder
 from pipeline.serve.start import Endpoint
 from pipeline.verify.score import Answer, HeldOut, read_held_out
@@ -83,6 +84,31 @@ async def ask_all(
     results = await asyncio.gather(*(one(row) for row in rows))
     tokens = sum(count for _, count in results)
     return [answer for answer, _ in results], tokens / (time.perf_counter() - begun)
+
+
+async def parity(prober: Prober, rows: Sequence[HeldOut], expected: Sequence[tuple[str, list[int]]]) -> Check:
+    """The prompt the engine feeds the model equals the tokenizer's, as token IDs or (where it tells none) as text."""
+    check_id = f"{prober.endpoint.engine}.prompt_parity"
+    for number, (row, (text, ids)) in enumerate(zip(rows, expected, strict=True), 1):
+        try:
+            prompt = await prober.prompt(Conversation(f"row {number}", row.messages, row.tools))
+        except (LookupError, TypeError, ValueError) as error:
+            return Check(check_id, "failed", f"its answer about the prompt is not understood: {error!r}")
+        except PipelineError as error:
+            return Check(check_id, "failed" if engines.get(prober.endpoint.engine).tells_prompt else "skipped", str(error))
+        fed = prompt.text or "" if prompt.ids is None else list(prompt.ids)
+        if fed != (text if isinstance(fed, str) else ids):
+            return Check(check_id, "failed", f"prompt {number} differs: {difference(fed, text, ids)}")
+    kind = "texts" if rows and isinstance(fed, str) else "token IDs"
+    return Check(check_id, "passed", f"{len(rows)} prompts, {kind} equal to the tokenizer's")
+
+
+def difference(fed: list[int] | str, text: str, ids: list[int]) -> str:
+    """Where two prompts part, in words."""
+    want: Sequence[Any] = text if isinstance(fed, str) else ids
+    at = next((i for i, (a, b) in enumerate(zip(fed, want, strict=False)) if a != b), min(len(fed), len(want)))
+    near = slice(max(0, at - 20), at + 20) if isinstance(fed, str) else slice(max(0, at - 3), at + 5)
+    return f"at position {at} of {len(want)}: engine {fed[near]!r}, tokenizer {want[near]!r}"
 
 
 def ask_once(run: RunFolder, endpoint: Endpoint, prompt: str | None) -> dict[str, Any]:

@@ -1,13 +1,17 @@
-"""Held-out rows and how answers to them are scored, field by field."""
+"""What a run is verified with - held-out rows, their prompts, the answers given in process - and how answers are scored."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.errors import InputError
+from pipeline.model.tokenizer import Tokenizer
+from pipeline.prompts.chat import ChatTemplate
+from pipeline.prompts.neutralise import control_tokens, neutralise_message
 from pipeline.runs.files import read_utf8
+from pipeline.runs.folder import RunFolder
 
 # ``exact`` means these are all right, in an answer that parses; the recommended action may differ without harm
 KEY_FIELDS = ("severity", "technique", "verdict")
@@ -42,23 +46,23 @@ def read_held_out(path: Path) -> list[HeldOut]:
     """Read a run's ``heldout.jsonl``; the last assistant message of each line is the expected answer."""
     if not path.is_file():
         raise InputError(f"{path}: no held-out rows", remedy="run the training stage first: granite-pipeline train")
-    return _each_line(path, _row, "a held-out row", "train again to rewrite it")
+
+    def row(entry: Any) -> HeldOut:
+        *messages, last = entry["messages"]
+        return HeldOut(tuple(messages), str(last.get("content") or ""), entry.get("tools"))
+
+    return _each_line(path, row, "a held-out row", "train again to rewrite it")
 
 
 def read_reference(path: Path) -> list[Answer]:
     """Answers recorded in process; InputError when there are none."""
     if not path.is_file():
         raise InputError(f"{path}: no reference answers", remedy="granite-pipeline export makes them after the merge")
-    return _each_line(path, _recorded_answer, "an answer", "granite-pipeline export --force writes it anew")
 
+    def answer(entry: Any) -> Answer:
+        return Answer(str(entry["text"]), str(entry["finish_reason"]))
 
-def _row(entry: Any) -> HeldOut:
-    *messages, last = entry["messages"]
-    return HeldOut(tuple(messages), str(last.get("content") or ""), entry.get("tools"))
-
-
-def _recorded_answer(entry: Any) -> Answer:
-    return Answer(str(entry["text"]), str(entry["finish_reason"]))
+    return _each_line(path, answer, "an answer", "granite-pipeline export --force writes it anew")
 
 
 def _each_line(path: Path, made: Callable[[Any], _T], what: str, remedy: str) -> list[_T]:
@@ -137,3 +141,63 @@ def score(rows: Sequence[HeldOut], answers: Sequence[Answer]) -> dict[str, Any]:
         "exact": share(sum(is_exact(row.expected, a.text, fields) for row, a in zip(rows, answers, strict=True))),
         "finish_stop": share(sum(answer.finish_reason == "stop" for answer in answers)),
     }
+
+
+def user_message(text: str) -> dict[str, str]:
+    """One user message."""
+    return {"role": "user", "content": text}
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """The run's own template, tokenizer and control tokens, to read an engine's prompts with."""
+
+    template: ChatTemplate
+    tokenizer: Tokenizer
+    controls: frozenset[str]
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> "Yardstick":
+        """From a model folder."""
+        return cls(ChatTemplate.from_folder(folder), Tokenizer(folder), control_tokens(folder))
+
+    def count(self, ids: Collection[int]) -> int:
+        """How many of these token IDs are control tokens."""
+        known = {self.tokenizer.id_of(token) for token in self.controls}
+        return sum(token in known for token in ids)
+
+    def ids(self, text: str) -> list[int]:
+        """Token IDs of the prompt that the chat template makes of a user's text."""
+        return self.tokenizer.encode(self.template.render([user_message(text)], add_generation_prompt=True))
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a run is verified with: held-out rows, their prompts as the tokenizer makes them, reference answers."""
+
+    rows: list[HeldOut]
+    prompts: list[tuple[str, list[int]]]
+    base: list[Answer]
+    tuned: list[Answer]
+    tuned_score: dict[str, Any]
+    max_tokens: int
+    yardstick: Yardstick
+
+
+def read_material(run: RunFolder, limit: int | None = None) -> Material:
+    """Held-out rows (the first ``limit``), prompts and reference answers; InputError when a stage is missing."""
+    yardstick = Yardstick.of_folder(run.merged)
+    template, tokenizer, controls = yardstick.template, yardstick.tokenizer, yardstick.controls
+    rows = [
+        HeldOut(tuple(neutralise_message(message, controls) for message in row.messages), row.expected, row.tools)
+        for row in read_held_out(run.heldout)[:limit]
+    ]
+    references = {which: read_reference(run.reference(which))[:limit] for which in ("base", "tuned")}
+    if any(len(answers) != len(rows) for answers in references.values()):
+        remedy = f"granite-pipeline export --run {run.name}"
+        raise InputError("the reference answers do not match the held-out rows", remedy=remedy)
+    texts = [template.render(row.messages, tools=row.tools, add_generation_prompt=True) for row in rows]
+    budget = answer_budget([row.expected for row in rows], [len(tokenizer.encode(row.expected)) for row in rows])
+    prompts = [(text, tokenizer.encode(text)) for text in texts]
+    tuned_score = score(rows, references["tuned"])
+    return Material(rows, prompts, references["base"], references["tuned"], tuned_score, budget, yardstick)

@@ -22,7 +22,7 @@ from pipeline.serve import backends
 from pipeline.serve.start import Endpoint
 from pipeline.verify.distributions import ROWS, Reference
 from pipeline.verify.evidence import Evidence, Plan, interrogate, read_evidence, stored
-from pipeline.verify.material import Material, read_material
+from pipeline.verify.score import Material, read_material
 from training.certify import probes
 from training.certify.offline import described, offline_findings, read_subject
 

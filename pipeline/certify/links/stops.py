@@ -15,7 +15,7 @@ from pipeline.prompts.stops import StopFiles, extra_ends, gguf_problems, repair_
 from pipeline.report.check import Check, guarded, held, skipped
 from pipeline.runs.files import read_json, read_utf8
 from pipeline.runs.folder import RunFolder
-from pipeline.verify.checks import allowed
+from pipeline.verify.assemble import allowed
 from pipeline.verify.score import Answer, HeldOut
 
 _TEMPLATE = "the token the chat template writes after an answer"

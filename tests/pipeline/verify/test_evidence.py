@@ -19,8 +19,7 @@ from pipeline.serve.server import Server
 from pipeline.serve.start import Endpoint
 from pipeline.verify import evidence as module
 from pipeline.verify.evidence import Evidence, Plan, interrogate, read_evidence, restored, stored
-from pipeline.verify.material import Material
-from pipeline.verify.score import Answer, HeldOut
+from pipeline.verify.score import Answer, HeldOut, Material
 
 ROWS = [HeldOut(({"role": "user", "content": f"{i}"},), f"{i}") for i in range(4)]
 
@@ -48,7 +47,7 @@ def asked(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return Check("llamacpp.prompt_parity", "passed", "equal")
 
     monkeypatch.setattr(module, "ask_all", ask_all)
-    monkeypatch.setattr(module.checks, "parity", parity)
+    monkeypatch.setattr(module, "parity", parity)
     monkeypatch.setattr(LlamaCpp, "loaded_file", lambda *_: str(run.gguf))
     return prompts
 
