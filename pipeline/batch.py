@@ -80,9 +80,8 @@ def run_notebooks(run: RunFolder, stages: Sequence[str], parameters: Mapping[str
     try:
         import papermill
     except ImportError:
-        raise MissingDependency(
-            "papermill is not installed", remedy="make setup, or pip install 'granite-pipeline[notebook]'"
-        ) from None
+        remedy = "make setup, or pip install 'granite-pipeline[notebook]'"
+        raise MissingDependency("papermill is not installed", remedy=remedy) from None
     declared = {stage: parameters_of(FOLDER / f"{stage}.ipynb") for stage in stages}
     _refuse_unknown(parameters, declared)
     done = []
@@ -98,7 +97,9 @@ def run_notebooks(run: RunFolder, stages: Sequence[str], parameters: Mapping[str
             except papermill.PapermillExecutionError as error:
                 raise _as_ours(error, copy) from None
             finally:
-                _publish(running, copy)
+                if running.is_file():  # a cell may have printed a secret
+                    write_atomic(copy, mask(running.read_text(encoding="utf-8")))
+                    running.unlink()
             done.append(Executed(stage, copy, time.monotonic() - begun))
             interrupt.leave_if_asked(f"notebook {stage} is finished, what it made is kept")
     return done
@@ -108,33 +109,12 @@ def _execute(notebook: Path, copy: Path, parameters: Mapping[str, Any]) -> None:
     """Execute one notebook; what its cells print goes to stderr, or with ``--quiet`` only into the copy."""
     import papermill
 
-    shown = MaskingWriter(sys.stderr) if log.isEnabledFor(logging.INFO) and not _quiet() else None
-    papermill.execute_notebook(
-        str(notebook),
-        str(copy),
-        parameters=dict(parameters),
-        kernel_name="python3",
-        cwd=str(FOLDER),
-        progress_bar=False,
-        stderr_file=shown,
-        stdout_file=shown,
-    )
-
-
-def _quiet() -> bool:
-    """Whether the terminal was asked to be quiet: its handler is, the run's own log never is."""
-    return all(
-        handler.level >= logging.WARNING
-        for handler in logging.getLogger().handlers
-        if not isinstance(handler, logging.FileHandler)
-    )
-
-
-def _publish(running: Path, copy: Path) -> None:
-    """Put the executed copy under its name, whole and without secrets: a cell may have printed one."""
-    if running.is_file():
-        write_atomic(copy, mask(running.read_text(encoding="utf-8")))
-        running.unlink()
+    # the terminal's handler is asked to be quiet, the run's own log never is
+    terminal = [handler for handler in logging.getLogger().handlers if not isinstance(handler, logging.FileHandler)]
+    loud = log.isEnabledFor(logging.INFO) and any(handler.level < logging.WARNING for handler in terminal)
+    shown = MaskingWriter(sys.stderr) if loud else None
+    told = {"progress_bar": False, "stderr_file": shown, "stdout_file": shown}
+    papermill.execute_notebook(str(notebook), str(copy), dict(parameters), kernel_name="python3", cwd=str(FOLDER), **told)
 
 
 @contextmanager
@@ -177,12 +157,9 @@ def _as_ours(error: Any, copy: Path) -> PipelineError:
     tree = {name: kind for name, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, PipelineError)}
     if error.ename == "KeyboardInterrupt":
         return errors.Interrupted("stopped; finished stages and sealed checkpoints are kept", remedy="run it again to go on")
-    kind = tree.get(error.ename, EnvironmentFailure)
     source = "\n".join(f"    {line}" for line in str(error.source).strip().splitlines()[:12])
-    text = str(error.evalue).strip()
-    if error.ename not in tree:
-        text = f"{error.ename}: {text}"
-    return kind(text, evidence=f"in {copy}, cell {error.exec_count}:\n{source}")
+    text = ("" if error.ename in tree else f"{error.ename}: ") + str(error.evalue).strip()
+    return tree.get(error.ename, EnvironmentFailure)(text, evidence=f"in {copy}, cell {error.exec_count}:\n{source}")
 
 
 def inputs(run: RunFolder, stages: Sequence[str], parameters: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -15,8 +15,7 @@ from pipeline.prompts.conversation import Conversation, read_messages, read_tool
 from pipeline.prompts.parity import require_same
 from pipeline.runs.files import write_atomic
 from pipeline.runs.folder import DEFAULT_OUTPUT
-from pipeline.verify.parity_run import compare_here, print_matrix
-from pipeline.verify.sources import make_renderer, prompt_text, read_source
+from pipeline.verify.sources import compare_here, make_renderer, print_matrix, prompt_text, read_source
 
 
 def render(

@@ -52,8 +52,8 @@ def absent(name: str, status: str, reason: str, launched: Mapping[str, Any] | No
     what, _, install = reason.partition("; to have it: ")
     missing = status == "skipped"
     check = skipped(f"{name}.available", reason) if missing else held(f"{name}.serving", False, reason)
-    nothing = {"engine_version": None, "argv": None, "ready_seconds": None, "exact": None, "prompt_parity": None}
-    nothing |= {"finish_stop": None, "ttft_ms": None, "tokens_per_second": None}
+    figures = ("exact", "prompt_parity", "finish_stop", "ttft_ms", "tokens_per_second")
+    nothing = dict.fromkeys(("engine_version", "argv", "ready_seconds", *figures))
     entry = Backend(
         **{**nothing, **(launched or {})},
         name=name,
@@ -82,9 +82,6 @@ def judged(evidence: Evidence, material: Material) -> Outcome:
         finish(name, scores["finish_stop"], reference["finish_stop"], count),
     )
     failed = [check for check in found if check.status == "failed"]
-    # to the first token, ms
-    waited = sorted(1000 * stream.first_token for stream in seen.streams if stream.chunks)
-    p50, p95 = (round(waited[min(len(waited) - 1, int(part * len(waited)))], 1) if waited else 0.0 for part in (0.5, 0.95))
     same = sum(answer.text.strip() == tuned.text.strip() for answer, tuned in zip(answers, material.tuned, strict=True))
     injection, structured, tools = seen.probed
     entry = Backend(
@@ -99,7 +96,7 @@ def judged(evidence: Evidence, material: Material) -> Outcome:
         fields={k: v for k, v in scores.items() if k not in ("n", "exact", "finish_stop") and v is not None},
         prompt_parity=None if parity.status == "skipped" else parity.status == "passed",
         finish_stop=scores["finish_stop"],
-        ttft_ms=schema.Milliseconds(p50=p50, p95=p95) if waited else None,
+        ttft_ms=_first_tokens(seen.streams),
         tokens_per_second=round(evidence.tokens_per_second, 1),
         injection=schema.Injection(**injection.data, detail=injection.figure),
         structured_output=schema.Feature(**structured.data, detail=structured.figure),
@@ -107,6 +104,13 @@ def judged(evidence: Evidence, material: Material) -> Outcome:
         checks=list(found),
     )
     return Outcome(entry, found, answers)
+
+
+def _first_tokens(streams: Sequence[Streamed]) -> schema.Milliseconds | None:
+    """Median and 95th percentile of the time to the first token, ms; None when no answer had a token."""
+    times = sorted(1000 * s.first_token for s in streams if s.chunks)
+    p50, p95 = (round(times[min(len(times) - 1, int(share * len(times)))], 1) if times else 0.0 for share in (0.5, 0.95))
+    return schema.Milliseconds(p50=p50, p95=p95) if times else None
 
 
 def chat(engine: str, answer: str, reference: str) -> Check:
@@ -152,9 +156,8 @@ def assemble(run: RunFolder, material: Material, outcomes: Mapping[str, Outcome]
     """The report: the run's own checks and those of its backends, with everything they are judged by."""
     manifest = Manifest(run.manifest)
     training = manifest.require_training()
-    evaluation = Evaluation(
-        base=schema.Scores(**score(material.rows, material.base)), tuned=schema.Scores(**material.tuned_score)
-    )
+    before, after = schema.Scores(**score(material.rows, material.base)), schema.Scores(**material.tuned_score)
+    evaluation, kept = Evaluation(base=before, tuned=after), ("artefacts", "seconds", "finished_at")
     found = [*_line_checks(training, evaluation), *run_checks(run), *(c for o in outcomes.values() for c in o.checks)]
     if all(outcome.entry.status == "skipped" for outcome in outcomes.values()):
         found.append(Check("backends", "failed", "no backend could be started on this machine"))
@@ -175,10 +178,7 @@ def assemble(run: RunFolder, material: Material, outcomes: Mapping[str, Outcome]
         backends=[outcome.entry for outcome in outcomes.values()],
         checks=found,
         examples=_examples(material, outcomes),
-        manifest={
-            name: {key: stage.raw[key] for key in ("artefacts", "seconds", "finished_at")}
-            for name, stage in manifest.stages.items()
-        },
+        manifest={name: {key: stage.raw[key] for key in kept} for name, stage in manifest.stages.items()},
         hardware=hardware.to_json(),
         settings=[schema.EffectiveSetting(**asdict(setting)) for setting in resolved()],
         not_tested=[

@@ -11,6 +11,8 @@ from pydantic import TypeAdapter
 COMPARED = 10
 # held-out rows, evenly spread, that have a reference in process; a backend is asked no others
 ROWS = 52
+# nats between two first choices that count as the same
+TIE = 0.05
 
 Top = Mapping[int, float]
 
@@ -42,17 +44,12 @@ def compare_tops(reference: Sequence[Top], other: Sequence[Top]) -> tuple[Distan
         pairs = [(ours[token], theirs.get(token, least)) for token in first]
         divergences.append(max(_binned(pairs), 0.0))
         gaps.append(sum(abs(p - q) for p, q in pairs) / len(pairs))
-        same += max(theirs, key=lambda token: theirs[token]) == first[0] or _tied(ours, theirs, first[0])
+        chosen = max(theirs, key=lambda token: theirs[token])
+        same += chosen == first[0] or ours.get(chosen, -math.inf) >= ours[first[0]] - TIE
     n = len(divergences)
     if n == 0:
         return Distance(math.nan, math.nan, math.nan, math.nan, 0), []
     return Distance(sum(divergences) / n, max(divergences), sum(gaps) / n, same / n, n), divergences
-
-
-def _tied(ours: Top, theirs: Top, first: int) -> bool:
-    """Whether the other's first choice was a near-tie (within 0.05 nats) in the reference."""
-    chosen = max(theirs, key=lambda token: theirs[token])
-    return ours.get(chosen, -math.inf) >= ours[first] - 0.05
 
 
 def _binned(pairs: Sequence[tuple[float, float]]) -> float:

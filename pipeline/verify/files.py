@@ -77,10 +77,9 @@ def system_problems(run: RunFolder) -> list[str]:
 def prompt_problems(run: RunFolder) -> list[str]:
     """Everything about stops, system message and recorded template that is wrong in the run's files, causes first."""
     trained = trained_template(run)
-    found = stop_problems(run, trained.template) + system_problems(run)
-    if trained.recorded is False:
-        found.insert(0, "no file of the run holds the chat template it was trained with: the merged folder's was changed")
-    return found
+    changed = "no file of the run holds the chat template it was trained with: the merged folder's was changed"
+    first = [changed] if trained.recorded is False else []
+    return first + stop_problems(run, trained.template) + system_problems(run)
 
 
 def run_checks(run: RunFolder) -> list[Check]:

@@ -102,14 +102,17 @@ async def structured_output(prober: Prober, row: HeldOut) -> Check:
     check_id, seen = f"{name}.structured_output", []
     for path, body in engines.get(name).schema_requests(prober.body(row.messages, _MAX_TOKENS), colour_schema()):
         try:
-            text = _content(await prober.post(path, body))
-            Colour.model_validate_json(text)
+            answer = await prober.post(path, body)
+            # of an OpenAI answer, or of Ollama's own
+            message = answer["choices"][0]["message"] if "choices" in answer else answer.get("message", {})
+            text = str(message.get("content") or "")
+            obeyed = Colour.model_validate_json(text)
         except EngineError as error:
             return _refused(check_id, name, f"{path} refuses a schema: {error.message} {error.evidence}")
         except ValidationError as error:
             wrong = error.errors(include_url=False)[0]["msg"]
             return _outcome(check_id, "failed", f"{path} does not obey the JSON schema: {text[:200]!r} ({wrong})")
-        seen.append(f"{path} obeys a JSON schema: {Colour.model_validate_json(text).model_dump_json()}")
+        seen.append(f"{path} obeys a JSON schema: {obeyed.model_dump_json()}")
     return _outcome(check_id, "passed", "; ".join(seen))
 
 
@@ -148,12 +151,6 @@ def _is_call(call: Mapping[str, Any]) -> bool:
         return function.get("name") == NAME and json.loads(function.get("arguments") or "") == ARGUMENTS
     except ValueError:
         return False
-
-
-def _content(answer: Mapping[str, Any]) -> str:
-    """Text of an OpenAI answer, or of Ollama's own."""
-    message = answer["choices"][0]["message"] if "choices" in answer else answer.get("message", {})
-    return str(message.get("content") or "")
 
 
 def _refused(check_id: str, engine: str, detail: str) -> Check:

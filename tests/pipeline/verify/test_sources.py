@@ -72,7 +72,7 @@ def test_llamacpp_by_the_file_it_loaded(stub, source, found_by_itself):
 
 def test_vllm_by_its_folder(stub, source, found_by_itself):
     url, answers = stub
-    answers["/v1/models"] = {"data": [{"id": "a", "root": "/elsewhere"}, {"id": "b", "root": str(source.folder)}]}
+    answers["/v1/models"] = {"data": [{"id": "a", "root": "/elsewhere"}, {"id": "b", "root": str(source.run.merged)}]}
     assert found_by_itself("vllm", source)[0] == [EngineRenderer("vllm", url, "b")]
     assert choose_renderers(f"vllm={url}/v1#a", source) == ([EngineRenderer("vllm", url, "a")], {})
     answers["/v1/models"] = {"data": [{"id": "only", "root": "org/model"}]}

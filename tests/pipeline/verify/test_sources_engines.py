@@ -14,8 +14,7 @@ from pipeline.cli import app
 from pipeline.config import Settings
 from pipeline.errors import EngineError, InputError
 from pipeline.runs.folder import RunFolder
-from pipeline.verify.parity_run import compare_here, run_servers
-from pipeline.verify.sources import read_source
+from pipeline.verify.sources import compare_here, read_source, run_servers
 
 
 @pytest.fixture
@@ -54,7 +53,7 @@ def test_without_start_nothing_is_started(tmp_path, tokenizer_folder):
     run = RunFolder("r", tmp_path)
     shutil.copytree(tokenizer_folder, run.merged)
     with run_servers(run, ["llamacpp", "vllm"], Settings(), start=False) as running:
-        assert (running.renderers, running.absent) == ({}, {})
+        assert running == ({}, {})
     found = compare_here(read_source("r", None, tmp_path, None), "chat", start=False)
     assert (found.to_json()["passed"], found.problems, found.absent) == (True, [], {})
 
