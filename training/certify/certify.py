@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from pipeline import engines
-from pipeline.certify.bounds import CAST, MEASURED, MERGE, Bound
 from pipeline.certify.certificate import Certificate, Subject, make, save
 from pipeline.certify.links.own import load as load_own
 from pipeline.certify.links.own import run_own, run_tasks
-from pipeline.certify.links.served import judge
+from pipeline.certify.links.served import CAST, MEASURED, MERGE, Bound, judge
 from pipeline.config import Settings
 from pipeline.errors import EnvironmentFailure, Interrupted, PipelineError
 from pipeline.net.client import wait_for

@@ -4,7 +4,7 @@ import contextlib
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline.certify import signing
+from pipeline.certify import hub
 from pipeline.certify.certificate import Certificate, Data, Subject, hashes, make, save
 from pipeline.certify.links import adapter, custody, gguf, merged, stops, tuned
 from pipeline.errors import DataError, PipelineError
@@ -26,7 +26,7 @@ def certify_offline(run: RunFolder, public_key: Path | None = None) -> Certifica
     With a ``public_key`` the signed certificate is checked too, and left in its place.
     """
     subject = read_subject(run)
-    signed = [signing.check_signed(run, public_key)] if public_key else []
+    signed = [hub.check_signed(run, public_key)] if public_key else []
     # a check of a signed certificate changes nothing
     with contextlib.nullcontext() if signed else lock.held(run, "certify"):
         certificate = make(run, [*offline_findings(subject), *signed], described(subject), offline=True)

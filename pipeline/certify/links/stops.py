@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from pipeline.certify.bounds import FINISH_SHARE, FINISH_SLACK
 from pipeline.certify.certificate import Subject
 from pipeline.errors import InputError, ModelError
 from pipeline.model.gguf import read_gguf_header
@@ -18,6 +17,9 @@ from pipeline.runs.folder import RunFolder
 from pipeline.verify.checks import allowed
 from pipeline.verify.score import Answer, HeldOut
 
+# answers that end by themselves
+_FINISH_SHARE = 0.99
+_FINISH_SLACK = 0.02
 _TEMPLATE = "the token the chat template writes after an answer"
 
 
@@ -97,9 +99,9 @@ def share_stopped(answers: Sequence[Answer]) -> float:
 
 
 def check_answers(who: str, share: float, count: int, reference: float | None = None, *, cut_short: bool = False) -> Check:
-    """Answers end by themselves: on at least FINISH_SHARE of the prompts, or (served) as often as in process."""
-    slack = allowed(FINISH_SLACK, count)  # one near-tie may tip
-    bound = FINISH_SHARE if reference is None else min(FINISH_SHARE, reference - slack)
+    """Answers end by themselves: on at least 99 % of the prompts, or (served) as often as in process."""
+    slack = allowed(_FINISH_SLACK, count)  # one near-tie may tip
+    bound = _FINISH_SHARE if reference is None else min(_FINISH_SHARE, reference - slack)
     source = "a fine-tuned model must learn to stop" if reference is None else f"in process {reference:.1%}, less {slack:.0%}"
     found = held(
         f"stops.{who}",

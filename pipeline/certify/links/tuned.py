@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.certify.bounds import CANARY_SHARE
 from pipeline.report.check import Check, held, skipped
 from pipeline.verify.score import Answer, HeldOut, field_right, fields_of, is_exact, parse
 
@@ -17,6 +16,8 @@ _MOST_CLASSES = 20
 _SMALLEST_CLASS = 5
 # canary prompts that a near-tie may answer as the base does
 _BASE_SHARE = 0.02
+# canary prompts answered as the tuned model answers in process
+_CANARY_SHARE = 0.25
 _BOOTSTRAP = "95 % bootstrap interval over the held-out rows, 2000 resamples"
 
 
@@ -117,7 +118,7 @@ def check_served_canaries(
     like_tuned = sum(texts[i] == tuned[i].text.strip() for i in asked)
     like_base = sum(texts[i] == base[i].text.strip() for i in asked)
     most = max(1, math.floor(_BASE_SHARE * len(asked)))  # among few short labels a tipped near-tie lands on the base's
-    ok = like_base <= most and like_base < len(asked) and like_tuned >= CANARY_SHARE * len(asked)
+    ok = like_base <= most and like_base < len(asked) and like_tuned >= _CANARY_SHARE * len(asked)
     figure = f"of {len(asked)} canary prompts {like_tuned} answered as the tuned model in process, {like_base} as the base"
-    bound = f"at least {CANARY_SHARE:.0%} as tuned, at most {most} as the base"
+    bound = f"at least {_CANARY_SHARE:.0%} as tuned, at most {most} as the base"
     return held(f"tuned.{engine}", ok, figure, bound, "near-ties may tip by rounding; see bounds")
