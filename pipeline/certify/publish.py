@@ -77,9 +77,7 @@ def table(certificate: Certificate) -> Table:
     for link in certificate.links:
         shown.add_row(Text(f"{link.number}"), Text(link.title, style="bold"), Text(link.status, style=STYLES[link.status]))
         for finding in link.findings:
-            detail = (
-                f"{finding.figure} (bound: {finding.bound})" if finding.status == "failed" and finding.bound else finding.figure
-            )
+            detail = finding.detail if finding.status == "failed" else finding.figure
             name = Text(f"  {finding.id.partition('.')[2]}", style=STYLES[finding.status])
             shown.add_row("", name, Text(visible(detail)))
     return shown

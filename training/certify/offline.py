@@ -69,12 +69,8 @@ def _data(run: RunFolder, params: FinetuneParameters) -> Data:
 def described(subject: Subject) -> dict[str, object]:
     """What the certificate says it is about."""
     training = subject.training
-    return {
-        "base": asdict(training.base),
-        "data": training.data,
-        "artefacts": dict(subject.sha256),
-        "parameters": training.parameters,
-    }
+    made = {"artefacts": dict(subject.sha256), "parameters": training.parameters}
+    return {"base": asdict(training.base), "data": training.data, **made}
 
 
 def offline_findings(subject: Subject) -> list[Check]:
@@ -100,13 +96,13 @@ def _adapter(subject: Subject) -> list[Check]:
         found.append(skipped("adapter.held_out_unseen", subject.missing["data"]))
     if base is None:
         return [skipped("adapter.moved", subject.missing["base"]), *found]
-    return [*guarded("adapter.moved", lambda: [_moved(subject.run.adapter, base, full=subject.training.full)]), *found]
 
+    def moved() -> list[Check]:
+        if subject.training.full:
+            return [adapter.moved_full(TensorFolder(subject.run.adapter), TensorFolder(base))]
+        return [adapter.moved(subject.run.adapter, TensorFolder(base))]
 
-def _moved(folder: Path, base: Path, *, full: bool) -> Check:
-    if full:
-        return adapter.moved_full(TensorFolder(folder), TensorFolder(base))
-    return adapter.moved(folder, TensorFolder(base))
+    return [*guarded("adapter.moved", moved), *found]
 
 
 def _merge(subject: Subject) -> list[Check]:
