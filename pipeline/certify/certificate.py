@@ -140,28 +140,17 @@ class Certificate:
     @property
     def id(self) -> str:
         """SHA-256 of the content (without the time), so that equal evidence gives an equal id."""
-        return sha256_json(
-            {"subject": dict(self.subject), "links": [link.to_json() for link in self.links], "offline": self.offline}
-        )
+        links = [link.to_json() for link in self.links]
+        return sha256_json({"subject": dict(self.subject), "links": links, "offline": self.offline})
 
     def to_json(self) -> dict[str, Any]:
         """``certificate.json``."""
-        return {
-            "schema": SCHEMA,
-            "id": self.id,
-            "run": self.run,
-            "passed": self.passed,
-            "state": self.state,
-            "offline": self.offline,
-            "unproven": self.unproven,
-            "broken": [check.id for check in self.broken],
-            "created_at": self.created_at,
-            "made_by": f"granite-pipeline {__version__}",
-            "subject": dict(self.subject),
-            "judged_on": dict(self.judged_on),
-            "titles": TITLES,
-            "links": [link.to_json() for link in self.links],
-        }
+        verdict = {"passed": self.passed, "state": self.state, "offline": self.offline, "unproven": self.unproven}
+        verdict |= {"broken": [check.id for check in self.broken]}
+        origin = {"created_at": self.created_at, "made_by": f"granite-pipeline {__version__}"}
+        about = {"subject": dict(self.subject), "judged_on": dict(self.judged_on), "titles": TITLES}
+        links = [link.to_json() for link in self.links]
+        return {"schema": SCHEMA, "id": self.id, "run": self.run, **verdict, **origin, **about, "links": links}
 
 
 def make(

@@ -1,18 +1,25 @@
-"""What of a run goes to a model hub, and taking it there: weights, card, redacted manifest and certificate."""
+"""Giving a run away: its certificate signed, and its weights, card, redacted manifest and certificate taken to a model hub.
+
+Signatures are those of ``model-signing`` (the OpenSSF's format), which is optional: pip install "granite-pipeline[sign]". The
+certificate holds the hashes of everything else.
+"""
 
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from pipeline.certify.card import write_card
 from pipeline.certify.certificate import not_proven, read
+from pipeline.certify.publish import write_card
 from pipeline.errors import EnvironmentFailure, InputError, MissingDependency
 from pipeline.report.certificate import changed_files
+from pipeline.report.check import Check, held
 from pipeline.runs.files import read_json, tree_bytes, write_json
 from pipeline.runs.folder import RunFolder
 
+_SIGNATURE = "certificate.sig"
 PARTS = ("merged", "gguf", "adapter")
 _PRIVATE = frozenset({"argv", "env", "log", "starts", "cases"})
 # an absolute path, or one below the home folder, with at least two parts; not the path of a URL
@@ -73,15 +80,15 @@ def require_current_certificate(run: RunFolder) -> None:
     remedy = f"granite-pipeline certify --run {run.name}, or push with --uncertified"
     if not path.is_file():
         raise InputError(f"run {run.name} has no certificate", remedy=remedy)
-    held, claimed = read(path)
-    if held.id != claimed:
+    known, claimed = read(path)
+    if known.id != claimed:
         raise InputError(f"{path} was edited: its id is not that of its content", remedy=remedy)
-    if held.broken:
-        raise InputError(f"run {run.name} is not certified: {', '.join(one.id for one in held.broken)}", remedy=remedy)
-    if held.offline or held.unproven:
-        why = "it is from files alone" if held.offline else f"nothing is proven for {not_proven(held)}"
+    if known.broken:
+        raise InputError(f"run {run.name} is not certified: {', '.join(one.id for one in known.broken)}", remedy=remedy)
+    if known.offline or known.unproven:
+        why = "it is from files alone" if known.offline else f"nothing is proven for {not_proven(known)}"
         raise InputError(f"the certificate of run {run.name} is incomplete: {why}", remedy=remedy)
-    if changed := changed_files(run, held.to_json(), read=True):
+    if changed := changed_files(run, known.to_json(), read=True):
         raise InputError(f"{changed[0]} has changed since the certificate was made", remedy=remedy)
 
 
@@ -109,3 +116,45 @@ def push(run: RunFolder, repository: str, uploads: list[Upload], *, private: boo
             f"the hub did not take {repository}", evidence=str(error)[:500], remedy="check the network, HF_TOKEN and its rights"
         ) from None
     return str(address)
+
+
+def sign(run: RunFolder, private_key: Path) -> Path:
+    """Sign ``certificate.json`` with an elliptic-curve key (PEM); returns the signature's path."""
+    signing = _library().signing
+    certificate, signature = run.certificate_file, run.certificate / _SIGNATURE
+    try:
+        signing.Config().use_elliptic_key_signer(private_key=private_key).sign(certificate, signature)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{private_key} cannot sign: {error}", remedy="give an unencrypted EC key (secp256r1) as PEM") from None
+    return signature
+
+
+def _unsigned(run: RunFolder, public_key: Path) -> str | None:
+    """Why the certificate is not the one that this key signed; None when it is."""
+    verifying = _library().verifying
+    certificate, signature = run.certificate_file, run.certificate / _SIGNATURE
+    if not signature.is_file():
+        return f"{signature} does not exist"
+    try:
+        verifying.Config().use_elliptic_key_verifier(public_key=public_key).verify(certificate, signature)
+    except (OSError, ValueError, TypeError) as error:
+        return f"the signature does not fit the certificate ({str(error).splitlines()[0][:80] if str(error) else type(error).__name__})"
+    return None
+
+
+def check_signed(run: RunFolder, public_key: Path) -> Check:
+    """The signed certificate is the one on disk, and it is about the files as they are now."""
+    reason = _unsigned(run, public_key)
+    if reason is None:
+        changed = changed_files(run, read_json(run.certificate_file), read=True)
+        reason = f"changed since the certificate was signed: {', '.join(changed)}" if changed else None
+    figure = reason or "signed with this key, and every file is the one that was certified"
+    return held("custody.signature", reason is None, figure, "a valid signature over the same files", "model-signing, OpenSSF")
+
+
+def _library() -> ModuleType:
+    try:
+        import model_signing
+    except ImportError:
+        raise MissingDependency("model-signing is not installed", remedy='pip install "granite-pipeline[sign]"') from None
+    return model_signing  # type: ignore[no-any-return]

@@ -7,10 +7,9 @@ import typer
 from typer import Argument, Option
 
 from pipeline import config
-from pipeline.certify import card as model_card
-from pipeline.certify import hub, signing
+from pipeline.certify import hub
 from pipeline.certify.certificate import place, require_certified
-from pipeline.certify.publish import publish, table
+from pipeline.certify.publish import publish, table, write_card
 from pipeline.commands import options, show
 from pipeline.errors import InputError
 from pipeline.runs import lock
@@ -68,7 +67,7 @@ def certify(
         certificate = certify.certify(this, config.load(), scope)
     if sign is not None:
         with lock.held(this, "certify"):
-            signing.sign(this, sign)
+            hub.sign(this, sign)
     # a check of a signed certificate changes nothing
     paths = publish(this, certificate) if public_key is None else None
     if as_json:
@@ -85,7 +84,7 @@ def card(run: options.Run = DEFAULT_NAME, output: options.Output = DEFAULT_OUTPU
 
     Example: granite-pipeline card --run generic
     """
-    typer.echo(str(model_card.write_card(options.folder(agent, run, output))))
+    typer.echo(str(write_card(options.folder(agent, run, output))))
 
 
 def push(

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from pipeline import engines
-from pipeline.certify.bounds import CAST, MEASURED, MERGE, Bound
 from pipeline.certify.certificate import Certificate, Subject, make, save
 from pipeline.certify.links.own import load as load_own
 from pipeline.certify.links.own import run_own, run_tasks
-from pipeline.certify.links.served import judge
+from pipeline.certify.links.served import CAST, MEASURED, MERGE, judge
 from pipeline.config import Settings
 from pipeline.errors import EnvironmentFailure, Interrupted, PipelineError
 from pipeline.net.client import wait_for
@@ -120,17 +119,12 @@ def in_process(reference: Reference) -> list[Check]:
             continue
         ok = seen["kl"] <= bound.kl and seen["top1"] >= bound.top1 and seen["max_difference"] <= bound.gap
         figure = f"KL {seen['kl']:.1e}, largest difference {seen['max_difference']:.1e}, top-1 {seen['top1']:.1%} at {seen['n']} positions"
-        found.append(held(check_id, ok, figure, _stated(bound), MEASURED, **seen))
+        stated = f"KL {bound.kl:.0e}, difference {bound.gap:g}, top-1 {bound.top1:.0%}"
+        found.append(held(check_id, ok, figure, stated, MEASURED, **seen))
     drift = reference.figures["drift"]
     figure = f"on control prompts outside the data: KL from the base {drift['kl']:.2f} nats, top-1 agreement {drift['top1']:.1%}"
-    return [
-        *found,
-        Check("tuned.drift", "passed", figure, "stated, not bounded", "what this training does to other topics", drift),
-    ]
-
-
-def _stated(bound: Bound) -> str:
-    return f"KL {bound.kl:.0e}, difference {bound.gap:g}, top-1 {bound.top1:.0%}"
+    source = "what this training does to other topics"
+    return [*found, Check("tuned.drift", "passed", figure, "stated, not bounded", source, drift)]
 
 
 def _backend(

@@ -4,7 +4,7 @@ import contextlib
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline.certify import signing
+from pipeline.certify import hub
 from pipeline.certify.certificate import Certificate, Data, Subject, hashes, make, save
 from pipeline.certify.links import adapter, custody, gguf, merged, stops, tuned
 from pipeline.errors import DataError, PipelineError
@@ -26,7 +26,7 @@ def certify_offline(run: RunFolder, public_key: Path | None = None) -> Certifica
     With a ``public_key`` the signed certificate is checked too, and left in its place.
     """
     subject = read_subject(run)
-    signed = [signing.check_signed(run, public_key)] if public_key else []
+    signed = [hub.check_signed(run, public_key)] if public_key else []
     # a check of a signed certificate changes nothing
     with contextlib.nullcontext() if signed else lock.held(run, "certify"):
         certificate = make(run, [*offline_findings(subject), *signed], described(subject), offline=True)
@@ -69,12 +69,8 @@ def _data(run: RunFolder, params: FinetuneParameters) -> Data:
 def described(subject: Subject) -> dict[str, object]:
     """What the certificate says it is about."""
     training = subject.training
-    return {
-        "base": asdict(training.base),
-        "data": training.data,
-        "artefacts": dict(subject.sha256),
-        "parameters": training.parameters,
-    }
+    made = {"artefacts": dict(subject.sha256), "parameters": training.parameters}
+    return {"base": asdict(training.base), "data": training.data, **made}
 
 
 def offline_findings(subject: Subject) -> list[Check]:
@@ -100,13 +96,13 @@ def _adapter(subject: Subject) -> list[Check]:
         found.append(skipped("adapter.held_out_unseen", subject.missing["data"]))
     if base is None:
         return [skipped("adapter.moved", subject.missing["base"]), *found]
-    return [*guarded("adapter.moved", lambda: [_moved(subject.run.adapter, base, full=subject.training.full)]), *found]
 
+    def moved() -> list[Check]:
+        if subject.training.full:
+            return [adapter.moved_full(TensorFolder(subject.run.adapter), TensorFolder(base))]
+        return [adapter.moved(subject.run.adapter, TensorFolder(base))]
 
-def _moved(folder: Path, base: Path, *, full: bool) -> Check:
-    if full:
-        return adapter.moved_full(TensorFolder(folder), TensorFolder(base))
-    return adapter.moved(folder, TensorFolder(base))
+    return [*guarded("adapter.moved", moved), *found]
 
 
 def _merge(subject: Subject) -> list[Check]:

@@ -70,11 +70,7 @@ def moved(folder: Path, base: TensorFolder) -> Check:
     zero = [weight for weight, size in sizes.items() if size == 0]
     wild = [weight for weight, size in sizes.items() if not math.isfinite(size)]
     finite = [size for size in sizes.values() if math.isfinite(size)]
-    problems = [
-        f"{len(names)} {what} ({names[0]})"
-        for what, names in (("zero", zero), ("NaN or infinite", wild), ("targeted but missing", missing))
-        if names
-    ]
+    problems = _named({"zero": zero, "NaN or infinite": wild, "targeted but missing": missing})
     smallest = f"smallest delta norm {min(finite):.3g}, largest {max(finite):.3g}" if finite else "no finite delta"
     figure = f"{len(sizes) - len(zero) - len(wild)} of {len(sizes) + len(missing)} modules moved; {smallest}"
     return held("adapter.moved", not problems, "; ".join([figure, *problems]), "all, each > 0 and finite", _DEFINITION)
@@ -92,10 +88,13 @@ def moved_full(tuned: TensorFolder, base: TensorFolder) -> Check:
         elif not np.array_equal(after, base.read(name)):
             changed.append(name)
     missing = [name for name in base.names if name not in tuned and name != "lm_head.weight"]
-    problems = [f"{len(names)} {what} ({names[0]})" for what, names in (("NaN or infinite", wild), ("missing", missing)) if names]
-    figure = f"{len(changed)} of {len(base.names)} tensors changed"
-    ok = bool(changed) and not problems
-    return held("adapter.moved", ok, "; ".join([figure, *problems]), "some changed, all finite", "definition")
+    problems = _named({"NaN or infinite": wild, "missing": missing})
+    figure = "; ".join([f"{len(changed)} of {len(base.names)} tensors changed", *problems])
+    return held("adapter.moved", bool(changed) and not problems, figure, "some changed, all finite", "definition")
+
+
+def _named(lists: Mapping[str, list[str]]) -> list[str]:
+    return [f"{len(names)} {what} ({names[0]})" for what, names in lists.items() if names]
 
 
 def delta_norm(a: Any, b: Any) -> float:
@@ -103,11 +102,8 @@ def delta_norm(a: Any, b: Any) -> float:
     import numpy as np
 
     a64, b64 = a.astype(np.float64), b.astype(np.float64)
-    return (
-        float(math.sqrt(max(float(np.sum((b64.T @ b64) * (a64 @ a64.T))), 0.0)))
-        if np.isfinite(a64.sum() + b64.sum())
-        else math.nan
-    )
+    finite = np.isfinite(a64.sum() + b64.sum())
+    return math.sqrt(max(float(np.sum((b64.T @ b64) * (a64 @ a64.T))), 0.0)) if finite else math.nan
 
 
 def learnt(training: TrainingRecord) -> list[Check]:

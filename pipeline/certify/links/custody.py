@@ -1,17 +1,16 @@
 """Link 7: dataset -> base -> adapter -> merged -> GGUF -> Modelfile -> launch, each joint held by a SHA-256 taken again now."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from pipeline import engines
 from pipeline.certify.certificate import Subject
-from pipeline.report.check import Check, guarded, held, skipped
+from pipeline.report.check import Check, Status, guarded, held, skipped
 from pipeline.runs.hashes import sha256_json
 from pipeline.runs.manifest import ServedRecord
 from pipeline.runs.stages import LOOKING
-from pipeline.verify.score import Answer, read_held_out, read_reference, score
+from pipeline.verify.score import read_held_out, read_reference, score
 
 _SHA = "SHA-256, taken again now"
 # (stage whose input it is, input, artefact that it must be)
@@ -31,9 +30,8 @@ def check_custody(subject: Subject) -> list[Check]:
     """Artefacts, joints, base, dataset, the manifest's own records, recorded scores and launches."""
     lacking = [name for name in _NEEDED if name not in subject.manifest.stages]
     if lacking:
-        return [
-            Check("custody.chain", "failed", f"the manifest has no record of {', '.join(lacking)}", "every stage recorded", "")
-        ]
+        figure = f"the manifest has no record of {', '.join(lacking)}"
+        return [Check("custody.chain", "failed", figure, "every stage recorded")]
 
     def made(check: Callable[[Subject], Check]) -> list[Check]:
         return guarded(f"custody.{check.__name__.lstrip('_')}", lambda: [check(subject)])
@@ -102,13 +100,10 @@ def _records(subject: Subject) -> Check:
     stages = subject.manifest.stages
     wrong = [n for n, stage in stages.items() if stage.intact is False or stage.key != sha256_json(stage.inputs)]
     unsealed = [name for name, stage in stages.items() if stage.intact is None]
-    bound, source = "every record as written", "SHA-256 of each stage's record, stored with it"
-    if wrong:
-        return Check("custody.records", "failed", f"edited after they were written: {', '.join(wrong)}", bound, source)
-    if unsealed:
-        figure = f"no seal on {', '.join(unsealed)}: written by an older version"
-        return Check("custody.records", "warning", figure, bound, source)
-    return Check("custody.records", "passed", f"{len(stages)} records as written", bound, source)
+    status: Status = "failed" if wrong else "warning" if unsealed else "passed"
+    figure = f"no seal on {', '.join(unsealed)}: written by an older version" if unsealed else f"{len(stages)} records as written"
+    figure = f"edited after they were written: {', '.join(wrong)}" if wrong else figure
+    return Check("custody.records", status, figure, "every record as written", "SHA-256 of each stage's record, stored with it")
 
 
 def _scores(subject: Subject) -> Check:
@@ -119,21 +114,15 @@ def _scores(subject: Subject) -> Check:
         if stage and stage.result and subject.run.reference(which).is_file():
             compared += 1
             rows, answers = read_held_out(subject.run.heldout), read_reference(subject.run.reference(which))
-            problems += [f"{which}: {text}" for text in _rescored(rows, answers, stage.result)]
+            if len(rows) != len(answers):
+                problems.append(f"{which}: {len(answers)} answers to {len(rows)} held-out rows")
+                continue
+            again = {name: (stage.result.get(name), value) for name, value in score(rows, answers).items()}
+            problems += [f"{which}: {name} {was} recorded, {now} now" for name, (was, now) in again.items() if was != now]
     if not compared:
         return skipped("custody.scores", "no recorded scores with their answers to compare")
     figure = "; ".join(problems) or "recorded scores follow from the answers"
     return held("custody.scores", not problems, figure, "equal", "scored again now")
-
-
-def _rescored(rows: list[Any], answers: list[Answer], recorded: dict[str, Any]) -> Iterator[str]:
-    if len(rows) != len(answers):
-        yield f"{len(answers)} answers to {len(rows)} held-out rows"
-        return
-    again = score(rows, answers)
-    yield from (
-        f"{name} {recorded.get(name)} recorded, {value} now" for name, value in again.items() if recorded.get(name) != value
-    )
 
 
 def _launch(subject: Subject) -> Check:

@@ -48,11 +48,9 @@ def compare_weights(base: TensorFolder, lora: Lora | None, tuned: TensorFolder, 
     bad = [one for one in seen if not one.ratio <= 1]
     worst = max(seen, key=lambda one: one.ratio if one.ratio == one.ratio else float("inf"), default=None)
     figure = f"{len(seen) - len(bad)} of {len(source.names)} tensors equal within rounding"
-    if worst:
-        figure += f"; largest error {worst.ratio:.3g} of the bound ({worst.name})"
+    figure += f"; largest error {worst.ratio:.3g} of the bound ({worst.name})" if worst else ""
     problems = [f"{len(missing)} tensors are in one folder only ({missing[0]})"] if missing else []
-    if bad:
-        problems.append(_diagnosis(bad, lora))
+    problems += [_diagnosis(bad, lora)] if bad else []
     errors, figure = [[one.name, one.ratio] for one in seen], "; ".join([figure, *problems])
     return [held("merge.tensors", not bad and not missing, figure, "1 (every weight)", _SOURCE, errors=errors), _cast(seen)]
 
@@ -108,9 +106,8 @@ def compare_files(base: Path, merged: Path) -> list[Check]:
 
 
 def _equal(check_id: str, problems: list[str]) -> Check:
-    return held(
-        check_id, not problems, "; ".join(problems) or "equal", "equal to the base's", "definition: LoRA changes weights only"
-    )
+    figure, source = "; ".join(problems) or "equal", "definition: LoRA changes weights only"
+    return held(check_id, not problems, figure, "equal to the base's", source)
 
 
 def _tokenizer(base: Path, merged: Path) -> list[str]:
@@ -143,9 +140,6 @@ def _config(base: Path, merged: Path) -> list[str]:
         before, after = before or {}, after or {}
         # code that a base points to is never copied
         keys = sorted((set(before) | set(after)) - own - ({"auto_map"} if "auto_map" not in after else set()))
-        problems += [
-            f"{name}: {key} is {before.get(key)!r} in the base, {after.get(key)!r} merged"
-            for key in keys
-            if before.get(key) != after.get(key)
-        ]
+        changed = [key for key in keys if before.get(key) != after.get(key)]
+        problems += [f"{name}: {key} is {before.get(key)!r} in the base, {after.get(key)!r} merged" for key in changed]
     return problems

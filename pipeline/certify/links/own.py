@@ -126,9 +126,8 @@ def read_suite(path: Path) -> Suite:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise InputError(
-            f"{path}: {where}: {first['msg']}", remedy="see granite-pipeline certify --help for the format"
-        ) from None
+        remedy = "see granite-pipeline certify --help for the format"
+        raise InputError(f"{path}: {where}: {first['msg']}", remedy=remedy) from None
 
 
 def load_function(spec: str) -> Callable[[Ask], Mapping[str, bool | float]]:
@@ -175,12 +174,11 @@ def _suite(check_id: str, suite: Suite, ask: Ask) -> Check:
     for entry in suite.prompts:
         answer = ask([*start, *(entry.messages or [{"role": "user", "content": entry.prompt}])])
         cases.append({"name": entry.title, "passed": entry.check.passes(answer), "answer": answer})
-    passed = sum(bool(case["passed"]) for case in cases)
     wrong = [case for case in cases if not case["passed"]]
+    passed = len(cases) - len(wrong)
     figure = f"{passed} of {len(cases)} answers as they should be"
-    figure += (
-        f"; first that is not: {str(wrong[0]['name'])[:_SHOWN]!r} answered {str(wrong[0]['answer'])[:_SHOWN]!r}" if wrong else ""
-    )
+    if wrong:
+        figure += f"; first that is not: {str(wrong[0]['name'])[:_SHOWN]!r} answered {str(wrong[0]['answer'])[:_SHOWN]!r}"
     ok = passed >= suite.minimum * len(cases) - 1e-9
     return held(check_id, ok, figure, f"at least {suite.minimum:.0%}", "the suite's own minimum", cases=cases)
 
@@ -200,15 +198,9 @@ def asker(endpoint: Endpoint, run: RunFolder) -> Ask:
 
 def command(endpoint: Endpoint, run: RunFolder, tasks: str, target: Path) -> list[str]:
     """The harness's argv: completions with log-probabilities, tokenised as the merged model does."""
-    arguments = {
-        "model": endpoint.model,
-        "base_url": f"{endpoint.url}/v1/completions",
-        "tokenizer": str(run.merged),
-        "tokenizer_backend": "huggingface",
-        "num_concurrent": "4",
-    }
-    joined = ",".join(f"{key}={value}" for key, value in arguments.items())
-    harness = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", joined]
+    arguments = f"model={endpoint.model},base_url={endpoint.url}/v1/completions,tokenizer={run.merged}"
+    arguments += ",tokenizer_backend=huggingface,num_concurrent=4"
+    harness = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", arguments]
     return [*harness, "--tasks", tasks, "--output_path", str(target)]
 
 
@@ -220,9 +212,8 @@ def run_tasks(endpoint: Endpoint, run: RunFolder, tasks: str) -> Check:
     with TemporaryDirectory(prefix="lm-eval-") as scratch:
         target = Path(scratch)
         try:
-            done = subprocess.run(
-                command(endpoint, run, tasks, target), capture_output=True, text=True, timeout=_SECONDS, check=False
-            )
+            argv = command(endpoint, run, tasks, target)
+            done = subprocess.run(argv, capture_output=True, text=True, timeout=_SECONDS, check=False)
         except subprocess.TimeoutExpired:
             return skipped(check_id, f"{tasks} took more than {_SECONDS} s")
         found = sorted(target.rglob("results*.json"))

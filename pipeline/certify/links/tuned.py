@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.certify.bounds import CANARY_SHARE
 from pipeline.report.check import Check, held, skipped
 from pipeline.verify.score import Answer, HeldOut, field_right, fields_of, is_exact, parse
 
@@ -17,6 +16,8 @@ _MOST_CLASSES = 20
 _SMALLEST_CLASS = 5
 # canary prompts that a near-tie may answer as the base does
 _BASE_SHARE = 0.02
+# canary prompts answered as the tuned model answers in process
+_CANARY_SHARE = 0.25
 _BOOTSTRAP = "95 % bootstrap interval over the held-out rows, 2000 resamples"
 
 
@@ -54,20 +55,17 @@ def check_scores(rows: Sequence[HeldOut], base: Sequence[Answer], tuned: Sequenc
     if not fields and not any(map(any, measures["exact"])):
         reason = "no score for free text: no answer is the expected one word for word, before or after; see the distributions"
         return [skipped("tuned.scores", reason), _classes(rows, measures, fields)]
-    before, after = (interval([float(v) for v in side]) for side in measures["exact"])
-    gain = interval([float(b) - float(a) for a, b in zip(*measures["exact"], strict=True)])
-    table = {name: _sides(before_, after_) for name, (before_, after_) in measures.items()}
+    before, after = map(interval, measures["exact"])
+    gain = interval([b - a for a, b in zip(*measures["exact"], strict=True)])
+    table = {name: _sides(*sides) for name, sides in measures.items()}
     figure, bound = f"exact {before} before, {after} after, {len(rows)} rows", "not worse: the interval of the gain reaches 0"
     scores = held("tuned.scores", gain.high >= 0, figure, bound, _BOOTSTRAP, fields=table)
     return [scores, _classes(rows, measures, fields)]
 
 
 def _sides(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]:
-    return {"before": _listed(interval([float(v) for v in before])), "after": _listed(interval([float(v) for v in after]))}
-
-
-def _listed(found: Interval) -> list[float]:
-    return [round(found.mean, 4), round(found.low, 4), round(found.high, 4)]
+    sides = {"before": interval(before), "after": interval(after)}
+    return {when: [round(number, 4) for number in (one.mean, one.low, one.high)] for when, one in sides.items()}
 
 
 def _classes(rows: Sequence[HeldOut], measures: dict[str, list[list[bool]]], fields: Sequence[str]) -> Check:
@@ -80,10 +78,9 @@ def _classes(rows: Sequence[HeldOut], measures: dict[str, list[list[bool]]], fie
             continue
         for value, count in counts.most_common():
             mine = [i for i, other in enumerate(values) if other == value]
-            before, after = ([float(side[i]) for i in mine] for side in measures[name])
+            before, after = ([side[i] for i in mine] for side in measures[name])
             gain = interval([b - a for a, b in zip(before, after, strict=True)])
-            row = {"field": name, "value": value, "n": count, **_sides([bool(v) for v in before], [bool(v) for v in after])}
-            table.append(row)
+            table.append({"field": name, "value": value, "n": count, **_sides(before, after)})
             worse += [f"{name}={value} ({count} rows)"] if count >= _SMALLEST_CLASS and gain.high < 0 else []
     if not table:
         return skipped("tuned.classes", "the answers have no field with few enough values to be classes")
@@ -117,7 +114,7 @@ def check_served_canaries(
     like_tuned = sum(texts[i] == tuned[i].text.strip() for i in asked)
     like_base = sum(texts[i] == base[i].text.strip() for i in asked)
     most = max(1, math.floor(_BASE_SHARE * len(asked)))  # among few short labels a tipped near-tie lands on the base's
-    ok = like_base <= most and like_base < len(asked) and like_tuned >= CANARY_SHARE * len(asked)
+    ok = like_base <= most and like_base < len(asked) and like_tuned >= _CANARY_SHARE * len(asked)
     figure = f"of {len(asked)} canary prompts {like_tuned} answered as the tuned model in process, {like_base} as the base"
-    bound = f"at least {CANARY_SHARE:.0%} as tuned, at most {most} as the base"
+    bound = f"at least {_CANARY_SHARE:.0%} as tuned, at most {most} as the base"
     return held(f"tuned.{engine}", ok, figure, bound, "near-ties may tip by rounding; see bounds")

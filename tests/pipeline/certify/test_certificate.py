@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.certify import certificate as made
-from pipeline.certify import signing
+from pipeline.certify import hub
 from pipeline.certify.certificate import by_link
 from pipeline.certify.publish import rows, table, with_certificate
 from pipeline.errors import VerificationFailed
@@ -114,9 +114,9 @@ def test_a_signed_certificate_is_checked_with_the_public_key(run: RunFolder, tmp
     subprocess.run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", str(private)], check=True)
     subprocess.run(["openssl", "ec", "-in", str(private), "-pubout", "-out", str(public)], check=True, capture_output=True)
     made.save(made.make(run, GOOD, {"artefacts": {}}, offline=False), run.certificate)
-    assert signing.check_signed(run, public).status == "failed"
-    signing.sign(run, private)
-    assert signing.check_signed(run, public).status == "passed"
+    assert hub.check_signed(run, public).status == "failed"
+    hub.sign(run, private)
+    assert hub.check_signed(run, public).status == "passed"
     path = run.certificate / "certificate.json"
     path.write_text(path.read_text().replace('"passed": true', '"passed": false'))
-    assert "does not fit" in signing.check_signed(run, public).figure
+    assert "does not fit" in hub.check_signed(run, public).figure

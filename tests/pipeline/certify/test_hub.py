@@ -10,8 +10,8 @@ import yaml
 from typer.testing import CliRunner
 
 from pipeline.certify import certificate as made
-from pipeline.certify.card import plain, write_card
 from pipeline.certify.hub import plan, redacted, require_current_certificate
+from pipeline.certify.publish import plain, write_card
 from pipeline.cli import app
 from pipeline.errors import InputError
 from pipeline.report import certificate
