@@ -183,7 +183,7 @@ async def _chats(
 ) -> dict[str, Any]:
     """Answers and parity of held-out prompts, and ``more``: what else chats show."""
     rows, count, features = [material.rows[i] for i in numbers], 0, None
-    progress(f"{endpoint.engine}: {len(rows)} prompts")
+    progress(f"{endpoint.engine}: {len(rows)} prompts" if rows else f"{endpoint.engine}: asked by verify already")
 
     def done() -> None:
         nonlocal count
