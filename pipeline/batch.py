@@ -72,6 +72,20 @@ def parameters_of(notebook: Path) -> dict[str, str]:
     return found
 
 
+def declared_by(stages: Sequence[str], parameters: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """What each notebook declares; InputError for a given parameter that none of them does."""
+    from difflib import get_close_matches
+
+    declared = {stage: parameters_of(FOLDER / f"{stage}.ipynb") for stage in stages}
+    known = {name for names in declared.values() for name in names}
+    for name in parameters:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise InputError(f"no notebook has a parameter {name!r}", remedy=f"{hint}Known: {', '.join(sorted(known))}")
+    return declared
+
+
 def run_notebooks(run: RunFolder, stages: Sequence[str], parameters: Mapping[str, Any]) -> list[Executed]:
     """Execute the notebooks; each gets the parameters it declares, and one that none declares is refused.
 
@@ -82,9 +96,7 @@ def run_notebooks(run: RunFolder, stages: Sequence[str], parameters: Mapping[str
     except ImportError:
         remedy = "make setup, or pip install 'granite-pipeline[notebook]'"
         raise MissingDependency("papermill is not installed", remedy=remedy) from None
-    declared = {stage: parameters_of(FOLDER / f"{stage}.ipynb") for stage in stages}
-    _refuse_unknown(parameters, declared)
-    done = []
+    declared, done = declared_by(stages, parameters), []
     with lock.held(run, "run"), _interrupts_kernel():
         run.notebooks.mkdir(parents=True, exist_ok=True)
         for stage in stages:
@@ -139,17 +151,6 @@ def _interrupts_kernel() -> Iterator[None]:
             yield
         finally:
             signal.signal(signal.SIGINT, inner)
-
-
-def _refuse_unknown(parameters: Mapping[str, Any], declared: Mapping[str, Mapping[str, str]]) -> None:
-    from difflib import get_close_matches
-
-    known = {name for names in declared.values() for name in names}
-    for name in parameters:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise InputError(f"no notebook has a parameter {name!r}", remedy=f"{hint}Known: {', '.join(sorted(known))}")
 
 
 def _as_ours(error: Any, copy: Path) -> PipelineError:

@@ -63,6 +63,7 @@ def run(
     # notebooks run in their own folder
     given |= {key: absolute(given[key]) for key in ("BASE", "DATA", "EVAL_DATA") if isinstance(given.get(key), str)}
     chosen = _stages(stages)
+    batch.declared_by(chosen, given)  # refused before a folder is made
     inputs = batch.inputs(folder, chosen, given) if "04_verify" in chosen else None
     if inputs is None:  # nothing that is verified, or a hub id that may have moved on
         with runlog.written(folder, "run"):

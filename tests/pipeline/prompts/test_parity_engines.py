@@ -93,7 +93,7 @@ def vllm(base, tmp_path_factory):
 
 def test_vllm_feeds_the_tokenizers_ids(base, vllm, template):
     reference = Reference(template, datetime.now(), Tokenizer(base))
-    matrix = compare(reference, [RendererWith("vllm", vllm, "m", VllmWith(template.source))])
+    matrix = compare(reference, [RendererWith("vllm", vllm, "m", asked=VllmWith(template.source))])
     assert matrix.differences == []
     assert matrix.counts()["vllm"]["listed"] == 3
 
