@@ -1,6 +1,7 @@
 """What fits on these GPUs: quantisation, KV precision, tensor parallelism and graphs, tried from best quality downwards.
 
-What else would fit is said with numbers where a model does not fit, or only quantised. Used for vLLM and SGLang, which hold weights and KV cache alike. All memory is GiB per GPU.
+What else would fit is said with numbers where a model does not fit, or only quantised. Used for vLLM and SGLang, which hold
+weights and KV cache alike. All memory is GiB per GPU.
 """
 
 from collections.abc import Iterator, Sequence

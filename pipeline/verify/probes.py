@@ -1,7 +1,8 @@
 """What an attack, a JSON schema and a demanded tool call do on a served model, each tried once.
 
-The attack: do control tokens written by a user reach the model as control tokens, raw and neutralised? An attacker who can write ``<|end_of_text|>`` into an alert may end the user's turn and open one of his own. Engines tokenize the
-rendered prompt as a whole, so most are open to it; this product's clients neutralise text first, and the probe shows both.
+The attack: do control tokens written by a user reach the model as control tokens, raw and neutralised? An attacker who can
+write ``<|end_of_text|>`` into an alert may end the user's turn and open one of his own. Engines tokenize the rendered prompt as
+a whole, so most are open to it; this product's clients neutralise text first, and the probe shows both.
 """
 
 import json

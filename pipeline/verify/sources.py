@@ -162,8 +162,8 @@ def choose_renderers(
 ) -> tuple[list[Renderer], dict[str, str]]:
     """The named renderers (``NAME``, ``NAME=URL``, ``NAME=URL#MODEL``), each of which must be here.
 
-    ``running`` holds the run's own servers, which are taken before others are looked for. With none named: all that are here - a server at its configured address only when it serves this very model - and why
-    the others are left out.
+    ``running`` holds the run's own servers, which are taken before others are looked for. With none named: all that are here -
+    a server at its configured address only when it serves this very model - and why the others are left out.
     """
     running = running or {}
     if wanted is not None:
