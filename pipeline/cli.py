@@ -19,23 +19,22 @@ from pipeline.runs.files import disk_errors_named, path_refused
 from pipeline.runs.text import mask
 
 _HELP = {"help_option_names": ["-h", "--help"]}
-_FILES = {verb: file for verbs in commands.PANELS.values() for verb, file in verbs.items()}
 
 
 class _Verbs(Mapping[str, Any]):
     """The verbs by name; the file of one is imported when it is asked for."""
 
     def __getitem__(self, verb: str) -> Any:
-        module = importlib.import_module(f"pipeline.commands.{_FILES[verb]}")
+        module = importlib.import_module(f"pipeline.commands.{commands.FILES[verb]}")
         alone = typer.Typer(add_completion=False, context_settings=_HELP)
         alone.command(verb)(getattr(module, verb.replace("-", "_")))
         return typer.main.get_command(alone)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(_FILES)
+        return iter(commands.FILES)
 
     def __len__(self) -> int:
-        return len(_FILES)
+        return len(commands.FILES)
 
 
 class _Group(TyperGroup):
@@ -58,7 +57,7 @@ class _Group(TyperGroup):
 
 def first_words(verb: str) -> str:
     """The first paragraph of a verb's docstring, read from its file."""
-    tree = ast.parse(Path(commands.__path__[0], f"{_FILES[verb]}.py").read_text(encoding="utf-8"))
+    tree = ast.parse(Path(commands.__path__[0], f"{commands.FILES[verb]}.py").read_text(encoding="utf-8"))
     wanted = verb.replace("-", "_")
     function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == wanted)
     return (ast.get_docstring(function) or "").partition("\n\n")[0]

@@ -1,20 +1,25 @@
 """The verbs of the command line: which there are, and in which file each stands; a file is imported when its verb is called."""
 
-# panel of the overview -> verb -> file; the verb's function has its name
+# panels of the overview, each with its verbs; a verb's function has its name
 PANELS = {
-    "The line": {"run": "run", "data": "data", "train": "train", "export": "train"},
-    "Serving": {
-        **{"hardware": "plan", "plan": "plan", "serve": "serve", "status": "serve"},
-        **{"ps": "runs", "logs": "runs", "stop": "runs", "warmup": "operate"},
-    },
-    "Proof": {
-        **{"verify": "verify", "certify": "certify", "report": "verify"},
-        **{"parity": "prompts", "render": "prompts", "modelfile": "prompts"},
-    },
-    "Operating": {
-        **{"gateway": "deploy", "status-api": "deploy", "config": "operate", "models": "operate", "choose": "operate"},
-        **{"doctor": "operate", "compose": "deploy", "systemd": "deploy"},
-    },
-    "Runs": {"runs": "runs", "prune": "runs"},
-    "Publishing": {"card": "certify", "push": "certify"},
+    "The line": ("run", "data", "train", "export"),
+    "Serving": ("hardware", "plan", "serve", "status", "ps", "logs", "stop", "warmup"),
+    "Proof": ("verify", "certify", "report", "parity", "render", "modelfile"),
+    "Operating": ("gateway", "status-api", "config", "models", "choose", "doctor", "compose", "systemd"),
+    "Runs": ("runs", "prune"),
+    "Publishing": ("card", "push"),
 }
+_SHARED = {
+    "train": ("export",),
+    "plan": ("hardware",),
+    "serve": ("status",),
+    "runs": ("ps", "logs", "stop", "prune"),
+    "operate": ("warmup", "config", "models", "choose", "doctor"),
+    "verify": ("report",),
+    "certify": ("card", "push"),
+    "prompts": ("parity", "render", "modelfile"),
+    "deploy": ("gateway", "status-api", "compose", "systemd"),
+}
+# verb -> file: its own name, unless it stands in another's
+FILES = {verb: verb for verbs in PANELS.values() for verb in verbs}
+FILES |= {verb: file for file, verbs in _SHARED.items() for verb in verbs}

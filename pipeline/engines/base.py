@@ -3,7 +3,6 @@
 A new engine is one class: ``name``, ``plan``, ``program``, and the facts below that differ from their defaults.
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -204,6 +203,10 @@ class Engine(ABC):
         """Settings with half the context, where a shorter context is what frees memory; empty where it is not, or too short."""
         return {}
 
+    def create(self, client: httpx.Client, name: str, gguf: Path, parts: Mapping[str, Any]) -> None:
+        """Make or replace the model ``name`` in a running server from a GGUF; ``parts`` are what its Modelfile says beside it."""
+        raise EngineError(f"{self.title} is started with its model; none is made in it")
+
     def prompt(self, client: httpx.Client, model: str, conversation: Conversation) -> Prompt:
         """What the engine feeds the model for this conversation.
 
@@ -277,23 +280,3 @@ def require_feasible(plan: Plan) -> None:
     if not plan.feasible:
         what, remedy = f"{plan.engine} cannot serve this model on this machine", "; or ".join(plan.alternatives)
         raise EngineError(what, evidence="\n".join(plan.warnings), remedy=remedy or "use a larger machine")
-
-
-def openai_body(conversation: Conversation) -> dict[str, Any]:
-    """The conversation as OpenAI's chat API carries it; documents go to the chat template by its keyword arguments."""
-    body: dict[str, Any] = {"messages": [_openai_message(message) for message in conversation.messages]}
-    if conversation.tools:
-        body["tools"] = list(conversation.tools)
-    if conversation.documents:
-        body["chat_template_kwargs"] = {"documents": list(conversation.documents)}
-    return body
-
-
-def _openai_message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """OpenAI's form: call arguments are a JSON string."""
-    made = []
-    for call in message.get("tool_calls") or ():
-        arguments = call["function"]["arguments"]
-        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        made.append({**call, "function": {**call["function"], "arguments": text}})
-    return {**message, "tool_calls": made} if made else dict(message)

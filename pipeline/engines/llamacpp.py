@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import httpx
 
-from pipeline.engines.base import ASKED, LEAST_CONTEXT, Availability, Body, Container, Engine, Mismatch, openai_body
+from pipeline.engines.base import ASKED, LEAST_CONTEXT, Availability, Body, Container, Engine, Mismatch
 from pipeline.engines.flags import listed_flags
 from pipeline.engines.listing import Listing, integer, openai_listing
 from pipeline.machine.hardware import Hardware
@@ -22,7 +22,7 @@ from pipeline.net.reach import get_json
 from pipeline.planning.gguf_fit import SHORT_SPIN, GgufFit, fit_gguf, gguf_plan
 from pipeline.planning.overrides import Overrides
 from pipeline.planning.plan import Plan, Request, Setting
-from pipeline.prompts.conversation import Conversation, Prompt
+from pipeline.prompts.conversation import Conversation, Prompt, openai_body
 
 # llama-server's short words, and the one setting whose short word is planned
 _ALIASES = {"--ctx-size": "-c", "--c": "-c", "--np": "--parallel", "--kvu": "--kv-unified", "--a": "--alias", "--m": "--model"}

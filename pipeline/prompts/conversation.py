@@ -1,5 +1,6 @@
 """Conversations that prompts are compared on: the suite in ``conversations/`` and users' own message files."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,3 +85,23 @@ class Prompt:
 
 class NotApplicable(Exception):
     """The engine's API cannot express this conversation; the message says what it lacks."""
+
+
+def openai_body(conversation: Conversation) -> dict[str, Any]:
+    """The conversation as OpenAI's chat API carries it; documents go to the chat template by its keyword arguments."""
+    body: dict[str, Any] = {"messages": [_openai_message(message) for message in conversation.messages]}
+    if conversation.tools:
+        body["tools"] = list(conversation.tools)
+    if conversation.documents:
+        body["chat_template_kwargs"] = {"documents": list(conversation.documents)}
+    return body
+
+
+def _openai_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenAI's form: call arguments are a JSON string."""
+    made = []
+    for call in message.get("tool_calls") or ():
+        arguments = call["function"]["arguments"]
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        made.append({**call, "function": {**call["function"], "arguments": text}})
+    return {**message, "tool_calls": made} if made else dict(message)

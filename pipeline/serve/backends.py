@@ -31,12 +31,13 @@ _ASK_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Started:
-    """What became of one backend: ``ready``, ``skipped`` (not installed) or ``failed``, with the reason."""
+    """What became of one backend: ``ready`` (``was_up``: before it was asked for), ``skipped`` (not installed) or ``failed``."""
 
     name: str
     status: str
     reason: str = ""
     endpoint: Endpoint | None = None
+    was_up: bool = False
 
     def row(self) -> dict[str, Any]:
         """For a table."""
@@ -79,14 +80,14 @@ def start(run: RunFolder, name: str, settings: Settings, options: Options) -> St
     engine = engines.get(name)
     try:
         endpoint = find(run, name, settings)
+        if endpoint is not None:
+            return Started(name, "ready", endpoint=endpoint, was_up=True)
         available = engine.available()
-        if endpoint is None and not available.usable:
+        if not available.usable:
             return Started(name, "skipped", f"{available.reason}; to have it: {available.remedy}")
-        if endpoint is None:
-            wanted = replace(options, overrides={**settings.overrides(name), **options.overrides})
-            target = Target.of_run(run, name, key=settings.key(name))
-            endpoint = bring_up(name, target, wanted, lambda text: log.info("%s", text[:160]))
-        return Started(name, "ready", endpoint=endpoint)
+        wanted = replace(options, overrides={**settings.overrides(name), **options.overrides})
+        target = Target.of_run(run, name, key=settings.key(name))
+        return Started(name, "ready", endpoint=bring_up(name, target, wanted, lambda text: log.info("%s", text[:160])))
     except InputError:
         raise
     except PipelineError as error:
@@ -96,12 +97,11 @@ def start(run: RunFolder, name: str, settings: Settings, options: Options) -> St
 @contextmanager
 def borrowed(run: RunFolder, name: str, settings: Settings, *, keep: bool) -> Iterator[Started]:
     """A backend to ask questions of, found or started; stopped at the end, unless it was up before and is to be kept."""
-    was_up = find(run, name, settings) is not None
     started = start(run, name, settings, Options(purpose="verify", owner=os.getpid()))
     try:
         yield started
     finally:
-        if started.endpoint and not (keep and was_up):
+        if started.endpoint and not (keep and started.was_up):
             serving.stop(run.path, name)
 
 
@@ -142,7 +142,7 @@ def _serve_there(there: Endpoint, target: Target, options: Options, progress: Pr
     plan = _parameters(target, options) if is_local(there.url) else None
     endpoint = replace(there, model=target.name, plan=plan.to_json([]) if plan else None)
     progress(f"Ollama already runs at {there.url}: the model is made there")
-    serving.create_in_ollama(endpoint, target, progress, plan)
+    serving.create_model(endpoint, target, progress, plan)
     serving.first_token(endpoint)
     # Ollama's digest of the model changes when someone makes another one of the same name
     listing = wait_for(engines.get(there.engine).listing(there.url, "", _ASK_SECONDS))

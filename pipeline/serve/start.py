@@ -9,13 +9,12 @@ from typing import Any
 from pipeline import engines
 from pipeline.engines.base import Engine, Launch, require_feasible
 from pipeline.engines.flags import require_known_flags
-from pipeline.engines.ollama import Ollama
 from pipeline.errors import EngineError, InputError, MissingDependency, StartFailure
 from pipeline.machine.hardware import Hardware
 from pipeline.model.model import Model
 from pipeline.modelfile.modelfile import read_modelfile, to_create_request
 from pipeline.net.chat import PATH, hello
-from pipeline.net.client import Refused, Unanswered, bearer, open_client, post, product_errors, status_of
+from pipeline.net.client import Refused, Unanswered, open_client, post, product_errors, status_of
 from pipeline.net.loopback import claim
 from pipeline.planning.plan import Adapter, Plan, Purpose, Request
 from pipeline.runs.folder import RunFolder
@@ -89,11 +88,6 @@ class Endpoint:
     ready_seconds: float | None = None
     api_key: str = field(default="", repr=False)
     sha256: str | None = None  # of the run's artefact as it was when this server had loaded it
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """Authorization, when the endpoint has a key."""
-        return bearer(self.api_key)
 
 
 def request_for(target: Target, options: Options, hardware: Hardware | None = None) -> Request:
@@ -193,7 +187,7 @@ class _Start:
         version = self.engine.available().version
         endpoint = Endpoint(process.engine, launch.url, launch.model, version, process, described, api_key=self.target.key)
         if self.engine.creates_model:
-            create_in_ollama(endpoint, self.target, self.progress, plan)
+            create_model(endpoint, self.target, self.progress, plan)
         first_token(endpoint)
         return endpoint
 
@@ -225,23 +219,24 @@ def attach(engine_name: str, target: Target) -> Endpoint | None:
     return Endpoint(engine_name, process.url, process.model, server=process, api_key=target.key, **known)
 
 
-def create_in_ollama(endpoint: Endpoint, target: Target, progress: Progress, plan: Plan | None = None) -> None:
-    """Make the model in a running Ollama from the target's GGUF and Modelfile.
+def create_model(endpoint: Endpoint, target: Target, progress: Progress, plan: Plan | None = None) -> None:
+    """Make the model in a running server (Ollama's) from the target's GGUF and Modelfile.
 
     The plan's parameters (num_ctx, num_gpu) are for this machine and replace the Modelfile's.
     """
+    engine = engines.get(endpoint.engine)
     if target.modelfile is None:
         remedy = "granite-pipeline modelfile says why there is none"
-        raise EngineError("serving a GGUF with Ollama needs its Modelfile", remedy=remedy)
+        raise EngineError(f"serving a GGUF with {engine.title} needs its Modelfile", remedy=remedy)
     request = to_create_request(read_modelfile(target.modelfile), "", endpoint.model)
     parts = {name: value for name, value in request.items() if name not in ("model", "files", "stream")}
     planned = {s.name: int(s.value) for s in (plan.parameters if plan else ()) if s.value is not None}
     parts["parameters"] = {**parts.get("parameters", {}), **planned}
 
     said = ", ".join(f"{name} {value}" for name, value in planned.items())
-    progress(f"creating {endpoint.model} in Ollama{f' with {said}' if said else ''}")
-    with open_client(endpoint.url, timeout=600) as client, product_errors(f"Ollama at {endpoint.url}"):
-        Ollama().create(client, endpoint.model, target.model, parts)
+    progress(f"creating {endpoint.model} in {engine.title}{f' with {said}' if said else ''}")
+    with open_client(endpoint.url, timeout=600) as client, product_errors(f"{engine.title} at {endpoint.url}"):
+        engine.create(client, endpoint.model, target.model, parts)
 
 
 def first_token(endpoint: Endpoint, timeout: float = 300) -> None:

@@ -28,7 +28,7 @@ from pipeline.prompts.renderers import render_chat
 from pipeline.report.check import Check
 from pipeline.runs.files import read_json
 from pipeline.runs.folder import RunFolder
-from pipeline.runs.hashes import sha256_json, sha256_tree
+from pipeline.runs.hashes import HashCache, sha256_json, sha256_tree
 from pipeline.runs.manifest import Manifest
 from pipeline.runs.text import masked
 from pipeline.serve.artefacts import written_after
@@ -95,14 +95,16 @@ class Evidence:
         stated = {"at": self.at, "answers_at": self.reused or self.at, "prompts": len(self.rows), "version": self.version}
         return {**stated, "answers_by": "verify" if self.reused else "certify", "loaded_sha256": self.loaded_sha256}
 
-    def speaks_for(self, endpoint: Endpoint, file: str | None, material: Material) -> bool:
+    def speaks_for(self, endpoint: Endpoint, run: RunFolder, file: str | None, material: Material) -> bool:
         """Whether this endpoint would answer these prompts as it did then: the same process, file and prompts.
 
         Only of a server from here that tells which file it loaded: another may have been given a new model meanwhile.
         """
         if file is None or endpoint.server is None or self.process != _process(endpoint):
             return False
-        if self.loaded_sha256 is None or not self.loaded_sha256 == endpoint.sha256 == _sha256(file):
+        # remembered hashes are enough here: the file is read whole once its server has been asked
+        now = HashCache(run.path).tree(Path(file)) if Path(file).exists() else None
+        if self.loaded_sha256 is None or not self.loaded_sha256 == endpoint.sha256 == now:
             return False
         return max(self.rows, default=0) < len(material.rows) and self.asked == _asked(material, self.rows)
 
@@ -133,7 +135,7 @@ async def interrogate(
     with open_client(endpoint.url, endpoint.api_key) as client:
         file = engine.loaded_file(client, endpoint.model)
         file = None if file == endpoint.model else file
-        known = plan.known if plan.known and plan.known.speaks_for(endpoint, file, material) else None
+        known = plan.known if plan.known and plan.known.speaks_for(endpoint, run, file, material) else None
         rows = tuple(row for row in plan.rows if known is None or row not in known.rows)
         said = await _chats(endpoint, material, rows, plan.features, progress)
         if known:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import httpx
 
-from pipeline.engines.base import Availability, Body, Container, Engine, Mismatch, openai_body
+from pipeline.engines.base import Availability, Body, Container, Engine, Mismatch
 from pipeline.engines.flags import listed_flags
 from pipeline.engines.listing import Listing, openai_listing
 from pipeline.engines.vllm import cpu, gpu, lora
@@ -21,7 +21,7 @@ from pipeline.model.toolcalls import Call
 from pipeline.net.client import ask
 from pipeline.net.reach import get_json
 from pipeline.planning.plan import Plan, Request
-from pipeline.prompts.conversation import Conversation, Prompt
+from pipeline.prompts.conversation import Conversation, Prompt, openai_body
 
 _VERSION_CODE = (
     "import importlib.metadata as m, json; "

@@ -79,7 +79,7 @@ def test_the_plans_parameters_reach_ollama_and_replace_the_modelfiles(fake: Fake
     request = Request(Model.from_shape("granite-4.0-1b"), hardware_from("cpu-16c-64g"), "serve", "m", {"num_ctx": "3000"})
     said: list[str] = []
     endpoint = Endpoint("ollama", fake.url, "soc")
-    start.create_in_ollama(endpoint, Target(gguf, "soc", tmp_path, modelfile), said.append, Ollama().plan(request))
+    start.create_model(endpoint, Target(gguf, "soc", tmp_path, modelfile), said.append, Ollama().plan(request))
     assert fake.seen["/api/create"]["parameters"] == {"num_ctx": 3000, "temperature": 0.0, "num_gpu": 0}
     assert said == ["creating soc in Ollama with num_ctx 3000, num_gpu 0"]
 
