@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from pipeline.config import Settings
 from pipeline.prompts.chat import EMBEDDED_TEMPLATE
 from pipeline.runs.folder import RunFolder
 
@@ -15,6 +18,25 @@ from pipeline.runs.folder import RunFolder
 def run(tmp_path: Path) -> RunFolder:
     """An empty run folder."""
     return RunFolder("test", tmp_path)
+
+
+@pytest.fixture
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No documented variable is set."""
+    for name in Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Write a dataset, a row a line: JSON of what is no text."""
+
+    def made(*lines: object, name: str = "rows.jsonl") -> Path:
+        path = tmp_path / name
+        path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+        return path
+
+    return made
 
 
 def _write_gguf(path: Path, metadata: dict[str, str | int]) -> None:

@@ -10,11 +10,7 @@ from pipeline.machine.named import hardware_from
 from pipeline.model.model import Model
 from pipeline.planning.plan import Request
 
-
-@pytest.fixture(autouse=True)
-def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in config.Settings.model_fields:
-        monkeypatch.delenv(name.upper(), raising=False)
+pytestmark = pytest.mark.usefixtures("no_settings")
 
 
 def _env(tmp_path: Path, text: str) -> Path:

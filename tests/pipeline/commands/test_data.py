@@ -12,16 +12,6 @@ from pipeline.errors import PipelineError
 ROW = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 
 
-@pytest.fixture
-def write(tmp_path):
-    def made(*lines, name="rows.jsonl"):
-        path = tmp_path / name
-        path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-        return path
-
-    return made
-
-
 def _run(*arguments):
     return CliRunner().invoke(app, ["data", *map(str, arguments)])
 

@@ -26,11 +26,7 @@ from pipeline.runs.folder import RunFolder
 from pipeline.serve import records, server
 from pipeline.serve.records import Record
 
-
-@pytest.fixture(autouse=True)
-def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in Settings.model_fields:
-        monkeypatch.delenv(name.upper(), raising=False)
+pytestmark = pytest.mark.usefixtures("no_settings")
 
 
 def _settings(tmp_path: Path, **values: str) -> Settings:

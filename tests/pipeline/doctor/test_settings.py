@@ -7,11 +7,7 @@ import pytest
 from pipeline import config
 from pipeline.doctor.serving import check, served_contradiction
 
-
-@pytest.fixture(autouse=True)
-def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in config.Settings.model_fields:
-        monkeypatch.delenv(name.upper(), raising=False)
+pytestmark = pytest.mark.usefixtures("no_settings")
 
 
 def _said(tmp_path: Path, text: str, environment: dict[str, str] | None = None) -> list[str]:

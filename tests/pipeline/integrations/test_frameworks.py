@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from small_run import smollm_gguf
 
-from pipeline.config import Settings, load
+from pipeline.config import load
 from pipeline.engines.vllm.engine import Vllm
 from pipeline.errors import InputError
 from pipeline.integrations.beeai import chat_model
@@ -34,9 +34,7 @@ BACKENDS = {"llamacpp": "LLAMACPP", "vllm": "VLLM", "sglang": "SGLANG", "openai"
 
 
 @pytest.fixture(autouse=True)
-def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in Settings.model_fields:
-        monkeypatch.delenv(name.upper(), raising=False)
+def _clean(no_settings: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 

@@ -37,10 +37,7 @@ HOSTILE = '"><script>document.title="owned"</script>\n{{ 7*7 }}‮'
 MODELS = {"/v1/models": {"data": [{"id": "m"}]}, "/health": b""}
 
 
-@pytest.fixture(autouse=True)
-def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in Settings.model_fields:
-        monkeypatch.delenv(name.upper(), raising=False)
+pytestmark = pytest.mark.usefixtures("no_settings")
 
 
 def _settings(tmp_path: Path, url: str, model: str = "m") -> Settings:

@@ -11,16 +11,6 @@ from training.datasets.dataset import Row, load, overlap, read, split
 ROW = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 
 
-@pytest.fixture
-def write(tmp_path):
-    def made(*lines, name="rows.jsonl"):
-        path = tmp_path / name
-        path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-        return path
-
-    return made
-
-
 def _chat(*contents, where="f:1"):
     """A conversation that starts with the user."""
     roles = ("user", "assistant")

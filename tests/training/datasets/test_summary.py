@@ -9,16 +9,6 @@ from training.datasets.summary import summarise
 ROW = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 
 
-@pytest.fixture
-def write(tmp_path):
-    def made(*lines, name="rows.jsonl"):
-        path = tmp_path / name
-        path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-        return path
-
-    return made
-
-
 def test_summary_counts(write):
     answer = {"role": "assistant", "content": '{"label": "x", "sure": true, "why": ["list"]}'}
     user = {"role": "user", "content": "12345678"}
