@@ -1,7 +1,9 @@
-"""How a Granite generation writes a tool call, read off its chat template, and one call to try an engine with."""
+"""How a Granite generation writes tool calls, read off its chat template; calls written so and read back; one to try an engine with."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +36,69 @@ class Call:
 
 def example_call(form: str) -> Call:
     """A call of :data:`TOOL` in one form."""
-    written = json.dumps({"name": NAME, "arguments": ARGUMENTS})
+    opening = MARKS[form] if form == "granite" else f"{MARKS[form]}\n"
+    return Call(opening, written_calls(form, [{"name": NAME, "arguments": ARGUMENTS}]))
+
+
+def plain_calls(calls: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Calls as ``{"name", "arguments"}``, out of OpenAI's wrapping or without it; arguments in JSON text are parsed where they can be."""
+    found = []
+    for call in calls:
+        function = call.get("function", call)
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            with suppress(ValueError):  # a model may write what is no JSON; it is then compared as it stands
+                arguments = json.loads(arguments)
+        found.append({"name": function.get("name"), "arguments": {} if arguments is None else arguments})
+    return found
+
+
+def written_calls(form: str, calls: Sequence[Mapping[str, Any]]) -> str:
+    """Calls (``{"name", "arguments"}``) as a model of this form writes them.
+
+    ``granite``: https://www.ibm.com/granite/docs, "function calling" of 3.x, a mark and one JSON list;
+    ``granite4``: one marked JSON object a call, as the templates of 4.0 and 4.1 write them.
+    """
+    texts = [json.dumps({"name": c["name"], "arguments": c["arguments"]}, ensure_ascii=False) for c in calls]
     if form == "granite":
-        return Call(MARKS[form], f"{MARKS[form]}[{written}]")
-    return Call(f"{MARKS[form]}\n", f"{MARKS[form]}\n{written}\n</tool_call>")
+        return f"{MARKS[form]}[{', '.join(texts)}]"
+    return "\n".join(f"{MARKS[form]}\n{text}\n</tool_call>" for text in texts)
+
+
+_BLOCK = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
+
+
+def read_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
+    """What an answer says before its calls, and the calls as ``{"name", "arguments"}``, in either form.
+
+    No calls, and the whole text, when it holds none, when one is not JSON with a name, or when text follows them.
+    """
+    before, mark, after = text.partition(MARKS["granite"])
+    found = _list(after) if mark else None
+    if found is None and "<tool_call>" in text:
+        before, _, _ = text.partition("<tool_call>")
+        rest = text[len(before) :]
+        blocks = _BLOCK.findall(rest)
+        found = _objects(blocks) if blocks and not _BLOCK.sub("", rest).strip() else None
+    return (before.rstrip("\n"), found) if found else (text, [])
+
+
+def _list(text: str) -> list[dict[str, Any]] | None:
+    """Calls in one JSON list that is all of a text."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return _calls(value) if isinstance(value, list) else None
+
+
+def _objects(texts: Iterable[str]) -> list[dict[str, Any]] | None:
+    try:
+        return _calls([json.loads(text) for text in texts])
+    except (ValueError, RecursionError):
+        return None
+
+
+def _calls(values: list[Any]) -> list[dict[str, Any]] | None:
+    named = all(isinstance(v, dict) and isinstance(v.get("name"), str) and set(v) <= {"name", "arguments"} for v in values)
+    return plain_calls(values) if values and named else None

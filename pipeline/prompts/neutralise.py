@@ -56,17 +56,20 @@ def neutralise(text: str, tokens: Collection[str]) -> str:
 
 
 def neutralise_message(message: Mapping[str, Any], tokens: Collection[str]) -> dict[str, Any]:
-    """A chat message with :func:`neutralise` applied to every text in it: content, content parts, names, tool calls."""
-    return {key: value if key == "role" else _neutralise_all(value, tokens) for key, value in message.items()}
+    """A chat message with :func:`neutralise` applied to every text in it; an assistant's, whose marks are its own, as it is."""
+    if message.get("role") == "assistant":
+        return dict(message)
+    return {key: value if key == "role" else neutralise_all(value, tokens) for key, value in message.items()}
 
 
-def _neutralise_all(value: Any, tokens: Collection[str]) -> Any:
+def neutralise_all(value: Any, tokens: Collection[str]) -> Any:
+    """Tools, documents or anything else of JSON with :func:`neutralise` applied to every text in it."""
     if isinstance(value, str):
         return neutralise(value, tokens)
     if isinstance(value, Mapping):
-        return {neutralise(str(key), tokens): _neutralise_all(inner, tokens) for key, inner in value.items()}
+        return {neutralise(str(key), tokens): neutralise_all(inner, tokens) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_neutralise_all(inner, tokens) for inner in value]
+        return [neutralise_all(inner, tokens) for inner in value]
     return value
 
 
