@@ -3,13 +3,18 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from pipeline.errors import InputError
 from pipeline.runs.files import absolute
+from training.datasets.turns import Greeting, Reading, Repeated
 
 Method = Literal["lora", "qlora", "full"]
 Trainer = Literal["auto", "unsloth", "hf"]
+
+_Word = TypeVar("_Word", bound=str)
+_GREETINGS: tuple[Greeting, ...] = get_args(Greeting)
+_REPEATS: tuple[Repeated, ...] = get_args(Repeated)
 
 _ANY = 2**63 - 1
 _OPTIONAL = ("revision", "eval_data", "max_rows", "max_steps", "learning_rate")
@@ -52,11 +57,20 @@ class FinetuneParameters:
     max_length: int = 1024
     save_steps: int = 50
     seed: int = 7
+    columns: str = ""
+    ignore: str = ""
+    greeting: Greeting = "refuse"
+    repeated: Repeated = "refuse"
+    skip_bad: bool = False
 
     def __post_init__(self) -> None:
-        for name, known in (("method", get_args(Method)), ("trainer", get_args(Trainer))):
-            if getattr(self, name) not in known:
-                raise InputError(f"{name}={getattr(self, name)!r} is not known", remedy=f"use one of {', '.join(known)}")
+        _choice("method", self.method, get_args(Method))
+        _choice("trainer", self.trainer, get_args(Trainer))
+        for name in ("columns", "ignore"):
+            object.__setattr__(self, name, _joined(name, getattr(self, name)))
+        if not isinstance(self.skip_bad, bool):
+            raise InputError(f"skip_bad={self.skip_bad!r} must be True or False")
+        self.reading()  # a mapping that is none is said now
         for name, value in vars(self).items():
             if value is None and name in _OPTIONAL:
                 continue
@@ -87,9 +101,51 @@ class FinetuneParameters:
         """Take each field from the notebook variable of the same name in capitals."""
         return cls(**{field.name: names[field.name.upper()] for field in fields(cls) if field.name.upper() in names})
 
+    def reading(self) -> Reading:
+        """How rows are to be read."""
+        return reading(self.columns, self.ignore, self.greeting, self.repeated)
+
     def to_json(self) -> dict[str, Any]:
-        """All parameters as a dict, the learning rate as it is in force."""
-        return {**asdict(self), "learning_rate": self.peak_learning_rate}
+        """All parameters as a dict, the learning rate as it is in force; how rows are read only where it was chosen."""
+        chosen = {name: value for name, value in asdict(self).items() if name not in _READING or value != _READING[name]}
+        return {**chosen, "learning_rate": self.peak_learning_rate}
+
+
+# how rows are read, and the values under which nothing was chosen: a run from before there was a choice is the same run
+_READING = {field.name: field.default for field in fields(FinetuneParameters)[-5:]}
+
+
+def reading(columns: str = "", ignore: str = "", greeting: str = "refuse", repeated: str = "refuse") -> Reading:
+    """The Reading of ``ours=theirs,...`` and ``key,...``.
+
+    Raises InputError when a side is missing, a name is given twice, or ``greeting`` or ``repeated`` is none of theirs.
+    """
+    pairs = [(ours.strip(), theirs.strip()) for ours, _, theirs in (pair.partition("=") for pair in columns.split(",") if pair)]
+    known = dict(pairs)
+    if not all(map(all, pairs)) or len(known) < len(pairs) or len(set(known.values())) < len(pairs):
+        raise InputError(
+            f"columns={columns!r} must name each column once", remedy="for example prompt=question,completion=answer"
+        )
+    left_out = frozenset(word.strip() for word in ignore.split(",") if word.strip())
+    return Reading(known, left_out, _choice("greeting", greeting, _GREETINGS), _choice("repeated", repeated, _REPEATS))
+
+
+def _choice(name: str, value: Any, known: tuple[_Word, ...]) -> _Word:
+    if value not in known:
+        raise InputError(f"{name}={value!r} is not known", remedy=f"use one of {', '.join(known)}")
+    return value  # type: ignore[no-any-return]
+
+
+def _joined(name: str, value: object) -> str:
+    """Words separated by commas, out of text, a list, or (columns) a dict."""
+    if isinstance(value, Mapping):
+        value = [f"{ours}={theirs}" for ours, theirs in value.items()]
+    words = value.split(",") if isinstance(value, str) else value
+    if words is None:
+        return ""
+    if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
+        raise InputError(f"{name}={value!r} must be text or a list of texts")
+    return ",".join(sorted(word.strip() for word in words if word.strip()))
 
 
 def _is(value: object, *kinds: type) -> bool:

@@ -1,20 +1,26 @@
-"""``data``: what is in a dataset, before a training is started with it."""
+"""``data``: what is in a dataset and what the model will see of it, before a training is started with it."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from typer import Argument, Option
 
 from pipeline.commands import options, show
-from pipeline.runs.files import require_path
+from pipeline.errors import InputError
+from pipeline.runs.files import require_path, write_atomic
+from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 
 if TYPE_CHECKING:
     from training.datasets.dataset import Dataset
     from training.datasets.summary import Summary
+    from training.datasets.turns import Reading
+    from training.tuning.prepare import Preparer
 
+EMBEDDED = "embedded"
 _BIG = 20 << 20
 _SHOWN_REFUSALS = 20
 _SHOWN_VALUES = 8
@@ -24,50 +30,128 @@ def data(
     source: Annotated[
         str, Argument(metavar="FILE", help=".jsonl, .json, .csv, .tsv or .parquet file, or hub:owner/name[@rev][:split].")
     ],
+    base: Annotated[
+        str | None, Option(help="Prepare every row for this base: embedded, a hub id, or a model folder; nothing is trained.")
+    ] = None,
+    rows: Annotated[
+        int, Option("--show", min=0, help="Print the exact text of the first N rows instead, and what is learned.")
+    ] = 0,
+    write: Annotated[Path | None, Option(help="Write the rows that can be used to this file, one JSON object a line.")] = None,
+    columns: options.Columns = "",
+    ignore: options.Ignore = None,
+    greeting: options.Greeting = "refuse",
+    repeated: options.Repeated = "refuse",
+    skip_bad: options.SkipBad = False,
     as_json: options.AsJson = False,
     tokenizer: Annotated[
-        Path | None, Option(help="Model folder whose tokenizer.json counts the tokens; else they are estimated.")
+        Path | None,
+        Option(help="Model folder whose tokenizer.json counts the tokens; else --base counts, or they are estimated."),
     ] = None,
     max_length: Annotated[int | None, Option(min=1, help="Count the rows that have more tokens than this.")] = None,
 ) -> None:
-    """Check a dataset and summarise it: rows, turns, token lengths, labels, duplicates, refused rows with file:line.
+    """Check a dataset and account for it: rows, turns, token lengths, labels, and what becomes of every key of a row.
 
-    The format is detected: messages (OpenAI chat), conversations (ShareGPT), prompt/completion, or alpaca
-    (instruction, input, output). Nothing is written and torch is not loaded. The exit code is 2 when a row is refused.
+    A key is used, harmless (ids, sources), or its row is refused until --ignore names it. With --base every row is also rendered as
+    the model will see it, and refused where its chat template drops a call, a document or a thought. The format is detected: messages
+    (OpenAI chat), conversations (ShareGPT), prompt/completion, alpaca, dolly, question/answer, xlam, text in Granite's format.
 
-    Example: granite-pipeline data training/data/soc_train.jsonl --max-length 128
+    --show prints for each row its text, with what is learned from set apart; with --json one object a line: row, text, trained, unused,
+    neutralised. torch is not loaded. The exit code is 2 when a row is refused, unless --skip-bad or --write goes on without it.
+
+    Examples:
+      granite-pipeline data training/data/soc_train.jsonl --max-length 128
+      granite-pipeline data calls.jsonl --base ibm-granite/granite-4.0-350m --show 3
+      granite-pipeline data faq.csv --columns prompt=question,completion=answer --write faq.jsonl
     """
     from training.datasets.dataset import require_clean
     from training.datasets.summary import summarise
+    from training.parameters import reading
+    from training.tuning.account import account
 
-    dataset = _read(source)
-    summary = summarise(dataset, tokenizer, max_length)
-    if as_json:
-        typer.echo(summary.to_json())
+    dataset = _read(source, reading(columns, ",".join(ignore or ()), greeting, repeated))
+    preparer, folder = _preparer(base or EMBEDDED) if base or rows else (None, tokenizer)
+    prepared = None
+    if preparer and not rows:
+        prepared = preparer.attempt(dataset.rows)
+        kept = {row.where for row, _ in prepared.pairs}
+        dataset = replace(
+            dataset, rows=tuple(row for row in dataset.rows if row.where in kept), refused=(*dataset.refused, *prepared.refused)
+        )
+    if rows and preparer:
+        _show(preparer, dataset, rows, as_json)
     else:
-        _print(summary)
-    require_clean(dataset)
+        summary, found = summarise(dataset, tokenizer or folder, max_length), account([dataset], [prepared] if prepared else [])
+        if as_json:
+            show.as_json({**summary.to_json(), "account": found}, ascii_only=False)
+        else:
+            _print(summary, found)
+    if write:
+        _write(write, dataset)
+    elif not (skip_bad and dataset.rows):
+        require_clean(dataset)
 
 
-def _read(source: str) -> Dataset:
+def _read(source: str, reading: Reading) -> Dataset:
     """Read with a progress bar on stderr when the file is big enough to wait for."""
     from training.datasets.dataset import read
 
     path = Path(source)
     require_path(path)
     if not path.is_file() or (size := path.stat().st_size) < _BIG:
-        return read(source)
+        return read(source, reading=reading)
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=show.console(err=True), transient=True) as progress:
         task = progress.add_task("reading", total=size)
-        return read(source, lambda count: progress.advance(task, count))
+        return read(source, lambda count: progress.advance(task, count), reading)
 
 
-def _print(summary: Summary) -> None:
+def _preparer(base: str) -> tuple[Preparer, Path]:
+    """What prepares rows for a base, and the base's folder."""
+    from training.base import resolve
+    from training.tuning.prepare import Preparer
+
+    folder = resolve(base, RunFolder(DEFAULT_NAME, DEFAULT_OUTPUT).base_cache).folder
+    return Preparer(folder), folder
+
+
+def _show(preparer: Preparer, dataset: Dataset, count: int, as_json: bool) -> None:
+    """The first rows as the model sees them; what is learned is green, or set apart on lines of its own where nothing is coloured."""
+    from training.tuning.view import shown
+
+    for seen in shown(preparer, dataset.rows[:count]):
+        if as_json:
+            show.as_json(seen, indent=None, ascii_only=False)
+            continue
+        show.line(f"--- {_plain(seen['row'])}", style="bold")
+        if "refused" in seen:
+            show.line(f"refused: {_plain(seen['refused'])}; {_plain(seen['remedy'])}", style="red")
+            continue
+        show.spans(_lines_of(seen["text"]), [_lines_of(text) for text in seen["trained"]])
+        show.line(f"not used: {_plain(', '.join(seen['unused'])) or 'nothing'}; texts neutralised: {seen['neutralised']}")
+
+
+def _write(target: Path, dataset: Dataset) -> None:
+    """The rows that can be used, as messages; a file that is there already is never replaced."""
+    if target.exists():
+        raise InputError(f"{target} is there already", remedy="give --write the name of a new file")
+    lines = []
+    for row in dataset.rows:
+        extras = {name: list(value) for name in ("tools", "documents") if (value := getattr(row, name))}
+        lines.append(json.dumps({"messages": list(row.messages), **extras}, ensure_ascii=False) + "\n")
+    write_atomic(target, "".join(lines))
+    show.line(f"{len(lines)} rows written to {target}, {len(dataset.refused)} left out", err=True)
+
+
+def _print(summary: Summary, found: dict[str, Any]) -> None:
     """Tables for people; text from the file is shown as it is, never as markup or terminal codes."""
+    from training.tuning.account import table
+
     show.table(_plain(summary.source), ("", ""), [(name, _plain(value)) for name, value in _lines(summary)])
+    became = [(_plain(row["what"]), row["became"], row["rows"]) for row in table(found)]
+    if became:
+        show.table("what becomes of each key", ("key", "becomes", "rows"), became)
     rows = []
     for label in summary.labels:
         shown = [f"{value[:40]} {count}" for value, count in label.top[:_SHOWN_VALUES]]
@@ -76,7 +160,7 @@ def _print(summary: Summary) -> None:
     if rows:
         show.table("answer fields", ("field", "values", "most frequent"), rows)
     if summary.refused:
-        refused = [(_plain(where), _plain(reason)) for where, reason in summary.refused[:_SHOWN_REFUSALS]]
+        refused = [(_plain(one.where), _plain(one.reason)) for one in summary.refused[:_SHOWN_REFUSALS]]
         show.table("refused rows", ("where", "reason"), refused)
         if len(summary.refused) > _SHOWN_REFUSALS:
             show.line(f"and {len(summary.refused) - _SHOWN_REFUSALS} more; --json lists them all")
@@ -95,9 +179,9 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
         ("tokens in all", f"{tokens.total if tokens else 0}"),
         ("over max length", "" if summary.over_length is None else f"{summary.over_length} over {summary.max_length}"),
         ("duplicate rows", f"{summary.duplicates}; {summary.repeated_prompts} more repeat a prompt"),
-        ("with control tokens", f"{summary.control_token_rows} (trained on as ordinary text)"),
+        ("with control tokens", f"{summary.control_token_rows} (text that is not the assistant's is written as ordinary text)"),
         ("with tools", str(summary.tools_rows)),
-        ("not used", ", ".join(summary.ignored)),
+        ("with documents", str(summary.documents_rows)),
         ("JSON answers", str(summary.json_answers)),
         ("sha256", summary.sha256),
     ]
@@ -106,3 +190,7 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
 
 def _plain(text: str) -> str:
     return "".join(character if character.isprintable() else "�" for character in text)
+
+
+def _lines_of(text: str) -> str:
+    return "\n".join(map(_plain, text.split("\n")))

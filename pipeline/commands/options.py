@@ -31,6 +31,15 @@ Stop = Annotated[bool, Option("--stop", help="Stop the one that was left running
 EvalData = Annotated[str | None, Option("--eval-data", help="Held-out rows; else a share of --data is held out.")]
 _STAGES = "Do it again even when nothing changed: all, or finetune, merge, gguf, modelfile, evaluate, verify."
 Force = Annotated[str, Option("--force", metavar="[STAGE]", help=_STAGES)]
+_COLUMNS = "Which of your columns is which, e.g. prompt=question,completion=answer."
+_IGNORE = "Leave out a key of the rows that would be refused, or used. Repeatable."
+_GREETING = "An assistant's turn before the first question: refuse, keep (no loss on it) or drop."
+_REPEATED = "User turns that follow each other: refuse, keep or join."
+Columns = Annotated[str, Option("--columns", metavar="OURS=YOURS,...", help=_COLUMNS)]
+Ignore = Annotated[list[str] | None, Option("--ignore", metavar="KEY", help=_IGNORE)]
+Greeting = Annotated[str, Option("--greeting", help=_GREETING)]
+Repeated = Annotated[str, Option("--repeated", help=_REPEATED)]
+SkipBad = Annotated[bool, Option("--skip-bad", help="Go on without rows that are refused; they are named and counted.")]
 Template = Annotated[Path | None, Option("--template", help="A chat template (.jinja) instead of a run's.")]
 
 _RunName = TypeVar("_RunName", str, str | None)

@@ -33,6 +33,11 @@ def run(
     eval_data: options.EvalData = None,
     backends: options.Backends = "",
     output: options.Output = DEFAULT_OUTPUT,
+    columns: options.Columns = "",
+    ignore: options.Ignore = None,
+    greeting: options.Greeting = "",
+    repeated: options.Repeated = "",
+    skip_bad: options.SkipBad = False,
     stages: Annotated[str, Option(help="Comma-separated notebooks to run.")] = ",".join(STAGES),
     parameter: Annotated[
         list[str] | None,
@@ -56,7 +61,9 @@ def run(
     name = options.chosen(agent, name).run
     folder = RunFolder(name, output.resolve())
     given: dict[str, Any] = {"NAME": name, "OUTPUT": str(folder.output)}
-    given |= {key: value for key, value in (("BASE", base), ("DATA", data), ("EVAL_DATA", eval_data)) if value}
+    chosen_data: dict[str, Any] = {"BASE": base, "DATA": data, "EVAL_DATA": eval_data, "COLUMNS": columns, "IGNORE": ignore}
+    chosen_data |= {"GREETING": greeting, "REPEATED": repeated, "SKIP_BAD": skip_bad}
+    given |= {key: value for key, value in chosen_data.items() if value}
     given |= {"BACKENDS": options.listed(backends)} if backends else {}
     given |= {"FORCE": True if force == "all" else force} if force else {}
     given |= dict(_assignment(text) for text in parameter or [])

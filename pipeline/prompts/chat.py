@@ -23,6 +23,9 @@ START, MIDDLE, END = "<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>\n"
 EMBEDDED_TEMPLATE = (Path(__file__).parent / "granite_embedded.jinja").read_text(encoding="utf-8")
 """The embedded base model's chat template: Granite's turn format with tools, documents and generation marks."""
 
+# where transformers keeps the template for conversations with tools
+TOOL_USE = "additional_chat_templates/tool_use.jinja"
+
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Where the continued message ends; any text that no message holds. The trailing space shows whether the template trims.
 _CUT = "\u2063CUT-HERE\u2063 "
@@ -30,10 +33,14 @@ _CUT = "\u2063CUT-HERE\u2063 "
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A jinja chat template and the special-token strings it may use (``bos_token``, ``eos_token``, ...)."""
+    """A jinja chat template and the special-token strings it may use (``bos_token``, ``eos_token``, ...).
+
+    ``tool_use`` is the one that some models have for conversations with tools, chosen as ``apply_chat_template`` chooses.
+    """
 
     source: str
     variables: Mapping[str, str] = field(default_factory=dict)
+    tool_use: str | None = None
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ChatTemplate":
@@ -42,16 +49,19 @@ class ChatTemplate:
         config, older = (read_object(path) if path.is_file() else {} for path in paths)
         named = {**older, **config}
         if (folder / "chat_template.jinja").is_file():
-            return cls(read_utf8(folder / "chat_template.jinja"), _named_tokens(named, folder))
-        source = config.get("chat_template")
+            more = folder / TOOL_USE
+            tool_use = read_utf8(more) if more.is_file() else None
+            return cls(read_utf8(folder / "chat_template.jinja"), _named_tokens(named, folder), tool_use)
+        source, tool_use = config.get("chat_template"), None
         if isinstance(source, list):  # several named templates
-            source = {e.get("name"): e.get("template") for e in source if isinstance(e, dict)}.get("default")
+            by_name = {e.get("name"): e.get("template") for e in source if isinstance(e, dict)}
+            source, tool_use = by_name.get("default"), by_name.get("tool_use")
         if source and not isinstance(source, str):
             raise ModelError(f"{folder}/tokenizer_config.json: chat_template must be text, this is {type(source).__name__}")
         if not source:
             what = f"{folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)"
             raise ModelError(what, remedy="save it with the tokenizer: tokenizer.save_pretrained(folder)")
-        return cls(source, _named_tokens(named, folder))
+        return cls(source, _named_tokens(named, folder), tool_use if isinstance(tool_use, str) else None)
 
     @classmethod
     def from_file(cls, path: Path, variables: Mapping[str, str] | None = None) -> "ChatTemplate":
@@ -73,6 +83,10 @@ class ChatTemplate:
     def sha256(self) -> str:
         """Hex SHA-256 of the source."""
         return hashlib.sha256(self.source.encode("utf-8")).hexdigest()
+
+    def chosen(self, tools: object) -> str:
+        """The source that renders a conversation with these tools, or with none."""
+        return self.tool_use if tools is not None and self.tool_use else self.source
 
     def render(
         self,
@@ -97,7 +111,7 @@ class ChatTemplate:
         chat = _with_cut(messages) if continue_final_message else list(messages)
         context = {**self.variables, "strftime_now": (now or datetime.now()).strftime, **kwargs}
         given = {"messages": chat, "tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
-        text = sandbox.render(self.source, {**given, **context})
+        text = sandbox.render(self.chosen(tools), {**given, **context})
         return _cut(text) if continue_final_message else text
 
 

@@ -76,7 +76,7 @@ class TransformersRenderer(JinjaRenderer):
                 conversations=[[dict(message) for message in conversation.messages]],
                 tools=[dict(t) for t in conversation.tools] if conversation.tools else None,
                 documents=[dict(d) for d in conversation.documents] if conversation.documents else None,
-                chat_template=self.template.source,
+                chat_template=self.template.chosen(conversation.tools),
                 **conversation.ending,
                 strftime_now=self.now.strftime,
                 **self.template.variables,

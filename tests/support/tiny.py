@@ -45,6 +45,32 @@ def make(variant: str, folder: Path) -> Path:
     return folder
 
 
+# Granite's marks that are added tokens; in 4.x, those without a bar are not marked special
+PUBLISHED = {
+    "3.3": ["<|tool_call|>", "<|start_of_cite|>", "<|end_of_cite|>", "<|start_of_plugin|>", "<|end_of_plugin|>"],
+    "4.0": ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<|tool_call|>"],
+}
+PUBLISHED["4.1"] = PUBLISHED["4.0"]
+TEMPLATES = Path(__file__).parents[3] / "shared/granite/chat-templates"
+
+
+def published(version: str, folder: Path) -> Path:
+    """A folder with the published chat template of a version ("embedded": ours) and a tokenizer with its added tokens."""
+    from tokenizers import AddedToken, Tokenizer
+
+    shutil.copytree(_tokenizer(), folder, dirs_exist_ok=True)
+    if version == "embedded":
+        return folder
+    source = (TEMPLATES / f"granite-{version}.jinja").read_text(encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for mark in PUBLISHED[version]:
+        add = tokenizer.add_special_tokens if "|" in mark else tokenizer.add_tokens
+        add([AddedToken(mark, special="|" in mark, normalized=False)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
 @cache
 def _tokenizer() -> Path:
     """The tokenizer's files, read out of the package once in a test run."""

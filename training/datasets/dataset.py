@@ -8,6 +8,7 @@ Formats are in ``formats``, kinds of file in ``sources``. Not covered: datasets 
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,10 @@ from typing import Any, NamedTuple
 
 from pipeline.errors import DataError
 from pipeline.runs.hashes import sha256_file
-from training.datasets.formats import UNDERSTOOD, RowError, convert, detect
+from training.datasets.formats import UNDERSTOOD, convert, detect
+from training.datasets.keys import RowError
 from training.datasets.sources import Advance, Record, records, resolve
+from training.datasets.turns import Reading
 
 # the built-in SOC alerts; benchmarks/soc_data.py makes them
 SOC_TRAIN, SOC_EVAL = (Path(__file__).parents[1] / "data" / f"soc_{part}.jsonl" for part in ("train", "eval"))
@@ -25,11 +28,18 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Row:
-    """One conversation to train on. ``where`` is file:line; ``tools`` are JSON schemas the conversation may call."""
+    """One conversation to train on, its messages as ``turns`` describes them. ``where`` is file:line.
+
+    ``tools`` are JSON schemas the conversation may call, ``documents`` what it may answer from; ``text`` is the conversation as
+    its author rendered it, where it came so, and ``unused`` its keys that say nothing to a model or were ignored on request.
+    """
 
     messages: tuple[dict[str, Any], ...]
     where: str
     tools: tuple[dict[str, Any], ...] | None = None
+    documents: tuple[dict[str, Any], ...] | None = None
+    text: str | None = None
+    unused: tuple[str, ...] = ()
 
 
 class Refusal(NamedTuple):
@@ -37,6 +47,15 @@ class Refusal(NamedTuple):
 
     where: str
     reason: str
+    remedy: str = ""
+
+
+class KeyCount(NamedTuple):
+    """A key of rows (a column, or ``messages[].key``), what becomes of it, and in how many rows."""
+
+    key: str
+    fate: str
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -44,7 +63,7 @@ class Dataset:
     """What was read: ``sha256`` is of the file's bytes, or of the rows for a hub dataset.
 
     ``format`` is one of formats.UNDERSTOOD, or 'unknown' when every row was refused before a format could be told;
-    ``ignored`` names columns and message keys that are not used.
+    ``keys`` is the account of every key: used, harmless, ignored or refused, and what was done to turns on request.
     """
 
     source: str
@@ -52,17 +71,17 @@ class Dataset:
     rows: tuple[Row, ...]
     refused: tuple[Refusal, ...]
     sha256: str
-    ignored: tuple[str, ...] = ()
+    keys: tuple[KeyCount, ...] = ()
 
 
-def read(source: str | Path, advance: Advance | None = None) -> Dataset:
-    """Rows and refusals of a file, or of ``hub:owner/name[@revision][:split]``.
+def read(source: str | Path, advance: Advance | None = None, reading: Reading = Reading()) -> Dataset:  # noqa: B008
+    """Rows and refusals of a file, or of ``hub:owner/name[@revision][:split]``; ``reading`` says how rows are to be taken.
 
     ``advance`` is told the bytes of each text line read. Raises DataError when the file is missing, empty, not
     decodable, or has columns of no known format; EnvironmentFailure when the hub does not answer.
     """
     place = resolve(source)
-    reader = _Reader()
+    reader = _Reader(reading)
     for record in records(place, advance):
         reader.take(record)
     if not reader.seen:
@@ -70,42 +89,51 @@ def read(source: str | Path, advance: Advance | None = None) -> Dataset:
     if reader.format is None and reader.columns:
         understood = "; ".join(f"{name}: {', '.join(needed)}" for name, (needed, _) in UNDERSTOOD.items())
         unknown = f"{source}: unknown column set ({', '.join(sorted(reader.columns)[:20])})"
-        remedy = 'rename the columns, or write each row as {"messages": [...]}'
+        remedy = 'name them with --columns prompt=...,completion=..., or write each row as {"messages": [...]}'
+        if "chosen" in reader.columns:
+            remedy = "a set of preferences; to train on the answers chosen: --columns completion=chosen --ignore rejected"
         raise DataError(unknown, evidence=f"understood are {understood}", remedy=remedy)
-    rows = "".join(digest(row.messages, row.tools) for row in reader.rows)
+    rows = "".join(digest(row) for row in reader.rows)
     sha256 = sha256_file(place) if isinstance(place, Path) else hashlib.sha256(rows.encode()).hexdigest()
-    ignored = tuple(sorted(reader.ignored))
-    return Dataset(str(source), reader.format or "unknown", tuple(reader.rows), tuple(reader.refused), sha256, ignored)
+    return Dataset(str(source), reader.format or "unknown", tuple(reader.rows), tuple(reader.refused), sha256, reader.account())
 
 
-def load(source: str | Path) -> Dataset:
-    """As ``read``, but raises DataError when any row is refused: nothing is trained on part of a file by accident."""
-    dataset = read(source)
-    require_clean(dataset)
+def load(source: str | Path, reading: Reading = Reading(), *, skip_bad: bool = False) -> Dataset:  # noqa: B008
+    """As ``read``, but raises DataError when any row is refused: nothing is trained on part of a file by accident.
+
+    With ``skip_bad`` refused rows are left out, as long as there are others.
+    """
+    dataset = read(source, reading=reading)
+    if not (skip_bad and dataset.rows):
+        require_clean(dataset)
     return dataset
 
 
 def require_clean(dataset: Dataset) -> None:
     """Raise DataError with the first refusals when a dataset has any."""
-    refused = dataset.refused
-    if not refused:
-        return
-    total = len(refused) + len(dataset.rows)
+    if dataset.refused:
+        raise bad_rows(dataset.source, dataset.refused, len(dataset.refused) + len(dataset.rows))
+
+
+def bad_rows(source: str, refused: Sequence[Refusal], total: int) -> DataError:
+    """The error that names the first of a source's refused rows, each with its reason."""
     more = [f"... and {len(refused) - _SHOWN} more"] if len(refused) > _SHOWN else []
-    evidence = "\n".join([*(f"{where}: {reason}" for where, reason in refused[:_SHOWN]), *more])
-    remedy = f"correct or remove them; `granite-pipeline data {dataset.source} --json` lists them all"
-    raise DataError(f"{dataset.source}: {len(refused)} of {total} rows cannot be used", evidence=evidence, remedy=remedy)
+    evidence = "\n".join([*(f"{one.where}: {one.reason}" for one in refused[:_SHOWN]), *more])
+    remedies = list(dict.fromkeys(one.remedy for one in refused if one.remedy))
+    remedy = "; ".join([*remedies[:2], "correct or remove them, or leave them out: --skip-bad"])
+    return DataError(f"{source}: {len(refused)} of {total} rows cannot be used", evidence=evidence, remedy=remedy)
 
 
 class _Reader:
     """Collects rows; the first row with known columns decides the format of all."""
 
-    def __init__(self) -> None:
+    def __init__(self, reading: Reading) -> None:
+        self.reading = reading
         self.format: str | None = None
         self.rows: list[Row] = []
         self.refused: list[Refusal] = []
         self.columns: dict[str, None] = {}
-        self.ignored: set[str] = set()
+        self.counts: Counter[tuple[str, str]] = Counter()
         self.seen = False
 
     def take(self, record: Record) -> None:
@@ -114,18 +142,41 @@ class _Reader:
         if record.value is None:
             self.refused.append(Refusal(record.where, showable(record.problem)))
             return
-        if self.format is None:
-            self.columns |= dict.fromkeys(showable(str(column), 40) for column in record.value)
-            self.format = detect(record.value)
         try:
+            value = _named(record.value, self.reading)
             if self.format is None:
-                raise RowError(f"no known columns (columns: {', '.join(map(str, record.value)) or 'none'})")
-            made = convert(self.format, record.value)
+                self.columns |= dict.fromkeys(showable(str(column), 40) for column in value)
+                self.format = detect(value)
+            if self.format is None:
+                raise RowError(f"no known columns (columns: {', '.join(map(str, value)) or 'none'})")
+            made = convert(self.format, value, self.reading)
         except RowError as error:
             self.refused.append(Refusal(record.where, showable(str(error))))
-        else:
-            self.rows.append(Row(made.messages, record.where, made.tools))
-            self.ignored |= {showable(key, 60) for key in made.ignored}
+            self.counts.update((showable(key, 60), "refused") for key in error.keys)
+            return
+        fates = {showable(key, 60): fate for key, fate in made.keys.items()}
+        unused = tuple(sorted(key for key, fate in fates.items() if fate != "used"))
+        self.rows.append(Row(made.messages, record.where, made.tools, made.documents, made.text, unused))
+        self.counts.update([*fates.items(), *((note, "on request") for note in set(made.notes))])
+
+    def account(self) -> tuple[KeyCount, ...]:
+        """Every key with its fate and rows, the used ones first."""
+        order = ("used", "on request", "harmless", "ignored", "refused")
+        counted = [KeyCount(key, fate, rows) for (key, fate), rows in self.counts.items() if rows]
+        return tuple(sorted(counted, key=lambda one: (order.index(one.fate), one.key)))
+
+
+def _named(row: dict[str, Any], reading: Reading) -> dict[str, Any]:
+    """A row with its columns under our names; RowError when one is missing or its new name is taken."""
+    if not reading.columns:
+        return row
+    theirs = {theirs: ours for ours, theirs in reading.columns.items()}
+    if missing := [column for column in theirs if column not in row]:
+        raise RowError(f"has no {missing[0]!r}, which --columns names (columns: {', '.join(map(str, row)) or 'none'})")
+    taken = [ours for ours in reading.columns if ours in row and ours not in theirs and ours not in reading.ignore]
+    if taken:
+        raise RowError(f"has a column {taken[0]!r} already, which --columns wants to fill; --ignore {taken[0]} leaves it out")
+    return {theirs.get(key, key): value for key, value in row.items() if key not in reading.columns or key in theirs}
 
 
 def split(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -173,14 +224,15 @@ def showable(text: str, limit: int = 300) -> str:
     return cut.encode("utf-8", "replace").decode()
 
 
-def digest(messages: tuple[dict[str, Any], ...], tools: Any = None) -> str:
-    """Hex SHA-256 of messages exactly as they are."""
-    return hashlib.sha256(json.dumps([messages, tools], sort_keys=True).encode()).hexdigest()
+def digest(row: Row) -> str:
+    """Hex SHA-256 of a conversation exactly as it is."""
+    parts = [row.messages, row.tools, *([row.documents] if row.documents else [])]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def prompt_keys(row: Row) -> list[str]:
-    """A key for the prompt before each assistant turn, shortest first; case and white space do not count."""
-    running = hashlib.sha256()
+    """A key for the prompt before each assistant turn, shortest first; case and white space do not count, documents do."""
+    running = hashlib.sha256(json.dumps(row.documents, sort_keys=True).encode() if row.documents else b"")
     keys = []
     for message in row.messages:
         if message["role"] == "assistant":

@@ -1,201 +1,175 @@
 """Dataset formats: which one a row's columns are, and the row as chat messages.
 
     messages           [{"role", "content", "tool_calls"?, ...}]      OpenAI chat
-    conversations      [{"from", "value"}]                           ShareGPT
+    conversations      [{"from", "value"}]                           ShareGPT, LLaMA-Factory
     prompt/completion  two strings, or two lists of messages          TRL
-    alpaca             instruction, input, output, system             Stanford Alpaca
+    alpaca             instruction, input, output, history            Stanford Alpaca
+    dolly              instruction, context, response                 Databricks Dolly
+    question/answer    two strings
+    xlam               query, tools, answers (calls)                  Salesforce xLAM
+    text               a conversation rendered in Granite's format
 
-What comes out has the roles system, user, assistant and tool, text content, and tool-call arguments as objects.
+Beside any of them: tools (or OpenAI's older functions), documents, system. What comes out is described in ``turns``.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from training.datasets.sources import parse
-
-Message = dict[str, Any]
+from training.datasets import rendered
+from training.datasets.keys import Fate, RowError, row_keys, says_nothing
+from training.datasets.turns import Account, Message, Reading, as_list, function_of, messages_of, parsed, role_of
 
 UNDERSTOOD = {
-    "messages": (("messages",), ("tools",)),
-    "conversations": (("conversations",), ("tools", "system")),
-    "prompt/completion": (("prompt", "completion"), ("tools", "system")),
-    "alpaca": (("instruction", "output"), ("input", "system")),
+    "messages": (("messages",), ()),
+    "conversations": (("conversations",), ()),
+    "xlam": (("query", "answers"), ()),
+    "prompt/completion": (("prompt", "completion"), ()),
+    "alpaca": (("instruction", "output"), ("input", "history")),
+    "dolly": (("instruction", "response"), ("context",)),
+    "question/answer": (("question", "answer"), ()),
+    "text": (("text",), ()),
 }
-"""Each format's columns: those a row must have, those it may have."""
+"""Each format's columns: those a row must have, those it may have beside BESIDE."""
 
-_ROLES = {"human": "user", "gpt": "assistant", "developer": "system", "observation": "tool"}
-_ROLES |= {role: role for role in ("system", "user", "assistant", "tool")}
-_KEPT = ("name", "tool_calls", "tool_call_id")
-_MAY_FOLLOW: dict[str | None, tuple[str, ...]] = {None: ("system", "user"), "system": ("user",), "user": ("assistant",)}
-_MAY_FOLLOW |= {"assistant": ("user", "tool"), "tool": ("tool", "assistant")}
+BESIDE = ("tools", "functions", "documents", "system")
+_PAIRS = {
+    "prompt/completion": ("prompt", "", "completion"),
+    "alpaca": ("instruction", "input", "output"),
+    "dolly": ("instruction", "context", "response"),
+    "question/answer": ("question", "", "answer"),
+}
 _DEPTH = 64
-
-
-class RowError(ValueError):
-    """A row cannot be trained on; the text is the reason."""
+_Objects = tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A row as messages, its tools, and what of it was not used (columns, and ``messages[].key``)."""
+    """A row as messages, its tools and documents, and what became of its keys (columns, and ``messages[].key``).
+
+    ``notes`` say what was done to its turns on request; ``text`` is the row as its author rendered it, where it came so.
+    """
 
     messages: tuple[Message, ...]
-    tools: tuple[dict[str, Any], ...] | None
-    ignored: frozenset[str]
+    tools: _Objects | None
+    documents: _Objects | None
+    keys: Mapping[str, Fate]
+    notes: tuple[str, ...] = ()
+    text: str | None = None
 
 
 def detect(columns: Mapping[str, Any]) -> str | None:
-    """The format whose required columns are all there, None when there is none; ``messages`` wins over the others."""
+    """The format whose required columns are all there, None when there is none; the first of UNDERSTOOD wins."""
     return next((name for name, (needed, _) in UNDERSTOOD.items() if all(c in columns for c in needed)), None)
 
 
-def convert(name: str, row: Mapping[str, Any]) -> Converted:
-    """A row of the named format as checked messages; raises RowError with the reason."""
+def convert(name: str, row: Mapping[str, Any], reading: Reading = Reading()) -> Converted:  # noqa: B008 - a constant
+    """A row of the named format, its columns under our names, as checked messages; raises RowError with the reason."""
     needed, optional = UNDERSTOOD[name]
     if missing := [column for column in needed if column not in row]:
         raise RowError(f"has no {' and no '.join(map(repr, missing))} (columns: {', '.join(map(str, row)) or 'none'})")
-    ignored = {str(column) for column in row if column not in (*needed, *optional)}
-    messages = [_message(turn, number, ignored) for number, turn in enumerate(_turns(name, row), 1)]
-    tools = _tools(row.get("tools")) if "tools" in optional else None
-    _check_order(messages)
-    _check_text([messages, tools])
-    return Converted(tuple(messages), tools, frozenset(ignored))
+    if asked := [column for column in needed if column in reading.ignore]:
+        raise RowError(f"{asked[0]!r} is what is trained on; it cannot be ignored")
+    known = {key: value for key, value in row.items() if key not in reading.ignore}
+    account = Account()
+    messages = messages_of(_turns(name, known), reading, account)
+    tools, documents = _tools(known), _documents(known.get("documents"))
+    texts = [message["content"] for message in messages if message["content"].strip()]
+    keys = row_keys(row, (*needed, *optional, *BESIDE), reading.ignore, texts)
+    _check_text([messages, tools, documents])
+    text = row["text"] if name == "text" else None
+    of_turns = {} if name in ("xlam", "text") else account.keys  # their turns are of our making
+    return Converted(tuple(messages), tools, documents, {**keys, **of_turns}, tuple(account.notes), text)
 
 
 def _turns(name: str, row: Mapping[str, Any]) -> list[Any]:
-    """A row's turns as they are written, the row's system message before them unless they begin with one."""
-    if name == "messages":
-        return _list(row["messages"], "messages")
-    if name == "conversations":
-        turns = _list(row["conversations"], "conversations")
-    elif name == "alpaca":
-        asked, given = _text(row, "instruction"), _text(row, "input")
-        both = {"user": f"{asked}\n\n{given}" if given else asked, "assistant": _text(row, "output")}
-        turns = [{"role": role, "content": text} for role, text in both.items()]
+    """A row's turns as they are written, the row's system message before them."""
+    if name in ("messages", "conversations"):
+        turns = as_list(row[name], name)
+    elif name == "text":
+        turns = rendered.turns(_text(row, "text"))
+    elif name == "xlam":
+        calls = {"role": "assistant", "content": "", "tool_calls": as_list(row["answers"], "answers")}
+        turns = [{"role": "user", "content": _text(row, "query")}, calls]
     else:
-        turns = [*_part(row, "prompt", "user"), *_part(row, "completion", "assistant")]
-    first = turns[0]
-    if isinstance(first, dict) and _ROLES.get(str(first.get("role", first.get("from")))) == "system":
-        return turns
+        turns = _pair(row, *_PAIRS[name])
     system = _text(row, "system")
-    return [{"role": "system", "content": system}, *turns] if system.strip() else turns
+    if not system.strip():
+        return turns
+    if role_of(turns[0]) != "system":
+        return [{"role": "system", "content": system}, *turns]
+    if system != turns[0].get("content", turns[0].get("value")):
+        raise RowError(
+            "has a 'system' that differs from its first turn, which is a system turn too; --ignore system keeps the turn"
+        )
+    return turns
+
+
+def _pair(row: Mapping[str, Any], asked: str, given: str, answer: str) -> list[Any]:
+    """What was said before, the question (with what it is about) and the answer; each text or TRL's list of messages."""
+    turns: list[Any] = []
+    for pair in as_list(row["history"], "history") if not says_nothing(row.get("history")) else ():
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise RowError("'history' must be a list of [question, answer]")
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    turns += _part(row, asked, "user")
+    if about := _text(row, given) if given else "":
+        turns[-1] = {"role": "user", "content": f"{_text(row, asked)}\n\n{about}"}
+    return [*turns, *_part(row, answer, "assistant")]
 
 
 def _part(row: Mapping[str, Any], column: str, role: str) -> list[Any]:
-    """One side of TRL's pair: a list of messages, or the text of one."""
-    return _list(row[column], column) if isinstance(row[column], list) else [{"role": role, "content": _text(row, column)}]
+    """One side of a pair: a list of messages, or the text of one."""
+    return as_list(row[column], column) if isinstance(row[column], list) else [{"role": role, "content": _text(row, column)}]
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:
     value = row.get(column)
-    if value is None:
+    if says_nothing(value) and not isinstance(value, str):
         return ""
     if not isinstance(value, str):
         raise RowError(f"{column!r} must be text, this is {type(value).__name__}")
     return value
 
 
-def _list(value: Any, column: str) -> list[Any]:
-    """A list of turns or tools; CSV and some Parquet files hold it as JSON text."""
-    value = _parsed(value, f"{column!r} is")
-    if not isinstance(value, list):
-        raise RowError(f"{column!r} must be a list, this is {type(value).__name__}")
-    if not value:
-        raise RowError(f"{column!r} is empty")
-    return value
-
-
-def _parsed(value: Any, what: str) -> Any:
-    """What a JSON text says, any other value as it is; ``what`` begins the reason when the text is no JSON."""
-    try:
-        return parse(value) if isinstance(value, str) else value
-    except ValueError as error:
-        raise RowError(f"{what} {error}") from None
-
-
-def _function(entry: Any) -> dict[str, Any] | None:
-    """The named function of a tool or of a tool call, in OpenAI's wrapping or without it; None when it has no name."""
-    function = entry.get("function", entry) if isinstance(entry, dict) else None
-    return function if isinstance(function, dict) and isinstance(function.get("name"), str) else None
-
-
-def _message(turn: Any, number: int, ignored: set[str]) -> Message:
-    if not isinstance(turn, dict):
-        raise RowError(f"turn {number} must be an object, this is {type(turn).__name__}")
-    role_key, text_key = ("role", "content") if "role" in turn else ("from", "value")
-    if role_key not in turn:
-        raise RowError(f"turn {number} has no 'role' (keys: {', '.join(map(str, turn)) or 'none'})")
-    role = _ROLES.get(turn[role_key]) if isinstance(turn[role_key], str) else None
-    if role is None:
-        raise RowError(f"turn {number} has the unknown role {turn[role_key]!r}; known: {', '.join(_ROLES)}")
-    ignored |= {f"messages[].{key}" for key in turn if key not in (role_key, text_key, *_KEPT)}
-    message: Message = {"role": role, "content": _content(turn.get(text_key), number)}
-    for key in _KEPT:
-        if turn.get(key):
-            message[key] = _calls(turn[key], number) if key == "tool_calls" else turn[key]
-    if "tool_calls" in message and role != "assistant":
-        raise RowError(f"turn {number} has tool_calls, but its role is {role}")
-    if role in ("user", "assistant") and not message["content"].strip() and "tool_calls" not in message:
-        raise RowError(f"turn {number} ({role}) is empty")
-    return message
-
-
-def _content(value: Any, number: int) -> str:
-    """Text, or a list of text parts joined by newlines; None counts as empty."""
-    if value is None or isinstance(value, str):
-        return value or ""
-    if not isinstance(value, list):
-        raise RowError(f"turn {number}: content must be text, this is {type(value).__name__}")
-    texts = []
-    for part in value:
-        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise RowError(f"turn {number} has a content part of type {kind!r}; only text can be trained on")
-        texts.append(part["text"])
-    return "\n".join(texts)
-
-
-def _calls(value: Any, number: int) -> list[dict[str, Any]]:
-    """Tool calls in OpenAI's shape, the arguments parsed: a chat template writes an object, a string it would quote."""
-    calls = []
-    for call in _list(value, "tool_calls"):
-        function = _function(call)
-        if not function or not function["name"]:
-            raise RowError(f"turn {number} has a tool call without a function name")
-        what = f"turn {number}: the arguments of {function['name']}"
-        arguments = _parsed(function.get("arguments") or {}, f"{what} are")
-        if not isinstance(arguments, dict):
-            raise RowError(f"{what} must be an object")
-        known = {"id": call["id"]} if call.get("id") else {}
-        calls.append({**known, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
-    return calls
-
-
-def _tools(value: Any) -> tuple[dict[str, Any], ...] | None:
-    if value is None or value in ("", "[]", []):
+def _tools(row: Mapping[str, Any]) -> _Objects | None:
+    """Tools in OpenAI's shape, its keys in the order that engines write them in; objects, JSON text, or a list of JSON texts."""
+    given = [column for column in ("tools", "functions") if not says_nothing(row.get(column))]
+    if not given:
         return None
-    tools = _list(value, "tools")
-    if not all(map(_function, tools)):
-        raise RowError("'tools' has an entry without a function name")
-    return tuple(tools)
+    if len(given) > 1:
+        raise RowError("has 'tools' and 'functions'; --ignore functions keeps the tools")
+    made = []
+    for entry in as_list(row[given[0]], given[0]):
+        tool = parsed(entry, f"an entry of {given[0]!r} is")
+        function = function_of(tool)
+        if not function:
+            raise RowError(f"{given[0]!r} has an entry without a function name")
+        around = {key: value for key, value in tool.items() if key not in ("type", "function")} if function is not tool else {}
+        function = {key: value for key, value in function.items() if function is not tool or key != "type"}
+        first: dict[str, Any] = {key: function[key] for key in ("name", "description", "parameters") if key in function}
+        made.append({"type": "function", "function": {**first, **function}, **around})
+    return tuple(made)
 
 
-def _check_order(messages: list[Message]) -> None:
-    """System only first, then user and assistant in turn, tool results after the assistant, an answer at the end."""
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
-        raise RowError("has no assistant turn, so there is nothing to learn from")
-    if roles[-1] != "assistant":
-        raise RowError(f"ends with a {roles[-1]} turn; the last turn must be the assistant's")
-    for number, (before, role) in enumerate(zip([None, *roles], roles, strict=False), 1):
-        if role not in _MAY_FOLLOW[before]:
-            place = f"after {'an' if before == 'assistant' else 'a'} {before} turn" if before else "as the first turn"
-            raise RowError(f"turn {number} is {role} {place}; expected {' or '.join(_MAY_FOLLOW[before])}")
+def _documents(value: Any) -> _Objects | None:
+    """Documents as objects that have a text; a plain text is a document without a title."""
+    if says_nothing(value):
+        return None
+    made = []
+    for entry in as_list(value, "documents"):
+        document = {"text": entry} if isinstance(entry, str) else entry
+        if not isinstance(document, dict):
+            raise RowError(f"'documents' must hold texts or objects, one is {type(entry).__name__}")
+        if not any(isinstance(part, str) and part.strip() for key, part in document.items() if key not in ("doc_id", "title")):
+            raise RowError(f"'documents' has one without a text (keys: {', '.join(map(str, document)) or 'none'})")
+        made.append(document)
+    return tuple(made)
 
 
 def _check_text(value: Any) -> None:
-    """Refuse what a tokenizer or template stumbles over: NUL, text that is not UTF-8, deep nesting, dates."""
+    """Refuse what a tokenizer or template stumbles over: NUL, text that is not UTF-8, deep nesting, dates, NaN."""
     stack = [(value, 0)]  # a loop, because the input decides the depth
     while stack:
         item, depth = stack.pop()
@@ -211,5 +185,7 @@ def _check_text(value: Any) -> None:
         elif isinstance(item, dict | list | tuple):
             parts = [part for pair in item.items() for part in pair] if isinstance(item, dict) else item
             stack += [(part, depth + 1) for part in parts]
+        elif isinstance(item, float) and not math.isfinite(item):
+            raise RowError("holds NaN or an infinite number where it is used; JSON has neither")
         elif not isinstance(item, int | float | None):
             raise RowError(f"holds a value that JSON cannot ({type(item).__name__})")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from training.datasets.dataset import Dataset, Row, digest, prompt_key, showable
+from training.datasets.dataset import Dataset, KeyCount, Refusal, Row, digest, prompt_key, showable
 from training.datasets.sources import parse
 
 # role name, two role marks, end of text, newline, and one for a role name of two tokens
@@ -52,7 +52,7 @@ class Summary:
     format: str
     sha256: str
     rows: int
-    refused: tuple[tuple[str, str], ...]
+    refused: tuple[Refusal, ...]
     turns: int
     roles: dict[str, int]
     tools_rows: int
@@ -64,14 +64,16 @@ class Summary:
     duplicates: int
     repeated_prompts: int
     control_token_rows: int
-    ignored: tuple[str, ...]
+    documents_rows: int
+    keys: tuple[KeyCount, ...]
 
-    def to_json(self) -> str:
-        """One JSON object, labels as ``{field: {"distinct", "top": {value: count}}}``."""
+    def to_json(self) -> dict[str, Any]:
+        """As JSON, labels as ``{field: {"distinct", "top": {value: count}}}``."""
         value = asdict(self)
-        value["refused"] = [{"where": where, "reason": reason} for where, reason in self.refused]
+        value["refused"] = [{"where": one.where, "reason": one.reason} for one in self.refused]
+        value["keys"] = [one._asdict() for one in self.keys]
         value["labels"] = {label.field: {"distinct": label.distinct, "top": dict(label.top)} for label in self.labels}
-        return json.dumps(value, indent=2, ensure_ascii=False)
+        return value
 
 
 def summarise(dataset: Dataset, tokenizer_folder: Path | None = None, max_length: int | None = None) -> Summary:
@@ -82,7 +84,7 @@ def summarise(dataset: Dataset, tokenizer_folder: Path | None = None, max_length
     rows = dataset.rows
     count, how = _counter(tokenizer_folder)
     lengths = sorted(sum(map(count, _texts(row))) + _TURN_OVERHEAD * len(row.messages) for row in rows)
-    exact = {digest(row.messages, row.tools) for row in rows}
+    exact = {digest(row) for row in rows}
     answers = [answer for row in rows if (answer := _json_answer(row)) is not None]
     roles = Counter(message["role"] for row in rows for message in row.messages)
     return Summary(
@@ -102,7 +104,8 @@ def summarise(dataset: Dataset, tokenizer_folder: Path | None = None, max_length
         duplicates=len(rows) - len(exact),
         repeated_prompts=len(exact) - len({prompt_key(row) for row in rows}),
         control_token_rows=sum(any(_CONTROL.search(text) for text in _texts(row)) for row in rows),
-        ignored=dataset.ignored,
+        documents_rows=sum(1 for row in rows if row.documents),
+        keys=dataset.keys,
     )
 
 
@@ -116,9 +119,12 @@ def _counter(folder: Path | None) -> tuple[Callable[[str], int], str]:
 
 
 def _texts(row: Row) -> list[str]:
-    """The text of each turn, tool calls written as JSON, then the tools."""
-    texts = [m["content"] + (json.dumps(m["tool_calls"]) if "tool_calls" in m else "") for m in row.messages]
-    return [*texts, json.dumps(row.tools)] if row.tools else texts
+    """The text of each turn, tool calls written as JSON, then the tools and documents."""
+    texts = [
+        m.get("reasoning_content", "") + m["content"] + (json.dumps(m["tool_calls"]) if "tool_calls" in m else "")
+        for m in row.messages
+    ]
+    return [*texts, *(json.dumps(extra) for extra in (row.tools, row.documents) if extra)]
 
 
 def _lengths(lengths: Sequence[int], how: str) -> Lengths | None:

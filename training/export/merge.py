@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ModelError, PipelineError
-from pipeline.prompts.chat import ChatTemplate
+from pipeline.prompts.chat import TOOL_USE, ChatTemplate
 from pipeline.prompts.stops import repair_folder, special_ids, turn_end
 from pipeline.runs.files import read_json, require_free_space, staged, write_atomic, write_json
 from pipeline.runs.folder import RunFolder
@@ -92,6 +92,9 @@ def save_tokenizer(base: Path, target: Path) -> dict[str, Any]:
             shutil.copyfile(base / name, target / name)
     template = ChatTemplate.from_folder(base)
     write_atomic(target / "chat_template.jinja", template.source)
+    if template.tool_use:
+        (target / TOOL_USE).parent.mkdir(exist_ok=True)
+        write_atomic(target / TOOL_USE, template.tool_use)
     repaired = repair_folder(target)
     for sentence in repaired:
         log.warning("export: %s", sentence)

@@ -1,7 +1,6 @@
 """Fine-tune: data and base in, ``adapter/`` out, with the loss history and proof that something was learnt."""
 
 import contextlib
-import json
 import logging
 import math
 import shutil
@@ -19,11 +18,12 @@ from pipeline.runs.files import read_json, require_free_space, staged, write_ato
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.stages import Force, StageResult, run_stage
 from training.base import BaseModel, resolve
-from training.datasets.dataset import SOC_EVAL, SOC_TRAIN, Row, load, overlap, split
+from training.datasets.dataset import SOC_EVAL, SOC_TRAIN, Dataset, Row, load, overlap, split
 from training.memory import finetune_need, require_memory
 from training.parameters import FinetuneParameters
 from training.tuning import checkpoints, trainers
-from training.tuning.prepare import Prepared, Preparer
+from training.tuning.account import account, told
+from training.tuning.prepare import Prepared, Preparer, held_out_line
 
 log = logging.getLogger(__name__)
 STAGE = "finetune"
@@ -33,11 +33,16 @@ _EVAL_ROWS = 32
 
 @dataclass(frozen=True)
 class Split:
-    """Rows to train on and rows held out, with the hashes of the files they came from."""
+    """Rows to train on and rows held out, with the files they came from (``train``, and ``eval`` where it is one of its own)."""
 
     train: list[Row]
     held_out: list[Row]
-    sha256: dict[str, str]
+    files: dict[str, Dataset]
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        """Hashes of the files."""
+        return {part: dataset.sha256 for part, dataset in self.files.items()}
 
 
 @dataclass(frozen=True)
@@ -64,20 +69,19 @@ def read_split(params: FinetuneParameters) -> Split:
     Without ``eval_data`` a share of the user's rows is held out; ``soc`` is the built-in set with its own held-out file.
     """
     built_in = params.data == "soc"
-    train = load(SOC_TRAIN if built_in else params.data)
-    eval_source = params.eval_data or (SOC_EVAL if built_in else None)
-    hashes = {"train": train.sha256}
-    if eval_source is None:
-        rows, held_out = split(train.rows, params.eval_share, params.seed)
+    sources = {"train": SOC_TRAIN if built_in else params.data, "eval": params.eval_data or (SOC_EVAL if built_in else None)}
+    files = {
+        part: load(source, params.reading(), skip_bad=params.skip_bad) for part, source in sources.items() if source is not None
+    }
+    if "eval" in files:
+        rows, held_out = list(files["train"].rows), list(files["eval"].rows)
     else:
-        evaluation = load(eval_source)
-        rows, held_out = list(train.rows), list(evaluation.rows)
-        hashes["eval"] = evaluation.sha256
+        rows, held_out = split(files["train"].rows, params.eval_share, params.seed)
     if leaked := overlap(rows, held_out):
         evidence = ", ".join(row.where for row in leaked[:5])
         remedy = "remove them from one of the two files: a score on seen prompts proves nothing"
         raise DataError(f"{len(leaked)} held-out prompts are also in the training rows", evidence=evidence, remedy=remedy)
-    return Split(rows[: params.max_rows], held_out, hashes)
+    return Split(rows[: params.max_rows], held_out, files)
 
 
 def finetune(run: RunFolder, params: FinetuneParameters, *, force: Force = False) -> StageResult:
@@ -93,14 +97,18 @@ def finetune(run: RunFolder, params: FinetuneParameters, *, force: Force = False
         # dated templates: one date a run, also when it is resumed; not among the inputs, for tomorrow it is the same training
         noted = checkpoints.dated(run.checkpoints, inputs)
         preparer = Preparer(base.folder, datetime.fromisoformat(noted["date"]))
-        rows, held_out = (preparer.prepare(part, params.max_length) for part in (data.train, data.held_out))
+        skip = params.skip_bad
+        rows, held_out = (preparer.prepare(part, params.max_length, skip_bad=skip) for part in (data.train, data.held_out))
+        keys = account(data.files.values(), (rows, held_out))
+        for line in told(keys):
+            log.info("data: %s", line)
         said = (len(rows.examples), rows.tokens, rows.trained_tokens, len(rows.too_long))
         log.info("finetune: %d rows, %d tokens (%d trained), %d rows too long and left out", *said)
         need = finetune_need(base.folder, params, max(len(e.input_ids) for e in rows.examples))
         require_memory("fine-tuning", need, "lower --batch-size (and raise --gradient-accumulation) or --max-length")
         result = _train(Job(run, params, base, rows, held_out, noted))
-        write_atomic(run.heldout, "".join(_jsonl(preparer.clean(row)) for row in data.held_out))
-        return {**result, "date": noted["date"], "system": _shared_system(data.train)}
+        write_atomic(run.heldout, "".join(held_out_line(row, example, preparer) for row, example in held_out.pairs))
+        return {**result, "account": keys, "date": noted["date"], "system": _shared_system(data.train)}
 
     with lock.held(run, "train"):
         done = run_stage(run, STAGE, inputs, [run.adapter, run.heldout], work, force=force)
@@ -112,11 +120,6 @@ def _shared_system(rows: Sequence[Row]) -> str | None:
     """The system message, when all rows begin with the same one."""
     first = {row.messages[0]["content"] if row.messages[0]["role"] == "system" else None for row in rows}
     return first.pop() if len(first) == 1 else None
-
-
-def _jsonl(row: Row) -> str:
-    tools = {"tools": list(row.tools)} if row.tools else {}
-    return json.dumps({"messages": list(row.messages), **tools}, ensure_ascii=False) + "\n"
 
 
 def _train(job: Job) -> dict[str, Any]:

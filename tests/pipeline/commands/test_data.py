@@ -19,7 +19,7 @@ def _run(*arguments):
 def test_the_command_prints_a_table(write):
     result = _run(write({**ROW, "id": 1}), "--max-length", 10)
     assert result.exit_code == 0
-    for text in ("messages", "1 usable, 0 refused", "user 1, assistant 1", "1 over 10", "not used"):
+    for text in ("messages", "1 usable, 0 refused", "user 1, assistant 1", "1 over 10", "harmless"):
         assert text in result.stdout
 
 
@@ -53,5 +53,5 @@ def test_a_big_file_shows_progress_on_stderr_only(write, monkeypatch):
 
 
 def test_the_command_does_not_load_torch(write):
-    code = f"import sys, pipeline.commands.data as c; c.data({str(write(ROW))!r}, True); sys.exit('torch' in sys.modules)"
+    code = f"import sys, pipeline.commands.data as c; c.data({str(write(ROW))!r}, base='embedded', as_json=True); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0

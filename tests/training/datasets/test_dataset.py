@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import DataError
-from training.datasets.dataset import Row, load, overlap, read, split
+from training.datasets.dataset import Row, load, overlap, prompt_key, read, split
+from training.parameters import reading
 
 ROW = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 
@@ -24,7 +25,7 @@ def test_a_good_file(write):
     assert made.format == "messages"
     assert [row.where for row in made.rows] == [f"{path}:1", f"{path}:2"]
     assert made.rows[0].messages == tuple(ROW["messages"])
-    assert (made.refused, made.ignored, len(made.sha256)) == ((), ("id",), 64)
+    assert (made.refused, [key for key in made.keys if key.fate != "used"], len(made.sha256)) == ((), [("id", "harmless", 1)], 64)
     assert load(str(path)) == made
 
 
@@ -97,14 +98,51 @@ def test_the_first_known_row_decides_the_format(write):
 
 
 def test_unknown_columns_name_those_seen_and_those_understood(write):
-    path = write({"question": "q", "answer": "a"}, {"text": "t"})
+    path = write({"ask": "q", "answer": "a"}, {"body": "t"})
     with pytest.raises(DataError) as caught:
         read(path)
-    assert caught.value.message == f"{path}: unknown column set (answer, question, text)"
+    assert caught.value.message == f"{path}: unknown column set (answer, ask, body)"
     assert caught.value.evidence == (
-        "understood are messages: messages; conversations: conversations; "
-        "prompt/completion: prompt, completion; alpaca: instruction, output"
+        "understood are messages: messages; conversations: conversations; xlam: query, answers; prompt/completion: prompt, completion; "
+        "alpaca: instruction, output; dolly: instruction, response; question/answer: question, answer; text: text"
     )
+
+
+def test_a_set_of_preferences_is_told_how_to_train_on_the_chosen_answers(write):
+    path = write({"prompt": "q", "chosen": "a", "rejected": "b"})
+    with pytest.raises(DataError) as caught:
+        read(path)
+    assert "--columns completion=chosen --ignore rejected" in caught.value.remedy
+    chosen = read(path, reading=reading("completion=chosen", "rejected"))
+    assert [m["content"] for m in chosen.rows[0].messages] == ["q", "a"]
+    assert ("rejected", "ignored", 1) in chosen.keys
+
+
+def test_columns_can_be_named(write):
+    path = write({"ask": "q", "reply": "a", "id": 1}, {"ask": "q"}, {"ask": "q", "reply": "a", "prompt": "other"})
+    named = read(path, reading=reading("prompt=ask,completion=reply"))
+    assert [row.where for row in named.rows] == [f"{path}:1"]
+    assert [one.reason for one in named.refused] == [
+        "has no 'reply', which --columns names (columns: ask)",
+        "has a column 'prompt' already, which --columns wants to fill; --ignore prompt leaves it out",
+    ]
+    swapped = read(write({"prompt": "a", "completion": "q"}), reading=reading("prompt=completion,completion=prompt"))
+    assert [m["content"] for m in swapped.rows[0].messages] == ["q", "a"]
+
+
+def test_bad_rows_can_be_skipped_as_long_as_there_are_good_ones(write):
+    good = {"prompt": "q", "completion": "a"}
+    assert [r.where[-1] for r in load(write(good, {"prompt": "q"}, good), skip_bad=True).rows] == ["1", "3"]
+    with pytest.raises(DataError, match="1 of 1 rows cannot be used"):
+        load(write({"prompt": "q", "completion": ""}), skip_bad=True)
+
+
+def test_documents_make_prompts_differ(write):
+    row = {"prompt": "q", "completion": "a"}
+    one, two = ({**row, "documents": [{"text": text}]} for text in ("x", "y"))
+    rows = read(write(row, one, two)).rows
+    assert len({prompt_key(row) for row in rows}) == 3
+    assert rows[1].documents == ({"text": "x"},)
 
 
 @pytest.mark.parametrize(

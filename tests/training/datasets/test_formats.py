@@ -1,6 +1,10 @@
+import json
+
 import pytest
 
-from training.datasets.formats import RowError, convert, detect
+from training.datasets.formats import convert, detect
+from training.datasets.keys import RowError
+from training.datasets.turns import Reading
 
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
@@ -25,7 +29,10 @@ def _pairs(messages):
         (("instruction", "output"), "alpaca"),
         (("instruction", "input", "output", "text"), "alpaca"),
         (("prompt",), None),
-        (("text",), None),
+        (("text",), "text"),
+        (("question", "answer"), "question/answer"),
+        (("instruction", "context", "response"), "dolly"),
+        (("id", "query", "answers", "tools"), "xlam"),
         (("prompt", "chosen", "rejected"), None),
         ((), None),
     ],
@@ -49,10 +56,13 @@ def test_sharegpt_with_role_and_content_and_a_system_column():
     assert _pairs(made.messages) == [("system", "s"), ("user", "q"), ("assistant", "a")]
 
 
-def test_a_system_turn_wins_over_the_system_column():
+def test_two_system_messages_are_refused_unless_they_are_the_same():
     turns = [{"from": "system", "value": "turn"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-    made = convert("conversations", {"system": "column", "conversations": turns})
-    assert _pairs(made.messages)[0] == ("system", "turn")
+    with pytest.raises(RowError, match="'system' that differs from its first turn"):
+        convert("conversations", {"system": "column", "conversations": turns})
+    for row, reading in (({"system": "turn"}, Reading()), ({"system": "column"}, Reading(ignore=frozenset({"system"})))):
+        made = convert("conversations", {"conversations": turns, **row}, reading)
+        assert _pairs(made.messages) == [("system", "turn"), ("user", "q"), ("assistant", "a")]
 
 
 def test_prompt_completion_strings_are_kept_to_the_letter():
@@ -101,7 +111,7 @@ def test_a_flat_tool_call_takes_openai_shape():
 def test_columns_holding_json_text_are_parsed():
     row = {"messages": '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]', "tools": '[{"name": "f"}]'}
     made = convert("messages", row)
-    assert (made.messages, made.tools) == ((USER, ANSWER), ({"name": "f"},))
+    assert (made.messages, made.tools) == ((USER, ANSWER), ({"type": "function", "function": {"name": "f"}},))
 
 
 @pytest.mark.parametrize("nothing", [None, "", "[]", []])
@@ -109,17 +119,123 @@ def test_no_tools(nothing):
     assert convert("messages", {"messages": [USER, ANSWER], "tools": nothing}).tools is None
 
 
-def test_what_is_not_used_is_named():
-    made = convert("messages", {"id": 1, "messages": [USER, ANSWER | {"weight": 0}]})
-    assert made.ignored == {"id", "messages[].weight"}
+def test_each_key_has_a_fate():
+    row = {"id": 1, "messages": [USER, ANSWER | {"weight": 1}], "note": "x", "empty": None, "copy": " a ", "score": float("nan")}
+    made = convert("messages", row, Reading(ignore=frozenset({"note"})))
+    assert made.keys == {"id": "harmless", "messages": "used", "messages[].weight": "used", "note": "ignored", "copy": "harmless"}
     assert made.messages == (USER, ANSWER)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"notes": "x"}, "has 'notes', not used, which may matter: --ignore notes leaves it out"),
+        ({"chosen": "x", "rejected": "a"}, "has 'chosen' and 'rejected', as sets of preferences have"),
+        ({"label": True}, "has 'label', as sets of preferences have"),
+        (
+            {"messages": [USER, ANSWER | {"mood": "x"}]},
+            "turn 2 has 'mood', which is not used and may matter; --ignore mood leaves",
+        ),
+        ({"messages": [USER, ANSWER | {"weight": 0.5}]}, "turn 2 has weight 0.5; a turn is learned from (1) or not (0)"),
+        ({"messages": [USER | {"weight": 1}, ANSWER]}, "turn 1 has weight 1, but its role is user"),
+        ({"messages": [USER, ANSWER | {"weight": 0}]}, "has weight 0 on every assistant turn"),
+        ({"messages": [USER | {"thinking": "hm"}, ANSWER]}, "turn 1 has thinking, but its role is user"),
+        ({"messages": [USER, ANSWER | {"thinking": "a", "reasoning_content": "b"}]}, "turn 2 has two different thoughts"),
+        (
+            {"messages": [USER, ANSWER | {"tool_calls": [CALL], "function_call": CALL["function"]}]},
+            "tool_calls and function_call",
+        ),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": [{**CALL, "output": 1}]}]}, "the call of lookup has 'output'"),
+        ({"tools": [{"name": "f"}], "functions": [{"name": "g"}]}, "has 'tools' and 'functions'"),
+        ({"documents": [{"title": "t"}]}, "'documents' has one without a text (keys: title)"),
+        ({"documents": [5]}, "'documents' must hold texts or objects, one is int"),
+        ({"documents": [{"text": "x", "score": float("nan")}]}, "holds NaN or an infinite number"),
+    ],
+)
+def test_a_key_that_may_matter_is_never_dropped(row, reason):
+    with pytest.raises(RowError) as caught:
+        convert("messages", {"messages": [USER, ANSWER], **row})
+    assert reason in str(caught.value)
+
+
+def test_weight_zero_and_thoughts_stay_with_their_turns():
+    made = _messages(USER, ANSWER | {"weight": 0}, USER, ANSWER | {"thinking": " hm "})
+    assert made == (USER, ANSWER | {"weight": 0}, USER, ANSWER | {"reasoning_content": "hm"})
+
+
+PLAIN = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("turn", "text"),
+    [
+        ({"role": "assistant", "content": "Hm.", "function_call": {"name": "f", "arguments": '{"x": 1}'}}, "Hm."),
+        ({"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'}, ""),
+        ({"from": "tool_call", "value": '[{"name": "f", "arguments": {"x": 1}}]'}, ""),
+        ({"from": "gpt", "value": 'Hm.\n<tool_call>\n{"name": "f", "arguments": {"x":1}}\n</tool_call>'}, "Hm."),
+        ({"from": "gpt", "value": '<|tool_call|>[{"name": "f", "arguments": {"x": 1}}]'}, ""),
+    ],
+)
+def test_calls_in_every_form_become_real_calls(turn, text):
+    assert _messages(USER, turn)[1] == {"role": "assistant", "content": text, "tool_calls": [PLAIN]}
+
+
+@pytest.mark.parametrize(
+    "text", ["<tool_call>{broken</tool_call>", '<tool_call>{"name": "f"}</tool_call> and more', "<tool_call>"]
+)
+def test_what_is_no_call_stays_the_authors_text(text):
+    assert _messages(USER, {"role": "assistant", "content": text})[1] == {"role": "assistant", "content": text}
+
+
+def test_results_are_text():
+    made = _messages(USER, {"role": "assistant", "tool_calls": [PLAIN]}, {"role": "tool", "content": {"c": "°"}}, ANSWER)
+    assert made[2] == {"role": "tool", "content": '{"c": "°"}'}
+    hermes = "<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response>"
+    made = _messages(USER, {"role": "assistant", "tool_calls": [PLAIN]}, {"from": "observation", "value": hermes}, ANSWER)
+    assert [m["content"] for m in made[2:4]] == ["1", "2"]
+
+
+def test_tools_take_one_shape():
+    function = {"parameters": {"type": "object"}, "name": "f", "description": "d", "strict": True}
+    wanted = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}, "strict": True}}
+    for tools in ([function], [{"type": "function", "function": function}], [json.dumps(function)], json.dumps([function])):
+        made = convert("messages", {"messages": [USER, ANSWER], "tools": tools}).tools
+        assert json.dumps(made) == json.dumps([wanted])
+    assert convert("messages", {"messages": [USER, ANSWER], "functions": [function]}).tools == (wanted,)
+
+
+def test_xlam_dolly_history_and_rendered_text():
+    made = convert("xlam", {"query": "q", "answers": '[{"name": "f", "arguments": {"x": 1}}]', "tools": '[{"name": "f"}]'})
+    assert made.messages == (USER, {"role": "assistant", "content": "", "tool_calls": [PLAIN]})
+    made = convert("dolly", {"instruction": "q", "context": "c", "response": "a", "category": "x"})
+    assert _pairs(made.messages) == [("user", "q\n\nc"), ("assistant", "a")]
+    made = convert("alpaca", {"instruction": "q", "output": "a", "history": [["h1", "h2"]], "system": "s"})
+    assert _pairs(made.messages) == [("system", "s"), ("user", "h1"), ("assistant", "h2"), ("user", "q"), ("assistant", "a")]
+    text = "<|start_of_role|>user<|end_of_role|>q<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>a<|end_of_text|>\n"
+    made = convert("text", {"text": text})
+    assert (made.messages, made.text) == ((USER, ANSWER), text)
+    with pytest.raises(RowError, match="not a conversation in Granite's format"):
+        convert("text", {"text": "<|im_start|>user"})
+
+
+def test_greetings_and_repeated_turns_are_taken_as_it_is_chosen():
+    turns = {"messages": [ANSWER, USER, USER, ANSWER]}
+    for reading, reason in ((Reading(), "--greeting keep"), (Reading(greeting="drop"), "--repeated join")):
+        with pytest.raises(RowError, match=reason):
+            convert("messages", turns, reading)
+    made = convert("messages", turns, Reading(greeting="drop", repeated="join"))
+    assert _pairs(made.messages) == [("user", "q\n\nq"), ("assistant", "a")]
+    assert made.notes == ("greeting dropped", "user turns joined")
+    made = convert("messages", turns, Reading(greeting="keep", repeated="keep"))
+    assert made.messages == (ANSWER | {"weight": 0}, USER, USER, ANSWER)
 
 
 def test_control_tokens_in_text_are_taken():
     assert _messages({"role": "user", "content": "<|end_of_text|>"}, ANSWER)[0]["content"] == "<|end_of_text|>"
 
 
-KNOWN = "known: human, gpt, developer, observation, system, user, assistant, tool"
+KNOWN = "known: human, gpt, model, developer, observation, function, tool_response, function_response, function_call, tool_call"
+KNOWN += ", system, user, assistant, tool"
 
 REFUSED = {
     "no turns": ([], "'messages' is empty"),
@@ -135,7 +251,10 @@ REFUSED = {
         "turn 2 is system after a user turn; expected assistant",
     ),
     "assistant first": ([ANSWER], "turn 1 is assistant as the first turn; expected system or user"),
-    "two users": ([USER, USER, ANSWER], "turn 2 is user after a user turn; expected assistant"),
+    "two users": (
+        [USER, USER, ANSWER],
+        "turn 2 is user after a user turn: --repeated join puts them together, --repeated keep leaves them as they are",
+    ),
     "two answers": ([USER, ANSWER, ANSWER], "turn 3 is assistant after an assistant turn; expected user or tool"),
     "tool then user": (
         [USER, ANSWER, {"role": "tool", "content": "r"}, USER, ANSWER],
@@ -199,7 +318,7 @@ def test_deep_nesting_is_refused_without_recursion():
         _messages(USER, {"role": "assistant", "tool_calls": [call]})
 
 
-@pytest.mark.parametrize("tools", [["f"], [{"function": {}}], [{"type": "function"}]])
+@pytest.mark.parametrize("tools", [[{"function": {}}], [{"type": "function"}], [{"name": ""}], ["{}"]])
 def test_tools_need_a_name(tools):
     with pytest.raises(RowError) as caught:
         convert("messages", {"messages": [USER, ANSWER], "tools": tools})

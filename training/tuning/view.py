@@ -1,0 +1,72 @@
+"""Rows as the model sees them: the text, what of it is learned, and what of the row is not used."""
+
+from collections.abc import Iterator, Sequence
+from html import escape
+from typing import Any
+
+from pipeline.errors import InputError
+from pipeline.model.thoughts import CLOSE, OPEN
+from pipeline.runs.folder import RunFolder
+from training.base import resolve
+from training.datasets.dataset import Row
+from training.parameters import FinetuneParameters
+from training.tuning.prepare import IGNORED, Preparer
+
+_LEARNED, _PLAIN = "#b7e4c7", "#eeeeee"
+# what a row brings beside its turns, in colours of its own, by the marks that Granite's templates put around it
+_COLOURS = {"tools": "#cfe2ff", "documents": "#fff3cd", "calls": "#8ecae6", "thoughts": "#e0c3fc"}
+_MARKS = {"<tools>": ("</tools>", "tools"), "<documents>": ("</documents>", "documents"), OPEN: (CLOSE, "thoughts")}
+_MARKS |= {"<tool_call>": ("</tool_call>", "calls"), "<|tool_call|>": ("<|end_of_text|>", "calls")}
+
+
+def shown(preparer: Preparer, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    """For each row its ``row`` (file:line), ``text``, ``trained`` spans, ``unused`` keys and ``neutralised`` texts.
+
+    A row that cannot be trained on has ``refused``, the reason, instead of a text.
+    """
+    for row in rows:
+        try:
+            clean = preparer.clean(row)
+            example = preparer.example(clean)
+        except InputError as error:
+            yield {"row": row.where, "refused": error.message.removeprefix(f"{row.where}: "), "remedy": error.remedy}
+            continue
+        seen = {"row": row.where, "text": example.text, "trained": example.trained, "unused": list(example.unused)}
+        yield {**seen, "neutralised": preparer.neutralised(row, clean)}
+
+
+def trained_tokens(params: FinetuneParameters, run: RunFolder, row: Row) -> Any:
+    """The row as the model sees it, token by token: what is learned, tools, documents, calls and thoughts in colours."""
+    from IPython.display import HTML
+
+    preparer = Preparer(resolve(params.base, run.base_cache, params.revision).folder)
+    example = preparer.example(preparer.clean(row))
+    offsets = preparer.tokenizer.encode(example.text, add_special_tokens=False).offsets
+    kinds, pieces = _kinds(example.text), []
+    for token, label, (start, _) in zip(example.input_ids, example.labels, offsets, strict=True):
+        text = escape(preparer.tokenizer.decode([token], skip_special_tokens=False)).replace("\n", "↵<br>")
+        kind = next((name for begin, end, name in kinds if begin <= start < end), "")
+        colour = _COLOURS.get(kind, _PLAIN if label == IGNORED else _LEARNED)
+        under = "transparent" if label == IGNORED else "#2d6a4f"
+        style = f"background:{colour};border-bottom:3px solid {under};color:#111;border-right:1px solid #fff"
+        pieces.append(f'<span style="{style}">{text}</span>')
+    legend = {"learned": _LEARNED, **{name: colour for name, colour in _COLOURS.items() if any(name == k for _, _, k in kinds)}}
+    keys = "".join(
+        f'<span style="background:{colour};color:#111;margin-right:1em">{name}</span>' for name, colour in legend.items()
+    )
+    left_out = f"<p>not used: {escape(', '.join(example.unused))}</p>" if example.unused else ""
+    return HTML(f'<p>{keys}</p><div style="font-family:monospace;line-height:2.1">{"".join(pieces)}</div>{left_out}')
+
+
+def _kinds(text: str) -> list[tuple[int, int, str]]:
+    """Where a prompt holds tools, documents, calls and thoughts: first character, the one after the last, and which."""
+    found = []
+    for mark, (end, name) in _MARKS.items():
+        start = text.find(mark)
+        while start >= 0:
+            stop = text.find(end, start)
+            # an end of turn is not the call's own
+            stop = len(text) if stop < 0 else stop + (0 if end.startswith("<|") else len(end))
+            found.append((start, stop, name))
+            start = text.find(mark, stop)
+    return found
