@@ -17,7 +17,8 @@
 The message says what happened; ``evidence`` shows it (argv, exit code, last log lines, file:line); ``remedy`` says what to do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class PipelineError(Exception):
@@ -94,3 +95,17 @@ class StartFailure(EngineError):
         self.kind = kind
         self.cause = cause
         self.numbers = tuple(numbers)
+
+
+@contextmanager
+def at(where: str) -> Iterator[None]:
+    """Say in any PipelineError raised inside what was being worked on: ``with at("rows.jsonl:3"):``.
+
+    The error goes on as the same object, so its class, evidence and remedy stay; only its message begins with ``where``.
+    """
+    try:
+        yield
+    except PipelineError as error:
+        error.message = f"{where}: {error.message}"
+        error.args = (error.message, *error.args[1:])
+        raise
