@@ -19,7 +19,7 @@ def test_at_keeps_what_only_one_class_carries() -> None:
 
 
 def test_at_leaves_other_errors_and_results_alone() -> None:
-    with pytest.raises(ValueError, match="^plain$"), at("here"):
+    with pytest.raises(ValueError, match=r"^plain$"), at("here"):
         raise ValueError("plain")
     with at("here"):
         text = str(PipelineError("made, not raised"))
