@@ -21,13 +21,19 @@ help: ## list the targets
 	@echo "make TARGET [NAME=run] [BASE=embedded|hub id|folder] [DATA=soc|file] [EVAL_DATA=file] [BACKENDS=vllm,llamacpp] [ARGS='...']"
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-20s %s\n", $$1, $$2}'
 
-setup: $(STAMP) ## install everything this machine needs into .venv and check that it imports (DEVICE=cpu|cuda)
+define INSTALL
+@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "no venv: install Python 3.11 or newer, or set PYTHON="; exit 3; }
+$(BIN)/python training/scripts/setup_environment.py --device $(DEVICE)
+@rm -f $(VENV)/.ready-*
+@touch $(STAMP)
+endef
+
+# always, also where everything is there: it is what people are told to do about a package that is broken or for another device
+setup: ## install everything this machine needs into .venv and check that it imports (DEVICE=cpu|cuda)
+	$(INSTALL)
 
 $(STAMP):
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "no venv: install Python 3.11 or newer, or set PYTHON="; exit 3; }
-	$(BIN)/python training/scripts/setup_environment.py --device $(DEVICE)
-	@rm -f $(VENV)/.ready-*
-	@touch $@
+	$(INSTALL)
 
 doctor: $(STAMP) ## check machine, packages, ports and the run's files, then the imports; say how to mend what is wrong
 	@$(PIPELINE) doctor $(RUN); code=$$?; $(BIN)/python training/scripts/setup_environment.py --check && exit $$code

@@ -54,6 +54,16 @@ def test_a_cheap_target_does_what_it_says(target: str, said: str, tmp_path: Path
     assert said in done.stdout + done.stderr
 
 
+def test_set_up_is_not_left_out_because_it_was_done_before(tmp_path: Path) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    stamp = re.search(r"touch (\S+)", _make("-n", "setup", f"VENV={tmp_path}").stdout)
+    assert stamp
+    Path(stamp[1]).touch()
+    assert "setup_environment.py --device cuda" in _make("-n", "setup", f"VENV={tmp_path}", "DEVICE=cuda").stdout
+    assert "setup_environment.py" not in _make("-n", "runs", f"VENV={tmp_path}").stdout
+
+
 def _make(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
     """Run make as from a shell, also when these tests are themselves run by make."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))} | more

@@ -19,9 +19,11 @@ OnlyEngine = Annotated[str, Argument(help="Only this engine.")]
 ServedName = Annotated[str | None, Option("--served-model-name", help="Name that clients use.")]
 ModelPath = Annotated[Path | None, Option("--model", "--gguf", help="This model folder or GGUF instead of a run's.")]
 Purposed = Annotated[str, Option("--purpose", help="verify (fast start), serve, throughput or latency.")]
-Set = Annotated[
-    list[str] | None, Option("--set", metavar="KEY=VALUE", help="Your own value instead of the planned one. Repeatable.")
-]
+_SET = (
+    "Your own value instead of the planned one: max-num-seqs=8, max-model-len=32k (1k is 1024 tokens), enforce-eager "
+    "(a switch alone), dtype=auto (the plan's choice). Repeatable."
+)
+Set = Annotated[list[str] | None, Option("--set", metavar="KEY[=VALUE]", help=_SET)]
 _MACHINES = "Another machine: rtx4060, l4, 2xa10g, h100, cpu-2c-24g, cpu-16c-64g-bf16, ..., a JSON file or inline JSON."
 Hardware = Annotated[str | None, Option("--hardware", metavar="NAME|FILE.json|JSON", help=_MACHINES)]
 Host = Annotated[str, Option("--host", help="Address to bind; anything but 127.0.0.1 is reachable by others.")]
@@ -94,9 +96,9 @@ def pair(option: str, text: str, *, form: str = "NAME=VALUE", bare: str | None =
 
 
 def overrides(given: Iterable[str] | None) -> dict[str, str]:
-    """The values of ``--set``; a KEY alone switches a flag on."""
-    remedy = "for example --set max_model_len=4096"
-    return dict(pair("--set", text, form="KEY=VALUE", bare="true", remedy=remedy) for text in given or ())
+    """What ``--set`` says, for every verb alike; values are read by ``Overrides.of``, to which an empty one is a switch alone."""
+    remedy = "for example --set max_model_len=32k, or --set enforce_eager for a switch"
+    return dict(pair("--set", text, form="KEY=VALUE", bare="", remedy=remedy) for text in given or ())
 
 
 def listed(text: str) -> list[str]:

@@ -62,14 +62,15 @@ def plan(
 ) -> None:
     """Choose an engine's flags for a model, a machine and a purpose - with a reason each and the memory they will take.
 
-    Nothing is started. For a model here, on this machine, the documented variables hold as in serve. A model that does not fit
+    Nothing is started. --set takes what serve takes. For a model here, on this machine, the documented variables hold as in serve. A model that does not fit
     is refused with the numbers and the nearest things that do fit.
     The exit code is 0 for a refusal too: it is in the plan ("feasible").
 
     Examples:
       granite-pipeline plan --engine vllm --run generic
       granite-pipeline plan --engine vllm --model-shape granite-4.1-8b --hardware rtx4060
-      granite-pipeline plan --engine llamacpp --gguf model.gguf --set parallel=2 --json
+      granite-pipeline plan --engine llamacpp --gguf model.gguf --set parallel=2 --set ctx-size=32k --json
+      granite-pipeline plan --engine vllm --run generic --set enforce-eager --set max-model-len=auto
     """
     run, engine, _ = options.chosen(agent, run, engine)
     chosen = engines.get(engine)

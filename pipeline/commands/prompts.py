@@ -8,7 +8,7 @@ import typer
 from typer import Option
 
 from pipeline.commands import options, show
-from pipeline.errors import InputError
+from pipeline.errors import InputError, at
 from pipeline.modelfile import modelfile as made_for
 from pipeline.modelfile.grammar import parse_modelfile
 from pipeline.prompts.conversation import Conversation, read_messages, read_tools
@@ -39,7 +39,10 @@ def render(
     """
     source = read_source(options.chosen(agent, run).run, template, output, now)
     chat = Conversation("stdin", read_messages(messages), read_tools(tools) if tools else None, None, prefill)
-    typer.echo(prompt_text(make_renderer(renderer, source, url=url, model=model), chat, source), nl=False)
+    maker = make_renderer(renderer, source, url=url, model=model)
+    with at(str(messages)):
+        text = prompt_text(maker, chat, source)
+    typer.echo(text, nl=False)
 
 
 def parity(

@@ -46,7 +46,7 @@ def serve(
     Examples:
       granite-pipeline serve vllm
       granite-pipeline serve llamacpp --run mine --port 0 --detach
-      granite-pipeline serve vllm --model path/to/merged_fp16 --set max-model-len=4096
+      granite-pipeline serve vllm --model path/to/merged_fp16 --set max-model-len=32k --set enforce-eager
       granite-pipeline serve vllm --adapters triage=generic,summary=other
     """
     settings = config.load()

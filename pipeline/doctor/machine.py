@@ -41,7 +41,7 @@ def torch_build(facts: Facts) -> Iterator[Finding]:
         )
     elif not facts.hardware.gpus and cuda:
         evidence = f"torch {version} is built for CUDA {cuda}, but there is no GPU: gigabytes unused"
-        yield Finding("torch build", "warn", evidence, "pip install torch==2.13.0+cpu, or make setup DEVICE=cpu")
+        yield Finding("torch build", "warn", evidence, "make setup DEVICE=cpu")
     else:
         yield Finding("torch build", "ok", f"torch {version}, {f'CUDA {cuda}' if cuda else 'CPU'}")
 

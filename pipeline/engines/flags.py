@@ -22,11 +22,14 @@ _TIMEOUT = 180.0
 @cache
 def listed_flags(engine: str) -> Known:
     """What ``flags.json`` lists for an engine; with ``opposites`` a switch can also be written ``--no-...``."""
+
+    def full(words: str) -> frozenset[str]:
+        return frozenset(word if word[0] == "-" or word.isupper() else f"--{word}" for word in listed[words])
+
     listed: dict[str, Any] = json.loads(Path(__file__).with_name("flags.json").read_text(encoding="utf-8"))[engine]
-    flags = frozenset(word if word[0] == "-" else f"--{word}" for word in listed["flags"])
     starts = ("--", "--no-") if listed["opposites"] else ("--",)
     switches = frozenset(f"{start}{word}" for word in listed["switches"] for start in starts)
-    return Known(flags, switches, frozenset(listed["variables"]))
+    return Known(full("flags"), switches, full("variables"), full("tokens"), full("auto"))
 
 
 def require_known_flags(engine: Engine, plan: Plan, cache: Path | None = None) -> None:

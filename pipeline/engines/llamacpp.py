@@ -103,7 +103,7 @@ class LlamaCpp(Engine):
 
     def plan(self, request: Request) -> Plan:
         """Flags for one GGUF; ``-c`` is the context of all slots together, so it is slots x context per request."""
-        user, model = Overrides.of(request.overrides, _ALIASES), request.model
+        user, model = Overrides.of(request.overrides, self.flags, _ALIASES), request.model
         refused = f"llama.cpp reads GGUF files, {model.path} is a safetensors folder" if model.format == "safetensors" else ""
         fit, notes = fit_gguf(request, user), []
         if not model.has_chat_template:

@@ -103,7 +103,7 @@ class Ollama(Engine):
 
     def plan(self, request: Request) -> Plan:
         """Variables of ``ollama serve`` and Modelfile parameters; every parallel request takes its own num_ctx of KV cache."""
-        user = Overrides.of(request.overrides, _ALIASES)
+        user = Overrides.of(request.overrides, self.flags, _ALIASES)
         limit, on_cpu = request.model.shape.max_positions, not request.hardware.gpus
         parallel = user.integer("OLLAMA_NUM_PARALLEL", 1, 64)
         asked = user.integer("--num-ctx", 1, limit, f"the model's own limit is {limit}")

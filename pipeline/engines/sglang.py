@@ -57,7 +57,7 @@ class Sglang(Engine):
 
     def plan(self, request: Request) -> Plan:
         """Flags for these GPUs, or a refusal: it needs a CUDA or ROCm GPU."""
-        user, model, hardware = Overrides.of(request.overrides, _ALIASES), request.model, request.hardware
+        user, model, hardware = Overrides.of(request.overrides, self.flags, _ALIASES), request.model, request.hardware
         if not hardware.gpus:
             return Plan(
                 engine=self.name,

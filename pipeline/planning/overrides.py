@@ -1,4 +1,8 @@
-"""The user's own settings (``--set key=value``): normalised, validated, and laid over what was planned."""
+"""The user's own settings (``--set``): normalised, validated, and laid over what was planned.
+
+Written for every verb alike as ``Overrides.of`` reads them: ``enforce_eager`` (a switch alone), ``max-num-seqs=8``,
+``max-model-len=32k`` where tokens are counted, ``dtype=auto`` where there is an automatic choice.
+"""
 
 import difflib
 import re
@@ -23,19 +27,28 @@ _RESERVED = {
 _TRUE, _FALSE = ("true", "1", "yes", "on", ""), ("false", "0", "no", "off")
 
 
+_THOUSANDS = re.compile(r"(\d+(?:\.\d+)?)[kK]")
+
+
 @dataclass(frozen=True)
 class Known:
-    """What an engine version accepts: flags with a value, bare switches, environment variables; all by full name."""
+    """What an engine version accepts: flags with a value, bare switches, environment variables; all by full name.
+
+    ``tokens`` are those that count tokens, ``automatic`` those that the plan, or else the engine, chooses when they are left out.
+    """
 
     flags: Collection[str] = ()
     switches: Collection[str] = ()
     variables: Collection[str] = ()
+    tokens: Collection[str] = ()
+    automatic: Collection[str] = ()
 
     def require(self, name: str) -> None:
         """Raise InputError, with the nearest known names, when a setting is unknown."""
         every = {*self.flags, *self.switches, *self.variables}
         if name not in every:
-            close = ", ".join(difflib.get_close_matches(name, sorted(every), n=3))
+            plain = {_plain(one): one for one in sorted(every)}
+            close = ", ".join(plain[one] for one in difflib.get_close_matches(_plain(name), plain, n=3))
             remedy = f"did you mean {close}?" if close else "the engine's own --help lists its settings"
             raise InputError(f"the engine has no setting {name}", remedy=remedy)
 
@@ -47,15 +60,27 @@ class Overrides:
     values: Mapping[str, str]
 
     @staticmethod
-    def of(raw: Mapping[str, str], aliases: Mapping[str, str] | None = None) -> "Overrides":
-        """Accept ``max_model_len``, ``max-model-len``, ``--max-model-len`` alike; ``aliases`` maps other spellings to one."""
-        values = {}
-        for key, value in raw.items():
+    def of(raw: Mapping[str, str], known: Known, aliases: Mapping[str, str] | None = None) -> "Overrides":
+        """Accept ``max_model_len``, ``max-model-len``, ``--max-model-len`` alike; ``aliases`` maps other spellings to one.
+
+        The last of several values for one setting holds; ``auto`` is as if there had been none. Raises InputError for what
+        the engine does not know, for a missing value, for ``auto`` where nothing is chosen, and for part of a token.
+        """
+        values = dict[str, str]()
+        for key, text in raw.items():
             name = key if _VARIABLE.fullmatch(key) else "--" + key.lstrip("-").replace("_", "-")
-            name = (aliases or {}).get(name, name)
+            name, value = (aliases or {}).get(name, name), text.strip()
             if name in _RESERVED:
                 raise InputError(f"{name} cannot be set with --set", remedy=_RESERVED[name])
-            values[name] = value.strip()
+            known.require(name)
+            if value.lower() == "auto":
+                if name not in known.automatic:
+                    raise InputError(f"{name} has no automatic choice", remedy="give a value, or leave it out")
+                values.pop(name, None)
+            elif not value and name not in known.switches:
+                raise InputError(f"{name} needs a value", remedy=f"--set {name.lstrip('-')}=VALUE")
+            else:
+                values[name] = _count(name, value) if name in known.tokens else value
         return Overrides(values)
 
     def integer(self, name: str, low: int, high: int, why: str = "") -> int | None:
@@ -94,13 +119,9 @@ class Overrides:
         return None if value is None else value.lower() in _TRUE
 
     def lay_over(self, planned: Sequence[Setting], known: Known) -> tuple[tuple[Setting, ...], tuple[Setting, ...]]:
-        """Planned settings with the user's put in their place and marked as such, split into (flags, environment).
-
-        Raises InputError for a flag or variable the engine does not know.
-        """
+        """Planned settings with the user's put in their place and marked as such, split into (flags, environment)."""
         merged = {setting.name: setting for setting in planned}
         for name, value in self.values.items():
-            known.require(name)
             if name not in known.switches:
                 merged[name] = Setting(name, value, "set by the user", "user")
                 continue
@@ -113,3 +134,19 @@ class Overrides:
                 merged[word] = Setting(word, None, "set by the user", "user")
         settings = merged.values()
         return tuple(s for s in settings if s.name[0] == "-"), tuple(s for s in settings if s.name[0] != "-")
+
+
+def _plain(name: str) -> str:
+    """A setting's name without what people write differently."""
+    return name.lstrip("-").replace("_", "-").lower()
+
+
+def _count(name: str, text: str) -> str:
+    """``32k`` as a plain number: engines disagree about what k is (vLLM's own k is 1000, its K 1024)."""
+    found = _THOUSANDS.fullmatch(text)
+    if found is None:
+        return text
+    tokens = float(found[1]) * 1024
+    if not tokens.is_integer():
+        raise InputError(f"{name} is {text!r}, which is {tokens:g} tokens", remedy="give a whole number of tokens; 1k is 1024")
+    return str(int(tokens))

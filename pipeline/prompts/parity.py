@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.errors import ModelError, VerificationFailed
+from pipeline.errors import ModelError, VerificationFailed, at
 from pipeline.model.tokenizer import Tokenizer
 from pipeline.prompts.chat import MIDDLE, START, ChatTemplate
 from pipeline.prompts.conversation import Conversation, NotApplicable, Prompt, load_suite
@@ -113,10 +113,10 @@ def _system(prompt: str) -> str:
 
 def _place(expected: str, found: str) -> str:
     """Where two prompts part, with what stands around it, line ends shown as \\n."""
-    at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found)))
-    before = expected[max(0, at - _CONTEXT) : at]
-    wanted, got = expected[at : at + _CONTEXT], found[at : at + _CONTEXT]
-    return f"from character {at}, after {before!r}: expected {wanted!r}, got {got!r}"
+    i = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found)))
+    before = expected[max(0, i - _CONTEXT) : i]
+    wanted, got = expected[i : i + _CONTEXT], found[i : i + _CONTEXT]
+    return f"from character {i}, after {before!r}: expected {wanted!r}, got {got!r}"
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,12 @@ def compare(reference: Reference, renderers: Sequence[Renderer], conversations: 
     An engine that stops answering ends the comparison with its EngineError.
     """
     suite = load_suite() if conversations is None else conversations
-    return Matrix(tuple(_cell(reference, renderer, one) for one in suite for renderer in renderers))
+    cells = []
+    for one in suite:
+        for renderer in renderers:
+            with at(f"conversation {one.id} with {renderer.name}"):
+                cells.append(_cell(reference, renderer, one))
+    return Matrix(tuple(cells))
 
 
 def require_same(matrix: Matrix, problems: Sequence[str] = ()) -> None:

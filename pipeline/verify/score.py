@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, at
 from pipeline.model.tokenizer import Tokenizer
 from pipeline.prompts.chat import ChatTemplate
 from pipeline.prompts.neutralise import control_tokens, neutralise_message
@@ -196,7 +196,10 @@ def read_material(run: RunFolder, limit: int | None = None) -> Material:
     if any(len(answers) != len(rows) for answers in references.values()):
         remedy = f"granite-pipeline export --run {run.name}"
         raise InputError("the reference answers do not match the held-out rows", remedy=remedy)
-    texts = [template.render(row.messages, tools=row.tools, add_generation_prompt=True) for row in rows]
+    texts = []
+    for number, row in enumerate(rows, 1):
+        with at(f"{run.heldout}:{number}"):
+            texts.append(template.render(row.messages, tools=row.tools, add_generation_prompt=True))
     budget = answer_budget([row.expected for row in rows], [len(tokenizer.encode(row.expected)) for row in rows])
     prompts = [(text, tokenizer.encode(text)) for text in texts]
     tuned_score = score(rows, references["tuned"])

@@ -12,6 +12,7 @@ from typing import Any
 
 import pipeline.certify
 from pipeline.engines.base import ASKED
+from pipeline.errors import at
 from pipeline.model.tokenizer import Tokenizer
 from pipeline.prompts.chat import ChatTemplate
 from pipeline.prompts.neutralise import control_tokens, neutralise_message
@@ -117,7 +118,8 @@ def _held_out(run: RunFolder) -> list[Passage]:
     found = []
     for i in spread(len(rows), ROWS):
         messages = [neutralise_message(message, controls) for message in rows[i].messages]
-        prompt = tokenizer.encode(template.render(messages, tools=rows[i].tools, add_generation_prompt=True))
+        with at(f"{run.heldout}:{i + 1}"):
+            prompt = tokenizer.encode(template.render(messages, tools=rows[i].tools, add_generation_prompt=True))
         answer = [*tokenizer.encode(answers[i].text), end]
         found.append(Passage(i, prompt + answer, [len(prompt) - 1 + j for j in spread(len(answer), _POSITIONS)]))
     return found

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import at
 from pipeline.prompts.chat import ChatTemplate
 from pipeline.runs import interrupt
 from pipeline.runs.files import write_atomic
@@ -65,7 +66,10 @@ def answer_all(folder: Path, rows: Sequence[HeldOut], partial: Partial, now: dat
     model = _model(folder)
     tokenizer = AutoTokenizer.from_pretrained(str(folder), padding_side="left", trust_remote_code=False)
     template = ChatTemplate.from_folder(folder)
-    prompts = [template.render(row.messages, tools=row.tools, add_generation_prompt=True, now=now) for row in rows]
+    prompts = []
+    for number, row in enumerate(rows, 1):
+        with at(f"held-out row {number}"):
+            prompts.append(template.render(row.messages, tools=row.tools, add_generation_prompt=True, now=now))
     lengths = [len(tokenizer(row.expected, add_special_tokens=False)["input_ids"]) for row in rows]
     budget = answer_budget([row.expected for row in rows], lengths)
     # longest first: a batch pads little, and running out of memory shows at once

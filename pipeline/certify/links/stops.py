@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pipeline.certify.certificate import Subject
-from pipeline.errors import InputError, ModelError
+from pipeline.errors import InputError, ModelError, at
 from pipeline.model.gguf import read_gguf_header
 from pipeline.model.tokenizer import Tokenizer
 from pipeline.modelfile.grammar import Modelfile, parse_modelfile
@@ -79,9 +79,10 @@ def check_turns(run: RunFolder, rows: Sequence[HeldOut]) -> Check:
     end = turn_end(template, special_ids(run.merged))
     wrong = []
     for number, row in enumerate(rows, 1):
-        asked = template.render(row.messages, tools=row.tools, add_generation_prompt=True)
         answer = [*row.messages, {"role": "assistant", "content": row.expected}]
-        whole = template.render(answer, tools=row.tools)
+        with at(f"{run.heldout}:{number}"):
+            asked = template.render(row.messages, tools=row.tools, add_generation_prompt=True)
+            whole = template.render(answer, tools=row.tools)
         tail = whole.removeprefix(asked) if whole.startswith(asked) else whole[whole.rfind(row.expected) :]
         count = tokenizer.encode(tail).count(end.id)
         wrong += [f"row {number} has {count}"] if count != 1 else []

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from pipeline.engines.flags import listed_flags
-from pipeline.engines.vllm.gpu import template_warning, with_common
+from pipeline.engines.vllm.gpu import asked_by_user, template_warning, with_common
 from pipeline.planning.gguf_fit import nearest_cpu
 from pipeline.planning.gpu_fit import refusal
 from pipeline.planning.memory import kv_gib, mamba_gib, vllm_cpu_activation_gib, vllm_cpu_overhead_gib
@@ -35,7 +35,7 @@ class _Sizes:
 
 def plan(request: Request) -> Plan:
     """Flags for the CPU build, or a refusal with numbers when weights and the smallest KV cache exceed the RAM available."""
-    user = Overrides.of(request.overrides)
+    user = asked_by_user(request)
     user.integer("--tensor-parallel-size", 1, 1, "it counts GPUs, and this plan is for a CPU")
     sizes = _sizes(request, user)
     why_not = _why_not(request, sizes)
@@ -57,7 +57,7 @@ def plan(request: Request) -> Plan:
 
 
 def _fits(request: Request) -> bool:
-    return not _why_not(request, _sizes(request, Overrides.of(request.overrides)))
+    return not _why_not(request, _sizes(request, asked_by_user(request)))
 
 
 def _sizes(request: Request, user: Overrides) -> _Sizes:

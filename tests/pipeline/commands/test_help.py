@@ -1,8 +1,7 @@
-"""What the command line says of itself: the overview, the verbs' own help, and every remedy that names a verb or an option."""
+"""What the command line says of itself: the overview, the verbs' own help, and every phrase that names a verb or an option."""
 
 from __future__ import annotations
 
-import ast
 import inspect
 import re
 import subprocess
@@ -43,22 +42,6 @@ def test_every_phrase_of_the_command_names_a_verb_and_its_options() -> None:
             wrong.append(f"{path}: granite-pipeline {verb}{rest}")
     assert len(phrases) > 100
     assert wrong == []
-
-
-def test_every_option_that_a_remedy_names_exists() -> None:
-    known = set().union(*OPTIONS.values())
-    advised = [(path.name, flag) for path in TEXTS if path.suffix == ".py" for flag in _advised(path)]
-    assert len(advised) > 20
-    assert [(name, flag) for name, flag in advised if flag not in known] == []
-
-
-def _advised(path: Path) -> Iterator[str]:
-    """The flags of remedies, and those that a table says to use."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        remedy = isinstance(node, ast.keyword) and node.arg == "remedy"
-        for part in ast.walk(node) if remedy or isinstance(node, ast.Dict) else ():
-            if isinstance(part, ast.Constant) and isinstance(part.value, str):
-                yield from re.findall(r"(?<![\w-])--[a-z][a-z-]+" if remedy else r"\buse (--[a-z-]+)", part.value)
 
 
 @pytest.mark.parametrize("verb", list(VERBS))

@@ -13,12 +13,12 @@ from pipeline.runs.folder import RunFolder
 
 def test_set_takes_values_and_switches() -> None:
     assert options.overrides(["max-model-len=4096", " enforce-eager", "x=a=b", "y="]) == {
-        **{"max-model-len": "4096", "enforce-eager": "true", "x": "a=b", "y": ""}
+        **{"max-model-len": "4096", "enforce-eager": "", "x": "a=b", "y": ""}
     }
     assert options.overrides(None) == {}
     with pytest.raises(InputError, match="--set '=x' is not KEY=VALUE") as caught:
         options.overrides(["=x"])
-    assert "--set max_model_len=4096" in str(caught.value)
+    assert "--set max_model_len=32k" in str(caught.value)
 
 
 def test_a_parameter_needs_its_value() -> None:

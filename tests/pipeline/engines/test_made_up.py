@@ -72,7 +72,7 @@ class MadeUp(Engine):
     settings = {"MADEUP_CONTEXT": "context"}  # noqa: RUF012
 
     def plan(self, request: Request) -> Plan:
-        user = Overrides.of(request.overrides)
+        user = Overrides.of(request.overrides, self.flags)
         planned = [
             Setting("--weights", str(request.model.path), "the folder to serve"),
             Setting("--name", request.served_name, "the name clients ask for"),

