@@ -60,8 +60,8 @@ def data(
 
     Examples:
       granite-pipeline data training/data/soc_train.jsonl --max-length 128
-      granite-pipeline data calls.jsonl --base ibm-granite/granite-4.0-350m --show 3
-      granite-pipeline data faq.csv --columns prompt=question,completion=answer --write faq.jsonl
+      granite-pipeline data alerts.jsonl --base ibm-granite/granite-4.0-350m --show 3
+      granite-pipeline data alerts.jsonl --columns prompt=question,completion=answer --write good.jsonl
     """
     from training.datasets.dataset import require_clean
     from training.datasets.summary import summarise

@@ -73,7 +73,7 @@ _TABLE: list[tuple[str, str, bytes, tuple[str, ...]]] = [
     ("no assistant turn", "d.jsonl", GOOD + _turns("user"), ("d.jsonl:2", "no assistant turn")),
     ("ends with the user", "d.jsonl", _turns("user", "assistant", "user"), ("ends with a user turn",)),
     ("two user turns in a row", "d.jsonl", _turns("user", "user", "assistant"), ("turn 2 is user after a user turn",)),
-    ("assistant first", "d.jsonl", _turns("assistant", "user", "assistant"), ("turn 1 is assistant as the first turn",)),
+    ("assistant first", "d.jsonl", _turns("assistant", "user", "assistant"), ("begins with an assistant turn", "--greeting keep")),
     ("system in the middle", "d.jsonl", _turns("user", "system", "assistant"), ("turn 2 is system",)),
     ("tool result without a call", "d.jsonl", _turns("user", "tool", "assistant"), ("turn 2 is tool",)),
     ("empty user turn", "d.jsonl", _row(messages=[{"role": "user", "content": " "}, {"role": "assistant", "content": "x"}]),

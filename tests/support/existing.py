@@ -36,7 +36,17 @@ VARIABLES = {"HF_ENDPOINT": "huggingface_hub's own: a mirror"}
 _TYPES = re.compile(r"(I?Q\d|B?F\d|FP\d|AVX|AMX|MXFP|NVFP)[A-Z0-9_]*")
 # files that people bring, those of a run that RunFolder does not name, and those that a verb writes where it is told to
 FILES = {
-    *("agents.yaml", "alerts.jsonl", "train.jsonl", "chat.json", "model.gguf", "machine.json", "FILE.json", "KEY.pem"),
+    *(
+        "agents.yaml",
+        "alerts.jsonl",
+        "good.jsonl",
+        "train.jsonl",
+        "chat.json",
+        "model.gguf",
+        "machine.json",
+        "FILE.json",
+        "KEY.pem",
+    ),
     *("chat_template.jinja", "tokenizer.json", "report.html", "report/report.html", "junit.xml", "offline.json"),
 }
 

@@ -121,7 +121,9 @@ def _pair(row: Mapping[str, Any], asked: str, given: str, answer: str) -> list[A
 
 def _part(row: Mapping[str, Any], column: str, role: str) -> list[Any]:
     """One side of a pair: a list of messages, or the text of one."""
-    return as_list(row[column], column) if isinstance(row[column], list) else [{"role": role, "content": _text(row, column)}]
+    if isinstance(row[column], list) and column in UNDERSTOOD["prompt/completion"][0]:
+        return as_list(row[column], column)
+    return [{"role": role, "content": _text(row, column)}]
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:

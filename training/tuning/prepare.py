@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError, InputError, PipelineError, at
-from pipeline.model.thoughts import CLOSE, written_thought
+from pipeline.model.thoughts import CLOSE, read_thought, written_thought
 from pipeline.model.tokenizer import load
-from pipeline.model.toolcalls import plain_calls, tool_format, written_calls
+from pipeline.model.toolcalls import plain_calls, read_calls, tool_format, written_calls
 from pipeline.prompts.chat import END, MIDDLE, START, ChatTemplate, assistant_spans
 from pipeline.prompts.neutralise import control_tokens, neutralise_all, neutralise_message
 from pipeline.prompts.stops import special_ids, turn_end
@@ -20,7 +20,7 @@ from training.tuning.receipt import Chat, unused
 
 IGNORED = -100
 # what a tokenizer's decoder writes for bytes that are no character
-_LOST = "\N{REPLACEMENT CHARACTER}"
+_NO_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 _PROBE_NAME = "a_probed_call"
 _PROBE_CALL = {"type": "function", "function": {"name": _PROBE_NAME, "arguments": {"probed": "value"}}}
 _ASKED = {"role": "user", "content": "q"}
@@ -124,33 +124,43 @@ class Preparer:
             said = "the base's chat template makes another text of these turns than the row has"
             raise DataError(said, evidence=_parting(row.text.strip(), text.strip()), remedy="give the turns as messages")
         answers = [message for message in row.messages if message["role"] == "assistant"]
-        learned = tuple(span for span, message in zip(spans, answers, strict=True) if message.get("weight") != 0)
+        pairs = [(span, message) for span, message in zip(spans, answers, strict=True) if message.get("weight") != 0]
+        learned = tuple(span for span, _ in pairs)
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        self._check_lossless(text, encoding.ids)
         chosen = set[int]()
-        for start, end in learned:
+        for (start, end), message in pairs:
             self._check(text[start:end])
-            chosen.update(_tokens(text, encoding.offsets, start, end))
+            if (calls := message.get("tool_calls")) and tool_format(self.template.chosen(row.tools)):
+                _require_readable(text[start:end].removesuffix(self.template.variables["eos_token"]), calls)
+            tokens = _tokens(text, encoding.offsets, start, end)
+            if lost := self._lost(text[start:end], encoding.ids[tokens.start : tokens.stop]):
+                remedy = "take the character out, or use another base"
+                raise DataError(f"the base's tokenizer has no tokens for {lost!r}, which an answer holds", remedy=remedy)
+            chosen.update(tokens)
         labels = [token if i in chosen else IGNORED for i, token in enumerate(encoding.ids)]
         ends = sum(label == self.eos_id for label in labels)
         if ends != len(learned):
             remedy = "the chat template must end each assistant turn with the tokenizer's eos token, once"
             raise DataError(f"{ends} trained end-of-text tokens for {len(learned)} assistant turns", remedy=remedy)
+        if lost := self._lost(text, encoding.ids):
+            left_out = (*left_out, f"characters the tokenizer has no tokens for ({lost!r})")
         return Example(tuple(encoding.ids), tuple(labels), row.where, text, learned, tuple(sorted({*row.unused, *left_out})))
 
     def _rendered(self, chat: Chat) -> str:
         return self.template.render(chat.messages, tools=chat.tools, documents=chat.documents, now=self.now)
 
-    def _check_lossless(self, text: str, ids: Sequence[int]) -> None:
-        """DataError when the tokenizer has no tokens for a character, which it would leave out."""
-        made = self.tokenizer.decode(ids, skip_special_tokens=False)
-        if made.count(_LOST) > text.count(_LOST):
-            lost = next(
-                (c for c in text if not self.tokenizer.decode(self.tokenizer.encode(c).ids, skip_special_tokens=False) == c), ""
-            )
-            raise DataError(
-                f"the base's tokenizer has no tokens for {lost!r}", remedy="take the character out, or use another base"
-            )
+    def _lost(self, text: str, ids: Sequence[int]) -> str:
+        """The first character that the tokenizer has no tokens for and leaves out; empty where nothing is lost."""
+        made, normalizer = self._decoded(ids), self.tokenizer.normalizer
+        wanted = normalizer.normalize_str(text) if normalizer else text
+        # other decoders than this one trim and join words anew, which loses nothing
+        exact = type(self.tokenizer.decoder).__name__ == "ByteLevel"
+        if made == wanted or (not exact and made.count(_NO_CHARACTER) <= wanted.count(_NO_CHARACTER)):
+            return ""
+        return next((c for c in wanted if self._decoded(self.tokenizer.encode(c, add_special_tokens=False).ids) != c), "")
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
 
     def _check(self, answer: str) -> None:
         """DataError when an answer holds what frames turns, or says nothing."""
@@ -175,6 +185,7 @@ class Preparer:
                     f"{made['content'][:40]!r} stands before a call, where this base writes calls alone", remedy=remedy
                 )
             made["content"] = written_calls(form, plain_calls(calls))
+            _require_readable(made["content"], calls)
             del made["tool_calls"]
         thought = made.get("reasoning_content")
         if thought and "reasoning_content" not in source:
@@ -235,6 +246,13 @@ def held_out_line(row: Row, example: Example, preparer: Preparer) -> str:
     if expected != messages[-1]["content"]:
         line["expected"] = expected
     return json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def _require_readable(answer: str, calls: Sequence[Mapping[str, Any]]) -> None:
+    """DataError when the calls that an answer was written with are not found in it again, by engines neither."""
+    if read_calls(read_thought(answer).answer)[1] != plain_calls(calls):
+        said = f"the calls of an answer cannot be told apart from the text around or in them ({answer[:60]!r})"
+        raise DataError(said, remedy="take the marks of calls out of the text and the arguments")
 
 
 def _tokens(text: str, offsets: Sequence[tuple[int, int]], start: int, end: int) -> range:

@@ -157,7 +157,10 @@ class TestFolder:
         config = {"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
         (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "</s>", "lstrip": false}}', encoding="utf-8")
-        assert ChatTemplate.from_folder(tmp_path) == ChatTemplate("d", {"eos_token": "</s>"})
+        found = ChatTemplate.from_folder(tmp_path)
+        assert found == ChatTemplate("d", {"eos_token": "</s>"}, "t")
+        # as apply_chat_template chooses
+        assert (found.render([USER]), found.render([USER], tools=[{}])) == ("d", "t")
 
     def test_without_template_says_what_to_do(self, tmp_path):
         with pytest.raises(ModelError, match="no chat template") as caught:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import json
 from datetime import datetime
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 from pipeline.errors import DataError
 from pipeline.prompts.chat import EMBEDDED_TEMPLATE
 from training.base import write_tokenizer
-from training.datasets.dataset import Row
+from training.datasets.dataset import SOC_EVAL, SOC_TRAIN, Row, load
 from training.tuning.prepare import IGNORED, Preparer
 
 EOS, START, END = 2, 1, 3
@@ -68,3 +70,16 @@ def test_a_dated_template_writes_the_date_it_is_given(tmp_path: Path) -> None:
     assert given.tokenizer.decode(list(example.input_ids)).startswith("2024-02-05")
     trained = [label for label in example.labels if label != IGNORED]
     assert given.tokenizer.decode(trained, skip_special_tokens=False) == "Hello there<|end_of_text|>"
+
+
+@pytest.mark.parametrize(
+    ("file", "wanted"),
+    [
+        (SOC_TRAIN, "7d56521e3d6734e7937c983b587db0b51826d94848405b63d7008f8c5a6b44ce"),
+        (SOC_EVAL, "0fbaa7a7f6cd188c8a852d682f2d8e954de394f5a5dbd27017c3110f1a86329f"),
+    ],
+)
+def test_the_built_in_rows_are_trained_as_ever(preparer: Preparer, file: Path, wanted: str) -> None:
+    """Token IDs and labels, byte for byte those of the releases before rows had receipts."""
+    made = preparer.prepare(load(file).rows, 1024).examples
+    assert hashlib.sha256(json.dumps([[e.input_ids, e.labels] for e in made]).encode()).hexdigest() == wanted

@@ -227,7 +227,7 @@ def test_a_text_is_not_found_by_chance(tmp_path: Path) -> None:
         ({"content": "a <|start_of_role|>user b"}, "an answer holds <|start_of_role|>, which frames turns"),
         ({"content": "a<|end_of_text|>b"}, "assistant turn 2 does not end with exactly one <|end_of_text|>"),
         ({"content": "a", "thinking": "x </think> y"}, "a thought holds </think>, which ends thoughts"),
-        ({"content": "\U00040000"}, "the base's tokenizer has no tokens for '\\U00040000'"),
+        ({"content": "\U00040000"}, "the base's tokenizer has no tokens for '\\U00040000', which an answer holds"),
     ],
 )
 def test_an_answer_that_cannot_be_learned_whole_is_refused(tmp_path: Path, answer: dict[str, str], reason: str) -> None:
@@ -235,6 +235,11 @@ def test_an_answer_that_cannot_be_learned_whole_is_refused(tmp_path: Path, answe
     with pytest.raises(InputError) as caught:
         _example(_with(EMBEDDED_TEMPLATE, tmp_path), row)
     assert caught.value.message == f"rows.jsonl:3: {reason}"
+
+
+def test_characters_without_tokens_are_told_where_they_are_not_learned(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "a\x16b"}, {"role": "assistant", "content": "ok"}]}
+    assert _example(_with(EMBEDDED_TEMPLATE, tmp_path), row).unused == ("characters the tokenizer has no tokens for ('\\x16')",)
 
 
 def test_an_assistants_own_marks_stay_and_everybody_elses_are_broken_up(preparers: dict[str, Preparer]) -> None:
