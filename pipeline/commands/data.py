@@ -146,10 +146,8 @@ def _write(target: Path, dataset: Dataset) -> None:
 
 def _print(summary: Summary, found: dict[str, Any]) -> None:
     """Tables for people; text from the file is shown as it is, never as markup or terminal codes."""
-    from training.tuning.account import table
-
     show.table(_plain(summary.source), ("", ""), [(name, _plain(value)) for name, value in _lines(summary)])
-    became = [(_plain(row["what"]), row["became"], row["rows"]) for row in table(found)]
+    became = [(_plain(row["what"]), row["became"], row["rows"]) for row in found["table"]]
     if became:
         show.table("what becomes of each key", ("key", "becomes", "rows"), became)
     rows = []

@@ -66,6 +66,22 @@ class Point(_Open):
     eval_loss: float | None = None
 
 
+class Became(_Open):
+    """A key of the rows, or a text in them, what became of it, and in how many rows."""
+
+    what: str
+    became: str
+    rows: int
+
+
+class Account(_Open):
+    """What became of everything in the dataset; ``refusals`` are the first refused rows, as (file:line, reason)."""
+
+    table: list[Became] = []
+    refused: int = 0
+    refusals: list[list[str]] = []
+
+
 class Training(_Open):
     """How the model was trained."""
 
@@ -75,6 +91,7 @@ class Training(_Open):
     tokens_per_second: float | None = None
     history: list[Point] = []
     parameters: dict[str, Any] = {}
+    account: Account = Account()
 
 
 def _written(checks: list[Check]) -> list[dict[str, str]]:

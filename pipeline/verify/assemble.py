@@ -174,6 +174,7 @@ def assemble(run: RunFolder, material: Material, outcomes: Mapping[str, Outcome]
             history=[schema.Point(**entry) for entry in training.history],
             seconds=training.train_seconds,
             parameters=dict(training.parameters),
+            account=schema.Account(**training.account),
         ),
         backends=[outcome.entry for outcome in outcomes.values()],
         checks=found,

@@ -99,7 +99,7 @@ def finetune(run: RunFolder, params: FinetuneParameters, *, force: Force = False
         preparer = Preparer(base.folder, datetime.fromisoformat(noted["date"]))
         skip = params.skip_bad
         rows, held_out = (preparer.prepare(part, params.max_length, skip_bad=skip) for part in (data.train, data.held_out))
-        keys = account(data.files.values(), (rows, held_out))
+        keys = account(list(data.files.values()), (rows, held_out))
         for line in told(keys):
             log.info("data: %s", line)
         said = (len(rows.examples), rows.tokens, rows.trained_tokens, len(rows.too_long))
