@@ -170,7 +170,8 @@ def _known_variables() -> set[str]:
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         tagged = ("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", []))
-        notebooks |= {name for code in tagged for name in re.findall(r"^([A-Z_]+)\b.*=", code, re.MULTILINE)}
+        assigned = [names for code in tagged for names in re.findall(r"^([A-Z_, ]+)=", code, re.MULTILINE)]
+        notebooks |= {name for names in assigned for name in re.findall("[A-Z_]+", names)}
     listed = {name for engine in engines.every() for name in (*engine.flags.variables, *engine.variables())}
     fields = {name.upper() for name in Settings.model_fields}
     return fields | example | compose | notebooks | listed | _makefile()[1] | set(VARIABLES)
