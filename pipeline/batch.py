@@ -20,7 +20,7 @@ import psutil
 from pipeline import config, errors
 from pipeline.errors import EnvironmentFailure, InputError, MissingDependency, PipelineError
 from pipeline.runs import interrupt, lock
-from pipeline.runs.files import write_atomic
+from pipeline.runs.files import matches, write_atomic
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import HashCache, sha256_json
 from pipeline.runs.stages import product
@@ -171,9 +171,10 @@ def inputs(run: RunFolder, stages: Sequence[str], parameters: Mapping[str, Any])
         if value is None or (name, value) in (("BASE", "embedded"), ("DATA", "soc")):
             continue
         path = Path(str(value))
-        if not path.exists():
+        paths = [path] if path.exists() else matches(str(value))
+        if not paths:
             return None
-        named[name] = hashes.tree(path)
+        named[name] = hashes.tree(path) if path.exists() else [hashes.tree(found) for found in paths]
     return {
         "stages": list(stages),
         "parameters": {k: v for k, v in parameters.items() if k not in ("FORCE", "OUTPUT")},

@@ -28,7 +28,11 @@ _SHOWN_VALUES = 8
 
 def data(
     source: Annotated[
-        str, Argument(metavar="FILE", help=".jsonl, .json, .csv, .tsv or .parquet file, or hub:owner/name[@rev][:split].")
+        str,
+        Argument(
+            metavar="FILE",
+            help="File (.jsonl, .json, .csv, .tsv, .parquet, .gz), folder, glob, or hub:owner/name[@rev][:config][:split].",
+        ),
     ],
     base: Annotated[
         str | None, Option(help="Prepare every row for this base: embedded, a hub id, or a model folder; nothing is trained.")

@@ -29,7 +29,9 @@ log = logging.getLogger(__name__)
 def run(
     name: options.Run = DEFAULT_NAME,
     base: Annotated[str | None, Option(help="embedded (default), a hub id, or a model folder.")] = None,
-    data: Annotated[str | None, Option(help="soc (default), a file, or hub:owner/name.")] = None,
+    data: Annotated[
+        str | None, Option(help="soc (default), a file, a folder or glob of files, or hub:owner/name[:config][:split].")
+    ] = None,
     eval_data: options.EvalData = None,
     backends: options.Backends = "",
     output: options.Output = DEFAULT_OUTPUT,

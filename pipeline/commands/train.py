@@ -29,7 +29,9 @@ def train(
     output: options.Output = DEFAULT_OUTPUT,
     base: Annotated[str, Option(help="embedded (offline), a hub id, or a model folder.")] = _DEFAULT.base,
     revision: Annotated[str | None, Option(help="Hub revision; the commit is recorded either way.")] = None,
-    data: Annotated[str, Option(help="soc (built in), a file, or hub:owner/name.")] = _DEFAULT.data,
+    data: Annotated[
+        str, Option(help="soc (built in), a file, a folder or glob of files, or hub:owner/name[:config][:split].")
+    ] = _DEFAULT.data,
     eval_data: options.EvalData = None,
     method: Annotated[str, Option(help="lora, qlora (GPU) or full.")] = _DEFAULT.method,
     trainer: Annotated[str, Option(help="auto, unsloth or hf.")] = _DEFAULT.trainer,

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all: atomic writes, content hashes, free-space checks."""
 
 import errno
+import glob
 import json
 import os
 import re
@@ -69,11 +70,18 @@ def read_utf8(path: Path) -> str:
 
 
 def absolute(value: str) -> str:
-    """A path that exists, made absolute; any other value (a built-in name, a hub id) as it is."""
+    """A path or glob that exists, made absolute; any other value (a built-in name, a hub id) as it is."""
     if value in _BUILT_IN:
         return value
     require_path(Path(value))
+    if not Path(value).exists() and glob.has_magic(value) and matches(value):
+        return str(Path.cwd() / value)
     return str(Path(value).resolve()) if Path(value).exists() else value
+
+
+def matches(pattern: str) -> list[Path]:
+    """Files and folders that a glob matches, sorted."""
+    return [Path(found) for found in sorted(glob.glob(pattern))]  # noqa: PTH207 - Path.glob takes no absolute pattern
 
 
 def require_path(path: Path) -> None:

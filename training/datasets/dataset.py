@@ -18,7 +18,9 @@ from pipeline.errors import DataError
 from pipeline.runs.hashes import sha256_file
 from training.datasets.formats import UNDERSTOOD, convert, detect
 from training.datasets.keys import RowError
-from training.datasets.sources import Advance, Record, records, resolve
+from training.datasets.rows import Advance, Record
+from training.datasets.sources import Files, records, resolve
+from training.datasets.tables import HubId
 from training.datasets.turns import Reading
 
 # the built-in SOC alerts; benchmarks/soc_data.py makes them
@@ -60,7 +62,7 @@ class KeyCount(NamedTuple):
 
 @dataclass(frozen=True)
 class Dataset:
-    """What was read: ``sha256`` is of the file's bytes, or of the rows for a hub dataset.
+    """What was read: ``sha256`` is of the file's bytes, of names and hashes of several files, of a hub dataset's rows.
 
     ``format`` is one of formats.UNDERSTOOD, or 'unknown' when every row was refused before a format could be told;
     ``keys`` is the account of every key: used, harmless, ignored or refused, and what was done to turns on request.
@@ -75,7 +77,9 @@ class Dataset:
 
 
 def read(source: str | Path, advance: Advance | None = None, reading: Reading = Reading()) -> Dataset:  # noqa: B008
-    """Rows and refusals of a file, or of ``hub:owner/name[@revision][:split]``; ``reading`` says how rows are to be taken.
+    """Rows and refusals of a file, a folder or glob of files, or ``hub:owner/name[@revision][:config][:split]``.
+
+    ``reading`` says how rows are to be taken.
 
     ``advance`` is told the bytes of each text line read. Raises DataError when the file is missing, empty, not
     decodable, or has columns of no known format; EnvironmentFailure when the hub does not answer.
@@ -93,9 +97,19 @@ def read(source: str | Path, advance: Advance | None = None, reading: Reading = 
         if "chosen" in reader.columns:
             remedy = "a set of preferences; to train on the answers chosen: --columns completion=chosen --ignore rejected"
         raise DataError(unknown, evidence=f"understood are {understood}", remedy=remedy)
-    rows = "".join(digest(row) for row in reader.rows)
-    sha256 = sha256_file(place) if isinstance(place, Path) else hashlib.sha256(rows.encode()).hexdigest()
-    return Dataset(str(source), reader.format or "unknown", tuple(reader.rows), tuple(reader.refused), sha256, reader.account())
+    rows, refused = tuple(reader.rows), tuple(reader.refused)
+    return Dataset(str(source), reader.format or "unknown", rows, refused, _sha256(place, rows), reader.account())
+
+
+def _sha256(place: Files | HubId, rows: Sequence[Row]) -> str:
+    """Of one file's bytes; of names and hashes of several; of the rows of a hub dataset."""
+    if isinstance(place, HubId):
+        text = "".join(map(digest, rows))
+    elif len(place) == 1:
+        return sha256_file(place[0])
+    else:
+        text = "\n".join(f"{path.name} {sha256_file(path)}" for path in place)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def load(source: str | Path, reading: Reading = Reading(), *, skip_bad: bool = False) -> Dataset:  # noqa: B008
@@ -117,8 +131,11 @@ def require_clean(dataset: Dataset) -> None:
 
 def bad_rows(source: str, refused: Sequence[Refusal], total: int) -> DataError:
     """The error that names the first of a source's refused rows, each with its reason."""
-    more = [f"... and {len(refused) - _SHOWN} more"] if len(refused) > _SHOWN else []
-    evidence = "\n".join([*(f"{one.where}: {one.reason}" for one in refused[:_SHOWN]), *more])
+    causes: dict[str, list[str]] = {}
+    for one in refused:
+        causes.setdefault(one.reason, []).append(one.where)
+    lines = [f"{places[0]}{f' (and {len(places) - 1} more)' if places[1:] else ''}: {cause}" for cause, places in causes.items()]
+    evidence = "\n".join([*lines[:_SHOWN], *([f"... and {len(lines) - _SHOWN} more reasons"] if len(lines) > _SHOWN else [])])
     remedies = list(dict.fromkeys(one.remedy for one in refused if one.remedy))
     remedy = "; ".join([*remedies[:2], "correct or remove them, or leave them out: --skip-bad"])
     return DataError(f"{source}: {len(refused)} of {total} rows cannot be used", evidence=evidence, remedy=remedy)

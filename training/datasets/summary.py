@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from training.datasets.dataset import Dataset, KeyCount, Refusal, Row, digest, prompt_key, showable
-from training.datasets.sources import parse
+from training.datasets.rows import parse
 
 # role name, two role marks, end of text, newline, and one for a role name of two tokens
 _TURN_OVERHEAD = 6

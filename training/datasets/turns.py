@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from pipeline.model.toolcalls import plain_calls, read_calls
 from training.datasets.keys import Fate, RowError, says_nothing, turn_keys
-from training.datasets.sources import parse
+from training.datasets.rows import parse
 
 Message = dict[str, Any]
 Greeting = Literal["refuse", "keep", "drop"]

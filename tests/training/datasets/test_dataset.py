@@ -64,12 +64,20 @@ def test_broken_json_on_line_7(write):
 
 
 def test_load_shows_five_refusals_and_counts_the_rest(write):
-    path = write(ROW, *["{"] * 7)
+    path = write(ROW, *[{**ROW, f"key{n}": "x"} for n in range(7)], *["{"] * 3)
     with pytest.raises(DataError) as caught:
         load(path)
     lines = caught.value.evidence.splitlines()
     assert [line.split(": ")[0] for line in lines[:5]] == [f"{path}:{n}" for n in range(2, 7)]
-    assert lines[5:] == ["... and 2 more"]
+    assert lines[5:] == ["... and 3 more reasons"]
+
+
+def test_one_cause_is_one_line(write):
+    path = write(ROW, *["{"] * 7)
+    with pytest.raises(DataError, match="7 of 8 rows cannot be used") as caught:
+        load(path)
+    reason = "not valid JSON (Expecting property name enclosed in double quotes, column 2)"
+    assert caught.value.evidence == f"{path}:2 (and 6 more): {reason}"
 
 
 def test_a_row_without_assistant_turn(write):
@@ -161,9 +169,9 @@ def test_a_missing_file(tmp_path):
         load(tmp_path / "gone.jsonl")
 
 
-def test_a_file_of_nothing_but_broken_lines_has_no_format(write):
-    made = read(write("{", "}"))
-    assert (made.format, made.rows, len(made.refused)) == ("unknown", (), 2)
+def test_a_file_without_a_row_has_no_format(write):
+    made = read(write("5"))
+    assert (made.format, made.rows, len(made.refused)) == ("unknown", (), 1)
 
 
 def test_the_digest_is_of_the_bytes(write):

@@ -1,9 +1,12 @@
 import builtins
+import gzip
 
 import pytest
 
 from pipeline.errors import DataError, EnvironmentFailure
-from training.datasets.sources import HubId, records, resolve
+from training.datasets import rows
+from training.datasets.sources import records, resolve
+from training.datasets.tables import HubId
 
 
 def _read(path, raw):
@@ -65,7 +68,7 @@ def test_parquet_leaves_out_the_nulls_that_other_rows_fill(tmp_path):
     path = tmp_path / "rows.parquet"
     turns = [[{"role": "user", "content": "q"}], [{"role": "user", "content": "q", "name": "n"}]]
     parquet.write_table(pyarrow.Table.from_pylist([{"messages": each, "id": None} for each in turns]), path)
-    assert [(record.where, record.value) for record in records(path)] == [
+    assert [(record.where, record.value) for record in records((path,))] == [
         (f"{path}:1", {"messages": [{"role": "user", "content": "q"}]}),
         (f"{path}:2", {"messages": [{"role": "user", "content": "q", "name": "n"}]}),
     ]
@@ -77,7 +80,7 @@ def test_a_file_that_is_not_parquet(tmp_path, raw):
     path = tmp_path / "rows.parquet"
     path.write_bytes(raw)
     with pytest.raises(DataError, match=r"rows\.parquet cannot be read as Parquet"):
-        list(records(path))
+        list(records((path,)))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +96,7 @@ def test_other_kinds_of_file_are_named(tmp_path, start, what):
     path = tmp_path / "rows.csv"
     path.write_bytes(start)
     with pytest.raises(DataError) as caught:
-        records(path)
+        list(records((path,)))
     assert caught.value.message.startswith(f"{path} {what}")
 
 
@@ -101,7 +104,7 @@ def test_bytes_are_reported_as_they_are_read(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\r\n{"a": 2}\n')
     told: list[int] = []
-    assert len(list(records(path, told.append))) == 2
+    assert len(list(records((path,), told.append))) == 2
     assert told == [10, 9]
 
 
@@ -112,6 +115,8 @@ def test_bytes_are_reported_as_they_are_read(tmp_path):
         ("owner/name", HubId("owner/name", None, "train")),
         ("owner/name:test", HubId("owner/name", None, "test")),
         ("hub:owner/na.me@v1.0:train[:10%]", HubId("owner/na.me", "v1.0", "train[:10%]")),
+        ("hub:owner/name:easy:test", HubId("owner/name", None, "test", "easy")),
+        ("hub:owner/name@v1:easy:train[:5%]", HubId("owner/name", "v1", "train[:5%]", "easy")),
         ("owner/name@refs/pr/1", HubId("owner/name", "refs/pr/1", "train")),
     ],
 )
@@ -126,7 +131,8 @@ def test_hub_names(text, expected):
         ("data/missing.jsonl", "data/missing.jsonl: no such file"),
         ("folder/missing", "folder/missing: no such file"),
         ("/nowhere/at/all", "/nowhere/at/all: no such file"),
-        ("folder", "folder is a folder"),
+        ("folder", "folder has no data file in it"),
+        ("folder/*.jsonl", "folder/*.jsonl matches no file"),
         ("notes.txt", "notes.txt: unknown kind of file"),
         ("hub:name", "hub:name is not a hub dataset"),
         ("hub:../etc/passwd", "hub:../etc/passwd is not a hub dataset"),
@@ -145,7 +151,7 @@ def test_an_existing_file_wins_over_a_hub_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner").mkdir()
     (tmp_path / "owner" / "rows.csv").write_text("a,b\n")
-    assert str(resolve("owner/rows.csv")) == "owner/rows.csv"
+    assert list(map(str, resolve("owner/rows.csv"))) == ["owner/rows.csv"]
 
 
 def test_a_hub_that_cannot_be_reached_is_one_clear_error(monkeypatch):
@@ -200,3 +206,85 @@ def test_a_parquet_date_that_python_cannot_hold_names_its_row_and_column(tmp_pat
     parquet.write_table(pyarrow.table({"prompt": ["a", "b"], "on": days}), tmp_path / "d.parquet")
     with pytest.raises(DataError, match=r"d\.parquet:2: on cannot be read"):
         list(records(resolve(tmp_path / "d.parquet")))
+
+
+def test_gzip_is_unpacked_and_damage_is_told(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    whole = gzip.compress(b'{"a": 1}\n{"a": 2}\n')
+    assert _read(path, whole) == [("1", {"a": 1}), ("2", {"a": 2})]
+    assert _read(tmp_path / "rows.csv.gz", gzip.compress(b"a,b\n1,2\n")) == [("2", {"a": "1", "b": "2"})]
+    for raw in (whole[:-9], whole[:12], b"plain text\n", whole[:15] + b"\0\0\0" + whole[18:]):
+        with pytest.raises(DataError, match="is a damaged gzip file, or none"):
+            _read(path, raw)
+    assert _read(path, b"") == []
+
+
+def test_a_gzip_bomb_is_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "_BOMB", 1 << 20)
+    line = b'{"a": "' + b"x" * 1000 + b'"}\n'
+    with pytest.raises(DataError, match="too large to be a row, or to be a dataset"):
+        _read(tmp_path / "rows.jsonl.gz", gzip.compress(line * 5000))
+    monkeypatch.setattr(rows, "_LONGEST", 500)
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: too large"):
+        _read(tmp_path / "rows.jsonl", line)
+
+
+def test_a_folder_and_a_glob_are_all_their_files(tmp_path):
+    folder = tmp_path / "d\N{LATIN SMALL LETTER A WITH DIAERESIS} ta[1]"
+    folder.mkdir()
+    for name, text in (("b.jsonl", '{"a": 2}'), ("a.ndjson", '{"a": 1}'), (".hidden.jsonl", "x"), ("README.md", "x")):
+        (folder / name).write_text(text)
+    (folder / "sub.jsonl").mkdir()
+    names = [("a.ndjson:1", {"a": 1}), ("b.jsonl:1", {"a": 2})]
+
+    def read(source):
+        return [(record.where.rpartition("/")[2], record.value) for record in records(resolve(source))]
+
+    assert read(str(folder)) == names
+    assert read(str(tmp_path / "d*" / "*.*json*")) == names
+    assert read(str(folder / "b.jsonl")) == names[1:]
+    with pytest.raises(DataError, match=r"README\.md: unknown kind of file"):
+        resolve(str(tmp_path / "d*" / "*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "said", "remedy"),
+    [
+        (
+            "a.csv",
+            "prompt;completion\nä;b\nö;„c“\n".encode("cp1252"),
+            "a.csv:2: not UTF-8; it looks like cp1252 (Windows)",
+            "CSV UTF-8",
+        ),
+        (
+            "a.jsonl",
+            '{"a": "ä"}\n{"a": "ö"}\n'.encode("latin-1"),
+            "a.jsonl:1: not UTF-8; it looks like cp1252 (Windows)",
+            "as UTF-8",
+        ),
+        ("a.jsonl", b'{"a": "\x81"}\n{"a": "\x8d"}\n', "a.jsonl:1: not UTF-8", "as UTF-8"),
+        ("a.csv", "prompt,completion\na,b\n".encode("utf-16-le"), "a.csv looks like UTF-16 text", "as UTF-8"),
+    ],
+)
+def test_another_encoding_is_one_line(tmp_path, name, raw, said, remedy):
+    with pytest.raises(DataError) as caught:
+        _read(tmp_path / name, raw)
+    assert caught.value.message == f"{tmp_path}/{said}"
+    assert remedy in caught.value.remedy
+
+
+def test_a_single_word_may_be_a_configuration(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def load(name, config=None, *, revision, split):
+        if config is None:
+            raise ValueError("Config name is missing. Please pick one among the available configs: ['easy', 'hard']")
+        return [{"config": config, "split": split}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name, revision: ["easy", "hard"])
+    assert [one.value for one in records(resolve("hub:a/b:easy"))] == [{"config": "easy", "split": "train"}]
+    assert [one.value for one in records(resolve("hub:a/b:hard:test"))] == [{"config": "hard", "split": "test"}]
+    with pytest.raises(DataError) as caught:
+        list(records(resolve("hub:a/b")))
+    assert caught.value.message == "hub:a/b has several configurations: easy, hard"

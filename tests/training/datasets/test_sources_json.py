@@ -1,7 +1,9 @@
 import json
+import math
 
 import pytest
 
+from pipeline.errors import DataError
 from training.datasets.sources import records, resolve
 
 
@@ -37,20 +39,50 @@ def test_jsonl_lines_end_at_newlines_only(jsonl):
     [
         ('{"a": 1, "a": 2}', "key 'a' appears twice in one object"),
         ('{"a": {"b": 1, "b": 2}}', "key 'b' appears twice in one object"),
-        ('{"a": NaN}', "NaN is not a JSON number"),
-        ('{"a": -Infinity}', "-Infinity is not a JSON number"),
-        ('{"a": 1e999}', "1e999 is not a JSON number"),
         ("5", "a row must be a JSON object, this is int"),
         ("null", "a row must be a JSON object, this is NoneType"),
         ('{"a": 1} {"a": 2}', "not valid JSON (Extra data, column 10)"),
         ('{"a": ' + "[" * 200_000, "not valid JSON (nested too deeply)"),
-        ("{", "not valid JSON (Expecting property name enclosed in double quotes, column 2); "
-              "each row takes one line, or the whole file is one array"),
+        ("{", "not valid JSON (Expecting property name enclosed in double quotes, column 2)"),
     ],
     ids=lambda value: value[:20],
 )  # fmt: skip
 def test_strict_json(jsonl, line, problem):
     assert jsonl(line) == [("1", problem)]
+
+
+@pytest.mark.parametrize("text", ["NaN", "-Infinity", "1e999"])
+def test_numbers_that_are_none_are_left_to_whoever_uses_them(jsonl, text):
+    [(where, value)] = jsonl(f'{{"a": {text}}}')
+    assert (where, math.isfinite(value["a"])) == ("1", False)
+
+
+def test_the_one_list_in_an_object_is_the_rows(array):
+    rows = [("3", {"a": 1}), ("4", {"a": 2})]
+    assert array('{"version": "1.0", "data": [\n\n{"a": 1},\n{"a": 2}], "more": {"x": [1]}}') == rows
+    assert array('{\n"data": [\n{"a": 1},\n{"a": 2}]}') == rows
+    assert array('{"rows": [{"a": 1}, {"a": 2}]}\n') == [("1", {"a": 1}), ("1", {"a": 2})]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"train": [{"a": 1}],\n"test": [{"a": 2}]}', ":1: holds several lists (train, test)"),
+        ('{\n"messages": [{"role": "user"}]\n}', ":1: is one object over several lines"),
+        ('{\n"a": 1\n}\n{\n"a": 2\n}\n', " is neither JSON Lines nor one JSON value"),
+        ("no\njson\nat all\n", " is neither JSON Lines nor one JSON value"),
+    ],
+)
+def test_a_file_that_is_wrong_as_a_whole_has_one_line(array, text, said):
+    with pytest.raises(DataError) as caught:
+        array(text)
+    assert caught.value.message.endswith(said)
+
+
+def test_a_bad_first_line_does_not_hide_the_others(jsonl):
+    found = jsonl('{"a": \n{"a": 2}\n\n{"a": 3}')
+    assert [where for where, _ in found] == ["1", "2", "4"]
+    assert [value for _, value in found[1:]] == [{"a": 2}, {"a": 3}]
 
 
 def test_array_elements_have_their_lines(array):
@@ -112,8 +144,8 @@ def test_a_broken_array_is_read_up_to_there(array, text, where, reason):
 
 
 def test_an_array_goes_on_after_an_element_that_is_not_strict(array):
-    assert array('[{"a": NaN},\n{"b": 1, "b": 2},\n7,\n{"a": 1}]') == [
-        ("1", "NaN is not a JSON number"),
+    assert array('[{"a": 0},\n{"b": 1, "b": 2},\n7,\n{"a": 1}]') == [
+        ("1", {"a": 0}),
         ("2", "key 'b' appears twice in one object"),
         ("3", "a row must be a JSON object, this is int"),
         ("4", {"a": 1}),
