@@ -79,9 +79,10 @@ def check_turns(run: RunFolder, rows: Sequence[HeldOut]) -> Check:
     end = turn_end(template, special_ids(run.merged))
     wrong = []
     for number, row in enumerate(rows, 1):
-        asked = template.render(row.messages, tools=row.tools, add_generation_prompt=True)
-        answer = [*row.messages, {"role": "assistant", "content": row.expected}]
-        whole = template.render(answer, tools=row.tools)
+        tools, documents = row.tools, row.documents
+        asked = template.render(row.messages, tools=tools, documents=documents, add_generation_prompt=True)
+        last = row.last or {"role": "assistant", "content": row.expected}
+        whole = template.render([*row.messages, last], tools=tools, documents=documents)
         tail = whole.removeprefix(asked) if whole.startswith(asked) else whole[whole.rfind(row.expected) :]
         count = tokenizer.encode(tail).count(end.id)
         wrong += [f"row {number} has {count}"] if count != 1 else []

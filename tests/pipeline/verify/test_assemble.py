@@ -5,6 +5,7 @@ import pytest
 from pipeline.net.chat import Streamed
 from pipeline.verify import assemble
 from pipeline.verify.prober import difference
+from pipeline.verify.score import Answer, HeldOut
 
 
 @pytest.mark.parametrize(
@@ -37,9 +38,10 @@ def test_difference_shows_both_sides_at_the_first_difference() -> None:
 
 def test_streaming_in_one_piece_is_not_streaming() -> None:
     whole = "a text of more than twenty characters"
-    assert assemble.streamed("x", [Streamed(whole, 0.1, 0.2, 9)], [whole]).status == "passed"
-    assert assemble.streamed("x", [Streamed(whole, 0.1, 0.2, 1)], [whole]).status == "failed"
-    assert assemble.streamed("x", [], []).status == "failed"
+    said = [(HeldOut((), whole), Answer(whole, "stop"))]
+    assert assemble.streamed("x", [Streamed(whole, 0.1, 0.2, 9)], said).status == "passed"
+    assert assemble.streamed("x", [Streamed(whole, 0.1, 0.2, 1)], said).status == "failed"
+    assert assemble.streamed("x", [], []).status == "skipped"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from pipeline.prompts.parity import Reference, compare
 from pipeline.serve.start import Endpoint
 from pipeline.verify.prober import Prober
 from pipeline.verify.probes import injection, structured_output, tool_call
-from pipeline.verify.score import HeldOut, Yardstick
+from pipeline.verify.material import Yardstick
+from pipeline.verify.score import HeldOut
 from pipeline.verify.sources import EngineRenderer
 
 pytestmark = [pytest.mark.slow, pytest.mark.ollama]

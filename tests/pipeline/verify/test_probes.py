@@ -11,7 +11,7 @@ from pipeline.report.check import Check
 from pipeline.serve.start import Endpoint
 from pipeline.verify.prober import Prober
 from pipeline.verify.probes import ATTACK, injection
-from pipeline.verify.score import Yardstick
+from pipeline.verify.material import Yardstick
 
 
 @pytest.fixture

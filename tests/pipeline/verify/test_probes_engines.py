@@ -12,7 +12,8 @@ from pipeline.report.check import Check
 from pipeline.serve.start import Endpoint
 from pipeline.verify.prober import Prober
 from pipeline.verify.probes import injection, structured_output, tool_call
-from pipeline.verify.score import HeldOut, Yardstick
+from pipeline.verify.material import Yardstick
+from pipeline.verify.score import HeldOut
 
 pytestmark = pytest.mark.slow
 

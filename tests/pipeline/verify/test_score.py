@@ -29,13 +29,13 @@ def _row(expected: str = WANT) -> HeldOut:
     ],
 )
 def test_exact_needs_json_with_the_three_key_fields(text: str, exact: bool) -> None:
-    assert is_exact(WANT, text, fields_of([WANT])) is exact
+    assert is_exact(_row(), Answer(text, "stop"), fields_of([_row()])) is exact
 
 
 def test_score_counts_each_field() -> None:
     answers = [Answer(WANT, "stop"), Answer(WANT.replace("high", "low"), "stop"), Answer("no", "length"), Answer(WANT, "stop")]
     assert score([_row()] * 4, answers) == {
-        "n": 4, "json_valid": 0.75, "severity": 0.5, "technique": 0.75, "verdict": 0.75, "action": 0.75, "exact": 0.5, "finish_stop": 0.75,
+        "n": 4, "json_valid": 0.75, "severity": 0.5, "technique": 0.75, "verdict": 0.75, "action": 0.75, "calls": None, "exact": 0.5, "finish_stop": 0.75,
     }  # fmt: skip
 
 
@@ -61,5 +61,5 @@ def test_a_broken_held_out_row_is_named(tmp_path: Path) -> None:
 
 
 def test_free_text_may_be_longer_than_its_author_was_and_json_not() -> None:
-    assert answer_budget(['{"a":1}', '{"a":2}'], [20, 30]) == 42
-    assert [answer_budget(["Yes, it is."], [longest]) for longest in (4, 90, 400)] == [72, 244, 412]
+    assert answer_budget([_row('{"a":1}'), _row('{"a":2}')], [20, 30]) == 42
+    assert [answer_budget([_row("Yes, it is.")], [longest]) for longest in (4, 90, 400)] == [72, 244, 412]

@@ -59,21 +59,21 @@ def test_answers_that_are_no_json_have_no_classes() -> None:
 
 
 def test_canaries_tell_base_and_tuned_apart() -> None:
-    assert canaries(WRONG, RIGHT) == list(range(40))
-    assert check_canaries(RIGHT, RIGHT).status == "failed"
-    assert check_served_canaries("vllm", [0, 1], WRONG, RIGHT, RIGHT).status == "passed"
-    as_base = check_served_canaries("vllm", [0, 1], WRONG, RIGHT, WRONG)
+    assert canaries(ROWS, WRONG, RIGHT) == list(range(40))
+    assert check_canaries(ROWS, RIGHT, RIGHT).status == "failed"
+    assert check_served_canaries("vllm", ROWS, WRONG, RIGHT, RIGHT).status == "passed"
+    as_base = check_served_canaries("vllm", ROWS, WRONG, RIGHT, [*WRONG[:2], *[None] * 38])
     assert (as_base.status, as_base.figure) == (
         "failed",
         "of 2 canary prompts 0 answered as the tuned model in process, 2 as the base",
     )
-    assert check_served_canaries("vllm", [0, 1], WRONG, RIGHT, [None] * 40).status == "skipped"
+    assert check_served_canaries("vllm", ROWS, WRONG, RIGHT, [None] * 40).status == "skipped"
 
 
 def test_one_near_tie_that_answers_as_the_base_is_no_break_and_a_server_of_the_base_is() -> None:
     def status(like_base: int, asked: int) -> str:
-        served = [*WRONG[:like_base], *RIGHT[like_base:]]
-        return check_served_canaries("vllm", range(asked), WRONG, RIGHT, served).status
+        served = [*WRONG[:like_base], *RIGHT[like_base:asked], *[None] * (40 - asked)]
+        return check_served_canaries("vllm", ROWS, WRONG, RIGHT, served).status
 
     assert [status(n, 40) for n in (0, 1, 2, 40)] == ["passed", "passed", "failed", "failed"]
     assert status(1, 1) == "failed"
