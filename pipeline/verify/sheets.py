@@ -41,7 +41,7 @@ def _expected(row: HeldOut) -> Answer:
 
 
 def told(row: HeldOut, answer: Answer) -> str:
-    """An answer's text; where it calls, thinks or should, a JSON object whose fields are thought, answer and each call.
+    """An answer's text; where it calls, thinks or should, a JSON object: thought, answer (or its own fields), and each call.
 
     Calls are in one order and spacing, so that answers that say the same look the same.
     """
@@ -51,7 +51,7 @@ def told(row: HeldOut, answer: Answer) -> str:
         return text
     fields: dict[str, Any] = {THOUGHT: thought} if thought else {}
     if text.strip():
-        fields["answer"] = parse(text) or text.strip()
+        fields |= parse(text) or {"answer": text.strip()}
     for number, (name, arguments) in enumerate(json.loads(key) for key in sorted(map(call_key, calls))):
         fields[f"call {number + 1}"] = f"{name} {json.dumps(arguments, ensure_ascii=False)}"
     return json.dumps(fields, ensure_ascii=False) if fields else text

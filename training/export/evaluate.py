@@ -114,13 +114,11 @@ def _answer(ids: list[int], tokenizer: Any, marks: Sequence[str]) -> Answer:
     """Text up to the end token, without special tokens, except those in ``marks``."""
     ended = tokenizer.eos_token_id in ids
     kept = ids[: ids.index(tokenizer.eos_token_id)] if ended else ids
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special and token.content in marks}
-    if special & set(kept):
-        skipped = set(tokenizer.all_special_ids) - special
-        text = tokenizer.decode([number for number in kept if number not in skipped], skip_special_tokens=False)
-    else:
-        text = tokenizer.decode(kept, skip_special_tokens=True)
-    return Answer(text, "stop" if ended else "length")
+    special = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if any(special.get(number) in marks for number in kept):
+        kept = [number for number in kept if number not in special or special[number] in marks]
+        return Answer(tokenizer.decode(kept, skip_special_tokens=False), "stop" if ended else "length")
+    return Answer(tokenizer.decode(kept, skip_special_tokens=True), "stop" if ended else "length")
 
 
 def _written(answer: Answer) -> dict[str, Any]:

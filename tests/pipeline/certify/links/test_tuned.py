@@ -91,3 +91,20 @@ def test_free_text_that_nobody_says_word_for_word_has_no_score() -> None:
     rows = [HeldOut(({"role": "user", "content": "q"},), "Reset the password.")] * 3
     scores = check_scores(rows, [Answer("I cannot.", "stop")] * 3, [Answer("Please reset it.", "stop")] * 3)[0]
     assert (scores.status, scores.figure.partition(":")[0]) == ("skipped", "no score for free text")
+
+
+def test_calls_are_scored_beside_fields() -> None:
+    look = ({"name": "look", "arguments": {}},)
+    calls = [HeldOut(({"role": "user", "content": "q"},), "", tools=({"function": {"name": "look"}},), calls=look)] * 10
+    rows, called = [*ROWS, *calls], [Answer('<tool_call>{"name": "look", "arguments": {}}</tool_call>', "stop")] * 10
+    base, after = [*WRONG, *WRONG[:10]], [*RIGHT, *called]
+    scores, classes = check_scores(rows, base, after)
+    assert (scores.status, classes.status) == ("passed", "passed")
+    assert scores.data["fields"]["calls"]["after"] == [1.0, 1.0, 1.0] and scores.data["fields"]["exact"]["after"][0] == 1.0
+    assert sum(entry["n"] for entry in classes.data["classes"]) == len(ROWS)
+    # alone, and right neither before nor after: a score all the same
+    assert check_scores(calls, WRONG[:10], WRONG[:10])[0].figure.startswith("exact 0.0%")
+    served = [*[None] * 40, *[Answer("", "stop", look)] * 10]
+    assert check_served_canaries("vllm", rows, base, after, served).figure.startswith(
+        "of 10 canary prompts 10 answered as the tuned"
+    )
