@@ -25,10 +25,11 @@ _Object = Mapping[str, Any]
 
 
 class Said(NamedTuple):
-    """What an answer says after its thought: the text, and the calls as ``{"name", "arguments"}``."""
+    """What an answer says after its thought (None: it has none): the text, and the calls as ``{"name", "arguments"}``."""
 
     text: str
     calls: list[dict[str, Any]]
+    thought: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,14 @@ def _opened(text: str) -> str:
 
 def said(row: HeldOut, answer: Answer) -> Said:
     """What an answer to a row says, told apart by the API or read off its text; a row without any of that: its whole text."""
-    thought = "" if answer.thought is None else f"{OPEN}{answer.thought}{CLOSE}"
-    text = thought + answer.text
-    if row.thinks:
-        text = read_thought(_opened(text)).answer
+    thought, text = None, answer.text
+    if answer.thought is not None:
+        text = f"{OPEN}{answer.thought}{CLOSE}{text}"
+    if row.thinks or row.marks:
+        thought, text = read_thought(_opened(text))
     if answer.calls is not None:
-        return Said(text, list(answer.calls))
-    return Said(*read_calls(text)) if row.marks else Said(text, [])
+        return Said(text, list(answer.calls), thought)
+    return Said(*(read_calls(text) if row.marks else (text, [])), thought)
 
 
 def same(row: HeldOut, one: Answer, other: Answer) -> bool:
@@ -195,7 +197,7 @@ def answer_budget(rows: Sequence[HeldOut], lengths: Sequence[int]) -> int:
 
 def is_exact(row: HeldOut, answer: Answer, fields: Sequence[str]) -> bool:
     """Calls: the expected ones and no others. JSON: all key fields right in a final answer that parses. Else the same text."""
-    text, calls = said(row, answer)
+    text, calls, _ = said(row, answer)
     if row.calls or calls:
         return same_calls(row.calls or (), calls)
     if not fields:
@@ -241,7 +243,7 @@ def score(rows: Sequence[HeldOut], answers: Sequence[Answer]) -> dict[str, Any]:
     called, every = calls_right(rows, answers), [said(row, answer) for row, answer in zip(rows, answers, strict=True)]
     return {
         "n": len(rows),
-        "json_valid": share([bool(calls) or parse(text) is not None for text, calls in every]),
+        "json_valid": share([bool(calls) or parse(text) is not None for text, calls, _ in every]),
         "severity": None,
         "technique": None,
         **{name: share(field_right(name, rows, answers)) for name in fields_of(rows)},

@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.model.thoughts import read_thought
 from pipeline.report.answers import THOUGHT
 from pipeline.report.schema import Example
 from pipeline.verify.material import Material
@@ -37,7 +36,7 @@ def examples(material: Material, answered: Mapping[str, Sequence[Answer]]) -> li
 
 
 def _expected(row: HeldOut) -> Answer:
-    return Answer(row.expected, "stop", row.calls and tuple(row.calls))
+    return Answer(row.answer, "stop", row.calls, said(row, Answer(row.expected, "stop")).thought)
 
 
 def told(row: HeldOut, answer: Answer) -> str:
@@ -45,8 +44,7 @@ def told(row: HeldOut, answer: Answer) -> str:
 
     Calls are in one order and spacing, so that answers that say the same look the same.
     """
-    text, calls = said(row, answer)
-    thought = answer.thought or (read_thought(answer.text).thought if row.thinks else None)
+    text, calls, thought = said(row, answer)
     if not (calls or thought or row.calls or row.thinks):
         return text
     fields: dict[str, Any] = {THOUGHT: thought} if thought else {}

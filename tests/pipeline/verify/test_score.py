@@ -146,8 +146,11 @@ def test_a_thought_is_left_out_wherever_it_comes_from() -> None:
 
 def test_a_thought_before_a_call() -> None:
     row = _calls(text=f"<think>\nLook.\n</think>\n\n{GRANITE4}")
-    assert said(row, Answer(row.expected, "stop")) == ("", [LOOK])
+    assert said(row, Answer(row.expected, "stop")) == ("", [LOOK], "Look.")
     assert is_exact(row, Answer("", "stop", (LOOK,), "Hm."), ())
+    # of a row whose author did not think, too
+    assert same(_calls(), Answer(row.expected, "stop"), Answer("", "stop", (LOOK,), "Hm."))
+    assert is_exact(HeldOut(ASKED, "Ada", TOOLS), Answer("<think>Hm.</think>Ada", "stop"), ())
 
 
 def test_a_set_of_calls_json_answers_and_thoughts() -> None:

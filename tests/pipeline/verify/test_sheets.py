@@ -70,6 +70,7 @@ def test_the_page_escapes_them_and_shows_the_wrong_ones_first() -> None:
     assert len(found) == 9 and found[-1].answers == {"vllm": ""}
     sample = json.loads((Path(__file__).parents[1] / "sample_report.json").read_text())
     page = render(parse(sample | {"examples": [Example(**example.model_dump()).model_dump() for example in found]}))
+    assert found[-1].expected == told(CALLS, Answer(TEXT, "stop"))
     assert "call 1" in page and "look {&#34;depth&#34;: 2, &#34;host&#34;: &#34;&lt;script&gt;&#34;}" in page
     assert "<script" not in page and "<b>web-01" not in page
     assert THOUGHT in page
