@@ -142,7 +142,7 @@ def _front_matter(name: str, manifest: Manifest) -> str:
         fields["license"] = "apache-2.0"
     fields["tags"] = ["granite", "gguf", training.parameters["method"], "granite-pipeline"]
     if evaluated:
-        known = [key for key in ("exact", "json_valid", "finish_stop") if evaluated.get(key) is not None]
+        known = [key for key in ("exact", "calls", "json_valid", "finish_stop") if evaluated.get(key) is not None]
         metrics = [{"type": key, "value": evaluated[key]} for key in known]
         task = {"type": "text-generation"}
         dataset = {"name": f"held-out rows of {name}", "type": "private"}

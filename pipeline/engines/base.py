@@ -20,7 +20,7 @@ from pipeline.net.client import ask
 from pipeline.net.reach import get_json
 from pipeline.planning.overrides import Known
 from pipeline.planning.plan import Plan, Request
-from pipeline.prompts.conversation import Conversation, Prompt
+from pipeline.prompts.conversation import Conversation, Prompt, openai_body
 from pipeline.runs.folder import RunFolder
 
 Body = dict[str, Any]
@@ -214,6 +214,21 @@ class Engine(ABC):
         the engine does not tell its prompts or does not answer.
         """
         raise EngineError(f"{self.title} does not tell the rendered prompt", remedy=OTHERS_TELL)
+
+    def chat_body(self, conversation: Conversation) -> Body:
+        """What a chat request says of a conversation; NotApplicable when the chat API cannot say it."""
+        return openai_body(conversation)
+
+    def completion(self, model: str, prompt: Prompt, most: int, marks: Sequence[str]) -> tuple[str, Body]:
+        """(path, body) of a greedy request for at most ``most`` tokens after a rendered prompt (text and token IDs).
+
+        Of the special tokens that the model writes, those in ``marks`` have to come back as text.
+        """
+        return "/v1/completions", {"model": model, "prompt": list(prompt.ids or ()), "max_tokens": most, "temperature": 0}
+
+    def completed(self, answer: Body) -> Body:
+        """The answer to such a request in the form of OpenAI's completions."""
+        return answer
 
     def schema_requests(self, body: Body, schema: Body) -> list[tuple[str, Body]]:
         """(path, body) of every way this engine has to answer a chat request by a JSON schema; here OpenAI's."""

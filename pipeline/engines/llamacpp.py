@@ -156,6 +156,11 @@ class LlamaCpp(Engine):
         opened = {"role": "assistant", "content": call.opening}
         return body | {"tool_choice": "required", "messages": [*body["messages"], opened]}
 
+    def completion(self, model: str, prompt: Prompt, most: int, marks: Sequence[str]) -> tuple[str, Body]:
+        """It leaves special tokens out of an answer, except those named."""
+        path, body = super().completion(model, prompt, most, marks)
+        return path, body | {"preserved_tokens": list(marks)}
+
     def prompt(self, client: httpx.Client, model: str, conversation: Conversation) -> Prompt:
         """Text and token IDs: ``/apply-template`` renders as chat completions do (a final assistant message is continued),
         ``/tokenize`` then parses special tokens as they do.

@@ -21,13 +21,14 @@ from pipeline.net.reach import get_json
 from pipeline.planning.gguf_fit import SHORT_SPIN, fit_gguf, gguf_plan
 from pipeline.planning.overrides import Overrides
 from pipeline.planning.plan import Plan, Purpose, Request, Setting
-from pipeline.prompts.conversation import Conversation, NotApplicable, Prompt
+from pipeline.prompts.conversation import Conversation, NotApplicable, Prompt, openai_body
 from pipeline.prompts.ollama_view import as_api
 from pipeline.runs.hashes import sha256_file
 
 _PARALLEL: dict[Purpose, int] = {"verify": 4, "serve": 4, "throughput": 8, "latency": 1}
 _ALIASES = {f"--{w}": f"OLLAMA_{w.upper().replace('-', '_')}" for w in ("num-parallel", "keep-alive", "max-loaded-models")}
 _PARAMETERS = {"--num-ctx": "num_ctx", "--num-gpu": "num_gpu"}
+_NO_DOCUMENTS = "Ollama's API has no documents"
 _INSTALL = "curl -fsSL https://ollama.com/install.sh | sh (macOS: brew install ollama), or set OLLAMA_BASE_URL to a running one"
 
 
@@ -169,10 +170,26 @@ class Ollama(Engine):
         """Ollama ignores ``tool_choice``: None."""
         return None
 
+    def chat_body(self, conversation: Conversation) -> Body:
+        """As OpenAI's, without documents."""
+        if conversation.documents:
+            raise NotApplicable(_NO_DOCUMENTS)
+        return openai_body(conversation)
+
+    def completion(self, model: str, prompt: Prompt, most: int, marks: Sequence[str]) -> tuple[str, Body]:
+        """``/api/generate`` with ``raw``: its other paths put the prompt into the template once more."""
+        options = {"temperature": 0, "num_predict": most}
+        return "/api/generate", {"model": model, "prompt": prompt.text, "raw": True, "stream": False, "options": options}
+
+    def completed(self, answer: Body) -> Body:
+        """From its own names."""
+        ended, tokens = answer.get("done_reason"), answer.get("eval_count")
+        return {"choices": [{"text": answer["response"], "finish_reason": ended}], "usage": {"completion_tokens": tokens}}
+
     def prompt(self, client: httpx.Client, model: str, conversation: Conversation) -> Prompt:
         """The rendered prompt as text, from ``_debug_render_only`` (the model is loaded first); Ollama tells no token IDs."""
         if conversation.documents:
-            raise NotApplicable("Ollama's API has no documents")
+            raise NotApplicable(_NO_DOCUMENTS)
         seen = as_api(conversation)
         body: dict[str, Any] = {"model": model, "messages": list(seen.messages), "stream": False, "_debug_render_only": True}
         answer = ask(client, "/api/chat", body | ({"tools": list(seen.tools)} if seen.tools else {}))

@@ -1,8 +1,10 @@
 """Any OpenAI-compatible URL: nothing is launched; the server belongs to someone else (TGI, a hosted vLLM, a vendor)."""
 
+from collections.abc import Sequence
+
 import httpx
 
-from pipeline.engines.base import OTHERS_TELL, Engine
+from pipeline.engines.base import OTHERS_TELL, Body, Engine
 from pipeline.errors import EngineError, InputError
 from pipeline.planning.plan import Plan, Request
 from pipeline.prompts.conversation import Conversation, Prompt
@@ -33,6 +35,11 @@ class OpenAiCompatible(Engine):
             max_model_len=model.shape.max_positions,
             warnings=("nothing is launched: the flags of this server are its owner's",),
         )
+
+    def completion(self, model: str, prompt: Prompt, most: int, marks: Sequence[str]) -> tuple[str, Body]:
+        """As text: not every server takes token IDs."""
+        path, body = super().completion(model, prompt, most, marks)
+        return path, body | {"prompt": prompt.text}
 
     def prompt(self, client: httpx.Client, model: str, conversation: Conversation) -> Prompt:
         """Always raises EngineError: the OpenAI API has no way to ask for the rendered prompt."""

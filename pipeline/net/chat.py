@@ -17,37 +17,56 @@ _Object = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer to a chat: its text, why it ended, and how many tokens it has (None where the server does not say)."""
+    """One answer to a chat: its text, why it ended, and how many tokens it has (None where the server does not say).
+
+    ``calls`` are the functions of its ``tool_calls``, arguments as JSON text; ``thought`` is what the server told apart as
+    reasoning (None: nothing).
+    """
 
     text: str
     finish_reason: str
     tokens: int | None = None
+    calls: tuple[_Object, ...] = ()
+    thought: str | None = None
 
     @classmethod
     def of(cls, said: Mapping[str, Any], who: str = "POST") -> "Reply":
         """Read a chat answer; EngineError with the answer when it is none."""
         try:
             choice, usage = said["choices"][0], said.get("usage") or {}
-            text, ended = str(choice["message"]["content"] or ""), str(choice.get("finish_reason"))
-            return cls(text, ended, usage.get("completion_tokens"))
-        except (LookupError, TypeError, AttributeError) as error:
+            message, ended = choice["message"], str(choice.get("finish_reason"))
+            calls = tuple(dict(call["function"]) for call in message.get("tool_calls") or ())
+            # an answer that is only a call may come without content
+            text = message.get("content") if calls else message["content"]
+            return cls(str(text or ""), ended, usage.get("completion_tokens"), calls, _thought(message))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise EngineError(f"{who} {PATH}: no chat answer ({error!r})", evidence=str(said)[:1000]) from None
+
+    @classmethod
+    def of_prompt(cls, said: Mapping[str, Any], who: str = "POST") -> "Reply":
+        """Read the answer to a rendered prompt, in the form of OpenAI's completions; EngineError with the answer when it is none."""
+        try:
+            choice, usage = said["choices"][0], said.get("usage") or {}
+            return cls(str(choice["text"] or ""), str(choice.get("finish_reason")), usage.get("completion_tokens"))
+        except (LookupError, TypeError, AttributeError) as error:
+            raise EngineError(f"{who}: no answer to a prompt ({error!r})", evidence=str(said)[:1000]) from None
 
 
 @dataclass(frozen=True)
 class Streamed:
-    """One streamed answer: text, seconds to the first token, seconds in all, chunks that carried text."""
+    """One streamed answer: text, seconds to the first token, seconds in all, chunks that carried anything; see :class:`Reply`."""
 
     text: str
     first_token: float
     seconds: float
     chunks: int
+    calls: tuple[_Object, ...] = ()
+    thought: str | None = None
 
 
-def greedy(model: str, messages: Sequence[_Object], max_tokens: int, tools: Sequence[_Object] = ()) -> dict[str, Any]:
+def greedy(model: str, messages: Sequence[_Object], max_tokens: int) -> dict[str, Any]:
     """The body of a greedy chat request."""
-    body: dict[str, Any] = {"model": model, "messages": list(messages), "max_tokens": max_tokens, "temperature": 0}
-    return {**body, "tools": list(tools)} if tools else body
+    return {"model": model, "messages": list(messages), "max_tokens": max_tokens, "temperature": 0}
 
 
 def hello(model: str) -> dict[str, Any]:
@@ -67,7 +86,7 @@ async def chat_async(client: httpx.AsyncClient, body: Mapping[str, Any], who: st
 
 async def stream(client: httpx.AsyncClient, body: Mapping[str, Any], who: str = "POST") -> Streamed:
     """As :func:`chat`, streamed; EngineError when the stream ends without its end mark."""
-    begun, first, pieces, done = time.perf_counter(), 0.0, [], False
+    begun, first, deltas, done = time.perf_counter(), 0.0, list[_Object](), False
     with product_errors(f"{who} {client.base_url.join(PATH)}"):
         async with client.stream("POST", PATH, json={**body, "stream": True}) as answer:
             if answer.is_error:
@@ -77,14 +96,42 @@ async def stream(client: httpx.AsyncClient, body: Mapping[str, Any], who: str = 
                 if line == "data: [DONE]":
                     done = True
                 elif line.startswith("data: "):
-                    text = _delta(line.removeprefix("data: "))
-                    first = first or (time.perf_counter() - begun if text else 0.0)
-                    pieces += [text] if text else []
+                    delta = _delta(line.removeprefix("data: "))
+                    said = bool(delta.get("content") or delta.get("tool_calls") or _thought(delta))
+                    first = first or (time.perf_counter() - begun if said else 0.0)
+                    deltas += [delta] if said else []
     if not done:
         raise EngineError(f"{who} the stream broke off without [DONE]")
-    return Streamed("".join(pieces), first, time.perf_counter() - begun, len(pieces))
+    seconds = time.perf_counter() - begun
+    try:
+        text, thought = ("".join(filter(None, map(part, deltas))) for part in (_content, _thought))
+        return Streamed(text, first, seconds, len(deltas), _joined(deltas), thought or None)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise EngineError(f"{who} {PATH}: no streamed chat answer ({error!r})", evidence=str(deltas)[:1000]) from None
 
 
-def _delta(data: str) -> str:
+def _delta(data: str) -> _Object:
     choices = json.loads(data).get("choices") or [{}]
-    return str(choices[0].get("delta", {}).get("content") or "")
+    delta: _Object = choices[0].get("delta") or {}
+    return delta
+
+
+def _content(message: _Object) -> str:
+    return str(message.get("content") or "")
+
+
+def _thought(message: _Object) -> str | None:
+    """What a server told apart as reasoning: llama.cpp and SGLang name it so, vLLM and Ollama otherwise."""
+    found = message.get("reasoning_content") or message.get("reasoning")
+    return str(found) if found else None
+
+
+def _joined(deltas: Sequence[_Object]) -> tuple[_Object, ...]:
+    """Tool calls out of their pieces: the name comes whole, the arguments piece by piece."""
+    made: dict[int, dict[str, str]] = {}
+    for piece in (piece for delta in deltas for piece in delta.get("tool_calls") or ()):
+        call = made.setdefault(int(piece.get("index") or 0), {"name": "", "arguments": ""})
+        function = piece.get("function") or {}
+        for key in call:
+            call[key] += str(function.get(key) or "")
+    return tuple(made[index] for index in sorted(made))

@@ -98,10 +98,12 @@ def openai_body(conversation: Conversation) -> dict[str, Any]:
 
 
 def _openai_message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """OpenAI's form: call arguments are a JSON string."""
+    """OpenAI's form: call arguments are a JSON string, and every call has the type and the ID that servers insist on."""
     made = []
-    for call in message.get("tool_calls") or ():
-        arguments = call["function"]["arguments"]
+    for number, call in enumerate(message.get("tool_calls") or ()):
+        function = call.get("function", call)
+        arguments = function.get("arguments") or {}
         text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        made.append({**call, "function": {**call["function"], "arguments": text}})
+        named = {"type": "function", "id": f"call_{number}"} | {key: call[key] for key in ("type", "id") if call.get(key)}
+        made.append({**named, "function": {"name": function["name"], "arguments": text}})
     return {**message, "tool_calls": made} if made else dict(message)

@@ -10,6 +10,8 @@ from pipeline.runs.text import visible
 
 Kind = Literal["same", "differs", "missing", "extra"]
 
+# the field of an answer that holds its thought: shown, and not compared, since no one thought is the right one
+THOUGHT = "thought (not scored)"
 _MAX_WORDS = 400  # SequenceMatcher is quadratic; a longer answer is shown without marks
 _MIN_RATIO = 0.3  # below this nearly every word would be marked, which tells nothing
 _WORD = re.compile(r"\s+|\w+|[^\w\s]")
@@ -83,7 +85,9 @@ def _value(value: Any) -> str:
 def _compare_fields(want: dict[str, Any], got: dict[str, Any]) -> Comparison:
     lines = []
     for name in [*want, *(key for key in got if key not in want)]:
-        if name not in got:
+        if name == THOUGHT:
+            spans = (Span(_value(got.get(name, ""))),)
+        elif name not in got:
             spans = (Span("(missing)", "missing"),)
         elif name not in want:
             spans = (Span(_value(got[name]), "extra"),)

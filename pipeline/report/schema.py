@@ -30,6 +30,7 @@ class Scores(_Open):
     severity: Share | None
     technique: Share | None
     exact: Share
+    calls: Share | None = None
 
     @property
     def shares(self) -> dict[str, float]:
@@ -38,6 +39,7 @@ class Scores(_Open):
             "json_valid": self.json_valid,
             "severity": self.severity,
             "technique": self.technique,
+            "calls": self.calls,
             **(self.model_extra or {}),
         }
         found = {name: float(value) for name, value in every.items() if _is_share(value)}

@@ -19,9 +19,11 @@ from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest, TrainingRecord
 from pipeline.verify.evidence import Evidence
 from pipeline.verify.files import run_checks
-from pipeline.verify.score import Answer, Material, score
+from pipeline.verify.material import Material
+from pipeline.verify.prober import as_answer
+from pipeline.verify.score import Answer, HeldOut, same, score
+from pipeline.verify.sheets import examples, told
 
-_EXAMPLES = 12
 # an embedded-base run on the built-in data is expected to learn the task; a user's own run decides for itself
 DEMO_MIN_EXACT = 0.8
 # served answers may differ from the reference by rounding (Q8_0, another kernel); this much of ``exact`` is allowed
@@ -71,18 +73,19 @@ def judged(evidence: Evidence, material: Material) -> Outcome:
     """A backend that answered: how its evidence compares with the in-process reference."""
     name, answers, seen, parity = evidence.engine, evidence.answers, evidence.features, evidence.parity
     assert seen and parity
+    again = seen.streamed or range(len(seen.streams))
     scores, reference, count = score(material.rows, answers), material.tuned_score, len(material.rows)
     found = (
         listed(name, evidence.model, seen.listed),
-        chat(name, seen.first.text, material.tuned[0].text),
+        chat(name, told(material.rows[0], seen.first), told(material.rows[0], material.tuned[0])),
         parity,
         *seen.probed,
-        streamed(name, seen.streams, [answer.text for answer in answers[: len(seen.streams)]]),
+        streamed(name, seen.streams, [(material.rows[i], answers[i]) for i in again]),
         exact(name, scores["exact"], reference["exact"], count),
         finish(name, scores["finish_stop"], reference["finish_stop"], count),
     )
     failed = [check for check in found if check.status == "failed"]
-    same = sum(answer.text.strip() == tuned.text.strip() for answer, tuned in zip(answers, material.tuned, strict=True))
+    alike = sum(map(same, material.rows, answers, material.tuned))
     injection, structured, tools = seen.probed
     entry = Backend(
         **evidence.launched,
@@ -91,7 +94,7 @@ def judged(evidence: Evidence, material: Material) -> Outcome:
         status="failed" if failed else "passed",
         reason="; ".join(f"{check.id}: {check.figure}" for check in failed) or None,
         # a prompt passes when the served answer is the one the trained model gives in process
-        prompts=schema.PromptCount(total=count, passed=same),
+        prompts=schema.PromptCount(total=count, passed=alike),
         exact=scores["exact"],
         fields={k: v for k, v in scores.items() if k not in ("n", "exact", "finish_stop") and v is not None},
         prompt_parity=None if parity.status == "skipped" else parity.status == "passed",
@@ -125,12 +128,15 @@ def listed(engine: str, model: str, names: Sequence[str]) -> Check:
     return held(f"{engine}.model_listed", known, f"{model} among {', '.join(names) or 'no models'}")
 
 
-def streamed(engine: str, answers: Sequence[Streamed], whole: Sequence[str]) -> Check:
-    """Streaming delivers in pieces the same text as the unstreamed answer."""
-    same = sum(a.text.strip() == text.strip() for a, text in zip(answers, whole, strict=True))
+def streamed(engine: str, answers: Sequence[Streamed], whole: Sequence[tuple[HeldOut, Answer]]) -> Check:
+    """Streaming delivers in pieces what the unstreamed answer says; ``whole`` are the rows and their unstreamed answers."""
+    if not answers:
+        return skipped(f"{engine}.streaming", "no row is asked as a chat, which could be streamed")
+    pairs = zip(answers, whole, strict=True)
+    alike = sum(same(row, as_answer(a, "", told=other.calls is not None), other) for a, (row, other) in pairs)
     pieces = all(a.chunks > 1 for a in answers if len(a.text) > 20)
-    ok = bool(answers) and pieces and same >= len(answers) - 1  # batches of another size may tip one near-tie
-    return held(f"{engine}.streaming", ok, f"{same} of {len(answers)} streamed answers equal the unstreamed ones")
+    ok = pieces and alike >= len(answers) - 1  # batches of another size may tip one near-tie
+    return held(f"{engine}.streaming", ok, f"{alike} of {len(answers)} streamed answers equal the unstreamed ones")
 
 
 def allowed(tolerance: float, count: int) -> float:
@@ -178,7 +184,7 @@ def assemble(run: RunFolder, material: Material, outcomes: Mapping[str, Outcome]
         ),
         backends=[outcome.entry for outcome in outcomes.values()],
         checks=found,
-        examples=_examples(material, outcomes),
+        examples=examples(material, {name: outcome.answers for name, outcome in outcomes.items() if outcome.answers}),
         manifest={name: {key: stage.raw[key] for key in kept} for name, stage in manifest.stages.items()},
         hardware=hardware.to_json(),
         settings=[schema.EffectiveSetting(**asdict(setting)) for setting in resolved()],
@@ -200,24 +206,3 @@ def _line_checks(training: TrainingRecord, evaluation: Evaluation) -> list[Check
         expected = f"exact {tuned.exact:.3f}, at least {DEMO_MIN_EXACT} expected"
         found.append(held("eval.exact", tuned.exact >= DEMO_MIN_EXACT, expected))
     return found
-
-
-def _examples(material: Material, outcomes: Mapping[str, Outcome]) -> list[schema.Example]:
-    """Some rows with every answer: first those that any backend gets wrong, then the others."""
-    answered = {name: o.answers for name, o in outcomes.items() if o.answers}
-
-    def trouble(i: int) -> int:
-        return -sum(answers[i].text.strip() != material.rows[i].expected.strip() for answers in answered.values())
-
-    wrong_first = sorted(range(len(material.rows)), key=trouble)
-    chosen = sorted({*wrong_first[: _EXAMPLES // 3], *range(_EXAMPLES - _EXAMPLES // 3)} & set(range(len(material.rows))))
-    return [
-        schema.Example(
-            prompt=material.rows[i].prompt,
-            expected=material.rows[i].expected,
-            base=material.base[i].text,
-            tuned=material.tuned[i].text,
-            answers={name: answers[i].text for name, answers in answered.items()},
-        )
-        for i in chosen
-    ]

@@ -34,9 +34,10 @@ from pipeline.runs.text import masked
 from pipeline.serve.artefacts import written_after
 from pipeline.serve.start import Endpoint
 from pipeline.verify.distributions import Reference
-from pipeline.verify.prober import Prober, ask_all, parity
+from pipeline.verify.material import Material
+from pipeline.verify.prober import Prober, ask_all, parity, with_reasons
 from pipeline.verify.probes import injection, structured_output, tool_call
-from pipeline.verify.score import Answer, Material
+from pipeline.verify.score import Answer
 
 _CONCURRENCY = 32
 _STREAMED = 4
@@ -44,12 +45,16 @@ _STREAMED = 4
 
 @dataclass(frozen=True)
 class Features:
-    """What verify asks beside the held-out prompts: listing, a first answer, attacks, schemas, tool calls, streams."""
+    """What verify asks beside the held-out prompts: listing, a first answer, attacks, schemas, tool calls, streams.
+
+    ``streamed`` are the numbers of the rows whose answers were streamed; empty: the first ones.
+    """
 
     listed: tuple[str, ...]
     first: Answer
     probed: tuple[Check, ...]
     streams: tuple[Streamed, ...]
+    streamed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -193,17 +198,27 @@ async def _chats(
         if count % 20 == 0 or count == len(rows):
             progress(f"{endpoint.engine}: {count} of {len(rows)} prompts answered")
 
-    async with Prober(endpoint, material.max_tokens) as prober:
+    async with Prober(endpoint, material.max_tokens, material.yardstick) as prober:
         if more:
             listed, (first, _) = await prober.models(), await prober.chat(rows[0])
             probed = [await injection(prober, material.yardstick), await structured_output(prober, rows[0])]
             probed.append(await tool_call(prober, material.yardstick.template.source))
-            streams = [await prober.stream(row) for row in rows[:_STREAMED]]
-            features = Features(tuple(listed), first, tuple(probed), tuple(streams))
+            streams = await _streams(prober, material, numbers)
+            features = Features(tuple(listed), first, tuple(probed), tuple(streams.values()), tuple(streams))
         same = await parity(prober, rows, [material.prompts[i] for i in numbers]) if rows else None
         planned = int((endpoint.plan or {}).get("max_num_seqs") or _CONCURRENCY)
         answers, speed = await ask_all(prober, rows, max(1, min(_CONCURRENCY, planned)), done)
+        same = same and with_reasons(same, prober)
     return {"answers": tuple(answers), "parity": same, "features": features, "tokens_per_second": speed}
+
+
+async def _streams(prober: Prober, material: Material, numbers: Sequence[int]) -> dict[int, Streamed]:
+    """The first answers, streamed, by the number of their row."""
+    found: dict[int, Streamed] = {}
+    for number in numbers:
+        if len(found) < _STREAMED and (streamed := await prober.stream(material.rows[number])):
+            found[number] = streamed
+    return found
 
 
 def _distributions(client: httpx.Client, endpoint: Endpoint, plan: Plan, reference: Reference) -> dict[str, Any]:
@@ -229,7 +244,9 @@ def _process(endpoint: Endpoint) -> tuple[int, float] | None:
 
 def _asked(material: Material, rows: Sequence[int]) -> str:
     """Hash of the prompts and of how long an answer may be."""
-    return sha256_json([material.max_tokens, [[i, *material.prompts[i]] for i in rows]])
+    # before calls were told apart, such rows were asked without them
+    told = {i: ["calls"] if material.rows[i].marks or material.rows[i].documents else [] for i in rows}
+    return sha256_json([material.max_tokens, [[i, *material.prompts[i], *told[i]] for i in rows]])
 
 
 def _sha256(file: str | None) -> str | None:

@@ -1,55 +1,142 @@
-"""What a run is verified with - held-out rows, their prompts, the answers given in process - and how answers are scored."""
+"""How answers to held-out rows are scored: each row for what its answer is - tool calls, JSON, text, or what follows a thought."""
 
 import json
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from pipeline.errors import InputError, at
-from pipeline.model.tokenizer import Tokenizer
-from pipeline.prompts.chat import ChatTemplate
-from pipeline.prompts.neutralise import control_tokens, neutralise_message
+from pipeline.errors import InputError
+from pipeline.model.thoughts import CLOSE, OPEN, read_thought
+from pipeline.model.toolcalls import MARKS, plain_calls, read_calls
 from pipeline.runs.files import read_utf8
-from pipeline.runs.folder import RunFolder
 
 # ``exact`` means these are all right, in an answer that parses; the recommended action may differ without harm
 KEY_FIELDS = ("severity", "technique", "verdict")
 # room beyond the longest expected answer, in process and served alike, so that a model that does not stop is seen not to
 SPARE_TOKENS = 12
+# tokens up to which free text may be twice as long as its author's; and a thought, which has no one right length
+_FREE_TEXT, _THOUGHT = 256, 1024
+# marks that a model sets around calls; where they are special tokens, they must not be left out of an answer that may have calls
+CALL_MARKS = (*MARKS.values(), "</tool_call>")
 _T = TypeVar("_T")
+_Object = Mapping[str, Any]
+
+
+class Said(NamedTuple):
+    """What an answer says after its thought (None: it has none): the text, and the calls as ``{"name", "arguments"}``."""
+
+    text: str
+    calls: list[dict[str, Any]]
+    thought: str | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said and why it ended (``stop``, ``length``, or the engine's word).
+
+    ``calls`` and ``thought`` are what an API returned beside the text; None: not told apart, they are in the text.
+    """
+
+    text: str
+    finish_reason: str
+    calls: tuple[dict[str, Any], ...] | None = None
+    thought: str | None = None
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One held-out conversation: the messages to send, and the answer its author expected."""
+    """One held-out conversation: what to send, and the text its author expects, without the end token.
+
+    ``calls`` are the expected tool calls as ``{"name", "arguments"}`` (None: none are expected), ``last`` the message that the
+    expected text was rendered from.
+    """
 
     messages: tuple[dict[str, Any], ...]
     expected: str
     tools: tuple[dict[str, Any], ...] | None = None
+    documents: tuple[dict[str, Any], ...] | None = None
+    calls: tuple[dict[str, Any], ...] | None = None
+    last: _Object | None = field(default=None, compare=False)
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """The marks of calls, for a row that an answer with calls may be given to."""
+        return CALL_MARKS if self.tools or self.calls else ()
 
     @property
     def prompt(self) -> str:
         """The last user message, for people to read."""
         return next((str(m["content"]) for m in reversed(self.messages) if m["role"] == "user"), "")
 
+    @cached_property
+    def thinks(self) -> bool:
+        """Whether the expected text begins with a thought, or ends one that the prompt opens."""
+        return CLOSE in self.expected and read_thought(_opened(self.expected)).thought is not None
 
-@dataclass(frozen=True)
-class Answer:
-    """What a model said and why it ended (``stop``, ``length``, or the engine's word)."""
+    @cached_property
+    def answer(self) -> str:
+        """The expected final text: after the thought, before the calls."""
+        return said(self, Answer(self.expected, "stop")).text
 
-    text: str
-    finish_reason: str
+
+def _opened(text: str) -> str:
+    """A thought whose opening mark is in the prompt, with that mark."""
+    return text if OPEN in text or CLOSE not in text else f"{OPEN}{text}"
+
+
+def said(row: HeldOut, answer: Answer) -> Said:
+    """What an answer to a row says, told apart by the API or read off its text; a row without any of that: its whole text."""
+    thought, text = None, answer.text
+    if answer.thought is not None:
+        text = f"{OPEN}{answer.thought}{CLOSE}{text}"
+    if row.thinks or row.marks:
+        thought, text = read_thought(_opened(text))
+    if answer.calls is not None:
+        return Said(text, list(answer.calls), thought)
+    return Said(*(read_calls(text) if row.marks else (text, [])), thought)
+
+
+def same(row: HeldOut, one: Answer, other: Answer) -> bool:
+    """Whether two answers to a row say the same: the final text, and the calls in any order."""
+    ours, theirs = said(row, one), said(row, other)
+    return ours.text.strip() == theirs.text.strip() and same_calls(ours.calls, theirs.calls)
+
+
+def same_calls(ours: Sequence[_Object], theirs: Sequence[_Object]) -> bool:
+    """The same functions with the same arguments; order, of arguments too, and 1 for 1.0 are free."""
+    return sorted(map(call_key, ours)) == sorted(map(call_key, theirs))
+
+
+def call_key(call: _Object) -> str:
+    """A text that two calls have in common exactly when they are the same call."""
+    return json.dumps([call["name"], _whole(call["arguments"])], sort_keys=True, ensure_ascii=False)
+
+
+def _whole(value: Any) -> Any:
+    """JSON with whole numbers as integers: an engine may read every number as a float, or print it as it likes."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, Mapping):
+        return {name: _whole(inner) for name, inner in value.items()}
+    return [_whole(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def read_held_out(path: Path) -> list[HeldOut]:
-    """Read a run's ``heldout.jsonl``; the last assistant message of each line is the expected answer."""
+    """Read a run's ``heldout.jsonl``: the last message of each line is the answer.
+
+    ``expected`` is the text that answer is written as, where that is not its content.
+    """
     if not path.is_file():
         raise InputError(f"{path}: no held-out rows", remedy="run the training stage first: granite-pipeline train")
 
     def row(entry: Any) -> HeldOut:
         *messages, last = entry["messages"]
-        return HeldOut(tuple(messages), str(last.get("content") or ""), entry.get("tools"))
+        expected = str(entry.get("expected") or last.get("content") or "")
+        calls = plain_calls(last.get("tool_calls") or ()) or read_calls(expected)[1]
+        tools, documents = (tuple(entry[key]) if entry.get(key) else None for key in ("tools", "documents"))
+        return HeldOut(tuple(messages), expected, tools, documents, tuple(calls) or None, last)
 
     return _each_line(path, row, "a held-out row", "train again to rewrite it")
 
@@ -87,120 +174,80 @@ def parse(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def fields_of(expected: Sequence[str]) -> tuple[str, ...]:
-    """The fields that all expected answers have, in their order; empty when they are not JSON objects."""
-    objects = [parse(text) for text in expected]
+def fields_of(rows: Sequence[HeldOut]) -> tuple[str, ...]:
+    """The fields that all expected answers without calls have, in their order; empty when they are not JSON objects."""
+    objects = [parse(row.answer) for row in rows if not row.calls]
     if not objects or any(found is None for found in objects):
         return ()
     common = set.intersection(*(set(found or {}) for found in objects))
     return tuple(name for name in objects[0] or {} if name in common)
 
 
-def answer_budget(expected: Sequence[str], lengths: Sequence[int]) -> int:
-    """Tokens an answer may have, in process and served alike; ``lengths`` are the tokens of the expected answers.
+def answer_budget(rows: Sequence[HeldOut], lengths: Sequence[int]) -> int:
+    """Tokens an answer may have, in process and served alike; ``lengths`` are the tokens of the rows' expected texts.
 
-    Free text may be said at greater length than its author did; a JSON object that is longer than all others is wrong anyway.
+    Free text, and more so a thought, may be said at greater length than its author did; a JSON object, or a call, that is
+    longer than all others is wrong anyway.
     """
-    longest = max(lengths)
-    if fields_of(expected):
+    longest, thinks = max(lengths), any(row.thinks for row in rows)
+    if not thinks and (fields_of(rows) or all(row.calls for row in rows)):
         return longest + SPARE_TOKENS
-    return max(longest + SPARE_TOKENS, min(256, 2 * longest + 64))
+    return max(longest + SPARE_TOKENS, min(_THOUGHT if thinks else _FREE_TEXT, 2 * longest + 64))
 
 
-def is_exact(expected: str, text: str, fields: Sequence[str]) -> bool:
-    """All key fields right in an answer that parses; for answers that are not JSON, the same text."""
+def is_exact(row: HeldOut, answer: Answer, fields: Sequence[str]) -> bool:
+    """Calls: the expected ones and no others. JSON: all key fields right in a final answer that parses. Else the same text."""
+    text, calls, _ = said(row, answer)
+    if row.calls or calls:
+        return same_calls(row.calls or (), calls)
     if not fields:
-        return text.strip() == expected.strip()
-    want, got = parse(expected) or {}, parse(text)
+        return text.strip() == row.answer.strip()
+    want, got = parse(row.answer) or {}, parse(text)
     keys = [name for name in KEY_FIELDS if name in fields] or list(fields)
     return got is not None and all(name in got and got[name] == want[name] for name in keys)
 
 
 def field_right(name: str, rows: Sequence[HeldOut], answers: Sequence[Answer]) -> list[bool]:
-    """Row by row, whether one field of the answer is the expected one."""
-    pairs = ((parse(row.expected) or {}, parse(answer.text)) for row, answer in zip(rows, answers, strict=True))
-    return [got is not None and name in got and got[name] == want[name] for want, got in pairs]
+    """Whether one field of the answer is the expected one, for each row that expects no calls."""
+    pairs = [(parse(row.answer) or {}, said(row, a)) for row, a in zip(rows, answers, strict=True) if not row.calls]
+    return [_right(name, want, got.text) and not got.calls for want, got in pairs]
+
+
+def _right(name: str, want: _Object, text: str) -> bool:
+    got = parse(text)
+    return got is not None and name in got and bool(got[name] == want[name])
+
+
+def calls_right(rows: Sequence[HeldOut], answers: Sequence[Answer]) -> list[bool]:
+    """Whether the answer makes the expected calls, for each row that expects any."""
+    pairs = [(row, answer) for row, answer in zip(rows, answers, strict=True) if row.calls]
+    return [is_exact(row, answer, ()) for row, answer in pairs]
+
+
+def exactly(rows: Sequence[HeldOut], answers: Sequence[Answer]) -> list[bool]:
+    """:func:`is_exact` row by row."""
+    fields = fields_of(rows)
+    return [is_exact(row, answer, fields) for row, answer in zip(rows, answers, strict=True)]
 
 
 def score(rows: Sequence[HeldOut], answers: Sequence[Answer]) -> dict[str, Any]:
-    """Shares of rows: JSON valid, each field right, exact, ended by itself; ``n`` is the number of rows.
+    """Shares of rows: JSON valid, each field right, calls right, exact, ended by itself; ``n`` is the number of rows.
 
-    ``severity`` and ``technique`` are None for data whose answers have no such field.
+    Fields are shares of the rows without expected calls, ``calls`` of those with. ``severity``, ``technique`` and ``calls`` are
+    None for data whose answers have none. A call is JSON too.
     """
-    fields = fields_of([row.expected for row in rows])
 
-    def share(right: int) -> float:
-        return round(right / len(rows), 4)
+    def share(right: Sequence[bool]) -> float:
+        return round(sum(right) / len(right), 4)
 
+    called, every = calls_right(rows, answers), [said(row, answer) for row, answer in zip(rows, answers, strict=True)]
     return {
         "n": len(rows),
-        "json_valid": share(sum(parse(answer.text) is not None for answer in answers)),
+        "json_valid": share([bool(calls) or parse(text) is not None for text, calls, _ in every]),
         "severity": None,
         "technique": None,
-        **{name: share(sum(field_right(name, rows, answers))) for name in fields},
-        "exact": share(sum(is_exact(row.expected, a.text, fields) for row, a in zip(rows, answers, strict=True))),
-        "finish_stop": share(sum(answer.finish_reason == "stop" for answer in answers)),
+        **{name: share(field_right(name, rows, answers)) for name in fields_of(rows)},
+        "calls": share(called) if called else None,
+        "exact": share(exactly(rows, answers)),
+        "finish_stop": share([answer.finish_reason == "stop" for answer in answers]),
     }
-
-
-def user_message(text: str) -> dict[str, str]:
-    """One user message."""
-    return {"role": "user", "content": text}
-
-
-@dataclass(frozen=True)
-class Yardstick:
-    """The run's own template, tokenizer and control tokens, to read an engine's prompts with."""
-
-    template: ChatTemplate
-    tokenizer: Tokenizer
-    controls: frozenset[str]
-
-    @classmethod
-    def of_folder(cls, folder: Path) -> "Yardstick":
-        """From a model folder."""
-        return cls(ChatTemplate.from_folder(folder), Tokenizer(folder), control_tokens(folder))
-
-    def count(self, ids: Collection[int]) -> int:
-        """How many of these token IDs are control tokens."""
-        known = {self.tokenizer.id_of(token) for token in self.controls}
-        return sum(token in known for token in ids)
-
-    def ids(self, text: str) -> list[int]:
-        """Token IDs of the prompt that the chat template makes of a user's text."""
-        return self.tokenizer.encode(self.template.render([user_message(text)], add_generation_prompt=True))
-
-
-@dataclass(frozen=True)
-class Material:
-    """What a run is verified with: held-out rows, their prompts as the tokenizer makes them, reference answers."""
-
-    rows: list[HeldOut]
-    prompts: list[tuple[str, list[int]]]
-    base: list[Answer]
-    tuned: list[Answer]
-    tuned_score: dict[str, Any]
-    max_tokens: int
-    yardstick: Yardstick
-
-
-def read_material(run: RunFolder, limit: int | None = None) -> Material:
-    """Held-out rows (the first ``limit``), prompts and reference answers; InputError when a stage is missing."""
-    yardstick = Yardstick.of_folder(run.merged)
-    template, tokenizer, controls = yardstick.template, yardstick.tokenizer, yardstick.controls
-    rows = [
-        HeldOut(tuple(neutralise_message(message, controls) for message in row.messages), row.expected, row.tools)
-        for row in read_held_out(run.heldout)[:limit]
-    ]
-    references = {which: read_reference(run.reference(which))[:limit] for which in ("base", "tuned")}
-    if any(len(answers) != len(rows) for answers in references.values()):
-        remedy = f"granite-pipeline export --run {run.name}"
-        raise InputError("the reference answers do not match the held-out rows", remedy=remedy)
-    texts = []
-    for number, row in enumerate(rows, 1):
-        with at(f"{run.heldout}:{number}"):
-            texts.append(template.render(row.messages, tools=row.tools, add_generation_prompt=True))
-    budget = answer_budget([row.expected for row in rows], [len(tokenizer.encode(row.expected)) for row in rows])
-    prompts = [(text, tokenizer.encode(text)) for text in texts]
-    tuned_score = score(rows, references["tuned"])
-    return Material(rows, prompts, references["base"], references["tuned"], tuned_score, budget, yardstick)

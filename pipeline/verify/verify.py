@@ -17,7 +17,7 @@ from pipeline.runs.stages import Force, Partial, forced, product, run_stage
 from pipeline.serve import backends
 from pipeline.verify.assemble import Outcome, absent, assemble, judged
 from pipeline.verify.evidence import Evidence, Plan, interrogate, launched, restored, stored
-from pipeline.verify.score import Material, read_material
+from pipeline.verify.material import Material, read_material
 
 log = logging.getLogger(__name__)
 BACKENDS = ("vllm", "llamacpp", "ollama")

@@ -21,7 +21,7 @@ from pipeline.serve import backends
 from pipeline.serve.start import Endpoint
 from pipeline.verify.distributions import ROWS, Reference
 from pipeline.verify.evidence import Evidence, Plan, interrogate, read_evidence, stored
-from pipeline.verify.score import Material, read_material
+from pipeline.verify.material import Material, read_material
 from training.certify import probes
 from training.certify.offline import described, offline_findings, read_subject
 
@@ -141,7 +141,7 @@ def _backend(
     write_json(run.certificate / f"evidence-{name}.json", stored({name: said})[name])
     before = f", with what verify asked {said.reused}" if said.reused else ""
     log.info("certify: %s answered in %.0f s%s", name, said.seconds, before)
-    return [*judge(said, subject, asked.reference, material.base, material.tuned), *own]
+    return [*judge(said, subject, asked.reference, material), *own]
 
 
 def _own(endpoint: Endpoint, run: RunFolder, scope: Scope) -> list[Check]:

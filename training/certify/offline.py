@@ -125,7 +125,7 @@ def _answers(subject: Subject) -> list[Check]:
     if not len(rows) == len(base) == len(after):
         return [Check("tuned.scores", "failed", f"{len(base)} and {len(after)} reference answers to {len(rows)} held-out rows")]
     return [
-        tuned.check_canaries(base, after),
+        tuned.check_canaries(rows, base, after),
         *tuned.check_scores(rows, base, after),
         *guarded("stops.turns", lambda: [stops.check_turns(run, rows)]),
         stops.check_answers("in_process", stops.share_stopped(after), len(after), cut_short=subject.training.cut_short),

@@ -15,7 +15,6 @@ from pipeline.engines.base import ASKED
 from pipeline.errors import at
 from pipeline.model.tokenizer import Tokenizer
 from pipeline.prompts.chat import ChatTemplate
-from pipeline.prompts.neutralise import control_tokens, neutralise_message
 from pipeline.prompts.stops import special_ids, turn_end
 from pipeline.runs.files import read_json, write_json
 from pipeline.runs.folder import RunFolder
@@ -23,6 +22,7 @@ from pipeline.runs.hashes import sha256_file
 from pipeline.runs.manifest import Manifest
 from pipeline.runs.stages import StageResult, run_stage
 from pipeline.verify.distributions import ROWS, Probe, Reference
+from pipeline.verify.material import Yardstick
 from pipeline.verify.score import read_held_out, read_reference
 from training.base import BaseModel
 from training.export.merge import Adapter, merged_weights, read_adapter
@@ -113,14 +113,14 @@ def seen_by(run: RunFolder, folder: Path) -> tuple[Probe, ...]:
 def _held_out(run: RunFolder) -> list[Passage]:
     """Evenly spread held-out rows, each followed by the tuned model's own answer."""
     rows, answers = read_held_out(run.heldout), read_reference(run.reference("tuned"))
-    template, tokenizer = ChatTemplate.from_folder(run.merged), Tokenizer(run.merged)
-    end, controls = turn_end(template, special_ids(run.merged)).id, control_tokens(run.merged)
+    yardstick = Yardstick.of_folder(run.merged)
+    end = turn_end(yardstick.template, special_ids(run.merged)).id
     found = []
     for i in spread(len(rows), ROWS):
-        messages = [neutralise_message(message, controls) for message in rows[i].messages]
         with at(f"{run.heldout}:{i + 1}"):
-            prompt = tokenizer.encode(template.render(messages, tools=rows[i].tools, add_generation_prompt=True))
-        answer = [*tokenizer.encode(answers[i].text), end]
+            _, prompt = yardstick.prompt(yardstick.neutral(rows[i]))
+        # the marks of calls are in the text, and become the tokens that the model wrote
+        answer = [*yardstick.tokenizer.encode(answers[i].text), end]
         found.append(Passage(i, prompt + answer, [len(prompt) - 1 + j for j in spread(len(answer), _POSITIONS)]))
     return found
 

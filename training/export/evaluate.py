@@ -34,8 +34,10 @@ def evaluate(run: RunFolder, *, force: Force = False) -> dict[str, StageResult]:
     rows = read_held_out(run.heldout)
     dated = {"date": date} if date and "strftime_now" in ChatTemplate.from_folder(base.folder).source else {}
     # answers in free text were once cut shorter than they are served now
-    free = {} if fields_of([row.expected for row in rows]) else {"budget": "free text"}
-    shared = {"recipe": _RECIPE, "heldout": sha256_file(run.heldout), **dated, **free}
+    free = {} if fields_of(rows) else {"budget": "free text"}
+    # documents and the marks of calls were once left out
+    more = {"rows": "documents and calls"} if any(row.marks or row.documents for row in rows) else {}
+    shared = {"recipe": _RECIPE, "heldout": sha256_file(run.heldout), **dated, **free, **more}
     now = datetime.fromisoformat(date) if date else None
     models = {"base": (base.folder, base.sha256), "tuned": (run.merged, manifest.sha256(run.merged))}
     results = {}
@@ -46,7 +48,7 @@ def evaluate(run: RunFolder, *, force: Force = False) -> dict[str, StageResult]:
         def work(folder: Path = folder, target: Path = target, key: str = sha256_json(inputs)) -> dict[str, Any]:
             partial = Partial(target.with_suffix(".part"), key)
             answers = answer_all(folder, rows, partial, now)
-            write_atomic(target, "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers))
+            write_atomic(target, "".join(json.dumps(_written(answer), ensure_ascii=False) + "\n" for answer in answers))
             partial.remove()
             return score(rows, answers)
 
@@ -68,10 +70,12 @@ def answer_all(folder: Path, rows: Sequence[HeldOut], partial: Partial, now: dat
     template = ChatTemplate.from_folder(folder)
     prompts = []
     for number, row in enumerate(rows, 1):
+        tools, documents = row.tools, row.documents
         with at(f"held-out row {number}"):
-            prompts.append(template.render(row.messages, tools=row.tools, add_generation_prompt=True, now=now))
+            text = template.render(row.messages, tools=tools, documents=documents, add_generation_prompt=True, now=now)
+        prompts.append(text)
     lengths = [len(tokenizer(row.expected, add_special_tokens=False)["input_ids"]) for row in rows]
-    budget = answer_budget([row.expected for row in rows], lengths)
+    budget = answer_budget(rows, lengths)
     # longest first: a batch pads little, and running out of memory shows at once
     order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
     answers = {int(row): Answer(**made) for row, made in partial.done.items()}
@@ -89,9 +93,9 @@ def answer_all(folder: Path, rows: Sequence[HeldOut], partial: Partial, now: dat
         with torch.inference_mode():
             out = model.generate(**batch.to(model.device), max_new_tokens=budget, do_sample=False)
         new = out[:, batch["input_ids"].shape[1] :].tolist()
-        made = {i: _answer(ids, tokenizer) for i, ids in zip(chosen, new, strict=True)}
+        made = {i: _answer(ids, tokenizer, rows[i].marks) for i, ids in zip(chosen, new, strict=True)}
         answers |= made
-        partial.add({str(i): asdict(answer) for i, answer in made.items()})
+        partial.add({str(i): _written(answer) for i, answer in made.items()})
     return [answers[i] for i in range(len(rows))]
 
 
@@ -109,7 +113,17 @@ def _model(folder: Path) -> Any:
     return model.to(device).eval()
 
 
-def _answer(ids: list[int], tokenizer: Any) -> Answer:
+def _answer(ids: list[int], tokenizer: Any, marks: Sequence[str]) -> Answer:
+    """Text up to the end token, without special tokens, except those in ``marks``."""
     ended = tokenizer.eos_token_id in ids
     kept = ids[: ids.index(tokenizer.eos_token_id)] if ended else ids
+    special = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if any(special.get(number) in marks for number in kept):
+        kept = [number for number in kept if number not in special or special[number] in marks]
+        return Answer(tokenizer.decode(kept, skip_special_tokens=False), "stop" if ended else "length")
     return Answer(tokenizer.decode(kept, skip_special_tokens=True), "stop" if ended else "length")
+
+
+def _written(answer: Answer) -> dict[str, Any]:
+    """An answer as a line of the reference; in process nothing is told apart from its text."""
+    return {key: value for key, value in asdict(answer).items() if value is not None}

@@ -21,9 +21,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pipeline import engines
 from pipeline.errors import EngineError, InputError
 from pipeline.net.chat import chat, greedy
 from pipeline.net.client import open_client
+from pipeline.prompts.conversation import Conversation
 from pipeline.prompts.neutralise import control_tokens, neutralise_message
 from pipeline.report.check import Check, held, skipped
 from pipeline.runs.folder import RunFolder
@@ -189,7 +191,8 @@ def asker(endpoint: Endpoint, run: RunFolder) -> Ask:
 
     def ask(prompt: str | Sequence[Mapping[str, Any]]) -> str:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(message) for message in prompt]
-        body = greedy(endpoint.model, [neutralise_message(message, controls) for message in messages], _TOKENS)
+        asked = Conversation("", tuple(neutralise_message(message, controls) for message in messages))
+        body = greedy(endpoint.model, (), _TOKENS) | engines.get(endpoint.engine).chat_body(asked)
         with open_client(endpoint.url, endpoint.api_key) as client:
             return chat(client, body, f"{endpoint.engine}: a question of --eval failed:").text
 

@@ -25,7 +25,8 @@ from pipeline.certify.links import stops, tuned
 from pipeline.report.check import Check, held, skipped
 from pipeline.verify.distributions import Distance, Reference, compare_tops
 from pipeline.verify.evidence import Evidence
-from pipeline.verify.score import Answer
+from pipeline.verify.material import Material
+from pipeline.verify.score import Answer, HeldOut, same
 
 MEASURED = "measured: benchmarks/certify_bounds.py"
 # greedy answers that are the in-process ones word for word, by the engine's number type
@@ -53,15 +54,13 @@ MERGE = Bound(1e-6, 1e-2, 0.99)
 CAST = Bound(1e-5, 0.5, 0.98)
 
 
-def judge(
-    evidence: Evidence, subject: Subject, reference: Reference, base: Sequence[Answer], after: Sequence[Answer]
-) -> list[Check]:
+def judge(evidence: Evidence, subject: Subject, reference: Reference, material: Material) -> list[Check]:
     """Every finding about one backend."""
-    name = evidence.engine
-    found = [_file(evidence, subject), _prompts(evidence), _answers(evidence, after), *_distributions(evidence, reference)]
-    chosen = [i for i in tuned.canaries(base, after) if i in evidence.rows]
+    name, rows, base, after = evidence.engine, material.rows, material.base, material.tuned
+    found = [_file(evidence, subject), _prompts(evidence), _answers(evidence, rows, after)]
+    found += _distributions(evidence, reference)
     by_row = [evidence.answer_to(i) for i in range(len(after))]
-    found.append(tuned.check_served_canaries(name, chosen, base, after, by_row))
+    found.append(tuned.check_served_canaries(name, rows, base, after, by_row))
     in_process = stops.share_stopped([after[i] for i in evidence.rows])
     share = stops.share_stopped(evidence.answers)
     found.append(stops.check_answers(name, share, len(evidence.answers), in_process, cut_short=subject.training.cut_short))
@@ -94,12 +93,12 @@ def _prompts(evidence: Evidence) -> Check:
     return held(check_id, evidence.parity.status == "passed", evidence.parity.figure, "every token ID equal", source)
 
 
-def _answers(evidence: Evidence, after: Sequence[Answer]) -> Check:
-    same = sum(a.text.strip() == after[i].text.strip() for i, a in zip(evidence.rows, evidence.answers, strict=True))
-    figure = f"{same} of {len(evidence.rows)} greedy answers are the in-process model's, word for word"
+def _answers(evidence: Evidence, rows: Sequence[HeldOut], after: Sequence[Answer]) -> Check:
+    alike = sum(same(rows[i], a, after[i]) for i, a in zip(evidence.rows, evidence.answers, strict=True))
+    figure = f"{alike} of {len(evidence.rows)} greedy answers are the in-process model's, word for word"
     least = _ANSWER_SHARE.get(evidence.dtype, min(_ANSWER_SHARE.values()))
-    data = {"same": same, "n": len(evidence.rows), "dtype": evidence.dtype}
-    ok = same >= max(1, math.floor(least * len(evidence.rows)))
+    data = {"same": alike, "n": len(evidence.rows), "dtype": evidence.dtype}
+    ok = alike >= max(1, math.floor(least * len(evidence.rows)))
     return held(f"served.{evidence.engine}_answers", ok, figure, f"at least {least:.0%} ({evidence.dtype})", MEASURED, **data)
 
 

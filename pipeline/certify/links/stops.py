@@ -79,10 +79,11 @@ def check_turns(run: RunFolder, rows: Sequence[HeldOut]) -> Check:
     end = turn_end(template, special_ids(run.merged))
     wrong = []
     for number, row in enumerate(rows, 1):
-        answer = [*row.messages, {"role": "assistant", "content": row.expected}]
+        tools, documents = row.tools, row.documents
+        last = row.last or {"role": "assistant", "content": row.expected}
         with at(f"{run.heldout}:{number}"):
-            asked = template.render(row.messages, tools=row.tools, add_generation_prompt=True)
-            whole = template.render(answer, tools=row.tools)
+            asked = template.render(row.messages, tools=tools, documents=documents, add_generation_prompt=True)
+            whole = template.render([*row.messages, last], tools=tools, documents=documents)
         tail = whole.removeprefix(asked) if whole.startswith(asked) else whole[whole.rfind(row.expected) :]
         count = tokenizer.encode(tail).count(end.id)
         wrong += [f"row {number} has {count}"] if count != 1 else []

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.report.check import Check, held, skipped
-from pipeline.verify.score import Answer, HeldOut, field_right, fields_of, is_exact, parse
+from pipeline.verify.score import Answer, HeldOut, calls_right, exactly, field_right, fields_of, parse, same
 
 _RESAMPLES = 2000
 _LEVEL = 0.95
@@ -47,12 +47,13 @@ def check_scores(rows: Sequence[HeldOut], base: Sequence[Answer], tuned: Sequenc
     """Scores before and after, by field and by class; a class that got worse is named."""
     if not rows:
         return [skipped("tuned.scores", "no held-out rows")]
-    fields = fields_of([row.expected for row in rows])
+    fields = fields_of(rows)
     measures = {name: [field_right(name, rows, answers) for answers in (base, tuned)] for name in fields}
-    measures["exact"] = [
-        [is_exact(r.expected, a.text, fields) for r, a in zip(rows, answers, strict=True)] for answers in (base, tuned)
-    ]
-    if not fields and not any(map(any, measures["exact"])):
+    called = any(row.calls for row in rows)
+    if called:
+        measures["calls"] = [calls_right(rows, answers) for answers in (base, tuned)]
+    measures["exact"] = [exactly(rows, answers) for answers in (base, tuned)]
+    if not fields and not called and not any(map(any, measures["exact"])):
         reason = "no score for free text: no answer is the expected one word for word, before or after; see the distributions"
         return [skipped("tuned.scores", reason), _classes(rows, measures, fields)]
     before, after = map(interval, measures["exact"])
@@ -72,7 +73,7 @@ def _classes(rows: Sequence[HeldOut], measures: dict[str, list[list[bool]]], fie
     """Each value of each field as a class: the share of its rows with that field right, before and after."""
     table, worse = [], []
     for name in fields:
-        values = [str((parse(row.expected) or {}).get(name)) for row in rows]
+        values = [str((parse(row.answer) or {}).get(name)) for row in rows if not row.calls]
         counts = Counter(values)
         if len(counts) > _MOST_CLASSES:
             continue
@@ -91,28 +92,27 @@ def _classes(rows: Sequence[HeldOut], measures: dict[str, list[list[bool]]], fie
     return held("tuned.classes", not worse, figure, bound, _BOOTSTRAP, classes=table)
 
 
-def canaries(base: Sequence[Answer], tuned: Sequence[Answer]) -> list[int]:
-    """Prompts that the base and the tuned model answer differently in process: they tell the two apart."""
-    return [i for i, (a, b) in enumerate(zip(base, tuned, strict=True)) if a.text.strip() != b.text.strip()]
+def canaries(rows: Sequence[HeldOut], base: Sequence[Answer], tuned: Sequence[Answer]) -> list[int]:
+    """Prompts to which the base and the tuned model say different things in process: they tell the two apart."""
+    return [i for i, (row, a, b) in enumerate(zip(rows, base, tuned, strict=True)) if not same(row, a, b)]
 
 
-def check_canaries(base: Sequence[Answer], tuned: Sequence[Answer]) -> Check:
+def check_canaries(rows: Sequence[HeldOut], base: Sequence[Answer], tuned: Sequence[Answer]) -> Check:
     """There are prompts that tell base and tuned apart."""
-    found = canaries(base, tuned)
+    found = canaries(rows, base, tuned)
     figure = f"{len(found)} of {len(base)} held-out prompts answered differently from the base"
     return held("tuned.canaries", bool(found), figure, "at least 1", "an identical model was not tuned")
 
 
 def check_served_canaries(
-    engine: str, chosen: Sequence[int], base: Sequence[Answer], tuned: Sequence[Answer], answers: Sequence[Answer | None]
+    engine: str, rows: Sequence[HeldOut], base: Sequence[Answer], tuned: Sequence[Answer], answers: Sequence[Answer | None]
 ) -> Check:
-    """On the canary prompts a backend answers as the tuned model, not as the base."""
-    asked = [i for i in chosen if i < len(answers) and answers[i] is not None]
+    """On the canary prompts among those that it was asked (None: not asked), a backend answers as the tuned model, not as the base."""
+    asked = {i: said for i in canaries(rows, base, tuned) if (said := answers[i]) is not None}
     if not asked:
         return skipped(f"tuned.{engine}", "no canary prompt was asked")
-    texts = {i: (answers[i] or Answer("", "")).text.strip() for i in asked}
-    like_tuned = sum(texts[i] == tuned[i].text.strip() for i in asked)
-    like_base = sum(texts[i] == base[i].text.strip() for i in asked)
+    like_tuned = sum(same(rows[i], said, tuned[i]) for i, said in asked.items())
+    like_base = sum(same(rows[i], said, base[i]) for i, said in asked.items())
     most = max(1, math.floor(_BASE_SHARE * len(asked)))  # among few short labels a tipped near-tie lands on the base's
     ok = like_base <= most and like_base < len(asked) and like_tuned >= _CANARY_SHARE * len(asked)
     figure = f"of {len(asked)} canary prompts {like_tuned} answered as the tuned model in process, {like_base} as the base"

@@ -126,6 +126,11 @@ class Vllm(Engine):
         """Token IDs from ``POST /tokenize``, which renders and tokenises exactly as chat completions do."""
         return Prompt(ids=tuple(ask(client, "/tokenize", self.tokenize_body(model, conversation))["tokens"]))
 
+    def completion(self, model: str, prompt: Prompt, most: int, marks: Sequence[str]) -> tuple[str, Body]:
+        """It leaves special tokens out of an answer unless told otherwise; which ones cannot be said."""
+        path, body = super().completion(model, prompt, most, marks)
+        return path, body | {"skip_special_tokens": not marks}
+
     def tokenize_body(self, model: str, conversation: Conversation) -> dict[str, Any]:
         """The request; unlike the others, this server must be told when to continue the last message."""
         return openai_body(conversation) | {"model": model} | conversation.ending

@@ -15,7 +15,8 @@ from pipeline.errors import StartFailure
 from pipeline.runs.folder import RunFolder
 from pipeline.serve.start import Endpoint
 from pipeline.verify import prober, verify
-from pipeline.verify.score import HeldOut, Material
+from pipeline.verify.material import Material
+from pipeline.verify.score import HeldOut
 
 NOBODY = "http://127.0.0.1:9"  # no server listens on the discard port
 ROW = HeldOut(({"role": "user", "content": "hi"},), "x")

@@ -3,8 +3,12 @@ from __future__ import annotations
 import pytest
 
 from pipeline.net.chat import Streamed
+from pipeline.report.check import Check
 from pipeline.verify import assemble
+from pipeline.verify.evidence import Evidence, Features, restored, stored
+from pipeline.verify.material import Material
 from pipeline.verify.prober import difference
+from pipeline.verify.score import Answer, HeldOut, score
 
 
 @pytest.mark.parametrize(
@@ -37,9 +41,10 @@ def test_difference_shows_both_sides_at_the_first_difference() -> None:
 
 def test_streaming_in_one_piece_is_not_streaming() -> None:
     whole = "a text of more than twenty characters"
-    assert assemble.streamed("x", [Streamed(whole, 0.1, 0.2, 9)], [whole]).status == "passed"
-    assert assemble.streamed("x", [Streamed(whole, 0.1, 0.2, 1)], [whole]).status == "failed"
-    assert assemble.streamed("x", [], []).status == "failed"
+    said = [(HeldOut((), whole), Answer(whole, "stop"))]
+    assert assemble.streamed("x", [Streamed(whole, 0.1, 0.2, 9)], said).status == "passed"
+    assert assemble.streamed("x", [Streamed(whole, 0.1, 0.2, 1)], said).status == "failed"
+    assert assemble.streamed("x", [], []).status == "skipped"
 
 
 @pytest.mark.parametrize(
@@ -48,3 +53,34 @@ def test_streaming_in_one_piece_is_not_streaming() -> None:
 )
 def test_an_engine_must_answer_where_the_trained_model_does(answer: str, reference: str, status: str) -> None:
     assert assemble.chat("vllm", answer, reference).status == status
+
+
+LOOK = {"name": "look", "arguments": {"host": "a", "depth": 1}}
+TEXT = '<tool_call>\n{"name": "look", "arguments": {"depth": 1, "host": "a"}}\n</tool_call>'
+ASKED = ({"role": "user", "content": "q"},)
+CALLS = HeldOut(ASKED, TEXT, ({"type": "function", "function": {"name": "look"}},), calls=(LOOK,))
+THINKS = HeldOut(ASKED, "<think>a</think>Ada")
+
+
+def _judged(*answers: Answer, streams: tuple[Streamed, ...] = (), numbers: tuple[int, ...] = ()) -> assemble.Outcome:
+    rows, tuned = [CALLS, THINKS], [Answer(TEXT, "stop"), Answer(THINKS.expected, "stop")]
+    material = Material(rows, [], tuned, tuned, score(rows, tuned), 8, None)  # type: ignore[arg-type]
+    facts = {"injection": {"raw": None}, "structured_output": {"result": "passed"}, "tool_calls": {"result": "passed"}}
+    probed = tuple(Check(f"vllm.{name}", "passed", "", data=data) for name, data in facts.items())
+    features, parity = Features(("m",), answers[0], probed, streams, numbers), Check("vllm.prompt_parity", "passed", "equal")
+    launched = dict.fromkeys(("engine_version", "argv", "ready_seconds"))
+    said = Evidence("vllm", "1", "float32", (0, 1), answers, parity, features=features, model="m", launched=launched)
+    assert restored(stored({"vllm": said})) == {"vllm": said}
+    return assemble.judged(said, material)
+
+
+def test_a_backend_is_judged_by_what_it_said_however_it_said_it() -> None:
+    stream = Streamed("", 0.1, 0.2, 2, ({"name": "look", "arguments": '{"host": "a", "depth": 1}'},))
+    right = _judged(Answer("", "stop", (LOOK,)), Answer("Ada", "stop", thought="b"), streams=(stream,), numbers=(0,))
+    assert (right.entry.status, right.entry.exact, right.entry.prompts.passed) == ("passed", 1.0, 2)
+    assert right.entry.fields["calls"] == 1.0 and "severity" not in right.entry.fields
+    wrong = _judged(Answer(TEXT, "stop", ()), Answer("Ada", "stop", thought="b"), streams=(stream,), numbers=(0,))
+    broken = {check.id: check.figure for check in wrong.checks if check.status == "failed"}
+    # the one row of two that tipped is within what is allowed of so few; it is counted all the same
+    assert (wrong.entry.exact, wrong.entry.prompts.passed, wrong.entry.fields["calls"]) == (0.5, 1, 0.0)
+    assert broken == {}

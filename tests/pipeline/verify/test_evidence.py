@@ -19,7 +19,8 @@ from pipeline.serve.server import Server
 from pipeline.serve.start import Endpoint
 from pipeline.verify import evidence as module
 from pipeline.verify.evidence import Evidence, Plan, interrogate, read_evidence, restored, stored
-from pipeline.verify.score import Answer, HeldOut, Material
+from pipeline.verify.material import Material
+from pipeline.verify.score import Answer, HeldOut
 
 ROWS = [HeldOut(({"role": "user", "content": f"{i}"},), f"{i}") for i in range(4)]
 

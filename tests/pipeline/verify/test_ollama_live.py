@@ -16,9 +16,10 @@ from pipeline.modelfile.modelfile import build_modelfile, to_create_request
 from pipeline.prompts.conversation import load_suite
 from pipeline.prompts.parity import Reference, compare
 from pipeline.serve.start import Endpoint
+from pipeline.verify.material import Yardstick
 from pipeline.verify.prober import Prober
 from pipeline.verify.probes import injection, structured_output, tool_call
-from pipeline.verify.score import HeldOut, Yardstick
+from pipeline.verify.score import HeldOut
 from pipeline.verify.sources import EngineRenderer
 
 pytestmark = [pytest.mark.slow, pytest.mark.ollama]

@@ -9,9 +9,9 @@ from stub_engine import Answers, serve
 from pipeline.prompts.neutralise import neutralise
 from pipeline.report.check import Check
 from pipeline.serve.start import Endpoint
+from pipeline.verify.material import Yardstick
 from pipeline.verify.prober import Prober
 from pipeline.verify.probes import ATTACK, injection
-from pipeline.verify.score import Yardstick
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ from servers import llama
 from pipeline.model.toolcalls import tool_format
 from pipeline.report.check import Check
 from pipeline.serve.start import Endpoint
+from pipeline.verify.material import Yardstick
 from pipeline.verify.prober import Prober
 from pipeline.verify.probes import injection, structured_output, tool_call
-from pipeline.verify.score import HeldOut, Yardstick
+from pipeline.verify.score import HeldOut
 
 pytestmark = pytest.mark.slow
 

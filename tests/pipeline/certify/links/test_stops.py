@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pipeline.certify.certificate import Subject
-from pipeline.certify.links.stops import check_files
+from pipeline.certify.links.stops import check_files, check_turns
 from pipeline.modelfile.modelfile import write_modelfile
 from pipeline.prompts.chat import ChatTemplate
 from pipeline.prompts.stops import special_ids
 from pipeline.runs.files import write_json
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
+from pipeline.verify.score import read_held_out
 
 SYSTEM = "Triage the alert."
 
@@ -73,3 +76,26 @@ def test_a_changed_command_is_named(exported: RunFolder, old: str, new: str, wor
     status, figure = _found(exported, SYSTEM)
     assert status == "failed"
     assert words in figure
+
+
+LOOK = {"type": "function", "function": {"name": "look", "arguments": {"host": "a"}}}
+TOOL = {"type": "function", "function": {"name": "look", "description": "", "parameters": {}}}
+TEXT = '<tool_call>\n{"name": "look", "arguments": {"host": "a"}}\n</tool_call>'
+ASKED = {"role": "user", "content": "q"}
+
+
+def test_turns_that_are_calls_and_turns_with_documents_end_once(run: RunFolder, tokenizer_folder: Path) -> None:
+    shutil.copytree(tokenizer_folder, run.merged)
+    called = {"role": "assistant", "content": "", "tool_calls": [LOOK]}
+    lines = [
+        {"messages": [ASKED, called], "tools": [TOOL], "expected": TEXT},
+        {"messages": [ASKED, called, {"role": "tool", "content": "r"}, {"role": "assistant", "content": "x"}], "tools": [TOOL]},
+        {"messages": [ASKED, {"role": "assistant", "content": "x"}], "documents": [{"doc_id": "1", "text": "d"}]},
+    ]
+    run.heldout.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = read_held_out(run.heldout)
+    found = check_turns(run, rows)
+    assert (found.status, found.figure) == ("passed", "exactly one <|end_of_text|> after each of 3 answers")
+    # without its call the turn would be empty; with a second end the row is named
+    twice = replace(rows[0], last={**called, "content": "a<|end_of_text|>\n"})
+    assert check_turns(run, [rows[1], twice]).figure == "row 2 has 2"

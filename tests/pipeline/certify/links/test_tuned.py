@@ -59,21 +59,21 @@ def test_answers_that_are_no_json_have_no_classes() -> None:
 
 
 def test_canaries_tell_base_and_tuned_apart() -> None:
-    assert canaries(WRONG, RIGHT) == list(range(40))
-    assert check_canaries(RIGHT, RIGHT).status == "failed"
-    assert check_served_canaries("vllm", [0, 1], WRONG, RIGHT, RIGHT).status == "passed"
-    as_base = check_served_canaries("vllm", [0, 1], WRONG, RIGHT, WRONG)
+    assert canaries(ROWS, WRONG, RIGHT) == list(range(40))
+    assert check_canaries(ROWS, RIGHT, RIGHT).status == "failed"
+    assert check_served_canaries("vllm", ROWS, WRONG, RIGHT, RIGHT).status == "passed"
+    as_base = check_served_canaries("vllm", ROWS, WRONG, RIGHT, [*WRONG[:2], *[None] * 38])
     assert (as_base.status, as_base.figure) == (
         "failed",
         "of 2 canary prompts 0 answered as the tuned model in process, 2 as the base",
     )
-    assert check_served_canaries("vllm", [0, 1], WRONG, RIGHT, [None] * 40).status == "skipped"
+    assert check_served_canaries("vllm", ROWS, WRONG, RIGHT, [None] * 40).status == "skipped"
 
 
 def test_one_near_tie_that_answers_as_the_base_is_no_break_and_a_server_of_the_base_is() -> None:
     def status(like_base: int, asked: int) -> str:
-        served = [*WRONG[:like_base], *RIGHT[like_base:]]
-        return check_served_canaries("vllm", range(asked), WRONG, RIGHT, served).status
+        served = [*WRONG[:like_base], *RIGHT[like_base:asked], *[None] * (40 - asked)]
+        return check_served_canaries("vllm", ROWS, WRONG, RIGHT, served).status
 
     assert [status(n, 40) for n in (0, 1, 2, 40)] == ["passed", "passed", "failed", "failed"]
     assert status(1, 1) == "failed"
@@ -91,3 +91,20 @@ def test_free_text_that_nobody_says_word_for_word_has_no_score() -> None:
     rows = [HeldOut(({"role": "user", "content": "q"},), "Reset the password.")] * 3
     scores = check_scores(rows, [Answer("I cannot.", "stop")] * 3, [Answer("Please reset it.", "stop")] * 3)[0]
     assert (scores.status, scores.figure.partition(":")[0]) == ("skipped", "no score for free text")
+
+
+def test_calls_are_scored_beside_fields() -> None:
+    look = ({"name": "look", "arguments": {}},)
+    calls = [HeldOut(({"role": "user", "content": "q"},), "", tools=({"function": {"name": "look"}},), calls=look)] * 10
+    rows, called = [*ROWS, *calls], [Answer('<tool_call>{"name": "look", "arguments": {}}</tool_call>', "stop")] * 10
+    base, after = [*WRONG, *WRONG[:10]], [*RIGHT, *called]
+    scores, classes = check_scores(rows, base, after)
+    assert (scores.status, classes.status) == ("passed", "passed")
+    assert scores.data["fields"]["calls"]["after"] == [1.0, 1.0, 1.0] and scores.data["fields"]["exact"]["after"][0] == 1.0
+    assert sum(entry["n"] for entry in classes.data["classes"]) == len(ROWS)
+    # alone, and right neither before nor after: a score all the same
+    assert check_scores(calls, WRONG[:10], WRONG[:10])[0].figure.startswith("exact 0.0%")
+    served = [*[None] * 40, *[Answer("", "stop", look)] * 10]
+    assert check_served_canaries("vllm", rows, base, after, served).figure.startswith(
+        "of 10 canary prompts 10 answered as the tuned"
+    )
