@@ -69,7 +69,7 @@ def _fill(disk: Path, left: int) -> Path:
 
 STAGES: dict[str, tuple[Callable[[RunFolder, FinetuneParameters], object], int, str]] = {
     "training": (lambda run, p: finetune.finetune(run, p, force=True), 300_000, "training.tuning.finetune"),
-    "merge": (lambda run, p: merge.merge(run, force=True), 3 * MIB, "training.export.merge"),
+    "merge": (lambda run, p: merge.merge(run, force=True), 3 * MIB, "training.export.weights"),
     "gguf": (lambda run, p: gguf.export_gguf(run, force=True), 2 * MIB, "training.export.gguf"),
     "report": (lambda run, p: write.write_report(json.loads(SAMPLE.read_text()), run.report), 4096, "pipeline.report.write"),
 }

@@ -84,7 +84,7 @@ def finetune(run: RunFolder, params: FinetuneParameters, *, force: Force = False
     """Train as ``params`` say and leave ``adapter/`` and ``heldout.jsonl`` in the run folder; skip when already done."""
     data = read_split(params)
     base = resolve(params.base, run.base_cache, params.revision)
-    if base.folder.resolve().is_relative_to(run.path.resolve()):
+    if base.lies_in(run):
         remedy = "train under another --name: the base is then kept"
         raise InputError(f"base {base.id} lies in run {run.name} itself, whose export would replace it", remedy=remedy)
     inputs = {"recipe": _RECIPE, "parameters": params.to_json(), "data": data.sha256, "base": base.to_json()}
