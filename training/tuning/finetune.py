@@ -18,6 +18,7 @@ from pipeline.runs import interrupt, lock
 from pipeline.runs.files import read_json, require_free_space, staged, write_atomic, write_json
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.stages import Force, StageResult, run_stage
+from training import preflight
 from training.base import BaseModel, resolve
 from training.datasets.dataset import SOC_EVAL, SOC_TRAIN, Row, load, overlap, split
 from training.memory import finetune_need, require_memory
@@ -92,6 +93,7 @@ def finetune(run: RunFolder, params: FinetuneParameters, *, force: Force = False
     def work() -> dict[str, Any]:
         # dated templates: one date a run, also when it is resumed; not among the inputs, for tomorrow it is the same training
         noted = checkpoints.dated(run.checkpoints, inputs)
+        preflight.ask(run, base, params)
         preparer = Preparer(base.folder, datetime.fromisoformat(noted["date"]))
         rows, held_out = (preparer.prepare(part, params.max_length) for part in (data.train, data.held_out))
         said = (len(rows.examples), rows.tokens, rows.trained_tokens, len(rows.too_long))
