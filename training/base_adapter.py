@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import ModelError
+from pipeline.model.safetensors import read_header
 from pipeline.runs import lock
 from pipeline.runs.files import read_object
 from pipeline.runs.hashes import sha256_json, sha256_tree
@@ -12,14 +12,22 @@ from training.export.weights import merge_folder
 
 _RECIPE = 1
 _WEIGHTS = "adapter_model.safetensors"
-# settings of PEFT that make an adapter more than W + scale * B @ A, and the values that mean "not used"
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("use_dora", "fan_in_fan_out", "lora_bias", "use_qalora"), (False, None)),
-    **dict.fromkeys(("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters"), (None, [])),
-    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (None, {})),
-    "bias": ("none", None),
-    "peft_type": ("LORA",),
-}
+# settings of PEFT that, when used, make an adapter more than W + scale * B @ A
+_MORE: tuple[str, ...] = (
+    "use_dora",
+    "fan_in_fan_out",
+    "lora_bias",
+    "use_qalora",
+    "use_bdlora",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+)
+_MORE += ("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters", "alora_invocation_tokens")
+_MORE += ("rank_pattern", "alpha_pattern", "bias", "arrow_config", "loftq_config", "megatron_config")
+_UNUSED: tuple[object, ...] = (None, False, "none", [], {})
+# ways to begin that leave the base's weights as they are; pissa and the like change them
+_KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -41,11 +49,16 @@ def read_wanted(folder: Path) -> Wanted:
         what = f"{folder} holds only an adapter, and its adapter_config.json names no base_model_name_or_path"
         raise ModelError(what, remedy="merge the adapter into the model it was trained on, and give that folder as --base")
     wanted = Wanted(base, str(revision) if revision else None)
-    for key, plain in _PLAIN.items():
-        if config.get(key) not in plain and (key in config or key == "peft_type"):
-            raise refused(folder, wanted, f"it has {key}={config.get(key)!r}, and only plain LoRA can be merged here", base=False)
+    strange = [key for key in _MORE if config.get(key) not in _UNUSED]
+    strange += ["peft_type"] * (config.get("peft_type", "LORA") != "LORA")
+    strange += ["init_lora_weights"] * (config.get("init_lora_weights") not in _KEEPS_BASE)
+    strange += [key for key in ("r", "lora_alpha") if not isinstance(config.get(key), int | float) or not config[key] > 0]
+    if strange:
+        shown = f"{strange[0]}={config.get(strange[0])!r}"
+        raise refused(folder, wanted, f"it has {shown}, and only plain LoRA can be merged here", base=False)
     if not (folder / _WEIGHTS).is_file():
         raise refused(folder, wanted, f"it has no {_WEIGHTS}", base=False)
+    read_header(folder / _WEIGHTS)
     return wanted
 
 

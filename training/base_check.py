@@ -36,6 +36,9 @@ def is_adapter_alone(folder: Path) -> bool:
 
 def require_files(folder: Path) -> None:
     """Refuse by names and JSON keys alone: what is missing, quantised, GGUF, pickled, an adapter, or code of its own."""
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not _stays_inside(path, folder):
+            raise ModelError(f"{path} is a symbolic link to a place outside the model folder ({path.readlink()})")
     require_unquantized(folder)
     missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
     if not any(folder.glob("*.safetensors")):
@@ -50,9 +53,6 @@ def require_files(folder: Path) -> None:
             remedy = "Granite needs none: use the model as published, or remove auto_map if the architecture is a known one"
             asks = f"base model folder {folder} asks for code of its own (auto_map in {name}), which is never run"
             raise ModelError(asks, remedy=remedy)
-    for path in folder.rglob("*"):
-        if path.is_symlink() and not _stays_inside(path, folder):
-            raise ModelError(f"{path} is a symbolic link to a place outside the model folder ({path.readlink()})")
     if missing:
         remedy = "save the model with model.save_pretrained(folder) and tokenizer.save_pretrained(folder)"
         raise ModelError(f"base model folder {folder} lacks {', '.join(missing)}", remedy=remedy)
@@ -154,8 +154,9 @@ def _made_from(folder: Path, config: dict[str, Any], name: str) -> Iterator[str]
     """Names that the original may have: as the model card, the config or the id itself tells."""
     card = folder / "README.md"
     if card.is_file():
-        head = card.read_text(encoding="utf-8", errors="replace")[:20_000]
-        if found := re.search(r"^base_model:\s*(?:\n\s*-\s*|\[\s*)?[\"']?([\w.~/-]+)", head, re.MULTILINE):
+        with card.open(encoding="utf-8", errors="replace") as text:
+            head = text.read(20_000)
+        if found := re.search(r"^base_model:\s*(?:-\s*|\[\s*)?[\"']?(\w[\w./-]*)", head, re.MULTILINE):
             yield found[1]
     for key in ("base_model", "base_model_name_or_path", "_name_or_path"):
         if isinstance(config.get(key), str) and config[key] not in ("", name, str(folder)):

@@ -42,6 +42,10 @@ def merge_folder(base: Path, adapter: Path, merged: Path, *, full: bool = False)
     strange = sorted(set(lora.pairs) - set(shapes))
     if strange:
         raise ModelError(f"the adapter changes {strange[0]}, which the base does not have ({len(strange)} such weights)")
+    for name, (a, b) in lora.pairs.items():
+        if shapes[name] != (b.shape[0], a.shape[1]):
+            wide = f"{b.shape[0]} x {a.shape[1]}, the base's is {' x '.join(map(str, shapes[name]))}"
+            raise ModelError(f"the adapter was trained on another base: its {name} is {wide}")
     total = 2 * sum(prod(shape) for shape in shapes.values())
     require_free_space(merged, int(total * 1.02) + 2**24, "the merged FP16 model")
     require_memory("merge", merge_need(weights, SHARD_BYTES), "free some memory: a merge holds one shard at a time already")
