@@ -77,7 +77,7 @@ def resolve(base: str, cache: Path, revision: str | None = None) -> BaseModel:
     if Path(base).is_dir():
         if base_check.is_adapter_alone(Path(base)):
             return _with_adapter(base, cache)
-        base_check.require_files(Path(base))
+        base_check.require_files(Path(base), cache)
         folder = base_check.only_what_counts(Path(base), cache)
         return BaseModel(base, folder, None, hashes.tree(folder))
     if base.startswith((".", "/", "~")) or base.count("/") != 1:

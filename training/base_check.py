@@ -34,10 +34,14 @@ def is_adapter_alone(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not _model_weights(folder)
 
 
-def require_files(folder: Path) -> None:
-    """Refuse by names and JSON keys alone: what is missing, quantised, GGUF, pickled, an adapter, or code of its own."""
+def require_files(folder: Path, cache: Path | None = None) -> None:
+    """Refuse by names and JSON keys alone: what is missing, quantised, GGUF, pickled, an adapter, or code of its own.
+
+    Links may leave the folder only where it lies in ``cache``: those are ours.
+    """
+    ours = cache is not None and folder.resolve().parent == cache.resolve()
     for path in folder.rglob("*"):
-        if path.is_symlink() and not _stays_inside(path, folder):
+        if not ours and path.is_symlink() and not _stays_inside(path, folder):
             raise ModelError(f"{path} is a symbolic link to a place outside the model folder ({path.readlink()})")
     require_unquantized(folder)
     missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
@@ -197,7 +201,7 @@ def _require_loadable(folder: Path, tensors: list[TensorInfo]) -> None:
     except ImportError as error:
         raise MissingDependency(f"{error.name} is not installed, so the base cannot be checked", remedy="make setup") from None
     remedy = "copy or download the model again, or use the config.json saved with these weights"
-    before = transformers.logging.get_verbosity()
+    before, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()  # it would print a table of what is said below
     transformers.logging.disable_progress_bar()
     try:
@@ -212,7 +216,8 @@ def _require_loadable(folder: Path, tensors: list[TensorInfo]) -> None:
         raise ModelError(what, remedy=remedy) from None
     finally:
         transformers.logging.set_verbosity(before)
-        transformers.logging.enable_progress_bar()
+        if bars:
+            transformers.logging.enable_progress_bar()
     if wrong := _differences(told):
         raise ModelError(f"{folder}: the weights are not those that config.json describes: {wrong}", remedy=remedy)
 

@@ -56,11 +56,6 @@ def evaluate_need(folder: Path, on_gpu: bool) -> Need:
     return Need(_LIBRARIES + size, f"{size:.2f} weights")
 
 
-def certify_need(folder: Path) -> Need:
-    """The weights in float32, on a GPU too: what is compared is the weights, not the rounding."""
-    return evaluate_need(folder, on_gpu=False)
-
-
 def gguf_need(base: Path) -> Need:
     """The largest weight in float32, twice: the converter holds one tensor at a time."""
     return merge_need(base, 0)

@@ -74,7 +74,7 @@ def memory_needs(base: Path, params: FinetuneParameters, on_gpu: bool) -> list[S
         Stage("merge", memory.merge_need(base, SHARD_BYTES), _SMALLER),
         Stage("GGUF conversion", memory.gguf_need(base), _SMALLER),
         Stage("answering the held-out prompts", memory.evaluate_need(base, on_gpu), _SMALLER),
-        Stage("certify", memory.certify_need(base), "certify --offline loads no model", optional=True),
+        Stage("certify", memory.evaluate_need(base, on_gpu=False), "certify --offline loads no model", optional=True),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +104,15 @@ def test_a_run_is_not_trained_on_its_own_adapter(below: Path, run: RunFolder, tm
     _adapter(run.adapter, below)
     with pytest.raises(InputError, match="lies in run test itself"):
         finetune(run, FinetuneParameters(base=str(run.adapter), data=str(rows)))
+
+
+def test_an_adapter_trained_on_linked_shards_is_merged_onto_them(below: Path, tmp_path: Path) -> None:
+    shards = Path(shutil.copytree(below, tmp_path / "shards"))
+    new = tiny.put_shards_beside(shards)
+    links = base.resolve(str(shards), tmp_path / ".base").folder
+    assert links != shards
+    found = base.resolve(str(_adapter(tmp_path / "adapter", links)), tmp_path / ".base")
+    norm = "model.norm.weight"
+    assert torch.equal(load_file(str(found.folder / "model.safetensors"))[norm], new[norm].half())
+    with pytest.raises(ModelError, match="is a symbolic link to a place outside"):
+        base.resolve(str(links), tmp_path / "another")

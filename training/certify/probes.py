@@ -25,7 +25,7 @@ from pipeline.verify.distributions import ROWS, Probe, Reference
 from pipeline.verify.score import read_held_out, read_reference
 from training.base import BaseModel
 from training.export.weights import Adapter, merged_weights, read_adapter
-from training.memory import certify_need, require_memory
+from training.memory import evaluate_need, require_memory
 
 log = logging.getLogger(__name__)
 STAGE = "probes"
@@ -99,7 +99,7 @@ def _of_base(run: RunFolder, base: Path, chosen: Sequence[Passage], *, full: boo
 def _loaded(folder: Path, adapter: Path | None = None) -> "_Model":
     """A model in float32, once it is known to fit."""
     lower = "free memory, use a smaller base, or certify on another machine (certify --offline loads no model)"
-    require_memory(f"comparing distributions of {folder.name}", certify_need(folder), lower)
+    require_memory(f"comparing distributions of {folder.name}", evaluate_need(folder, on_gpu=False), lower)
     return _Model(folder, adapter)
 
 
