@@ -4,6 +4,7 @@ The embedded one is SmolLM2-135M-Instruct out of its GGUF, in the Granite archit
 """
 
 import importlib.util
+import logging
 import math
 import os
 import shutil
@@ -11,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import EnvironmentFailure, MissingDependency, ModelError
+from pipeline.errors import EnvironmentFailure, MissingDependency, ModelError, PipelineError
 from pipeline.model.gguf import GgufHeader, checkpoint_tensor, read_gguf_header
 from pipeline.prompts.chat import EMBEDDED_TEMPLATE
 from pipeline.runs import lock
@@ -19,10 +20,12 @@ from pipeline.runs.files import leftovers, read_object, remove, require_free_spa
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import HashCache
 from pipeline.runs.manifest import Manifest
+from training import base_adapter, base_check
 
+log = logging.getLogger(__name__)
 EMBEDDED = "embedded"
 _NOTE = "SmolLM2-135M-Instruct weights (Apache-2.0) in the Granite architecture and chat format; not an IBM Granite model"
-_WEIGHT_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
+_SMALL_PATTERNS = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
 # config.json and the like, whose widths are those of that one GGUF
 _DATA = Path(__file__).parent / "data" / "embedded"
 # Bump when the recipe changes, so that a cached folder made by the old one is not used.
@@ -48,6 +51,10 @@ class BaseModel:
         """The record kept in the manifest; the folder is left out because it differs between machines."""
         return {name: value for name, value in asdict(self).items() if name != "folder"}
 
+    def lies_in(self, run: RunFolder) -> bool:
+        """Whether it would be overwritten by the run's own training and export."""
+        return any(path.resolve().is_relative_to(run.path.resolve()) for path in (self.folder, Path(self.id)) if path.is_dir())
+
     @classmethod
     def of_run(cls, run: RunFolder) -> "BaseModel":
         """The base that a run was trained on, at the revision recorded then; InputError without a finished fine-tune."""
@@ -58,7 +65,8 @@ class BaseModel:
 def resolve(base: str, cache: Path, revision: str | None = None) -> BaseModel:
     """Find or fetch a base model: ``embedded``, a local folder, or a hub id such as ``ibm-granite/granite-4.0-350m``.
 
-    Raises ModelError for a wrong id or an incomplete folder, EnvironmentFailure when the hub cannot be reached.
+    A folder that holds only a LoRA adapter stands for the sum of it and its own base. Raises ModelError for a wrong id or a
+    folder that cannot be trained (``training.base_check``), EnvironmentFailure when the hub cannot be reached.
     """
     hashes = HashCache(cache)
     if base == EMBEDDED:
@@ -67,12 +75,34 @@ def resolve(base: str, cache: Path, revision: str | None = None) -> BaseModel:
             _build(folder)
         return BaseModel(EMBEDDED, folder, None, hashes.tree(folder), _NOTE)
     if Path(base).is_dir():
-        return BaseModel(base, _checked(Path(base)), None, hashes.tree(Path(base)))
+        if base_check.is_adapter_alone(Path(base)):
+            return _with_adapter(base, cache)
+        base_check.require_files(Path(base), cache)
+        folder = base_check.only_what_counts(Path(base), cache)
+        return BaseModel(base, folder, None, hashes.tree(folder))
     if base.startswith((".", "/", "~")) or base.count("/") != 1:
         remedy = "give 'embedded', a folder with config.json and *.safetensors, or an id such as ibm-granite/granite-4.0-350m"
         raise ModelError(f"base model {base!r} is neither a folder nor a hub id", remedy=remedy)
     folder, commit = _download(base, revision)
-    return BaseModel(base, _checked(folder), commit, hashes.tree(folder))
+    base_check.require_files(folder)
+    folder = base_check.only_what_counts(folder, cache)
+    return BaseModel(base, folder, commit, hashes.tree(folder))
+
+
+def _with_adapter(base: str, cache: Path) -> BaseModel:
+    """The sum of a LoRA adapter folder and the base that it names, made once in the cache."""
+    folder, hashes = Path(base), HashCache(cache)
+    wanted = base_adapter.read_wanted(folder)
+    if Path(wanted.base).is_dir() and base_check.is_adapter_alone(Path(wanted.base)):
+        raise base_adapter.refused(folder, wanted, "it is an adapter too")
+    try:
+        below = resolve(wanted.base, cache, wanted.revision)
+    except PipelineError as error:
+        raise base_adapter.refused(folder, wanted, str(error.message)) from None
+    summed = base_adapter.summed(folder, below.folder, below.sha256, cache)
+    log.info("base: %s is an adapter; it is merged onto %s, and the sum in %s is trained", folder, wanted, summed)
+    licence = f": {below.note}" if below.note else ", whose licence holds"
+    return BaseModel(base, summed, None, hashes.tree(summed), f"adapter {folder.name} merged onto {wanted}{licence}")
 
 
 def _build(folder: Path) -> None:
@@ -87,39 +117,17 @@ def _build(folder: Path) -> None:
             build_embedded(folder)
 
 
-def _checked(folder: Path) -> Path:
-    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
-    if not any(folder.glob("*.safetensors")):
-        pickles = [path.name for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}")]
-        refused = f" (found {pickles[0]}: pickled weights can run code and are refused)" if pickles else ""
-        missing.append(f"*.safetensors{refused}")
-    for name in ("config.json", "tokenizer_config.json"):
-        if (folder / name).is_file() and "auto_map" in read_object(folder / name):
-            remedy = "Granite needs none: use the model as published, or remove auto_map if the architecture is a known one"
-            asks = f"base model folder {folder} asks for code of its own (auto_map in {name}), which is never run"
-            raise ModelError(asks, remedy=remedy)
-    for path in folder.rglob("*"):
-        if path.is_symlink() and not _stays_inside(path, folder):
-            raise ModelError(f"{path} is a symbolic link to a place outside the model folder ({path.readlink()})")
-    if missing:
-        remedy = "save the model with model.save_pretrained(folder) and tokenizer.save_pretrained(folder)"
-        raise ModelError(f"base model folder {folder} lacks {', '.join(missing)}", remedy=remedy)
-    return folder
-
-
-def _stays_inside(path: Path, folder: Path) -> bool:
-    """Whether a link ends inside its model folder, or - as in the hub's cache - among the blobs beside the snapshots."""
-    target = path.resolve()
-    blobs = folder.resolve().parent.parent / "blobs"
-    return target.is_relative_to(folder.resolve()) or (folder.parent.name == "snapshots" and target.is_relative_to(blobs))
-
-
 def _download(model_id: str, revision: str | None) -> tuple[Path, str]:
     from huggingface_hub import errors, snapshot_download
 
     token = os.environ.get("HF_TOKEN") or None
+    asked = {"revision": revision, "token": token}
     try:
-        folder = Path(snapshot_download(model_id, revision=revision, allow_patterns=_WEIGHT_PATTERNS, token=token))
+        # the small files first: a quantised model is refused before its gigabytes come
+        folder = Path(snapshot_download(model_id, allow_patterns=_SMALL_PATTERNS, **asked))
+        base_check.require_unquantized(folder, model_id)
+        asked["revision"] = folder.name
+        folder = Path(snapshot_download(model_id, allow_patterns=["*.safetensors", *_SMALL_PATTERNS], **asked))
     except errors.GatedRepoError:
         raise ModelError(f"{model_id} is gated", remedy="accept its terms on its hub page and set HF_TOKEN") from None
     except errors.RevisionNotFoundError:

@@ -56,6 +56,11 @@ def evaluate_need(folder: Path, on_gpu: bool) -> Need:
     return Need(_LIBRARIES + size, f"{size:.2f} weights")
 
 
+def gguf_need(base: Path) -> Need:
+    """The largest weight in float32, twice: the converter holds one tensor at a time."""
+    return merge_need(base, 0)
+
+
 def require_memory(stage: str, need: Need, lower: str, free: float | None = None) -> None:
     """Say what a stage needs and what is free; raise OutOfMemory when it cannot fit. ``lower`` is the advice."""
     where = "memory"

@@ -89,6 +89,11 @@ def run(
 
 def _work(folder: RunFolder, chosen: list[str], given: dict[str, Any]) -> dict[str, Any]:
     """Execute the notebooks and say what they did; VerificationFailed when the last one did not pass."""
+    if "02_export" in chosen:
+        # before hours of training, not after them
+        from training.export.gguf import require_packages
+
+        require_packages()
     begun = time.monotonic()
     executed, stopped = _execute(folder, chosen, given)
     rows = [(entry.name, f"{entry.seconds:.0f}", entry.copy) for entry in executed]

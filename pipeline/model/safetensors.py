@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.errors import ModelError
 from pipeline.runs.files import read_object
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The reference implementation refuses longer headers too; it keeps a hostile file from filling the memory.
 _MAX_HEADER = 100_000_000
 # bits per element of the dtypes that the format names
@@ -70,26 +71,45 @@ def read_header(path: Path) -> list[TensorInfo]:
     return tensors
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a model folder's weights: the shards its index names, else ``model.safetensors``; no other file counts.
+
+    Empty without any safetensors file. Raises ModelError when a shard is missing or no file has a name that is looked for.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        others = sorted(path.name for path in folder.glob("*.safetensors"))
+        if SINGLE in others or not others:
+            return [folder / SINGLE] if others else []
+        many = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        remedy = f"name a single file {SINGLE}; shards need the {INDEX} that was saved with them"
+        raise ModelError(
+            f"{folder} has {others[0]}{many}, but neither {SINGLE} nor {INDEX}: none counts as weights", remedy=remedy
+        )
+    shard_of = read_object(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(name, str) for name in shard_of.values()):
+        raise ModelError(f"{index}: weight_map is missing or no table of file names", remedy="copy or download the model again")
+    names = sorted(set(shard_of.values()))
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise ModelError(f"{index}: weight_map names {outside[0]!r}, which is not a file of this folder")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        lacking = f"{folder} lacks {len(missing)} of {len(names)} weight shards: {', '.join(missing[:3])}"
+        raise ModelError(lacking, remedy="copy or download the model again")
+    return [folder / name for name in names]
+
+
 def read_folder(folder: Path) -> list[TensorInfo]:
-    """Tensors of every shard of a model folder; raises ModelError when a shard the index names is missing."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shard_of = read_object(index).get("weight_map")
-        if not isinstance(shard_of, dict) or not all(isinstance(name, str) for name in shard_of.values()):
-            remedy = "copy or download the model again"
-            raise ModelError(f"{index}: weight_map is missing or no table of file names", remedy=remedy)
-        names = sorted(set(shard_of.values()))
-        outside = [name for name in names if Path(name).name != name]
-        if outside:
-            raise ModelError(f"{index}: weight_map names {outside[0]!r}, which is not a file of this folder")
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            lacking = f"{folder} lacks {len(missing)} of {len(names)} weight shards: {', '.join(missing[:3])}"
-            raise ModelError(lacking, remedy="copy or download the model again")
-        shards = [folder / name for name in names]
-    else:
-        shards = sorted(folder.glob("*.safetensors"))
-    return [tensor for shard in shards for tensor in read_header(shard)]
+    """Tensors of a model folder's weight files; raises ModelError when a shard is missing or two hold the same tensor."""
+    found: dict[str, tuple[Path, TensorInfo]] = {}
+    for path in weight_files(folder):
+        for tensor in read_header(path):
+            if tensor.name in found:
+                twice = f"{path} and {found[tensor.name][0].name} both hold {tensor.name}: which one counts is not said"
+                raise ModelError(twice, remedy="save the model again, or copy it again: shards of two models are mixed here")
+            found[tensor.name] = (path, tensor)
+    return [tensor for _, tensor in found.values()]
 
 
 def _tensor(name: str, entry: dict[str, list[int]], data: int) -> TensorInfo:
@@ -112,10 +132,10 @@ def _broken(path: Path, why: str) -> ModelError:
 
 
 class TensorFolder:
-    """The tensors of every safetensors file of a folder (or of one file), by name."""
+    """The tensors of a model folder's weight files (or of one file), by name."""
 
     def __init__(self, path: Path) -> None:
-        files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+        files = [path] if path.is_file() else weight_files(path)
         if not files:
             raise ModelError(f"{path} has no *.safetensors", remedy="export or copy the model again")
         self._found: dict[str, tuple[Path, TensorInfo]] = {i.name: (file, i) for file in files for i in read_header(file)}

@@ -69,7 +69,7 @@ def _fill(disk: Path, left: int) -> Path:
 
 STAGES: dict[str, tuple[Callable[[RunFolder, FinetuneParameters], object], int, str]] = {
     "training": (lambda run, p: finetune.finetune(run, p, force=True), 300_000, "training.tuning.finetune"),
-    "merge": (lambda run, p: merge.merge(run, force=True), 3 * MIB, "training.export.merge"),
+    "merge": (lambda run, p: merge.merge(run, force=True), 3 * MIB, "training.export.weights"),
     "gguf": (lambda run, p: gguf.export_gguf(run, force=True), 2 * MIB, "training.export.gguf"),
     "report": (lambda run, p: write.write_report(json.loads(SAMPLE.read_text()), run.report), 4096, "pipeline.report.write"),
 }
@@ -88,7 +88,8 @@ def test_a_full_disk_is_said_and_costs_nothing(
     before = _results(run)
     filler = _fill(disk, left)
     if not checked:  # as when another process takes the space after the check
-        monkeypatch.setattr(f"{module}.require_free_space", lambda *_: None)
+        for place in {module, "training.preflight"}:
+            monkeypatch.setattr(f"{place}.require_free_space", lambda *_: None)
     with pytest.raises(DiskFull, match=r"only [\d.]+ GiB are free" if checked else "is full") as caught:
         work(run, parameters)
     assert caught.value.exit_code == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import shutil
 import tempfile
 from functools import cache
@@ -69,6 +70,22 @@ def published(version: str, folder: Path) -> Path:
         add([AddedToken(mark, special="|" in mark, normalized=False)])
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
+
+
+def put_shards_beside(folder: Path) -> dict[str, Any]:
+    """Put other random weights beside model.safetensors, as two shards with their index; those weights."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    torch.manual_seed(1)
+    new = {name: torch.randn_like(tensor) * 0.1 for name, tensor in load_file(str(folder / "model.safetensors")).items()}
+    names, weight_map = sorted(new), dict[str, str]()
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        save_file({name: new[name] for name in part}, str(folder / file), metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return new
 
 
 @cache

@@ -111,8 +111,9 @@ def _merge(subject: Subject) -> list[Check]:
         return [skipped("merge.tensors", subject.missing["base"])]
 
     def work() -> list[Check]:
-        lora = None if subject.training.full else adapter.read_lora(run.adapter)
-        return merged.compare_weights(TensorFolder(base), lora, TensorFolder(run.adapter), TensorFolder(run.merged))
+        lora, before = None if subject.training.full else adapter.read_lora(run.adapter), TensorFolder(base)
+        tuned = TensorFolder(run.adapter) if subject.training.full else before  # an adapter folder alone holds no whole model
+        return merged.compare_weights(before, lora, tuned, TensorFolder(run.merged))
 
     return [*guarded("merge.tensors", work), *merged.compare_files(base, run.merged)]
 

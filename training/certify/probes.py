@@ -25,7 +25,7 @@ from pipeline.verify.distributions import ROWS, Probe, Reference
 from pipeline.verify.material import Yardstick
 from pipeline.verify.score import read_held_out, read_reference
 from training.base import BaseModel
-from training.export.merge import Adapter, merged_weights, read_adapter
+from training.export.weights import Adapter, merged_weights, read_adapter
 from training.memory import evaluate_need, require_memory
 
 log = logging.getLogger(__name__)

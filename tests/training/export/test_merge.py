@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import ModelError, PipelineError
-from training.export import merge
+from training.export import weights
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +40,7 @@ def test_one_weight_gains_its_delta_and_the_rest_only_the_cast(
     base: Path, tmp_path: Path, config: dict[str, object], scale: float
 ) -> None:
     a, b = torch.randn(4, 64), torch.randn(64, 4)
-    report = merge.merge_folder(base, _adapter(tmp_path / "adapter", MODULE, a, b, **config), tmp_path / "merged")
+    report = weights.merge_folder(base, _adapter(tmp_path / "adapter", MODULE, a, b, **config), tmp_path / "merged")
     before, after = load_file(str(base / "model.safetensors")), load_file(str(tmp_path / "merged" / "model.safetensors"))
     assert set(before) == set(after)
     assert {tensor.dtype for tensor in after.values()} == {torch.float16}
@@ -57,30 +57,30 @@ def test_a_weight_beyond_float16_is_refused_and_the_old_folder_kept(base: Path, 
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "old").touch()
     with pytest.raises(PipelineError, match=rf"{MODULE}.weight holds 80000[.\d]*, which float16 cannot"):
-        merge.merge_folder(base, adapter, tmp_path / "merged")
+        weights.merge_folder(base, adapter, tmp_path / "merged")
     assert [p.name for p in (tmp_path / "merged").iterdir()] == ["old"]
 
 
 def test_an_adapter_of_another_model_is_refused(base: Path, tmp_path: Path) -> None:
     adapter = _adapter(tmp_path / "adapter", "model.layers.99.self_attn.q_proj", torch.zeros(4, 64), torch.zeros(64, 4))
     with pytest.raises(ModelError, match=r"changes model\.layers\.99\.self_attn\.q_proj\.weight, which the base does not have"):
-        merge.merge_folder(base, adapter, tmp_path / "merged")
+        weights.merge_folder(base, adapter, tmp_path / "merged")
 
 
 def test_underflow_is_counted(base: Path, tmp_path: Path) -> None:
     tensors = load_file(str(base / "model.safetensors"))
     tensors["model.norm.weight"][:3] = 1e-9
     save_file(tensors, str(base / "model.safetensors"), metadata={"format": "pt"})
-    report = merge.merge_folder(
+    report = weights.merge_folder(
         base, _adapter(tmp_path / "a", MODULE, torch.zeros(4, 64), torch.zeros(64, 4)), tmp_path / "merged"
     )
     assert report["underflow_to_zero"] == 3
 
 
 def test_several_shards_get_an_index(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merge, "_SHARD_BYTES", 2**16)
+    monkeypatch.setattr(weights, "SHARD_BYTES", 2**16)
     adapter = _adapter(tmp_path / "a", MODULE, torch.zeros(4, 64), torch.zeros(64, 4))
-    merge.merge_folder(base, adapter, tmp_path / "merged")
+    weights.merge_folder(base, adapter, tmp_path / "merged")
     index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
     from transformers import AutoModelForCausalLM
@@ -93,4 +93,4 @@ def test_a_corrupt_shard_is_named(base: Path, tmp_path: Path) -> None:
     adapter = _adapter(tmp_path / "a", MODULE, torch.zeros(4, 64), torch.zeros(64, 4))
     shutil.copy(base / "config.json", base / "model.safetensors")
     with pytest.raises(ModelError, match=r"model\.safetensors cannot be read"):
-        merge.merge_folder(base, adapter, tmp_path / "merged")
+        weights.merge_folder(base, adapter, tmp_path / "merged")
