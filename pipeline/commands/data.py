@@ -70,7 +70,7 @@ def data(
     from training.datasets.dataset import require_clean
     from training.datasets.summary import summarise
     from training.parameters import reading
-    from training.tuning.account import account
+    from training.tuning.view import account
 
     dataset = _read(source, reading(columns, ",".join(ignore or ()), greeting, repeated))
     preparer, folder = _preparer(base or EMBEDDED) if base or rows else (None, tokenizer)

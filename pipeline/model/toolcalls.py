@@ -1,14 +1,20 @@
-"""How a Granite generation writes tool calls, read off its chat template; calls written so and read back; one to try an engine with."""
+"""How a Granite generation writes tool calls and thoughts, read off its chat template; both written so, and read back.
+
+Granite 3.2 and 3.3 write ``<think>...</think><response>...</response>``, which 3.3's chat template asks for in its system message;
+4.0 and 4.1 have ``<think>`` among their tokens and no form for the answer. :data:`TOOL` is one to try an engine with.
+"""
 
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 # vLLM's parser for that form -> the mark before a call. Granite 3: one list of calls; Granite 4: one JSON object a mark.
 MARKS = {"granite": "<|tool_call|>", "granite4": "<tool_call>"}
+OPEN, CLOSE = "<think>", "</think>"
+_RESPONSE = re.compile(r"\s*<response>(.*?)(?:</response>)?\s*", re.DOTALL)
 NAME, ARGUMENTS = "lookup_host", {"host": "web-01"}
 _FUNCTION = {
     "name": NAME,
@@ -102,3 +108,29 @@ def _objects(texts: Iterable[str]) -> list[dict[str, Any]] | None:
 def _calls(values: list[Any]) -> list[dict[str, Any]] | None:
     named = all(isinstance(v, dict) and isinstance(v.get("name"), str) and set(v) <= {"name", "arguments"} for v in values)
     return plain_calls(values) if values and named else None
+
+
+class Said(NamedTuple):
+    """An answer's thought (None: it did not think) and what it says after it."""
+
+    thought: str | None
+    answer: str
+
+
+def written_thought(template: str, thought: str, answer: str) -> str:
+    """Thought and answer as one text, in the form that a chat template's source asks for."""
+    if "<response>" in template:
+        return f"{OPEN}{thought}{CLOSE}<response>{answer}</response>"
+    return f"{OPEN}\n{thought}\n{CLOSE}\n\n{answer}"
+
+
+def read_thought(text: str) -> Said:
+    """The thought at the beginning of a text and what follows it; a thought that never ends has no answer."""
+    begun = text.lstrip()
+    if not begun.startswith(OPEN):
+        return Said(None, text)
+    thought, closed, answer = begun.removeprefix(OPEN).partition(CLOSE)
+    if not closed:
+        return Said(thought.strip(), "")
+    whole = _RESPONSE.fullmatch(answer)
+    return Said(thought.strip(), (whole[1] if whole else answer).strip())

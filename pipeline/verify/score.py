@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from pipeline.errors import InputError
-from pipeline.model.thoughts import CLOSE, OPEN, read_thought
-from pipeline.model.toolcalls import MARKS, plain_calls, read_calls
+from pipeline.model.toolcalls import CLOSE, MARKS, OPEN, plain_calls, read_calls, read_thought
 from pipeline.runs.files import read_utf8
 
 # ``exact`` means these are all right, in an answer that parses; the recommended action may differ without harm

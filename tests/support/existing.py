@@ -47,7 +47,16 @@ FILES = {
         "FILE.json",
         "KEY.pem",
     ),
-    *("chat_template.jinja", "tokenizer.json", "report.html", "report/report.html", "junit.xml", "offline.json"),
+    *(
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "chat_template.jinja",
+        "tokenizer.json",
+        "report.html",
+        "report/report.html",
+        "junit.xml",
+        "offline.json",
+    ),
 }
 
 

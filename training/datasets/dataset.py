@@ -19,8 +19,7 @@ from pipeline.runs.hashes import sha256_file
 from training.datasets.formats import UNDERSTOOD, convert, detect
 from training.datasets.keys import RowError
 from training.datasets.rows import Advance, Record
-from training.datasets.sources import Files, records, resolve
-from training.datasets.tables import HubId
+from training.datasets.sources import Files, HubId, records, resolve
 from training.datasets.turns import Reading
 
 # the built-in SOC alerts; benchmarks/soc_data.py makes them

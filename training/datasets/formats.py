@@ -13,11 +13,12 @@ Beside any of them: tools (or OpenAI's older functions), documents, system. What
 """
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from training.datasets import rendered
+from pipeline.prompts.chat import END, MIDDLE, START
 from training.datasets.keys import Fate, RowError, row_keys, says_nothing
 from training.datasets.turns import Account, Message, Reading, as_list, function_of, messages_of, parsed, role_of
 
@@ -34,6 +35,7 @@ UNDERSTOOD = {
 """Each format's columns: those a row must have, those it may have beside BESIDE."""
 
 BESIDE = ("tools", "functions", "documents", "system")
+_TOOL_KEYS = ("name", "description", "parameters")
 _PAIRS = {
     "prompt/completion": ("prompt", "", "completion"),
     "alpaca": ("instruction", "input", "output"),
@@ -41,6 +43,9 @@ _PAIRS = {
     "question/answer": ("question", "", "answer"),
 }
 _DEPTH = 64
+_TURN = re.compile(
+    f"{re.escape(START)}(?P<role>[a-z_]+){re.escape(MIDDLE)}(?P<content>.*?){re.escape(END.strip())}\\s*", re.DOTALL
+)
 _Objects = tuple[dict[str, Any], ...]
 
 
@@ -74,13 +79,14 @@ def convert(name: str, row: Mapping[str, Any], reading: Reading = Reading()) -> 
     known = {key: value for key, value in row.items() if key not in reading.ignore}
     account = Account()
     messages = messages_of(_turns(name, known), reading, account)
-    tools, documents = _tools(known), _documents(known.get("documents"))
+    of_tools: dict[str, Fate] = {}
+    tools, documents = _tools(known, reading.ignore, of_tools), _documents(known.get("documents"))
     texts = [message["content"] for message in messages if message["content"].strip()]
     keys = row_keys(row, (*needed, *optional, *BESIDE), reading.ignore, texts)
     _check_text([messages, tools, documents])
     text = row["text"] if name == "text" else None
     of_turns = {} if name in ("xlam", "text") else account.keys  # their turns are of our making
-    return Converted(tuple(messages), tools, documents, {**keys, **of_turns}, tuple(account.notes), text)
+    return Converted(tuple(messages), tools, documents, {**keys, **of_turns, **of_tools}, tuple(account.notes), text)
 
 
 def _turns(name: str, row: Mapping[str, Any]) -> list[Any]:
@@ -88,7 +94,7 @@ def _turns(name: str, row: Mapping[str, Any]) -> list[Any]:
     if name in ("messages", "conversations"):
         turns = as_list(row[name], name)
     elif name == "text":
-        turns = rendered.turns(_text(row, "text"))
+        turns = _rendered(_text(row, "text"))
     elif name == "xlam":
         calls = {"role": "assistant", "content": "", "tool_calls": as_list(row["answers"], "answers")}
         turns = [{"role": "user", "content": _text(row, "query")}, calls]
@@ -135,8 +141,32 @@ def _text(row: Mapping[str, Any], column: str) -> str:
     return value
 
 
-def _tools(row: Mapping[str, Any]) -> _Objects | None:
-    """Tools in OpenAI's shape, its keys in the order that engines write them in; objects, JSON text, or a list of JSON texts."""
+def _rendered(text: str) -> list[Any]:
+    """The turns of a conversation that was rendered in Granite's format; RowError when it is in another one.
+
+    Preparation renders them with the base's template and refuses the row when that is not the author's text.
+    """
+    if not text.strip():
+        raise RowError("'text' is empty")
+    found, at = [], 0
+    for turn in _TURN.finditer(text):
+        if turn.start() != at:
+            break
+        at = turn.end()
+        found.append({"role": turn["role"], "content": turn["content"]})
+    if at != len(text):
+        where = f"from character {at + 1} on ({text[at : at + 40]!r}) " if found else ""
+        said = f"'text' is {where}not a conversation in Granite's format ({START}role{MIDDLE}...{END.strip()})"
+        raise RowError(f"{said}; give the turns as messages, or the two sides with --columns prompt=...,completion=...")
+    return found
+
+
+def _tools(row: Mapping[str, Any], ignore: Collection[str], keys: dict[str, Fate]) -> _Objects | None:
+    """Tools in the one shape that engines leave as it is: OpenAI's, with a description and parameters, in that order.
+
+    They may be objects, JSON text, or a list of JSON texts, with OpenAI's wrapping or without. vLLM writes null for what is left out,
+    llama.cpp an empty text, and both drop keys of their own choice: ``strict``, which no model reads, is dropped here.
+    """
     given = [column for column in ("tools", "functions") if not says_nothing(row.get(column))]
     if not given:
         return None
@@ -148,10 +178,20 @@ def _tools(row: Mapping[str, Any]) -> _Objects | None:
         function = function_of(tool)
         if not function:
             raise RowError(f"{given[0]!r} has an entry without a function name")
-        around = {key: value for key, value in tool.items() if key not in ("type", "function")} if function is not tool else {}
-        function = {key: value for key, value in function.items() if function is not tool or key != "type"}
-        first: dict[str, Any] = {key: function[key] for key in ("name", "description", "parameters") if key in function}
-        made.append({"type": "function", "function": {**first, **function}, **around})
+        around = {} if function is tool else {key: value for key, value in tool.items() if key not in ("type", "function")}
+        for key, value in {**function, **around}.items():
+            name = f"{given[0]}[].{key}"
+            if key in _TOOL_KEYS or says_nothing(value) or (key == "type" and function is tool):
+                continue
+            if key != "strict" and not {key, name} & set(ignore):
+                said = f"the tool {function['name']} has {key!r}, which engines leave out of the prompt"
+                raise RowError(f"{said}; --ignore {key} leaves it out in training too", name)
+            keys[name] = "ignored" if {key, name} & set(ignore) else "harmless"
+        description, parameters = function.get("description") or "", function.get("parameters") or {}
+        if not isinstance(description, str) or not isinstance(parameters, Mapping):
+            raise RowError(f"the tool {function['name']} must have a text as description and an object as parameters")
+        inner = {"name": function["name"], "description": description, "parameters": parameters}
+        made.append({"type": "function", "function": inner})
     return tuple(made)
 
 

@@ -23,8 +23,8 @@ from training.datasets.dataset import SOC_EVAL, SOC_TRAIN, Dataset, Row, load, o
 from training.memory import finetune_need, require_memory
 from training.parameters import FinetuneParameters
 from training.tuning import checkpoints, trainers
-from training.tuning.account import account, told
 from training.tuning.prepare import Prepared, Preparer, held_out_line
+from training.tuning.view import account, told
 
 log = logging.getLogger(__name__)
 STAGE = "finetune"

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError, InputError, PipelineError, at
-from pipeline.model.thoughts import CLOSE, read_thought, written_thought
 from pipeline.model.tokenizer import load
-from pipeline.model.toolcalls import plain_calls, read_calls, tool_format, written_calls
+from pipeline.model.toolcalls import CLOSE, plain_calls, read_calls, read_thought, tool_format, written_calls, written_thought
 from pipeline.prompts.chat import END, MIDDLE, START, ChatTemplate, assistant_spans
 from pipeline.prompts.neutralise import control_tokens, neutralise_all, neutralise_message
 from pipeline.prompts.stops import special_ids, turn_end

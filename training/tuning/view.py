@@ -1,17 +1,19 @@
-"""Rows as the model sees them: the text, what of it is learned, and what of the row is not used."""
+"""Rows as the model sees them - the text, what of it is learned, what is not used - and the account of all of them."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.model.thoughts import CLOSE, OPEN
+from pipeline.model.toolcalls import CLOSE, OPEN
 from pipeline.runs.folder import RunFolder
 from training.base import resolve
-from training.datasets.dataset import Row
+from training.datasets.dataset import Dataset, Row
 from training.parameters import FinetuneParameters
-from training.tuning.prepare import IGNORED, Preparer
+from training.tuning.prepare import IGNORED, Prepared, Preparer
 
+_REFUSALS = 50
 _LEARNED, _PLAIN = "#b7e4c7", "#eeeeee"
 # what a row brings beside its turns, in colours of its own, by the marks that Granite's templates put around it
 _COLOURS = {"tools": "#cfe2ff", "documents": "#fff3cd", "calls": "#8ecae6", "thoughts": "#e0c3fc"}
@@ -70,3 +72,31 @@ def _kinds(text: str) -> list[tuple[int, int, str]]:
             found.append((start, stop, name))
             start = text.find(mark, stop)
     return found
+
+
+def account(files: Sequence[Dataset], prepared: Sequence[Prepared] = ()) -> dict[str, Any]:
+    """``table``: {"what", "became", "rows"} of each key and text; ``refused``: how many rows; ``refusals``: the first, with reasons."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for dataset in files:
+        counts.update({(key, fate): rows for key, fate, rows in dataset.keys})
+    for one in prepared:
+        for row, example in one.pairs:
+            counts.update((key, "not in the prompt") for key in set(example.unused) - set(row.unused))
+        counts["control tokens in texts", "neutralised"] += one.neutralised
+        counts["rows longer than the maximum", "left out"] += len(one.too_long)
+    refused = [one for dataset in files for one in dataset.refused] + [one for part in prepared for one in part.refused]
+    counts["rows", "refused"] += len(refused)
+    return {
+        "table": [{"what": what, "became": fate, "rows": rows} for (what, fate), rows in counts.items() if rows],
+        "refused": len(refused),
+        "refusals": [[one.where, one.reason] for one in refused[:_REFUSALS]],
+    }
+
+
+def told(found: dict[str, Any]) -> list[str]:
+    """An account as lines for a log: one for each fate, then each refusal that is known."""
+    by_fate: dict[str, list[str]] = {}
+    for row in found["table"]:
+        by_fate.setdefault(row["became"], []).append(f"{row['what']} ({row['rows']})")
+    refused = [f"refused: {where}: {reason}" for where, reason in found["refusals"]]
+    return [*(f"{fate}: {', '.join(keys)}" for fate, keys in by_fate.items()), *refused]

@@ -19,7 +19,8 @@ from pipeline.prompts.conversation import Conversation, Prompt
 from pipeline.prompts.parity import Reference, compare
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.stages import Partial
-from pipeline.verify.score import read_held_out, read_material
+from pipeline.verify.material import read_material
+from pipeline.verify.score import read_held_out
 
 STRICT = "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('no') }}{% endif %}{% endfor %}" + EMBEDDED_TEMPLATE
 

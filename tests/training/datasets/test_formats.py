@@ -111,7 +111,10 @@ def test_a_flat_tool_call_takes_openai_shape():
 def test_columns_holding_json_text_are_parsed():
     row = {"messages": '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]', "tools": '[{"name": "f"}]'}
     made = convert("messages", row)
-    assert (made.messages, made.tools) == ((USER, ANSWER), ({"type": "function", "function": {"name": "f"}},))
+    assert (made.messages, made.tools) == (
+        (USER, ANSWER),
+        ({"type": "function", "function": {"name": "f", "description": "", "parameters": {}}},),
+    )
 
 
 @pytest.mark.parametrize("nothing", [None, "", "[]", []])
@@ -195,13 +198,19 @@ def test_results_are_text():
     assert [m["content"] for m in made[2:4]] == ["1", "2"]
 
 
-def test_tools_take_one_shape():
-    function = {"parameters": {"type": "object"}, "name": "f", "description": "d", "strict": True}
-    wanted = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}, "strict": True}}
+def test_tools_take_the_one_shape_that_engines_leave_alone():
+    function = {"parameters": {"type": "object"}, "name": "f", "strict": True}
+    wanted = {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}
     for tools in ([function], [{"type": "function", "function": function}], [json.dumps(function)], json.dumps([function])):
-        made = convert("messages", {"messages": [USER, ANSWER], "tools": tools}).tools
-        assert json.dumps(made) == json.dumps([wanted])
+        made = convert("messages", {"messages": [USER, ANSWER], "tools": tools})
+        assert json.dumps(made.tools) == json.dumps([wanted])
+        assert made.keys["tools[].strict"] == "harmless"
     assert convert("messages", {"messages": [USER, ANSWER], "functions": [function]}).tools == (wanted,)
+    returning = {"messages": [USER, ANSWER], "tools": [{**function, "returns": {"type": "string"}}]}
+    with pytest.raises(RowError, match="the tool f has 'returns', which engines leave out"):
+        convert("messages", returning)
+    made = convert("messages", returning, Reading(ignore=frozenset({"returns"})))
+    assert (made.tools, made.keys["tools[].returns"]) == ((wanted,), "ignored")
 
 
 def test_xlam_dolly_history_and_rendered_text():

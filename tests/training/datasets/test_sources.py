@@ -5,8 +5,7 @@ import pytest
 
 from pipeline.errors import DataError, EnvironmentFailure
 from training.datasets import rows
-from training.datasets.sources import records, resolve
-from training.datasets.tables import HubId
+from training.datasets.sources import HubId, records, resolve
 
 
 def _read(path, raw):

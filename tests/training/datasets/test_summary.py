@@ -28,10 +28,10 @@ def test_summary_counts(write):
         ("sure", 2, (("true", 2), ("null", 1))),
     ]
     assert summary.refused[0][0] == f"{path}:5"
-    # 8 characters are 2 tokens, the first answer's 45 are 12; 6 more a turn; the tools' 15 characters are 4
+    # 8 characters are 2 tokens, the first answer's 45 are 12; 6 more a turn; the tools' 97 characters are 25
     assert summary.tokens is not None
-    assert (summary.tokens.minimum, summary.tokens.median, summary.tokens.p95, summary.tokens.maximum) == (22, 26, 30, 30)
-    assert (summary.tokens.total, summary.tokens.how) == (104, "estimated as characters / 4")
+    assert (summary.tokens.minimum, summary.tokens.median, summary.tokens.p95, summary.tokens.maximum) == (22, 26, 39, 39)
+    assert (summary.tokens.total, summary.tokens.how) == (113, "estimated as characters / 4")
     assert summary.over_length == 4
 
 

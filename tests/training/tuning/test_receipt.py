@@ -12,8 +12,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import InputError
-from pipeline.model.thoughts import read_thought
-from pipeline.model.toolcalls import plain_calls, read_calls
+from pipeline.model.toolcalls import plain_calls, read_calls, read_thought
 from pipeline.prompts.chat import EMBEDDED_TEMPLATE
 from pipeline.prompts.neutralise import neutralise
 from training.datasets.dataset import Row
