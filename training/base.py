@@ -101,8 +101,9 @@ def _with_adapter(base: str, cache: Path) -> BaseModel:
         raise base_adapter.refused(folder, wanted, str(error.message)) from None
     summed = base_adapter.summed(folder, below.folder, below.sha256, cache)
     log.info("base: %s is an adapter; it is merged onto %s, and the sum in %s is trained", folder, wanted, summed)
-    licence = f": {below.note}" if below.note else ", whose licence holds"
-    return BaseModel(base, summed, None, hashes.tree(summed), f"adapter {folder.name} merged onto {wanted}{licence}")
+    # may become the Modelfile's LICENSE: no paths of this machine
+    note = f"{folder.name} merged onto {wanted.name}" + (f": {below.note}" if below.note else ", whose licence holds")
+    return BaseModel(base, summed, None, hashes.tree(summed), note)
 
 
 def _build(folder: Path) -> None:

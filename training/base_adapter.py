@@ -37,6 +37,11 @@ class Wanted:
     base: str
     revision: str | None
 
+    @property
+    def name(self) -> str:
+        """The id, or the last part of a folder's path, and the revision."""
+        return str(Wanted(Path(self.base).name if Path(self.base).is_absolute() else self.base, self.revision))
+
     def __str__(self) -> str:
         return f"{self.base} at revision {self.revision}" if self.revision else self.base
 

@@ -99,12 +99,14 @@ def only_what_counts(folder: Path, cache: Path) -> Path:
     kept = [path for path in folder.iterdir() if path.suffix != ".safetensors" and path.is_file()] + counted
     wanted = {path.name: path.resolve() for path in kept}
     links = cache / f"indexed-{sha256_json([str(folder.resolve()), sorted(wanted)])[:16]}"
+    told = logging.INFO
     if not links.is_dir() or {path.name: path.resolve() for path in links.iterdir()} != wanted:
         with staged(links) as target:
             target.mkdir()
             for name, path in wanted.items():
                 (target / name).symlink_to(path)
-    log.warning("base: %s has %s beside %s: the index counts, trained is what %s links to", folder, SINGLE, INDEX, links)
+        told = logging.WARNING  # once: each stage asks for its base again
+    log.log(told, "base: %s has %s beside %s: the index counts, trained is what %s links to", folder, SINGLE, INDEX, links)
     return links
 
 

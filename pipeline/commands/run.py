@@ -89,8 +89,8 @@ def run(
 
 def _work(folder: RunFolder, chosen: list[str], given: dict[str, Any]) -> dict[str, Any]:
     """Execute the notebooks and say what they did; VerificationFailed when the last one did not pass."""
-    if "02_export" in chosen:
-        # before hours of training, not after them
+    if {"01_finetune", "02_export"} <= set(chosen) and not folder.gguf.exists():
+        # what export needs is missed before hours of training, not after them
         from training.export.gguf import require_packages
 
         require_packages()

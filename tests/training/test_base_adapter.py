@@ -42,7 +42,7 @@ def test_the_sum_is_made_once_and_is_the_base(below: Path, tmp_path: Path, caplo
         found = base.resolve(str(adapter), cache)
     assert f"{adapter} is an adapter; it is merged onto {below}" in caplog.text
     assert (found.id, found.revision) == (str(adapter), None)
-    assert found.note == f"adapter adapter merged onto {below}, whose licence holds"
+    assert found.note == "adapter merged onto base, whose licence holds"
     summed, before = load_file(str(found.folder / "model.safetensors")), load_file(str(below / "model.safetensors"))
     halves = load_file(str(adapter / "adapter_model.safetensors"))
     delta = 2 * halves[f"base_model.model.{MODULE}.lora_B.weight"] @ halves[f"base_model.model.{MODULE}.lora_A.weight"]

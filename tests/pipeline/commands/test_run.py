@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from pipeline import batch
 from pipeline.commands import run as line
 from pipeline.engines.base import Launch
-from pipeline.errors import InputError, RunLocked
+from pipeline.errors import InputError, MissingDependency, RunLocked
 from pipeline.runs import lock
 from pipeline.runs.folder import RunFolder
 from pipeline.serve import records, server
@@ -77,6 +78,22 @@ def test_a_run_that_ends_leaves_the_servers_that_ran_before_it(run: RunFolder, t
     with pytest.raises(InputError, match="no notebook has a parameter 'NONSENSE'"):
         line._execute(run, ["01_finetune"], {"NONSENSE": 1})
     assert records.running(run.path / "servers") == [there]
+
+
+def test_what_export_needs_is_missed_before_training(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[list[str]] = []
+    monkeypatch.setattr(line, "_execute", lambda _, chosen, given: begun.append(chosen) or ([], []))
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "xllamacpp" else real(name, *a))
+    with pytest.raises(MissingDependency, match="xllamacpp is not installed"):
+        line._work(run, ["01_finetune", "02_export"], {})
+    assert begun == []
+    # training alone does not need it, nor does a run that has its GGUF
+    line._work(run, ["01_finetune"], {})
+    run.path.mkdir(parents=True)
+    run.gguf.touch()
+    line._work(run, ["01_finetune", "02_export"], {})
+    assert len(begun) == 2
 
 
 @pytest.mark.slow
