@@ -25,7 +25,7 @@ _PACKED += r"|weight_packed|weight_scale|weight_scale_inv|weight_zero_point|weig
 _PLAIN = ("F64", "F32", "F16", "BF16")
 _TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 _TORCH |= {"I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
-_EMBEDDING = "embed_tokens.weight"
+_EMBEDDING, _HEAD, _SAMPLED_ROWS = "embed_tokens.weight", "lm_head.weight", 1024
 _SHOWN = 3
 
 
@@ -222,6 +222,23 @@ def _require_loadable(folder: Path, tensors: list[TensorInfo]) -> None:
             transformers.logging.enable_progress_bar()
     if wrong := _differences(told):
         raise ModelError(f"{folder}: the weights are not those that config.json describes: {wrong}", remedy=remedy)
+    if getattr(config, "tie_word_embeddings", False) and not _head_is_embedding(folder, [t.name for t in tensors]):
+        what = f"{folder}: config.json ties {_HEAD} to the embedding, but the two differ: loaders disagree about which one counts"
+        raise ModelError(
+            what, remedy='set "tie_word_embeddings": false in config.json if the head is meant, else remove the head'
+        )
+
+
+def _head_is_embedding(folder: Path, names: list[str]) -> bool:
+    """Whether the head's first rows are the embedding's, where a checkpoint has both."""
+    from safetensors import safe_open
+
+    embedding = next((name for name in names if name.endswith(_EMBEDDING)), None)
+    rows = []
+    for path in weight_files(folder):
+        with safe_open(str(path), framework="pt") as file:
+            rows += [file.get_slice(name)[:_SAMPLED_ROWS] for name in file.keys() if name in (_HEAD, embedding)]  # noqa: SIM118
+    return len(rows) < 2 or bool((rows[0] == rows[1]).all())
 
 
 def _differences(told: dict[str, Any]) -> str:

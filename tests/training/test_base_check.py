@@ -171,6 +171,11 @@ def test_a_config_of_no_language_model_is_one_clear_line(folder: Path, config: d
 def test_a_tied_head_may_be_there_or_not(folder: Path) -> None:
     _weights(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     base_check.require_whole(folder)
+    _weights(folder, lambda t: t["lm_head.weight"].add_(0.1))
+    with pytest.raises(ModelError, match=r"ties lm_head\.weight to the embedding, but the two differ"):
+        base_check.require_whole(folder)
+    _config(folder, tie_word_embeddings=False)
+    base_check.require_whole(folder)
 
 
 def test_token_ids_without_an_embedding_are_refused(folder: Path) -> None:
@@ -230,3 +235,46 @@ def test_an_old_single_file_beside_an_index_is_not_what_is_handed_on(folder: Pat
     (folder / "model.safetensors").unlink()
     again = _resolve(folder)
     assert (again.folder, again.sha256) == (folder, found.sha256)
+
+
+@pytest.mark.parametrize("quantised", [True, False])
+def test_a_quantised_hub_model_is_refused_before_its_weights_are_fetched(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantised: bool
+) -> None:
+    snapshot = tmp_path / "hub" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    asked: list[str | None] = []
+
+    def fetch(_: str, *, revision: str | None, token: str | None, allow_patterns: list[str]) -> str:
+        asked.append(revision)
+        for path in (path for pattern in allow_patterns for path in folder.glob(pattern)):
+            shutil.copy(path, snapshot)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    if not quantised:
+        found = base.resolve("owner/tiny", tmp_path / ".base", "main")
+        assert (found.folder, found.revision, asked) == (snapshot, "abc", ["main", "abc"])
+        return
+    _config(folder, quantization_config=_AWQ)
+    with pytest.raises(ModelError, match="base model owner/tiny-AWQ is quantised: awq, 4 bits") as caught:
+        base.resolve("owner/tiny-AWQ", tmp_path / ".base")
+    assert "seems to be owner/tiny;" in caught.value.remedy
+    assert not (snapshot / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # bitsandbytes' own
+def test_a_checkpoint_that_bitsandbytes_wrote_is_refused_with_and_without_its_setting(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    AutoModelForCausalLM.from_pretrained(str(folder), quantization_config=nf4).save_pretrained(str(tmp_path / "bnb"))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(folder / name, tmp_path / "bnb")
+    with pytest.raises(ModelError, match="is quantised: bitsandbytes, 4 bits"):
+        _resolve(tmp_path / "bnb")
+    _config(tmp_path / "bnb", quantization_config=None)
+    with pytest.raises(ModelError, match="is quantised: packed weights"):
+        base_check.require_whole(_resolve(tmp_path / "bnb").folder)
