@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ from training.tuning.view import account, told
 log = logging.getLogger(__name__)
 STAGE = "finetune"
 _RECIPE = 1
+_ROWS = 1  # how rows are prepared that are more than plain text
+_MARK = re.compile(r"<[^<>\s]+>")
 _EVAL_ROWS = 32
 
 
@@ -64,16 +67,20 @@ class Job:
         return {"rows": rows, "tokens": {"all": self.rows.tokens, "trained": self.rows.trained_tokens}}
 
 
+def read_files(params: FinetuneParameters) -> dict[str, Dataset]:
+    """The datasets that parameters name: ``train``, and ``eval`` where the held-out rows have a file of their own."""
+    built_in = params.data == "soc"
+    sources = {"train": SOC_TRAIN if built_in else params.data, "eval": params.eval_data or (SOC_EVAL if built_in else None)}
+    reading, skip_bad = params.reading(), params.skip_bad
+    return {part: load(source, reading, skip_bad=skip_bad) for part, source in sources.items() if source is not None}
+
+
 def read_split(params: FinetuneParameters) -> Split:
     """Load the training rows and the held-out rows; a held-out prompt that is also in training is refused.
 
     Without ``eval_data`` a share of the user's rows is held out; ``soc`` is the built-in set with its own held-out file.
     """
-    built_in = params.data == "soc"
-    sources = {"train": SOC_TRAIN if built_in else params.data, "eval": params.eval_data or (SOC_EVAL if built_in else None)}
-    files = {
-        part: load(source, params.reading(), skip_bad=params.skip_bad) for part, source in sources.items() if source is not None
-    }
+    files = read_files(params)
     if "eval" in files:
         rows, held_out = list(files["train"].rows), list(files["eval"].rows)
     else:
@@ -93,6 +100,8 @@ def finetune(run: RunFolder, params: FinetuneParameters, *, force: Force = False
         remedy = "train under another --name: the base is then kept"
         raise InputError(f"base {base.id} lies in run {run.name} itself, whose export would replace it", remedy=remedy)
     inputs = {"recipe": _RECIPE, "parameters": params.to_json(), "data": data.sha256, "base": base.to_json()}
+    if any(map(_more_than_text, (*data.train, *data.held_out))):
+        inputs["preparation"] = _ROWS
 
     def work() -> dict[str, Any]:
         # dated templates: one date a run, also when it is resumed; not among the inputs, for tomorrow it is the same training
@@ -116,6 +125,13 @@ def finetune(run: RunFolder, params: FinetuneParameters, *, force: Force = False
         done = run_stage(run, STAGE, inputs, [run.adapter, run.heldout], work, force=force)
         shutil.rmtree(run.checkpoints, ignore_errors=True)
     return done
+
+
+def _more_than_text(row: Row) -> bool:
+    """Whether a row has what releases without receipts dropped or changed: tools, documents, weights, thoughts, an answer's marks."""
+    if row.tools or row.documents or row.text is not None:
+        return True
+    return any(set(m) - {"role", "content"} or (m["role"] == "assistant" and _MARK.search(m["content"])) for m in row.messages)
 
 
 def _shared_system(rows: Sequence[Row]) -> str | None:
