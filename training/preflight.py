@@ -38,9 +38,10 @@ class Stage:
     optional: bool = False
 
 
-def ask(run: RunFolder, base: BaseModel, params: FinetuneParameters) -> None:
+def ask(run: RunFolder, base: BaseModel, params: FinetuneParameters, *, exports: bool = True) -> None:
     """Check base, disk, memory, tokenizer, stops, converter and template in seconds, a line of log each.
 
+    Without ``exports`` what comes after training may be done on another machine: that it does not fit this one is a warning.
     Raises ModelError for a base that cannot be trained or exported, DiskFull and OutOfMemory for a stage that surely cannot
     fit, EnvironmentFailure when the converter refuses the vocabulary. What only export needs and is not installed is a warning.
     """
@@ -48,7 +49,7 @@ def ask(run: RunFolder, base: BaseModel, params: FinetuneParameters) -> None:
     base_check.require_whole(base.folder)
     log.info("preflight: base: every tensor of %s is where its config says, every token has an embedding", base.id)
     _require_disk(run, base.folder, params)
-    _require_memory(base.folder, params)
+    _require_memory(base.folder, params, exports=exports)
     run.path.mkdir(parents=True, exist_ok=True)
     # named as the writers' scratch is, so that what a kill leaves is swept with it
     with tempfile.TemporaryDirectory(prefix=".preflight.", dir=run.path) as scratch:
@@ -84,7 +85,7 @@ def _require_disk(run: RunFolder, base: Path, params: FinetuneParameters) -> Non
     log.info("preflight: disk: the run takes %.2f GiB at least, and they are free", needed / GIB)
 
 
-def _require_memory(base: Path, params: FinetuneParameters) -> None:
+def _require_memory(base: Path, params: FinetuneParameters, *, exports: bool) -> None:
     """Refuse what surely cannot fit: fine-tuning what is free now, later stages what the machine has at all."""
     machine = Hardware.detect()
     on_gpu = bool(machine.gpus)
@@ -100,7 +101,7 @@ def _require_memory(base: Path, params: FinetuneParameters) -> None:
         if stage.need.gib <= had:
             continue
         what = f"{stage.name} needs at least {stage.need.gib:.1f} GiB of {where} ({stage.need.made_of}), {had:.1f} GiB are {left}"
-        if not stage.optional:
+        if not stage.optional and (exports or stage.name == "fine-tuning"):
             raise OutOfMemory(what, remedy=stage.lower)
         log.warning("preflight: memory: %s; %s", what, stage.lower)
     log.info("preflight: memory: GiB at least: %s", ", ".join(said))

@@ -68,7 +68,7 @@ def train(
     given = {key: value for key, value in locals().items() if key in _DEFAULT.__dataclass_fields__}
     from training.tuning.finetune import finetune
 
-    _show([finetune(options.folder(agent, run, output), replace(_DEFAULT, **given), force=force)], as_json)
+    _show([finetune(options.folder(agent, run, output), replace(_DEFAULT, **given), force=force, exports=False)], as_json)
 
 
 def export(

@@ -29,6 +29,7 @@ CASES = {
     "empty": ("", "has no rows"),
     "no assistant turn": (f"{GOOD}\n{NO_ANSWER}\n", "data.jsonl:2"),
     "broken JSON on line 7": ((GOOD + "\n") * 6 + "{broken\n", "data.jsonl:7"),
+    "a set of preferences": (GOOD[:-1] + ', "chosen": "b", "rejected": "c"}\n', "--ignore chosen --ignore rejected"),
     "unknown columns": ('{"foo": 1, "bar": 2}\n', "foo"),
 }
 

@@ -31,14 +31,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def make(variant: str, folder: Path) -> Path:
-    """Save the variant's random float32 model and tokenizer to a folder."""
+def make(variant: str, folder: Path, **more: Any) -> Path:
+    """Save the variant's random float32 model and tokenizer to a folder; ``more`` are settings of its config."""
     import torch
     import transformers
 
     name, settings = VARIANTS[variant]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**{**_COMMON, **settings})
+    config = getattr(transformers, f"{name}Config")(**{**_COMMON, **settings, **more})
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(str(folder))
@@ -70,6 +70,11 @@ def published(version: str, folder: Path) -> Path:
         add([AddedToken(mark, special="|" in mark, normalized=False)])
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
+
+
+def published_base(version: str, folder: Path) -> Path:
+    """A random model with the published chat template of a version, and an embedding for each of its added tokens."""
+    return published(version, make("3.x-dense" if version == "3.3" else "4.1", folder, vocab_size=49152 + 16))
 
 
 def put_shards_beside(folder: Path) -> dict[str, Any]:

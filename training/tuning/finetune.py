@@ -92,8 +92,11 @@ def read_split(params: FinetuneParameters) -> Split:
     return Split(rows[: params.max_rows], held_out, files)
 
 
-def finetune(run: RunFolder, params: FinetuneParameters, *, force: Force = False) -> StageResult:
-    """Train as ``params`` say and leave ``adapter/`` and ``heldout.jsonl`` in the run folder; skip when already done."""
+def finetune(run: RunFolder, params: FinetuneParameters, *, force: Force = False, exports: bool = True) -> StageResult:
+    """Train as ``params`` say and leave ``adapter/`` and ``heldout.jsonl`` in the run folder; skip when already done.
+
+    ``exports``: the stages after it will run on this machine too, and have to fit it.
+    """
     data = read_split(params)
     base = resolve(params.base, run.base_cache, params.revision)
     if base.lies_in(run):
@@ -106,7 +109,7 @@ def finetune(run: RunFolder, params: FinetuneParameters, *, force: Force = False
     def work() -> dict[str, Any]:
         # dated templates: one date a run, also when it is resumed; not among the inputs, for tomorrow it is the same training
         noted = checkpoints.dated(run.checkpoints, inputs)
-        preflight.ask(run, base, params)
+        preflight.ask(run, base, params, exports=exports)
         preparer = Preparer(base.folder, datetime.fromisoformat(noted["date"]))
         skip = params.skip_bad
         rows, held_out = (preparer.prepare(part, params.max_length, skip_bad=skip) for part in (data.train, data.held_out))
