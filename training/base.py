@@ -29,11 +29,12 @@ _SMALL_PATTERNS = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
 # config.json and the like, whose widths are those of that one GGUF
 _DATA = Path(__file__).parent / "data" / "embedded"
 # Bump when the recipe changes, so that a cached folder made by the old one is not used.
-RECIPE = 3
+RECIPE = 4
 # SmolLM2's special tokens that take Granite's names; ids stay. <empty_output> was never used in SmolLM2's chats.
 _RENAMED = {"<|im_start|>": "<|start_of_role|>", "<|im_end|>": "<|end_of_text|>", "<repo_name>": "<|end_of_role|>"}
 _RENAMED |= {"<empty_output>": "<|pad|>"}
 _NEWLINE, _END_OF_ROLE = 198, 3
+_SHORTER = 0.8
 _CONTROL = 3  # llama.cpp's token type of special tokens
 
 
@@ -59,7 +60,12 @@ class BaseModel:
     def of_run(cls, run: RunFolder) -> "BaseModel":
         """The base that a run was trained on, at the revision recorded then; InputError without a finished fine-tune."""
         training = Manifest(run.manifest).require_training()
-        return resolve(training.parameters["base"], run.base_cache, training.base.revision)
+        asked, hashes = training.parameters["base"], HashCache(run.base_cache)
+        if asked == EMBEDDED:  # made by an older recipe perhaps, for a run of that time
+            known = (folder for folder in run.base_cache.glob(f"{EMBEDDED}-*") if hashes.tree(folder) == training.base.sha256)
+            if folder := next(known, None):
+                return cls(EMBEDDED, folder, None, training.base.sha256, _NOTE)
+        return resolve(asked, run.base_cache, training.base.revision)
 
 
 def resolve(base: str, cache: Path, revision: str | None = None) -> BaseModel:
@@ -200,7 +206,8 @@ def _write_weights(target: Path, gguf: Path, header: GgufHeader) -> None:
         values = dequantize(raw.reshape(-1, stored.nbytes // math.prod(stored.shape[1:])), GGMLQuantizationType[stored.type])
         name, tensor = checkpoint_tensor(stored.name, values.reshape(stored.shape[::-1]), config)
         weights[name] = np.ascontiguousarray(tensor, dtype=np.float16)
-    # <repo_name> was never trained in chats; ChatML has a newline where Granite has <|end_of_role|>
+    # <repo_name> was never trained in chats; ChatML has a newline where Granite has <|end_of_role|>. A little shorter, because the
+    # same row is the token's output too: were both equal, no training could teach the model to write one and not the other
     embeddings = weights["model.embed_tokens.weight"]
-    embeddings[_END_OF_ROLE] = embeddings[_NEWLINE]
+    embeddings[_END_OF_ROLE] = embeddings[_NEWLINE] * np.float16(_SHORTER)
     save_file(weights, str(target / "model.safetensors"), metadata={"format": "pt"})

@@ -68,3 +68,14 @@ def test_the_embedded_base_answers_and_is_made_the_same_each_time(tmp_path: Path
     ids = tokenizer(QUESTION, return_tensors="pt").input_ids
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
     assert "Paris" in tokenizer.decode(out[0][ids.shape[1] :])
+
+
+def test_a_newline_and_the_mark_that_stands_for_it_can_be_told_apart(tmp_path: Path) -> None:
+    """Tied embeddings are the output too: two equal rows would be written at random in each other's place."""
+    from safetensors.numpy import load_file
+
+    base.build_embedded(tmp_path / "base")
+    rows = load_file(str(tmp_path / "base" / "model.safetensors"))["model.embed_tokens.weight"].astype("float32")
+    newline, mark = rows[198], rows[3]
+    assert float(newline @ mark) / float((newline @ newline) ** 0.5 * (mark @ mark) ** 0.5) > 0.95
+    assert float(mark @ mark) < 0.7 * float(newline @ newline)

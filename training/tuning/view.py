@@ -19,6 +19,11 @@ _LEARNED, _PLAIN = "#b7e4c7", "#eeeeee"
 _COLOURS = {"tools": "#cfe2ff", "documents": "#fff3cd", "calls": "#8ecae6", "thoughts": "#e0c3fc"}
 _MARKS = {"<tools>": ("</tools>", "tools"), "<documents>": ("</documents>", "documents"), OPEN: (CLOSE, "thoughts")}
 _MARKS |= {"<tool_call>": ("</tool_call>", "calls"), "<|tool_call|>": ("<|end_of_text|>", "calls")}
+# Granite 3 gives tools and documents turns of their own
+_MARKS |= {
+    f"<|start_of_role|>{role}": ("<|end_of_text|>", name)
+    for role, name in (("available_tools", "tools"), ("document ", "documents"))
+}
 
 
 def shown(preparer: Preparer, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
