@@ -75,18 +75,19 @@ def data(
     dataset = _read(source, reading(columns, ",".join(ignore or ()), greeting, repeated))
     preparer, folder = _preparer(base or EMBEDDED) if base or rows else (None, tokenizer)
     prepared = None
-    if preparer and not rows:
-        prepared = preparer.attempt(dataset.rows)
-        kept = {row.where for row, _ in prepared.pairs}
-        dataset = replace(
-            dataset, rows=tuple(row for row in dataset.rows if row.where in kept), refused=(*dataset.refused, *prepared.refused)
-        )
     if rows and preparer:
         _show(preparer, dataset, rows, as_json)
-    else:
+    if preparer:
+        # to be shown a few rows is not to wait for all of them
+        tried = dataset.rows[:rows] if rows and not write else dataset.rows
+        prepared = preparer.attempt(tried)
+        refused = {one.where for one in prepared.refused}
+        kept = tuple(row for row in dataset.rows if row.where not in refused)
+        dataset = replace(dataset, rows=kept, refused=(*dataset.refused, *prepared.refused))
+    if not rows:
         summary, found = summarise(dataset, tokenizer or folder, max_length), account([dataset], [prepared] if prepared else [])
         if as_json:
-            show.as_json({**summary.to_json(), "account": found}, ascii_only=False)
+            show.as_json({**summary.to_json(), "account": found})
         else:
             _print(summary, found)
     if write:
@@ -124,15 +125,15 @@ def _show(preparer: Preparer, dataset: Dataset, count: int, as_json: bool) -> No
     """The first rows as the model sees them; what is learned is green, or set apart on lines of its own where nothing is coloured."""
     from training.tuning.view import shown
 
-    for seen in shown(preparer, dataset.rows[:count]):
+    for seen, spans in shown(preparer, dataset.rows[:count]):
         if as_json:
-            show.as_json(seen, indent=None, ascii_only=False)
+            show.as_json(seen, indent=None)
             continue
         show.line(f"--- {_plain(seen['row'])}", style="bold")
         if "refused" in seen:
             show.line(f"refused: {_plain(seen['refused'])}; {_plain(seen['remedy'])}", style="red")
             continue
-        show.spans(_lines_of(seen["text"]), [_lines_of(text) for text in seen["trained"]])
+        show.spans(_lines_of(seen["text"]), spans)
         show.line(f"not used: {_plain(', '.join(seen['unused'])) or 'nothing'}; texts neutralised: {seen['neutralised']}")
 
 

@@ -32,19 +32,17 @@ def line(text: str, *, err: bool = False, style: str = "") -> None:
     console(err=err).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def spans(text: str, marked: Sequence[str], *, style: str = "black on green") -> None:
-    """Print a text as it is, with parts of it (in their order) in a colour, and as lines of their own where nothing is coloured."""
+def spans(text: str, marked: Sequence[tuple[int, int]], *, style: str = "black on green") -> None:
+    """Print a text as it is, parts of it (first character, one after the last) in a colour, or below it where nothing is coloured."""
     from rich.text import Text
 
-    out, made, at = console(), Text(text), 0
-    for part in marked:
-        start = text.find(part, at)
-        at = start + len(part)
-        made.stylize(style, start, at)
+    out, made = console(), Text(text)
+    for start, stop in marked:
+        made.stylize(style, start, stop)
     out.print(made, markup=False, highlight=False, soft_wrap=True)
     if not out.is_terminal:
-        for part in marked:
-            line(f"learned: {part!r}")
+        for start, stop in marked:
+            line(f"learned: {text[start:stop]!r}")
 
 
 def as_json(value: Any, *, indent: int | None = 2, ascii_only: bool = True) -> None:

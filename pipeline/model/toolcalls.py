@@ -6,7 +6,7 @@ Granite 3.2 and 3.3 write ``<think>...</think><response>...</response>``, which 
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -71,43 +71,43 @@ def written_calls(form: str, calls: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"{MARKS[form]}\n{text}\n</tool_call>" for text in texts)
 
 
-_BLOCK = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
-
-
-def read_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
-    """What an answer says before its calls, and the calls as ``{"name", "arguments"}``, in either form.
+def read_calls(text: str, loads: Callable[[str], Any] = json.loads) -> tuple[str, list[dict[str, Any]]]:
+    """What an answer says before its calls, and the calls as ``{"name", "arguments"}``, in either form; ``loads`` reads their JSON.
 
     No calls, and the whole text, when it holds none, when one is not JSON with a name, or when text follows them.
     """
     before, mark, after = text.partition(MARKS["granite"])
-    found = _list(after) if mark else None
-    if found is None and "<tool_call>" in text:
-        before, _, _ = text.partition("<tool_call>")
-        rest = text[len(before) :]
-        blocks = _BLOCK.findall(rest)
-        found = _objects(blocks) if blocks and not _BLOCK.sub("", rest).strip() else None
-    return (before.rstrip("\n"), found) if found else (text, [])
+    found = _calls(after, loads, whole=True) if mark else None
+    if found is None:
+        before, mark, after = text.partition(MARKS["granite4"])
+        found = _blocks(mark + after, loads) if mark else None
+    return (before.removesuffix("\n"), found) if found else (text, [])
 
 
-def _list(text: str) -> list[dict[str, Any]] | None:
-    """Calls in one JSON list that is all of a text."""
+def _blocks(text: str, loads: Callable[[str], Any]) -> list[dict[str, Any]] | None:
+    """Calls between marks, with nothing but white space around them; None when it is something else."""
+    *blocks, rest = text.split("</tool_call>")
+    found: list[dict[str, Any]] = []
+    for block in blocks:
+        opened = block.lstrip()
+        calls = _calls(opened.removeprefix(MARKS["granite4"]), loads) if opened.startswith(MARKS["granite4"]) else None
+        if not calls:
+            return None
+        found += calls
+    return found if found and not rest.strip() else None
+
+
+def _calls(text: str, loads: Callable[[str], Any], *, whole: bool = False) -> list[dict[str, Any]] | None:
+    """The calls that a JSON text says: one object, or with ``whole`` a list of them; None when it is something else."""
     try:
-        value = json.loads(text)
+        value = loads(text.strip())
     except (ValueError, RecursionError):
         return None
-    return _calls(value) if isinstance(value, list) else None
-
-
-def _objects(texts: Iterable[str]) -> list[dict[str, Any]] | None:
-    try:
-        return _calls([json.loads(text) for text in texts])
-    except (ValueError, RecursionError):
+    values = value if whole else [value]
+    if not isinstance(values, list) or not values:
         return None
-
-
-def _calls(values: list[Any]) -> list[dict[str, Any]] | None:
     named = all(isinstance(v, dict) and isinstance(v.get("name"), str) and set(v) <= {"name", "arguments"} for v in values)
-    return plain_calls(values) if values and named else None
+    return plain_calls(values) if named else None
 
 
 class Said(NamedTuple):

@@ -47,11 +47,14 @@ def neutralise(text: str, tokens: Collection[str]) -> str:
         return text
     # a break can join with what stands beside it to another token, so look again until none is left
     for _ in range(len(text) + 2):
-        folded = text if text.isascii() else unicodedata.normalize("NFKC", text)
-        seen = next(filter(pattern.search, (folded, text)), None)
-        if seen is None:
+        text, broken = pattern.subn(_break, text)
+        if broken:
+            continue
+        found = None if text.isascii() else _folded_match(text, pattern)
+        if found is None:
             return text
-        text = pattern.sub(_break, seen)
+        start, stop, instead = found
+        text = text[:start] + instead + text[stop:]
     raise ModelError("these control tokens cannot be broken up in text", evidence=", ".join(sorted(map(repr, tokens)))[:400])
 
 
@@ -71,6 +74,17 @@ def neutralise_all(value: Any, tokens: Collection[str]) -> Any:
     if isinstance(value, list | tuple):
         return [neutralise_all(inner, tokens) for inner in value]
     return value
+
+
+def _folded_match(text: str, pattern: re.Pattern[str]) -> tuple[int, int, str] | None:
+    """Where a text holds a control token in compatibility forms, and what takes its place; nothing else of the text is folded."""
+    folded, origin = [], []
+    for place, character in enumerate(text):
+        forms = unicodedata.normalize("NFKC", character)
+        folded.append(forms)
+        origin += [place] * len(forms)
+    match = pattern.search("".join(folded))
+    return match and (origin[match.start()], origin[match.end() - 1] + 1, _break(match))
 
 
 def _break(match: re.Match[str]) -> str:

@@ -52,7 +52,7 @@ _TABLE: list[tuple[str, str, bytes, tuple[str, ...]]] = [
     ("array of numbers", "d.json", b"[1, 2]", ("row must be a JSON object", "int")),
     ("rows that are strings", "d.jsonl", b'"hello"\n', ("d.jsonl:1", "row must be a JSON object")),
     ("duplicate key", "d.jsonl", b'{"prompt": "a", "prompt": "b", "completion": "c"}\n', ("d.jsonl:1", "'prompt' appears twice")),
-    ("NaN", "d.jsonl", b'{"prompt": "a", "completion": "b", "tools": [{"name": "f", "x": NaN}]}\n', ("d.jsonl:1", "NaN")),
+    ("NaN", "d.jsonl", b'{"prompt": "a", "completion": "b", "tools": [{"name": "f", "parameters": {"x": NaN}}]}\n', ("d.jsonl:1", "NaN")),
     ("Infinity", "d.jsonl", b'{"prompt": "a", "completion": "b", "documents": [{"text": "t", "x": -Infinity}]}\n', ("d.jsonl:1", "infinite")),
     ("1e999", "d.jsonl", b'{"prompt": "a", "completion": "b", "x": 1e999}\n', ("d.jsonl:1", "'x'")),
     ("number of 5,000 digits", "d.jsonl", b'{"prompt": "a", "completion": "b", "x": ' + b"9" * 5000 + b"}\n", ("d.jsonl:1",)),

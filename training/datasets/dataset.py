@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from pipeline.errors import DataError
 from pipeline.runs.hashes import sha256_file
-from training.datasets.formats import UNDERSTOOD, convert, detect
-from training.datasets.keys import RowError
+from training.datasets.formats import convert
+from training.datasets.keys import UNDERSTOOD, RowError, detect
 from training.datasets.rows import Advance, Record
 from training.datasets.sources import Files, HubId, records, resolve
 from training.datasets.turns import Reading
@@ -94,7 +94,11 @@ def read(source: str | Path, advance: Advance | None = None, reading: Reading = 
         unknown = f"{source}: unknown column set ({', '.join(sorted(reader.columns)[:20])})"
         remedy = 'name them with --columns prompt=...,completion=..., or write each row as {"messages": [...]}'
         if "chosen" in reader.columns:
-            remedy = "a set of preferences; to train on the answers chosen: --columns completion=chosen --ignore rejected"
+            whole = reader.first and isinstance(reader.first.get("chosen"), list)
+            column = "messages" if whole else "completion"
+            remedy = f"a set of preferences; to train on the answers chosen: --columns {column}=chosen --ignore rejected"
+            if not whole and "prompt" not in reader.columns:
+                remedy = 'a set of preferences; write each chosen conversation as {"messages": [...]}'
         raise DataError(unknown, evidence=f"understood are {understood}", remedy=remedy)
     rows, refused = tuple(reader.rows), tuple(reader.refused)
     return Dataset(str(source), reader.format or "unknown", rows, refused, _sha256(place, rows), reader.account())
@@ -134,6 +138,7 @@ def bad_rows(source: str, refused: Sequence[Refusal], total: int) -> DataError:
     for one in refused:
         causes.setdefault(one.reason, []).append(one.where)
     lines = [f"{places[0]}{f' (and {len(places) - 1} more)' if places[1:] else ''}: {cause}" for cause, places in causes.items()]
+    lines = [showable(line) for line in lines]
     evidence = "\n".join([*lines[:_SHOWN], *([f"... and {len(lines) - _SHOWN} more reasons"] if len(lines) > _SHOWN else [])])
     remedies = list(dict.fromkeys(one.remedy for one in refused if one.remedy))
     remedy = "; ".join([*remedies[:2], "correct or remove them, or leave them out: --skip-bad"])
@@ -150,6 +155,7 @@ class _Reader:
         self.refused: list[Refusal] = []
         self.columns: dict[str, None] = {}
         self.counts: Counter[tuple[str, str]] = Counter()
+        self.first: dict[str, Any] | None = None
         self.seen = False
 
     def take(self, record: Record) -> None:
@@ -159,18 +165,22 @@ class _Reader:
             self.refused.append(Refusal(record.where, showable(record.problem)))
             return
         try:
-            value = _named(record.value, self.reading)
+            value, left_out = _named(record.value, self.reading)
+            self.first = self.first or value
             if self.format is None:
                 self.columns |= dict.fromkeys(showable(str(column), 40) for column in value)
                 self.format = detect(value)
             if self.format is None:
                 raise RowError(f"no known columns (columns: {', '.join(map(str, value)) or 'none'})")
-            made = convert(self.format, value, self.reading)
+            # a column of theirs that was ignored may have made room for another one of ours
+            still = self.reading._replace(ignore=self.reading.ignore - set(self.reading.columns))
+            made = convert(self.format, value, still)
         except RowError as error:
             self.refused.append(Refusal(record.where, showable(str(error))))
             self.counts.update((showable(key, 60), "refused") for key in error.keys)
             return
         fates = {showable(key, 60): fate for key, fate in made.keys.items()}
+        fates |= {f"{showable(key, 60)} (of the file)": "ignored" for key in left_out}
         unused = tuple(sorted(key for key, fate in fates.items() if fate != "used"))
         self.rows.append(Row(made.messages, record.where, made.tools, made.documents, made.text, unused))
         self.counts.update([*fates.items(), *((note, "on request") for note in set(made.notes))])
@@ -182,17 +192,18 @@ class _Reader:
         return tuple(sorted(counted, key=lambda one: (order.index(one.fate), one.key)))
 
 
-def _named(row: dict[str, Any], reading: Reading) -> dict[str, Any]:
-    """A row with its columns under our names; RowError when one is missing or its new name is taken."""
+def _named(row: dict[str, Any], reading: Reading) -> tuple[dict[str, Any], list[str]]:
+    """A row with its columns under our names, and those left out to make room; RowError when one is missing or its name is taken."""
     if not reading.columns:
-        return row
+        return row, []
     theirs = {theirs: ours for ours, theirs in reading.columns.items()}
     if missing := [column for column in theirs if column not in row]:
         raise RowError(f"has no {missing[0]!r}, which --columns names (columns: {', '.join(map(str, row)) or 'none'})")
     taken = [ours for ours in reading.columns if ours in row and ours not in theirs and ours not in reading.ignore]
     if taken:
         raise RowError(f"has a column {taken[0]!r} already, which --columns wants to fill; --ignore {taken[0]} leaves it out")
-    return {theirs.get(key, key): value for key, value in row.items() if key not in reading.columns or key in theirs}
+    left_out = [key for key in row if key in reading.columns and key not in theirs]
+    return {theirs.get(key, key): value for key, value in row.items() if key not in left_out}, left_out
 
 
 def split(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -234,10 +245,11 @@ def overlap(train: Sequence[Row], held_out: Sequence[Row]) -> list[Row]:
     return [row for row in held_out if prompt_key(row) in known]
 
 
-def showable(text: str, limit: int = 300) -> str:
-    """Text from a file as it can be printed: no lone surrogates, and cut at ``limit`` characters."""
+def showable(text: str, limit: int = 2000) -> str:
+    """Text from a file as it can be printed: no lone surrogates or control characters, and cut at ``limit`` characters."""
     cut = text if len(text) <= limit else text[:limit] + "..."
-    return cut.encode("utf-8", "replace").decode()
+    printable = "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in cut)
+    return printable.encode("utf-8", "replace").decode()
 
 
 def digest(row: Row) -> str:

@@ -5,7 +5,7 @@
     prompt/completion  two strings, or two lists of messages          TRL
     alpaca             instruction, input, output, history            Stanford Alpaca
     dolly              instruction, context, response                 Databricks Dolly
-    question/answer    two strings
+    question/answer    question, context, answer
     xlam               query, tools, answers (calls)                  Salesforce xLAM
     text               a conversation rendered in Granite's format
 
@@ -13,26 +13,13 @@ Beside any of them: tools (or OpenAI's older functions), documents, system. What
 """
 
 import math
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.prompts.chat import END, MIDDLE, START
-from training.datasets.keys import Fate, RowError, row_keys, says_nothing
+from training.datasets.keys import UNDERSTOOD, Fate, RowError, row_keys, says_nothing
 from training.datasets.turns import Account, Message, Reading, as_list, function_of, messages_of, parsed, role_of
-
-UNDERSTOOD = {
-    "messages": (("messages",), ()),
-    "conversations": (("conversations",), ()),
-    "xlam": (("query", "answers"), ()),
-    "prompt/completion": (("prompt", "completion"), ()),
-    "alpaca": (("instruction", "output"), ("input", "history")),
-    "dolly": (("instruction", "response"), ("context",)),
-    "question/answer": (("question", "answer"), ()),
-    "text": (("text",), ()),
-}
-"""Each format's columns: those a row must have, those it may have beside BESIDE."""
 
 BESIDE = ("tools", "functions", "documents", "system")
 _TOOL_KEYS = ("name", "description", "parameters")
@@ -40,12 +27,9 @@ _PAIRS = {
     "prompt/completion": ("prompt", "", "completion"),
     "alpaca": ("instruction", "input", "output"),
     "dolly": ("instruction", "context", "response"),
-    "question/answer": ("question", "", "answer"),
+    "question/answer": ("question", "context", "answer"),
 }
 _DEPTH = 64
-_TURN = re.compile(
-    f"{re.escape(START)}(?P<role>[a-z_]+){re.escape(MIDDLE)}(?P<content>.*?){re.escape(END.strip())}\\s*", re.DOTALL
-)
 _Objects = tuple[dict[str, Any], ...]
 
 
@@ -62,11 +46,6 @@ class Converted:
     keys: Mapping[str, Fate]
     notes: tuple[str, ...] = ()
     text: str | None = None
-
-
-def detect(columns: Mapping[str, Any]) -> str | None:
-    """The format whose required columns are all there, None when there is none; the first of UNDERSTOOD wins."""
-    return next((name for name, (needed, _) in UNDERSTOOD.items() if all(c in columns for c in needed)), None)
 
 
 def convert(name: str, row: Mapping[str, Any], reading: Reading = Reading()) -> Converted:  # noqa: B008 - a constant
@@ -149,11 +128,15 @@ def _rendered(text: str) -> list[Any]:
     if not text.strip():
         raise RowError("'text' is empty")
     found, at = [], 0
-    for turn in _TURN.finditer(text):
-        if turn.start() != at:
+    while text.startswith(START, at):
+        role, middle, _ = text[at + len(START) : at + len(START) + 40].partition(MIDDLE)
+        begin = at + len(START) + len(role) + len(MIDDLE)
+        end = text.find(END.strip(), begin)
+        if not middle or end < 0:
             break
-        at = turn.end()
-        found.append({"role": turn["role"], "content": turn["content"]})
+        found.append({"role": role, "content": text[begin:end]})
+        at = end + len(END.strip())
+        at += len(text[at : at + 2]) - len(text[at : at + 2].lstrip())
     if at != len(text):
         where = f"from character {at + 1} on ({text[at : at + 40]!r}) " if found else ""
         said = f"'text' is {where}not a conversation in Granite's format ({START}role{MIDDLE}...{END.strip()})"
@@ -178,10 +161,13 @@ def _tools(row: Mapping[str, Any], ignore: Collection[str], keys: dict[str, Fate
         function = function_of(tool)
         if not function:
             raise RowError(f"{given[0]!r} has an entry without a function name")
-        around = {} if function is tool else {key: value for key, value in tool.items() if key not in ("type", "function")}
-        for key, value in {**function, **around}.items():
+        around = [] if function is tool else [pair for pair in tool.items() if pair[0] not in ("type", "function")]
+        own = [
+            (key, value) for key, value in function.items() if key not in _TOOL_KEYS and (key != "type" or function is not tool)
+        ]
+        for key, value in (*own, *around):
             name = f"{given[0]}[].{key}"
-            if key in _TOOL_KEYS or says_nothing(value) or (key == "type" and function is tool):
+            if says_nothing(value):
                 continue
             if key != "strict" and not {key, name} & set(ignore):
                 said = f"the tool {function['name']} has {key!r}, which engines leave out of the prompt"
@@ -200,12 +186,18 @@ def _documents(value: Any) -> _Objects | None:
     if says_nothing(value):
         return None
     made = []
-    for entry in as_list(value, "documents"):
+    plain = isinstance(value, str) and not value.lstrip().startswith(("[", "{"))
+    for entry in [value] if plain or isinstance(value, dict) else as_list(value, "documents"):
         document = {"text": entry} if isinstance(entry, str) else entry
         if not isinstance(document, dict):
             raise RowError(f"'documents' must hold texts or objects, one is {type(entry).__name__}")
-        if not any(isinstance(part, str) and part.strip() for key, part in document.items() if key not in ("doc_id", "title")):
+        told = (
+            document["text"] if "text" in document else [part for key, part in document.items() if key not in ("doc_id", "title")]
+        )
+        if not any(isinstance(part, str) and part.strip() for part in (told if isinstance(told, list) else [told])):
             raise RowError(f"'documents' has one without a text (keys: {', '.join(map(str, document)) or 'none'})")
+        if not isinstance(document.get("text", ""), str):
+            raise RowError(f"'documents' has one whose text is no text ({type(document['text']).__name__})")
         made.append(document)
     return tuple(made)
 

@@ -9,6 +9,18 @@ from typing import Any, Literal
 
 Fate = Literal["used", "harmless", "ignored"]
 
+UNDERSTOOD = {
+    "messages": (("messages",), ()),
+    "conversations": (("conversations",), ()),
+    "xlam": (("query", "answers", "tools"), ()),
+    "prompt/completion": (("prompt", "completion"), ()),
+    "alpaca": (("instruction", "output"), ("input", "history")),
+    "dolly": (("instruction", "response"), ("context",)),
+    "question/answer": (("question", "answer"), ("context",)),
+    "text": (("text",), ()),
+}
+"""Each format's columns: those a row must have, those it may have beside BESIDE."""
+
 # names of rows and turns, where they come from, how they were judged or counted: nothing that a model is told
 _OF_ROWS = """
 id idx index uid uuid guid key hash md5 sha256 row_id prompt_id question_id sample_id doc_id conversation_id dialog_id dialogue_id
@@ -21,6 +33,8 @@ _OF_TURNS = "id uid uuid index turn message_id parent_id created created_at time
 _OF_PREFERENCES = frozenset("chosen rejected label preference winner loser chosen_response rejected_response".split())  # noqa: SIM905
 HARMLESS, HARMLESS_IN_TURNS = frozenset(_OF_ROWS.split()), frozenset(_OF_TURNS.split())
 
+# what a column may be that has another name
+_MEANINGS = ("prompt", "completion", "messages", "system", "documents", "tools", "input")
 # characters of a text that is not in another one by chance
 _LONG = 40
 
@@ -31,6 +45,11 @@ class RowError(ValueError):
     def __init__(self, reason: str, *keys: str) -> None:
         super().__init__(reason)
         self.keys = keys
+
+
+def detect(columns: Mapping[str, Any]) -> str | None:
+    """The format whose required columns are all there, None when there is none; the first of UNDERSTOOD wins."""
+    return next((name for name, (needed, _) in UNDERSTOOD.items() if all(c in columns for c in needed)), None)
 
 
 def says_nothing(value: Any) -> bool:
@@ -54,7 +73,7 @@ def row_keys(row: Mapping[str, Any], used: Collection[str], ignore: Collection[s
         else:
             strange.append(key)
     if strange:
-        raise RowError(_reason(strange), *strange)
+        raise RowError(_reason(strange, row), *strange)
     return fates
 
 
@@ -77,17 +96,19 @@ def turn_keys(turn: Mapping[str, Any], used: Collection[str], ignore: Collection
 
 
 def _is_copy(value: Any, texts: Sequence[str]) -> bool:
-    """Whether a text only repeats the turns: it is one of them (or a long part of one), or all of them, rendered."""
+    """Whether a text only repeats the turns: it is one of them, or a long part of one."""
     if not isinstance(value, str) or not value.strip():
         return False
     mine = value.strip()
-    one = any(mine == text.strip() or (len(mine) >= _LONG and mine in text) for text in texts)
-    return one or all(text.strip() in value for text in texts)
+    return any(mine == text.strip() or (len(mine) >= _LONG and mine in text) for text in texts)
 
 
-def _reason(keys: Sequence[str]) -> str:
+def _reason(keys: Sequence[str], row: Mapping[str, Any]) -> str:
     named, ignore = " and ".join(map(repr, keys)), " ".join(f"--ignore {key}" for key in keys)
+    if isinstance(row.get("label"), bool) and "label" in keys:
+        return f"has {named}, which tells good answers from bad ones: keep the rows whose label is true, then {ignore}"
     if {key.lower() for key in keys} & _OF_PREFERENCES:
         return f"has {named}, as sets of preferences have; training is on one answer: {ignore} trains on the one in the turns"
     them = "it" if len(keys) == 1 else "them"
-    return f"has {named}, not used, which may matter: {ignore} leaves {them} out, --columns NAME={keys[0]} gives one a meaning"
+    meaning = f"--columns NAME={keys[0]} gives one a meaning (NAME: {', '.join(_MEANINGS)})"
+    return f"has {named}, not used, which may matter: {ignore} leaves {them} out, {meaning}"

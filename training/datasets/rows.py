@@ -13,13 +13,16 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from pipeline.errors import DataError
+from training.datasets.keys import HARMLESS, detect, says_nothing
 
 Advance = Callable[[int], None]
-_TURNS = frozenset(("messages", "conversations", "prompt", "completion", "query"))
+# keys of a row under which lists of objects are no rows
+_NO_ROWS = frozenset("messages conversations prompt completion turns dialog tools functions documents history answers".split())  # noqa: SIM905
 _SAMPLE = 1 << 20
 # a line longer than this, or a gzip file that grows beyond this and so many times, is no dataset
 _LONGEST = 256 << 20
@@ -130,7 +133,7 @@ def _json(path: Path, lines: Iterator[str]) -> Iterator[Record]:
             yield from _object(path, "".join([*begun, *following, *lines]))
             return
         rest = following or _until_full(lines)
-        if first.value is not None and not rest and (wrapped := _wrapped(first.value)):
+        if first.value is not None and not rest and (wrapped := _wrapped(path, first.value)):
             yield from _array(path, "".join(begun), wrapped)
             return
         yield first
@@ -179,29 +182,36 @@ def _object(path: Path, text: str) -> Iterator[Record]:
         value = _decoded(_ROW, text.strip())
     except ValueError:
         # JSON Lines of which the first two lines are broken, or no JSON at all
-        if any(_is_object(line) for line in text.splitlines()):
-            yield from (_line(path, n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip())
+        if any(_is_object(line) for line in text.split("\n")):
+            yield from (_line(path, n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
             return
         raise DataError(f"{path} is neither JSON Lines nor one JSON value", remedy=one_line) from None
-    wrapped = _wrapped(value)
+    wrapped = _wrapped(path, value)
     if wrapped is None:
-        lists = [key for key, inner in value.items() if _is_rows(inner)]
+        lists = [key for key, inner in value.items() if _is_rows(key, inner)]
         said = f"holds several lists ({', '.join(lists)})" if lists else "is one object over several lines"
         raise DataError(f"{path}:1: {said}", remedy="save the one list of rows as a file" if lists else one_line)
     yield from _array(path, text, wrapped)
 
 
-def _wrapped(value: dict[str, Any]) -> str | None:
-    """The key of the one list of rows in an object; None when there are none or several, or the object is a row itself."""
-    lists = [key for key, inner in value.items() if _is_rows(inner)]
-    return lists[0] if len(lists) == 1 and not _TURNS & set(value) else None
+def _wrapped(path: Path, value: dict[str, Any]) -> str | None:
+    """The key of the one list of rows in an object; None when there are none or several, or the object is a row itself.
+
+    Raises DataError when something beside the list may be meant for each of its rows.
+    """
+    lists = [key for key, inner in value.items() if _is_rows(key, inner)]
+    if len(lists) != 1 or detect(value):
+        return None
+    beside = [key for key, inner in value.items() if key != lists[0] and key not in HARMLESS and not says_nothing(inner)]
+    if more := [key for key in beside if key not in ("name", "description", "info", "features", "citation", "count", "total")]:
+        remedy = f"put it into each row, or save the list {lists[0]!r} alone"
+        raise DataError(f"{path}:1: {more[0]!r} stands beside the list of rows {lists[0]!r}", remedy=remedy)
+    return lists[0]
 
 
-def _is_rows(value: Any) -> bool:
-    """Whether a value is a list of rows: objects that are neither turns nor tools nor documents."""
-    if not isinstance(value, list) or not value or not all(isinstance(row, dict) for row in value):
-        return False
-    return not {"role", "from", "function", "name", "text", "doc_id", "title"} & set(value[0]) or "messages" in value[0]
+def _is_rows(key: str, value: Any) -> bool:
+    """Whether a value is a list of rows: objects, under a key that is not a part of a row."""
+    return key not in _NO_ROWS and isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
 
 
 def _array(path: Path, text: str, key: str | None = None) -> Iterator[Record]:
@@ -276,7 +286,11 @@ def _constant(name: str) -> NoReturn:
 
 def _number(text: str) -> float:
     number = float(text)
-    return number if math.isfinite(number) else _constant(text)
+    if not math.isfinite(number):
+        return _constant(text)
+    if Decimal(text) != Decimal(repr(number)):
+        raise ValueError(f"{text} has more digits than a number of JSON keeps; write it as text")
+    return number
 
 
 _BLANK = re.compile(r"[ \t\r\n]*")
@@ -289,18 +303,26 @@ _LENIENT = json.JSONDecoder(parse_int=float)
 def _csv(path: Path, lines: Iterator[str], tabs: bool) -> Iterator[Record]:
     """Rows by header name; the delimiter is a comma, or a semicolon where the header has only those."""
     header_line = next(lines, "")
-    delimiter = "\t" if tabs else ";" if ";" in header_line and "," not in header_line else ","
+    first = 2
+    if header_line.lower().startswith("sep=") and len(header_line.strip()) == 5:  # Excel's own
+        delimiter_given, header_line, first = header_line.strip()[-1], next(lines, ""), 3
+    else:
+        delimiter_given = ""
+    delimiter = (
+        delimiter_given or "\t" if tabs or delimiter_given else ";" if ";" in header_line and "," not in header_line else ","
+    )
     try:
         header = [name.strip() for name in next(csv.reader([header_line], delimiter=delimiter), [])]
     except csv.Error as error:
         raise DataError(f"{path}:1: not valid CSV ({error})", remedy="save it with newlines (LF) between rows") from None
-    if len(set(header)) < len(header):
+    named = [name for name in header if name]
+    if len(set(named)) < len(named):
         raise DataError(f"{path}:1: a column name appears twice in the header: {', '.join(header)}")
     # process-wide, and the default of 128 KiB is less than a long document
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
-        where = f"{path}:{reader.line_num + 2}"
+        where = f"{path}:{reader.line_num + first}"
         try:
             fields = next(reader)
         except StopIteration:
@@ -309,6 +331,16 @@ def _csv(path: Path, lines: Iterator[str], tabs: bool) -> Iterator[Record]:
             yield Record(where, None, f"not valid CSV ({error})")
             continue
         if len(fields) == len(header):
-            yield Record(where, dict(zip(header, fields, strict=True)))
+            yield Record(where, _named(header, fields))
         elif fields:
             yield Record(where, None, f"{len(fields)} fields where the header has {len(header)}")
+
+
+def _named(header: list[str], fields: list[str]) -> dict[str, str]:
+    """Cells by column; of columns without a name the numbered first one is an index, as pandas writes it, and empty ones are none."""
+    nameless = {
+        f"column {place + 1}": cell for place, (name, cell) in enumerate(zip(header, fields, strict=True)) if not name and cell
+    }
+    if not header[0] and fields[0].isdigit():
+        nameless["__index_level_0__"] = nameless.pop("column 1")
+    return {**{name: cell for name, cell in zip(header, fields, strict=True) if name}, **nameless}

@@ -25,6 +25,8 @@ _MAGIC = {
 _WORD = r"[\w.%+-]+(?:\[[^]]*\][\w.%+:\[\]-]*)?"
 _HUB = re.compile(rf"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<one>{_WORD}))?(:(?P<two>{_WORD}))?", re.ASCII)
 _HUB_FORM = "hub:owner/name[@revision][:config][:split]"
+# what people lay beside their data, which is none
+_NOTES = ("", ".md", ".rst", ".py", ".ipynb", ".yaml", ".yml")
 Files = tuple[Path, ...]
 
 
@@ -59,8 +61,17 @@ def resolve(source: str | Path) -> Files | HubId:
     if explicit:
         raise DataError(f"{text} is not a hub dataset", remedy=f"write {_HUB_FORM}")
     if path.is_dir():
-        found = [child for child in sorted(path.iterdir()) if child.is_file() and not child.name.startswith(".")]
-        return _files(text, [child for child in found if _kind(child)], "has no data file in it")
+        found = [
+            child
+            for child in sorted(path.iterdir())
+            if not child.name.startswith(".") and (child.is_dir() or child.suffix not in _NOTES)
+        ]
+        if strange := [child for child in found if _kind(child) is None or child.is_dir()]:
+            kind = "a folder" if strange[0].is_dir() else "no data file"
+            raise DataError(
+                f"{strange[0]} is {kind}, and {text} is read whole", remedy=f"name the files with a glob: '{path}/*.jsonl'"
+            )
+        return _files(text, found, "has no data file in it")
     if not path.exists() and glob.has_magic(text):
         return _files(text, [path for path in matches(text) if path.is_file()], "matches no file")
     if not path.exists():

@@ -4,9 +4,11 @@ What comes out has the roles system, user, assistant and tool, text content, cal
 thought as ``reasoning_content`` and ``weight`` 0 on a turn that is not learned from.
 """
 
+import ast
 import json
 import re
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +30,8 @@ _USED = ("name", "tool_calls", "function_call", "weight", *_THOUGHTS)
 _MAY_FOLLOW: dict[str | None, tuple[str, ...]] = {None: ("system", "user"), "system": ("user",), "user": ("assistant",)}
 _MAY_FOLLOW |= {"assistant": ("user", "tool"), "tool": ("tool", "assistant")}
 # Hermes wraps results as its template does; the template of the base adds the wrapping itself
-_RESPONSE = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
+_RESULT, _RESULT_END = "<tool_response>", "</tool_response>"
+_CALL = re.compile(r"<tool_call>\s*[{\[]|<\|tool_call\|>")
 
 
 @dataclass
@@ -53,7 +56,7 @@ def messages_of(turns: list[Any], reading: Reading, account: Account) -> list[Me
     made: list[Message] = []
     for number, turn in enumerate(turns, 1):
         made += _message(turn, number, reading.ignore, account)
-    made = _as_chosen(made, reading, account)
+    made = _as_chosen(_results_in_order(made, account), reading, account)
     _check_order(made, reading)
     if not any(m["role"] == "assistant" and m.get("weight") != 0 for m in made):
         raise RowError("has weight 0 on every assistant turn, so there is nothing to learn from")
@@ -109,13 +112,11 @@ def _message(turn: Any, number: int, ignore: Collection[str], account: Account) 
     if calls and role != "assistant":
         raise RowError(f"turn {number} has tool_calls, but its role is {role}")
     if role == "tool":
-        text = _result(turn.get(text_key), number)
-        responses = _RESPONSE.findall(text) if not _RESPONSE.sub("", text).strip() else []
         named = {key: turn[key] for key in ("name", "tool_call_id") if turn.get(key)}
-        return [{"role": "tool", "content": part, **named} for part in responses or [text]]
+        return [{"role": "tool", "content": part, **named} for part in _responses(_result(turn.get(text_key), number))]
     content = "" if given in _CALL_ROLES else _content(turn.get(text_key), number)
     if role == "assistant" and not calls:
-        content, calls = _written_calls(content)
+        content, calls = _written_calls(content, number)
     message: Message = {"role": role, "content": content}
     if turn.get("name"):
         message["name"] = turn["name"]
@@ -132,12 +133,12 @@ def _message(turn: Any, number: int, ignore: Collection[str], account: Account) 
 
 def _calls_of(turn: Mapping[str, Any], given: str, text_key: str, number: int) -> list[dict[str, Any]]:
     """The calls of a turn in any of the shapes they are kept in; RowError when it has two of them."""
+    both = [key for key in ("tool_calls", "function_call") if not says_nothing(turn.get(key))]
+    if len(both) > (given not in _CALL_ROLES):
+        raise RowError(f"turn {number} has {' and '.join(both) if len(both) > 1 else f'{both[0]}, and is a call itself'}")
     if given in _CALL_ROLES:
         value = parsed(turn.get(text_key), f"turn {number} ({given}) is")
         return _calls(value if isinstance(value, list) else [value], number)
-    both = [key for key in ("tool_calls", "function_call") if not says_nothing(turn.get(key))]
-    if len(both) > 1:
-        raise RowError(f"turn {number} has tool_calls and function_call")
     if not both:
         return []
     value = turn[both[0]]
@@ -153,22 +154,48 @@ def _calls(values: list[Any], number: int) -> list[dict[str, Any]]:
         if not function:
             raise RowError(f"turn {number} has a tool call without a function name")
         what = f"turn {number}: the arguments of {function['name']}"
-        arguments = parsed(function.get("arguments") or {}, f"{what} are")
+        given = function.get("arguments")
+        arguments = {} if given is None or given == "" else parsed(given, f"{what} are")
         if not isinstance(arguments, dict):
             raise RowError(f"{what} must be an object")
         wrapping = {key for key in call if not says_nothing(call[key])} - {"id", "type", "index", "function"}
-        if strange := (wrapping if function is call else {*wrapping, *function}) - {"name", "arguments"}:
+        own = (
+            {key for key in function if not says_nothing(function[key])} - {"name", "arguments"}
+            if function is not call
+            else set()
+        )
+        if strange := own | (wrapping - {"name", "arguments"} if function is call else wrapping):
             raise RowError(f"turn {number}: the call of {function['name']} has {min(strange)!r}, which calls do not have")
         known = {"id": call["id"]} if call.get("id") else {}
         calls.append({**known, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return calls
 
 
-def _written_calls(content: str) -> tuple[str, list[dict[str, Any]]]:
+def _written_calls(content: str, number: int) -> tuple[str, list[dict[str, Any]]]:
     """Calls that the author wrote as text, in Hermes' form or Granite 3's, as real calls."""
-    before, written = read_calls(content)
-    objects = all(isinstance(call["arguments"], dict) for call in written)
-    return (before, [{"type": "function", "function": call} for call in plain_calls(written)]) if objects else (content, [])
+    before, written = read_calls(content, _literal)
+    if written and all(isinstance(call["arguments"], dict) for call in written):
+        return before, [{"type": "function", "function": call} for call in plain_calls(written)]
+    if _CALL.search(content):
+        said = "has a mark of a call from which none can be read"
+        raise RowError(
+            f"turn {number} {said}: write one JSON object with name and arguments between the marks, and nothing after them"
+        )
+    return content, []
+
+
+def _literal(text: str) -> Any:
+    """What JSON says, or a Python literal: early Hermes sets write calls with single quotes."""
+    with suppress(ValueError):
+        return parse(text)
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+        keys = [[ast.dump(key) for key in node.keys if key] for node in ast.walk(tree) if isinstance(node, ast.Dict)]
+        if all(len(set(mine)) == len(mine) for mine in keys):
+            return ast.literal_eval(tree)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        pass
+    raise ValueError("neither JSON nor a literal")
 
 
 def _thought(turn: Mapping[str, Any], role: str, number: int) -> str:
@@ -202,6 +229,14 @@ def _result(value: Any, number: int) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def _responses(text: str) -> list[str]:
+    """The results in a turn that is nothing but wrapped results; else the text as it is."""
+    *parts, rest = text.split(_RESULT_END)
+    if rest.strip() or not parts or not all(part.lstrip().startswith(_RESULT) for part in parts):
+        return [text]
+    return [part.lstrip().removeprefix(_RESULT).removeprefix("\n").removesuffix("\n") for part in parts]
+
+
 def _content(value: Any, number: int) -> str:
     """Text, or a list of text parts joined by newlines; None counts as empty."""
     if value is None or isinstance(value, str):
@@ -211,6 +246,10 @@ def _content(value: Any, number: int) -> str:
     texts = []
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if isinstance(part, dict) and (
+            more := [key for key in part if key not in ("type", "text") and not says_nothing(part[key])]
+        ):
+            raise RowError(f"turn {number} has a content part with {more[0]!r}; only text can be trained on")
         if kind != "text" or not isinstance(part.get("text"), str):
             raise RowError(f"turn {number} has a content part of type {kind!r}; only text can be trained on")
         texts.append(part["text"])
@@ -242,6 +281,28 @@ def _as_chosen(messages: list[Message], reading: Reading, account: Account) -> l
     return joined
 
 
+def _results_in_order(messages: list[Message], account: Account) -> list[Message]:
+    """Results in the order of their calls, which is all that a prompt has to tell them apart; RowError for one of no call."""
+    made: list[Message] = []
+    for message in messages:
+        made.append(message)
+        calls, first = [], len(made)
+        while first and made[first - 1]["role"] == "tool":
+            first -= 1
+        if first and first < len(made):
+            calls = [call.get("id") for call in made[first - 1].get("tool_calls", ())]
+        ids = [result.get("tool_call_id") for result in made[first:]]
+        if not all(calls) or not all(ids) or not calls or not ids:
+            continue
+        if strange := next((one for one in ids if one not in calls), None):
+            raise RowError(f"has a result of the call {strange!r}, which the turn before it does not have")
+        ordered = sorted(made[first:], key=lambda result: calls.index(result["tool_call_id"]))
+        if ordered != made[first:]:
+            made[first:] = ordered
+            account.notes.append("results put in the order of their calls")
+    return made
+
+
 def _check_order(messages: list[Message], reading: Reading) -> None:
     """System only first, then user and assistant in turn, tool results after the assistant, an answer at the end."""
     roles = [message["role"] for message in messages]
@@ -258,6 +319,7 @@ def _check_order(messages: list[Message], reading: Reading) -> None:
             how = "--repeated join puts them together, --repeated keep leaves them as they are"
             raise RowError(f"turn {number} is user after a user turn: {how}")
         greets = role == "assistant" and before in (None, "system") and reading.greeting == "keep" and number < len(roles)
+        greets = greets and "tool_calls" not in messages[number - 1]
         if not greets:
             place = f"after {'an' if before == 'assistant' else 'a'} {before} turn" if before else "as the first turn"
             raise RowError(f"turn {number} is {role} {place}; expected {' or '.join(_MAY_FOLLOW[before])}")

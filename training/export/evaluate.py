@@ -114,14 +114,12 @@ def _model(folder: Path) -> Any:
 
 
 def _answer(ids: list[int], tokenizer: Any, marks: Sequence[str]) -> Answer:
-    """Text up to the end token, without special tokens, except those in ``marks``."""
+    """Text up to the end token, without special tokens, except those in ``marks``; with all of them where there are marks of calls
+    to be found, as engines then give them too: one in the midst of a call is a fault to be seen.
+    """
     ended = tokenizer.eos_token_id in ids
     kept = ids[: ids.index(tokenizer.eos_token_id)] if ended else ids
-    special = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    if any(special.get(number) in marks for number in kept):
-        kept = [number for number in kept if number not in special or special[number] in marks]
-        return Answer(tokenizer.decode(kept, skip_special_tokens=False), "stop" if ended else "length")
-    return Answer(tokenizer.decode(kept, skip_special_tokens=True), "stop" if ended else "length")
+    return Answer(tokenizer.decode(kept, skip_special_tokens=not marks), "stop" if ended else "length")
 
 
 def _written(answer: Answer) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pipeline.model.toolcalls import CLOSE, plain_calls, read_calls, read_though
 from pipeline.prompts.chat import END, MIDDLE, START, ChatTemplate, assistant_spans
 from pipeline.prompts.neutralise import control_tokens, neutralise_all, neutralise_message
 from pipeline.prompts.stops import special_ids, turn_end
-from training.datasets.dataset import Refusal, Row, bad_rows
+from training.datasets.dataset import Refusal, Row, bad_rows, showable
 from training.tuning.receipt import Chat, unused
 
 IGNORED = -100
@@ -126,9 +126,10 @@ class Preparer:
         pairs = [(span, message) for span, message in zip(spans, answers, strict=True) if message.get("weight") != 0]
         learned = tuple(span for span, _ in pairs)
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        for start, end in spans:
+            self._check(text[start:end])
         chosen = set[int]()
         for (start, end), message in pairs:
-            self._check(text[start:end])
             if (calls := message.get("tool_calls")) and tool_format(self.template.chosen(row.tools)):
                 _require_readable(text[start:end].removesuffix(self.template.variables["eos_token"]), calls)
             tokens = _tokens(text, encoding.offsets, start, end)
@@ -178,11 +179,10 @@ class Preparer:
             if form is None:
                 remedy = "use a base whose chat template has tool calls"
                 raise DataError("the base's chat template writes no tool calls and names no form for them", remedy=remedy)
-            if made["content"].strip():
+            if made["content"].strip() or made.get("reasoning_content"):
+                before = made["content"] or made["reasoning_content"]
                 remedy = "take the text out of the row, or use a base whose chat template writes calls (Granite 4)"
-                raise DataError(
-                    f"{made['content'][:40]!r} stands before a call, where this base writes calls alone", remedy=remedy
-                )
+                raise DataError(f"{before[:40]!r} stands before a call, where this base writes calls alone", remedy=remedy)
             made["content"] = written_calls(form, plain_calls(calls))
             _require_readable(made["content"], calls)
             del made["tool_calls"]
@@ -228,7 +228,7 @@ class Preparer:
                 pairs.append((clean, self.example(clean)))
                 neutralised += bool(self.neutralised(row, clean))
             except InputError as error:
-                refused.append(Refusal(row.where, error.message.removeprefix(f"{row.where}: "), error.remedy))
+                refused.append(Refusal(row.where, showable(error.message.removeprefix(f"{row.where}: ")), error.remedy))
         return Prepared(tuple(example for _, example in pairs), (), neutralised, tuple(pairs), tuple(refused))
 
 

@@ -6,6 +6,7 @@ A chat template drops what it has no place for - calls, documents, thoughts - wi
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from pipeline.errors import DataError
@@ -70,6 +71,9 @@ def _missing(looked_for: Sequence[Piece], told: Sequence[Piece], prompt: str) ->
             turn, begin, ends = piece.turn, max([begin, *ends]), [0]
         at = [prompt.find(text, begin if turn else 0) for text in _written(piece.text)]
         found = [place for place in at if place >= 0]
+        if not found and (place := prompt.find(piece.text.strip(), begin if turn else 0)) >= 0:
+            found = [place]
+            missing.append(Piece("white space around texts", "", optional=True))
         if found and turn:
             ends.append(min(found))
         if not found:
@@ -77,9 +81,9 @@ def _missing(looked_for: Sequence[Piece], told: Sequence[Piece], prompt: str) ->
     return missing
 
 
-def _written(text: str) -> set[str]:
-    """The ways in which a template may write a text: as it is, trimmed, inside JSON."""
-    return {text, text.strip(), json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]}
+def _written(text: str) -> list[str]:
+    """The ways in which a template may write a text: as it is, or inside JSON."""
+    return [text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]]
 
 
 def _mapped(chat: Chat, visit: Callable[[Piece], str]) -> Chat:
@@ -124,17 +128,46 @@ def _tool(tool: _Object, visit: Callable[[Piece], str]) -> dict[str, Any]:
     function["name"] = visit(Piece("tools[].name", function["name"]))
     if function.get("description"):
         function["description"] = visit(Piece("tools[].description", str(function["description"]), optional=True))
-    properties = (function.get("parameters") or {}).get("properties")
-    if isinstance(properties, Mapping):
-        named = {visit(Piece("tools[].parameters", key, optional=True)): value for key, value in properties.items()}
-        function["parameters"] = {**function["parameters"], "properties": named}
+    if function.get("parameters"):
+        function["parameters"] = _schema(
+            function["parameters"], lambda text: visit(Piece("tools[].parameters", text, optional=True))
+        )
     return {**tool, "function": function}
+
+
+def _schema(schema: Any, visit: Callable[[str], str]) -> Any:
+    """A JSON schema with what ``visit`` makes of the names of its properties and of its texts; words of the schema itself stay."""
+    if isinstance(schema, Mapping):
+        made = {}
+        for key, value in schema.items():
+            if key == "properties" and isinstance(value, Mapping):
+                made[key] = {visit(name): _schema(inner, visit) for name, inner in value.items()}
+            else:
+                made[key] = value if key == "type" else _schema(value, visit)
+        return made
+    if isinstance(schema, list | tuple):
+        return [_schema(inner, visit) for inner in schema]
+    return visit(schema) if isinstance(schema, str) and schema else schema
 
 
 def _document(document: _Object, visit: Callable[[Piece], str]) -> dict[str, Any]:
     made = dict(document)
     for key, value in document.items():
-        if isinstance(value, str) and value:
-            optional = key != "text" and ("text" in document or key in _BESIDE_TEXT)
-            made[key] = visit(Piece(f"documents[].{key}", value, optional=optional))
+        optional = key != "text" and ("text" in document or key in _BESIDE_TEXT)
+        if value is not None:
+            made[key] = _values(value, partial(_visit_as, visit, f"documents[].{key}", optional))
     return made
+
+
+def _visit_as(visit: Callable[[Piece], str], what: str, optional: bool, text: str) -> str:
+    return visit(Piece(what, text, optional=optional))
+
+
+def _values(value: Any, visit: Callable[[str], str]) -> Any:
+    """A JSON value with what ``visit`` makes of each text and number in it; keys stay, for templates ask for them."""
+    if isinstance(value, Mapping):
+        return {key: _values(inner, visit) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_values(inner, visit) for inner in value]
+    text = value if isinstance(value, str) else json.dumps(value)
+    return visit(text) if text else value

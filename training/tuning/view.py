@@ -26,8 +26,8 @@ _MARKS |= {
 }
 
 
-def shown(preparer: Preparer, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
-    """For each row its ``row`` (file:line), ``text``, ``trained`` spans, ``unused`` keys and ``neutralised`` texts.
+def shown(preparer: Preparer, rows: Sequence[Row]) -> Iterator[tuple[dict[str, Any], tuple[tuple[int, int], ...]]]:
+    """For each row its ``row`` (file:line), ``text``, ``trained`` parts, ``unused`` keys and ``neutralised`` texts; where the parts are.
 
     A row that cannot be trained on has ``refused``, the reason, instead of a text.
     """
@@ -36,10 +36,10 @@ def shown(preparer: Preparer, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
             clean = preparer.clean(row)
             example = preparer.example(clean)
         except InputError as error:
-            yield {"row": row.where, "refused": error.message.removeprefix(f"{row.where}: "), "remedy": error.remedy}
+            yield {"row": row.where, "refused": error.message.removeprefix(f"{row.where}: "), "remedy": error.remedy}, ()
             continue
         seen = {"row": row.where, "text": example.text, "trained": example.trained, "unused": list(example.unused)}
-        yield {**seen, "neutralised": preparer.neutralised(row, clean)}
+        yield {**seen, "neutralised": preparer.neutralised(row, clean)}, example.spans
 
 
 def trained_tokens(params: FinetuneParameters, run: RunFolder, row: Row) -> Any:

@@ -111,7 +111,7 @@ def test_unknown_columns_name_those_seen_and_those_understood(write):
         read(path)
     assert caught.value.message == f"{path}: unknown column set (answer, ask, body)"
     assert caught.value.evidence == (
-        "understood are messages: messages; conversations: conversations; xlam: query, answers; prompt/completion: prompt, completion; "
+        "understood are messages: messages; conversations: conversations; xlam: query, answers, tools; prompt/completion: prompt, completion; "
         "alpaca: instruction, output; dolly: instruction, response; question/answer: question, answer; text: text"
     )
 
@@ -251,10 +251,10 @@ def test_overlap_tells_different_system_prompts_apart():
 
 def test_what_a_refusal_quotes_can_be_printed(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(json.dumps(ROW).encode() + b'\n{"\xff": 1}\n{"' + b"x" * 1000 + b'": 1}\n')
+    path.write_bytes(json.dumps(ROW).encode() + b'\n{"\xff": 1}\n{"' + b"x" * 3000 + b'": 1}\n')
     bad, long = (refusal.reason for refusal in read(path).refused)
-    assert bad == "has no 'messages' (columns: ?)"
-    assert len(long) == 303
+    assert bad == "has no 'messages' (columns: \N{REPLACEMENT CHARACTER})"
+    assert len(long) == 2003
 
 
 def test_unknown_columns_that_are_not_utf8(tmp_path):
@@ -262,4 +262,4 @@ def test_unknown_columns_that_are_not_utf8(tmp_path):
     path.write_bytes(b'{"\xff": 1}\n')
     with pytest.raises(DataError) as caught:
         read(path)
-    assert caught.value.message == f"{path}: unknown column set (?)"
+    assert caught.value.message == f"{path}: unknown column set (\N{REPLACEMENT CHARACTER})"

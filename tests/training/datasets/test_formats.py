@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from training.datasets.formats import convert, detect
-from training.datasets.keys import RowError
+from training.datasets.formats import convert
+from training.datasets.keys import RowError, detect
 from training.datasets.turns import Reading
 
 USER = {"role": "user", "content": "q"}
@@ -134,7 +134,8 @@ def test_each_key_has_a_fate():
     [
         ({"notes": "x"}, "has 'notes', not used, which may matter: --ignore notes leaves it out"),
         ({"chosen": "x", "rejected": "a"}, "has 'chosen' and 'rejected', as sets of preferences have"),
-        ({"label": True}, "has 'label', as sets of preferences have"),
+        ({"label": True}, "keep the rows whose label is true, then --ignore label"),
+        ({"label": "good"}, "has 'label', as sets of preferences have"),
         (
             {"messages": [USER, ANSWER | {"mood": "x"}]},
             "turn 2 has 'mood', which is not used and may matter; --ignore mood leaves",
@@ -184,10 +185,72 @@ def test_calls_in_every_form_become_real_calls(turn, text):
 
 
 @pytest.mark.parametrize(
-    "text", ["<tool_call>{broken</tool_call>", '<tool_call>{"name": "f"}</tool_call> and more', "<tool_call>"]
+    "text", ["<tool_call>{broken</tool_call>", '<tool_call>{"name": "f"}</tool_call> and more', "<|tool_call|>f"]
 )
+def test_a_call_that_cannot_be_read_is_refused(text):
+    with pytest.raises(RowError, match="has a mark of a call from which none can be read"):
+        _messages(USER, {"role": "assistant", "content": text})
+
+
+@pytest.mark.parametrize("text", ["Calls stand in <tool_call> marks.", "<tool_call>", "</tool_call>{"])
 def test_what_is_no_call_stays_the_authors_text(text):
     assert _messages(USER, {"role": "assistant", "content": text})[1] == {"role": "assistant", "content": text}
+
+
+@pytest.mark.parametrize(
+    ("turn", "reason"),
+    [
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": []}}]}, "arguments of f must be an object"),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "0"}}]},
+            "arguments of f must be an object",
+        ),
+        ({"role": "assistant", "tool_calls": [{"name": "g", "function": {"name": "f"}}]}, "the call of f has 'name'"),
+        (
+            {"from": "function_call", "value": '{"name": "f"}', "tool_calls": [CALL]},
+            "turn 2 has tool_calls, and is a call itself",
+        ),
+        (
+            {"role": "assistant", "content": '<tool_call>{"name": "f", "arguments": {"a": 1, "a": 2}}</tool_call>'},
+            "from which none",
+        ),
+        ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": '{"y": 1.23456789012345678901}'}]}, "has more digits"),
+        ({"role": "assistant", "content": [{"type": "text", "text": "a", "note": "b"}]}, "has a content part with 'note'"),
+    ],
+)
+def test_nothing_of_a_turn_is_dropped(turn, reason):
+    with pytest.raises(RowError) as caught:
+        _messages(USER, turn)
+    assert reason in str(caught.value)
+
+
+def test_results_take_the_order_of_their_calls():
+    calls = [{"id": i, "function": {"name": "f", "arguments": {}}} for i in ("a", "b")]
+    results = [{"role": "tool", "tool_call_id": i, "content": i} for i in ("b", "a")]
+    turns = [USER, {"role": "assistant", "tool_calls": calls}, *results, ANSWER]
+    made = convert("messages", {"messages": turns})
+    assert [m["content"] for m in made.messages[2:4]] == ["a", "b"]
+    assert made.notes == ("results put in the order of their calls",)
+    with pytest.raises(RowError, match="a result of the call 'c', which the turn before it does not have"):
+        _messages(*turns[:3], {"role": "tool", "tool_call_id": "c", "content": "x"}, ANSWER)
+
+
+def test_early_hermes_calls_with_single_quotes_are_calls():
+    made = _messages(USER, {"from": "gpt", "value": "Ok.\n\n<tool_call>\n{'arguments': {'x': 1}, 'name': 'f'}\n</tool_call>"})
+    assert made[1] == {"role": "assistant", "content": "Ok.\n", "tool_calls": [PLAIN]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "2+2", "answer": "4", "reasoning": "We compute 2+2; this gives 4."},
+        {"messages": [USER, ANSWER], "system_prompt": "Do nothing: q and a must be refused"},
+        {"prompt": "What is 2+2?", "completion": "4", "text": "<|system|>You are a pirate.<|user|>What is 2+2?<|assistant|>4"},
+    ],
+)
+def test_a_text_that_holds_the_turns_is_no_copy_of_them(row):
+    with pytest.raises(RowError, match="not used, which may matter"):
+        convert(detect(row), row)
 
 
 def test_results_are_text():

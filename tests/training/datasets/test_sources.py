@@ -207,6 +207,13 @@ def test_a_parquet_date_that_python_cannot_hold_names_its_row_and_column(tmp_pat
         list(records(resolve(tmp_path / "d.parquet")))
 
 
+def test_csv_as_spreadsheets_and_pandas_write_it(table):
+    assert table("sep=;\nprompt;completion\na,b;c\n") == [("3", {"prompt": "a,b", "completion": "c"})]
+    assert table("prompt,completion,,\na,b,,\n") == [("2", {"prompt": "a", "completion": "b"})]
+    assert table("prompt,completion,\na,b,x\n") == [("2", {"prompt": "a", "completion": "b", "column 3": "x"})]
+    assert table(",prompt,completion\n0,a,b\n") == [("2", {"__index_level_0__": "0", "prompt": "a", "completion": "b"})]
+
+
 def test_gzip_is_unpacked_and_damage_is_told(tmp_path):
     path = tmp_path / "rows.jsonl.gz"
     whole = gzip.compress(b'{"a": 1}\n{"a": 2}\n')
@@ -233,7 +240,6 @@ def test_a_folder_and_a_glob_are_all_their_files(tmp_path):
     folder.mkdir()
     for name, text in (("b.jsonl", '{"a": 2}'), ("a.ndjson", '{"a": 1}'), (".hidden.jsonl", "x"), ("README.md", "x")):
         (folder / name).write_text(text)
-    (folder / "sub.jsonl").mkdir()
     names = [("a.ndjson:1", {"a": 1}), ("b.jsonl:1", {"a": 2})]
 
     def read(source):
@@ -244,6 +250,11 @@ def test_a_folder_and_a_glob_are_all_their_files(tmp_path):
     assert read(str(folder / "b.jsonl")) == names[1:]
     with pytest.raises(DataError, match=r"README\.md: unknown kind of file"):
         resolve(str(tmp_path / "d*" / "*"))
+    for name, said in (("more.xlsx", "is no data file, and"), ("sub", "is a folder, and")):
+        (folder / name).mkdir() if name == "sub" else (folder / name).write_bytes(b"PK")
+        with pytest.raises(DataError, match=said):
+            resolve(str(folder))
+        (folder / name).rmdir() if name == "sub" else (folder / name).unlink()
 
 
 @pytest.mark.parametrize(

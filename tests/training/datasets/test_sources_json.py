@@ -59,7 +59,7 @@ def test_numbers_that_are_none_are_left_to_whoever_uses_them(jsonl, text):
 
 def test_the_one_list_in_an_object_is_the_rows(array):
     rows = [("3", {"a": 1}), ("4", {"a": 2})]
-    assert array('{"version": "1.0", "data": [\n\n{"a": 1},\n{"a": 2}], "more": {"x": [1]}}') == rows
+    assert array('{"version": "1.0", "data": [\n\n{"a": 1},\n{"a": 2}], "info": {"x": [1]}}') == rows
     assert array('{\n"data": [\n{"a": 1},\n{"a": 2}]}') == rows
     assert array('{"rows": [{"a": 1}, {"a": 2}]}\n') == [("1", {"a": 1}), ("1", {"a": 2})]
 
@@ -68,6 +68,7 @@ def test_the_one_list_in_an_object_is_the_rows(array):
     ("text", "said"),
     [
         ('{"train": [{"a": 1}],\n"test": [{"a": 2}]}', ":1: holds several lists (train, test)"),
+        ('{"system": "s",\n"rows": [{"a": 1}]}', ":1: 'system' stands beside the list of rows 'rows'"),
         ('{\n"messages": [{"role": "user"}]\n}', ":1: is one object over several lines"),
         ('{\n"a": 1\n}\n{\n"a": 2\n}\n', " is neither JSON Lines nor one JSON value"),
         ("no\njson\nat all\n", " is neither JSON Lines nor one JSON value"),

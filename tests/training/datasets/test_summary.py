@@ -76,5 +76,5 @@ def test_a_folder_without_tokenizer(write, tmp_path):
 def test_labels_that_are_not_utf8_can_be_printed(write):
     row = {"prompt": "q", "completion": '{"label": "\\ud800"}'}
     summary = summarise(read(write(row)))
-    assert summary.labels[0].top == (("?", 1),)
+    assert summary.labels[0].top == (("\N{REPLACEMENT CHARACTER}", 1),)
     assert json.dumps(summary.to_json(), ensure_ascii=False).encode()

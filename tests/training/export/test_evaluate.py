@@ -45,7 +45,8 @@ def _answer(tokenizer: Any, text: str, marks: tuple[str, ...]) -> Answer:
 
 def test_the_mark_of_a_call_is_not_lost(tokenizer: Any) -> None:
     answer = _answer(tokenizer, f"<|start_of_role|>é {CALL}<|end_of_text|>\n", CALL_MARKS)
-    assert answer == Answer(f"é {CALL}", "stop")
+    # nor is another control token beside it: an engine that looks for calls gives it too
+    assert answer == Answer(f"<|start_of_role|>é {CALL}", "stop")
     assert said(HeldOut(ASKED, CALL, (TOOL,)), answer).calls == [{"name": "look", "arguments": {}}]
     assert _answer(tokenizer, "<tool_call>x</tool_call>", CALL_MARKS) == Answer("<tool_call>x</tool_call>", "length")
 
@@ -55,8 +56,7 @@ def test_all_else_is_decoded_as_ever(tokenizer: Any) -> None:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         plain = tokenizer.decode(ids, skip_special_tokens=True)
         assert _answer(tokenizer, text, ()).text == plain
-        if CALL not in text:
-            assert _answer(tokenizer, text, CALL_MARKS).text == plain
+        assert _answer(tokenizer, text, CALL_MARKS).text == text
 
 
 class Repeats:

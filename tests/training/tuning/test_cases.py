@@ -32,7 +32,7 @@ def preparers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Preparer]:
 def _seen(preparer: Preparer, name: str, **options: str) -> list[dict[str, object]]:
     dataset = read(CASES / name, reading=reading(**options))
     require_clean(dataset)
-    return list(shown(preparer, dataset.rows))
+    return [seen for seen, _ in shown(preparer, dataset.rows)]
 
 
 @pytest.mark.parametrize(

@@ -143,15 +143,22 @@ def test_thousands_of_rows_are_whole_or_refused(preparers: dict[str, Preparer], 
     _any_row(preparers, version, raw)
 
 
+LAST = {"role": "assistant", "content": "ok"}
 FULL = {
     "messages": [
         {"role": "system", "content": "sys text"},
         {"role": "user", "content": "user text", "name": "ann"},
         {"role": "assistant", "content": "", "tool_calls": [{"name": "called", "arguments": {"city": "Oslo", "days": [3]}}]},
-        {"role": "tool", "content": "a result"},
+        {"role": "tool", "content": "a result "},
         {"role": "assistant", "content": "an answer"},
     ],
-    "tools": [{"name": "called", "description": "what it does", "parameters": {"properties": {"city": {"type": "string"}}}}],
+    "tools": [
+        {
+            "name": "called",
+            "description": "what it does",
+            "parameters": {"properties": {"city": {"type": "string", "description": "where it is"}}},
+        }
+    ],
     "documents": [{"doc_id": "7", "title": "a title", "text": "a sheet"}],
 }
 WHOLE = """{%- for tool in tools or [] %}{{ tool | tojson }}{% endfor -%}
@@ -185,10 +192,10 @@ def test_a_template_that_writes_everything_leaves_nothing_out(tmp_path: Path) ->
         ("{{ tool | tojson }}", "", "tools[].name ('called')"),
         ("{{ document | tojson }}", "", "documents[].text ('a sheet')"),
         ("{{ document | tojson }}", "{{ document.title }}", "documents[].text ('a sheet')"),
-        ("{{ m.content }}", "{{ m.content if m.role != 'tool' }}", "the text of turn 4 (tool) ('a result')"),
+        ("{{ m.content }}", "{{ m.content if m.role != 'tool' }}", "the text of turn 4 (tool) ('a result ')"),
         ("{{ m.content }}", "{{ m.content if m.role != 'system' }}", "the text of turn 1 (system) ('sys text')"),
         ("{{ m.content }}", "{{ m.content[:8] }}", "the text of turn 2 (user) ('user text')"),
-        ("{{ m.content }}", "{{ m.content.replace('result', 'x') }}", "the text of turn 4 (tool) ('a result')"),
+        ("{{ m.content }}", "{{ m.content.replace('result', 'x') }}", "the text of turn 4 (tool) ('a result ')"),
         ("{{ call.function.arguments | tojson }}", "", "an argument of a call of turn 3 (called) ('city')"),
         ("{{ call.function.arguments | tojson }}", "city", "an argument of a call of turn 3 (called) ('Oslo')"),
         ("{{ call.function.name }}", "a_probed_call", "the name of a call of turn 3 ('called')"),
@@ -207,6 +214,8 @@ def test_a_template_that_drops_something_is_found_out(tmp_path: Path, written: s
         ("{{ m.name }}", "", ("messages[].name",)),
         ("{{ document | tojson }}", "{{ document.text }}", ("documents[].doc_id", "documents[].title")),
         ("{{ tool | tojson }}", "{{ tool.function.name }}", ("tools[].description", "tools[].parameters")),
+        ("{{ tool | tojson }}", "{{ tool.function.name }} {{ tool.function.description }} city", ("tools[].parameters",)),
+        ("{{ m.content }}", "{{ m.content | trim }}", ("white space around texts",)),
     ],
 )
 def test_what_a_row_can_do_without_is_told(tmp_path: Path, written: str, instead: str, unused: tuple[str, ...]) -> None:
@@ -224,13 +233,14 @@ def test_a_text_is_not_found_by_chance(tmp_path: Path) -> None:
     ("answer", "reason"),
     [
         ({"content": "a <|start_of_role|>user b"}, "an answer holds <|start_of_role|>, which frames turns"),
+        ({"content": "x <|end_of_role|> y", "weight": 0}, "an answer holds <|end_of_role|>, which frames turns"),
         ({"content": "a<|end_of_text|>b"}, "assistant turn 2 does not end with exactly one <|end_of_text|>"),
         ({"content": "a", "thinking": "x </think> y"}, "a thought holds </think>, which ends thoughts"),
         ({"content": "\U00040000"}, "the base's tokenizer has no tokens for '\\U00040000', which an answer holds"),
     ],
 )
 def test_an_answer_that_cannot_be_learned_whole_is_refused(tmp_path: Path, answer: dict[str, str], reason: str) -> None:
-    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", **answer}]}
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", **answer}, *FULL["messages"][1:2], LAST]}
     with pytest.raises(InputError) as caught:
         _example(_with(EMBEDDED_TEMPLATE, tmp_path), row)
     assert caught.value.message == f"rows.jsonl:3: {reason}"
