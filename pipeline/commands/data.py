@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
@@ -67,33 +70,45 @@ def data(
       granite-pipeline data alerts.jsonl --base ibm-granite/granite-4.0-350m --show 3
       granite-pipeline data alerts.jsonl --columns prompt=question,completion=answer --write good.jsonl
     """
-    from training.datasets.dataset import require_clean
     from training.datasets.summary import summarise
     from training.parameters import reading
+    from training.tuning.prepare import Preparer
     from training.tuning.view import account
 
     dataset = _read(source, reading(columns, ",".join(ignore or ()), greeting, repeated))
-    preparer, folder = _preparer(base or EMBEDDED) if base or rows else (None, tokenizer)
-    prepared = None
-    if rows and preparer:
-        _show(preparer, dataset, rows, as_json)
-    if preparer:
+    if not base and not rows:
+        _tell(summarise(dataset, tokenizer, max_length), account([dataset]), as_json)
+        _end(dataset, write, skip_bad)
+        return
+    with _folder(base or EMBEDDED) as folder:
+        preparer = Preparer(folder)
+        if rows:
+            _show(preparer, dataset, rows, as_json)
         # to be shown a few rows is not to wait for all of them
-        tried = dataset.rows[:rows] if rows and not write else dataset.rows
-        prepared = preparer.attempt(tried)
+        prepared = preparer.attempt(dataset.rows[:rows] if rows and not write else dataset.rows)
         refused = {one.where for one in prepared.refused}
         kept = tuple(row for row in dataset.rows if row.where not in refused)
         dataset = replace(dataset, rows=kept, refused=(*dataset.refused, *prepared.refused))
-    if not rows:
-        summary, found = summarise(dataset, tokenizer or folder, max_length), account([dataset], [prepared] if prepared else [])
-        if as_json:
-            show.as_json({**summary.to_json(), "account": found})
-        else:
-            _print(summary, found)
-    if write:
+        if not rows:
+            _tell(summarise(dataset, tokenizer or folder, max_length), account([dataset], [prepared]), as_json)
+    _end(dataset, write, skip_bad)
+
+
+def _end(dataset: Dataset, write: Path | None, skip_bad: bool) -> None:
+    """Write what can be used, or fail when something cannot."""
+    from training.datasets.dataset import require_clean
+
+    if write and dataset.rows:
         _write(write, dataset)
     elif not (skip_bad and dataset.rows):
         require_clean(dataset)
+
+
+def _tell(summary: Summary, found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        show.as_json({**summary.to_json(), "account": found})
+    else:
+        _print(summary, found)
 
 
 def _read(source: str, reading: Reading) -> Dataset:
@@ -112,13 +127,17 @@ def _read(source: str, reading: Reading) -> Dataset:
         return read(source, lambda count: progress.advance(task, count), reading)
 
 
-def _preparer(base: str) -> tuple[Preparer, Path]:
-    """What prepares rows for a base, and the base's folder."""
-    from training.base import resolve
-    from training.tuning.prepare import Preparer
+@contextmanager
+def _folder(base: str) -> Iterator[Path]:
+    """A base's folder; of the embedded one only its tokenizer and chat template, which are made in a moment."""
+    from training.base import resolve, write_tokenizer
 
-    folder = resolve(base, RunFolder(DEFAULT_NAME, DEFAULT_OUTPUT).base_cache).folder
-    return Preparer(folder), folder
+    if base != EMBEDDED:
+        yield resolve(base, RunFolder(DEFAULT_NAME, DEFAULT_OUTPUT).base_cache).folder
+        return
+    with TemporaryDirectory(prefix="granite-pipeline-") as made:
+        write_tokenizer(Path(made))
+        yield Path(made)
 
 
 def _show(preparer: Preparer, dataset: Dataset, count: int, as_json: bool) -> None:

@@ -141,7 +141,8 @@ def bad_rows(source: str, refused: Sequence[Refusal], total: int) -> DataError:
     lines = [showable(line) for line in lines]
     evidence = "\n".join([*lines[:_SHOWN], *([f"... and {len(lines) - _SHOWN} more reasons"] if len(lines) > _SHOWN else [])])
     remedies = list(dict.fromkeys(one.remedy for one in refused if one.remedy))
-    remedy = "; ".join([*remedies[:2], "correct or remove them, or leave them out: --skip-bad"])
+    others = ", or leave them out: --skip-bad" if len(refused) < total else ""
+    remedy = "; ".join([*remedies[:2], f"correct or remove them{others}"])
     return DataError(f"{source}: {len(refused)} of {total} rows cannot be used", evidence=evidence, remedy=remedy)
 
 
