@@ -23,7 +23,7 @@ OURS = set().union(*OPTIONS.values())
 FOREIGN = {
     "pip": {"-y", "-c"},
     "python": {"-m"},
-    "curl": {"-fsSL"},
+    "curl": {"-fsSL", "-s", "-H", "-d"},
     "docker": {"--profile"},
     "nvidia-smi": {"--query-gpu"},
     "pytest": {"-m"},
@@ -47,6 +47,8 @@ FILES = {
         "FILE.json",
         "KEY.pem",
     ),
+    # what benchmarks.agent_data writes
+    *(f"sets/{what}/{part}.jsonl" for what in ("tools", "documents") for part in ("train", "heldout")),
     *(
         "model.safetensors",
         "model.safetensors.index.json",
