@@ -22,7 +22,7 @@ BUDGET = ["-p", "BATCH_SIZE=4", "-p", "MAX_STEPS=50", "-p", "LEARNING_RATE=0.002
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was trained on both kinds of rows and verified."""
     output = tmp_path_factory.mktemp("agents")
-    sets = [generate("tools", 120, 24), generate("documents", 80, 12)]
+    sets = [generate("tools", 120, 20), generate("documents", 80, 8)]
     for name, parts in zip(("train", "heldout"), zip(*sets, strict=True), strict=True):
         (output / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for part in parts for row in part))
     words = ["run", "--name", "agents", "--output", str(output), "--backends", "vllm,llamacpp", *BUDGET]
@@ -64,6 +64,6 @@ def test_calls_are_recorded_as_calls_and_documents_stand_in_the_prompts(run: Pat
     calls = [said(row, answer).calls for row, answer in zip(rows, answers, strict=True)]
     assert any(calls)
     assert all(call["name"] in ("block_ip", "isolate_host", "lookup_ioc") for each in calls for call in each)
-    assert sum(bool(row.documents) for row in rows) == 12
+    assert sum(bool(row.documents) for row in rows) == 8
     table = json.loads((run / "report" / "report.json").read_text())["training"]["account"]["table"]
     assert {"documents", "messages[].tool_calls", "tools"} <= {row["what"] for row in table if row["became"] == "used"}
