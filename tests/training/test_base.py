@@ -79,3 +79,16 @@ def test_a_newline_and_the_mark_that_stands_for_it_can_be_told_apart(tmp_path: P
     newline, mark = rows[198], rows[3]
     assert float(newline @ mark) / float((newline @ newline) ** 0.5 * (mark @ mark) ** 0.5) > 0.95
     assert float(mark @ mark) < 0.7 * float(newline @ newline)
+
+
+def test_a_run_keeps_the_embedded_base_that_it_was_trained_on(run: RunFolder) -> None:
+    older = run.base_cache / "embedded-3"
+    older.mkdir(parents=True)
+    (older / "config.json").write_text("{}")
+    run.path.mkdir()
+    run.adapter.mkdir()
+    digest = sha256_tree(older)
+    inputs = {"parameters": {"base": "embedded"}, "data": {}, "base": {"id": "embedded", "sha256": digest}}
+    Manifest(run.manifest).record("finetune", inputs, [run.adapter], {}, 1.0)
+    found = base.BaseModel.of_run(run)
+    assert (found.folder, found.sha256) == (older, digest)
