@@ -1,7 +1,7 @@
 """Everything that can be set for a fine-tune, in one place, with its default."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar, get_args
 
@@ -58,7 +58,7 @@ class FinetuneParameters:
     save_steps: int = 50
     seed: int = 7
     columns: str = ""
-    ignore: str = ""
+    ignore: tuple[str, ...] = ()
     greeting: Greeting = "refuse"
     repeated: Repeated = "refuse"
     skip_bad: bool = False
@@ -66,8 +66,8 @@ class FinetuneParameters:
     def __post_init__(self) -> None:
         _choice("method", self.method, get_args(Method))
         _choice("trainer", self.trainer, get_args(Trainer))
-        for name in ("columns", "ignore"):
-            object.__setattr__(self, name, _joined(name, getattr(self, name)))
+        object.__setattr__(self, "columns", ",".join(_words("columns", self.columns)))
+        object.__setattr__(self, "ignore", _words("ignore", self.ignore))
         if not isinstance(self.skip_bad, bool):
             raise InputError(f"skip_bad={self.skip_bad!r} must be True or False")
         self.reading()  # a mapping that is none is said now
@@ -112,11 +112,12 @@ class FinetuneParameters:
 
 
 # how rows are read, and the values under which nothing was chosen: a run from before there was a choice is the same run
-_READING = {field.name: field.default for field in fields(FinetuneParameters)[-5:]}
+_CHOICES = ("columns", "ignore", "greeting", "repeated", "skip_bad")
+_READING = {field.name: field.default for field in fields(FinetuneParameters) if field.name in _CHOICES}
 
 
-def reading(columns: str = "", ignore: str = "", greeting: str = "refuse", repeated: str = "refuse") -> Reading:
-    """The Reading of ``ours=theirs,...`` and ``key,...``.
+def reading(columns: str = "", ignore: Sequence[str] = (), greeting: str = "refuse", repeated: str = "refuse") -> Reading:
+    """The Reading of ``ours=theirs,...`` and keys to leave out.
 
     Raises InputError when a side is missing, a name is given twice, or ``greeting`` or ``repeated`` is none of theirs.
     """
@@ -126,7 +127,7 @@ def reading(columns: str = "", ignore: str = "", greeting: str = "refuse", repea
         raise InputError(
             f"columns={columns!r} must name each column once", remedy="for example prompt=question,completion=answer"
         )
-    left_out = frozenset(word.strip() for word in ignore.split(",") if word.strip())
+    left_out = frozenset(ignore)
     return Reading(known, left_out, _choice("greeting", greeting, _GREETINGS), _choice("repeated", repeated, _REPEATS))
 
 
@@ -136,16 +137,16 @@ def _choice(name: str, value: Any, known: tuple[_Word, ...]) -> _Word:
     return value  # type: ignore[no-any-return]
 
 
-def _joined(name: str, value: object) -> str:
-    """Words separated by commas, out of text, a list, or (columns) a dict."""
+def _words(name: str, value: object) -> tuple[str, ...]:
+    """Words separated by commas, out of a list (each as it is, with its commas), or out of a dict."""
     if isinstance(value, Mapping):
         value = [f"{ours}={theirs}" for ours, theirs in value.items()]
     words = value.split(",") if isinstance(value, str) else value
     if words is None:
-        return ""
+        return ()
     if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
         raise InputError(f"{name}={value!r} must be text or a list of texts")
-    return ",".join(sorted(word.strip() for word in words if word.strip()))
+    return tuple(sorted({word.strip() for word in words if word.strip()}))
 
 
 def _is(value: object, *kinds: type) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from training.datasets.dataset import Dataset
     from training.datasets.summary import Summary
     from training.datasets.turns import Reading
-    from training.tuning.prepare import Preparer
+    from training.tuning.prepare import Tried
 
 EMBEDDED = "embedded"
 _BIG = 20 << 20
@@ -70,27 +70,29 @@ def data(
       granite-pipeline data alerts.jsonl --base ibm-granite/granite-4.0-350m --show 3
       granite-pipeline data alerts.jsonl --columns prompt=question,completion=answer --write good.jsonl
     """
+    from training.datasets.dataset import Refusal
     from training.datasets.summary import summarise
     from training.parameters import reading
-    from training.tuning.prepare import Preparer
+    from training.tuning.prepare import Preparer, collected
     from training.tuning.view import account
 
-    dataset = _read(source, reading(columns, ",".join(ignore or ()), greeting, repeated))
+    dataset = _read(source, reading(columns, ignore or (), greeting, repeated))
     if not base and not rows:
         _tell(summarise(dataset, tokenizer, max_length), account([dataset]), as_json)
         _end(dataset, write, skip_bad)
         return
     with _folder(base or EMBEDDED) as folder:
         preparer = Preparer(folder)
-        if rows:
-            _show(preparer, dataset, rows, as_json)
         # to be shown a few rows is not to wait for all of them
-        prepared = preparer.attempt(dataset.rows[:rows] if rows and not write else dataset.rows)
-        refused = {one.where for one in prepared.refused}
-        kept = tuple(row for row in dataset.rows if row.where not in refused)
-        dataset = replace(dataset, rows=kept, refused=(*dataset.refused, *prepared.refused))
-        if not rows:
-            _tell(summarise(dataset, tokenizer or folder, max_length), account([dataset], [prepared]), as_json)
+        count = rows if rows and not write else len(dataset.rows)
+        tried = [preparer.tried(row) for row in dataset.rows[:count]]
+        prepared, found = collected(tried), account([dataset], [collected(tried)])
+        kept = tuple(one.row for one in tried if not isinstance(one.made, Refusal))
+        dataset = replace(dataset, rows=(*kept, *dataset.rows[count:]), refused=(*dataset.refused, *prepared.refused))
+        if rows:
+            _show(tried[:rows], as_json)
+        else:
+            _tell(summarise(dataset, tokenizer or folder, max_length), found, as_json)
     _end(dataset, write, skip_bad)
 
 
@@ -140,19 +142,21 @@ def _folder(base: str) -> Iterator[Path]:
         yield Path(made)
 
 
-def _show(preparer: Preparer, dataset: Dataset, count: int, as_json: bool) -> None:
+def _show(tried: Sequence[Tried], as_json: bool) -> None:
     """The first rows as the model sees them; what is learned is green, or set apart on lines of its own where nothing is coloured."""
+    from training.datasets.dataset import Refusal
     from training.tuning.view import shown
 
-    for seen, spans in shown(preparer, dataset.rows[:count]):
+    for one in tried:
+        seen = shown(one)
         if as_json:
             show.as_json(seen, indent=None)
             continue
         show.line(f"--- {_plain(seen['row'])}", style="bold")
-        if "refused" in seen:
+        if isinstance(one.made, Refusal):
             show.line(f"refused: {_plain(seen['refused'])}; {_plain(seen['remedy'])}", style="red")
             continue
-        show.spans(_lines_of(seen["text"]), spans)
+        show.spans(_lines_of(seen["text"]), one.made[1].spans)
         show.line(f"not used: {_plain(', '.join(seen['unused'])) or 'nothing'}; texts neutralised: {seen['neutralised']}")
 
 

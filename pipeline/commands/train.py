@@ -65,7 +65,8 @@ def train(
       granite-pipeline train
       granite-pipeline train --name mine --base ibm-granite/granite-4.0-350m --data alerts.jsonl --epochs 2
     """
-    given = {key: value for key, value in locals().items() if key in _DEFAULT.__dataclass_fields__}
+    given = {key: value for key, value in locals().items() if key in _DEFAULT.__dataclass_fields__ and key != "ignore"}
+    given["ignore"] = tuple(ignore or ())
     from training.tuning.finetune import finetune
 
     _show([finetune(options.folder(agent, run, output), replace(_DEFAULT, **given), force=force, exports=False)], as_json)

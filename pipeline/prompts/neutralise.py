@@ -48,20 +48,16 @@ def neutralise(text: str, tokens: Collection[str]) -> str:
     # a break can join with what stands beside it to another token, so look again until none is left
     for _ in range(len(text) + 2):
         text, broken = pattern.subn(_break, text)
-        if broken:
-            continue
-        found = None if text.isascii() else _folded_match(text, pattern)
-        if found is None:
+        if not broken and (text.isascii() or (folded := _without_forms(text, pattern)) == text):
             return text
-        start, stop, instead = found
-        text = text[:start] + instead + text[stop:]
+        text = text if broken else folded
     raise ModelError("these control tokens cannot be broken up in text", evidence=", ".join(sorted(map(repr, tokens)))[:400])
 
 
 def neutralise_message(message: Mapping[str, Any], tokens: Collection[str]) -> dict[str, Any]:
     """A chat message with :func:`neutralise` applied to every text in it; an assistant's, whose marks are its own, as it is."""
     if message.get("role") == "assistant":
-        return dict(message)
+        return {key: neutralise_all(value, tokens) if key == "name" else value for key, value in message.items()}
     return {key: value if key == "role" else neutralise_all(value, tokens) for key, value in message.items()}
 
 
@@ -76,15 +72,20 @@ def neutralise_all(value: Any, tokens: Collection[str]) -> Any:
     return value
 
 
-def _folded_match(text: str, pattern: re.Pattern[str]) -> tuple[int, int, str] | None:
-    """Where a text holds a control token in compatibility forms, and what takes its place; nothing else of the text is folded."""
+def _without_forms(text: str, pattern: re.Pattern[str]) -> str:
+    """A text with the control tokens broken up that it has in compatibility forms; nothing else of it is folded."""
     folded, origin = [], []
     for place, character in enumerate(text):
         forms = unicodedata.normalize("NFKC", character)
         folded.append(forms)
         origin += [place] * len(forms)
-    match = pattern.search("".join(folded))
-    return match and (origin[match.start()], origin[match.end() - 1] + 1, _break(match))
+    made, at = [], 0
+    for match in pattern.finditer("".join(folded)):
+        start, stop = origin[match.start()], origin[match.end() - 1] + 1
+        if start >= at:  # one character may be the end of one token and the beginning of the next
+            made += [text[at:start], _break(match)]
+            at = stop
+    return "".join([*made, text[at:]])
 
 
 def _break(match: re.Match[str]) -> str:

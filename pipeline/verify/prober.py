@@ -90,7 +90,7 @@ class Prober:
             return str(reason)
         if refused := next((reason for name, reason in self._refused.items() if getattr(row, name)), ""):
             return refused
-        form = tool_format(self.yardstick.template.source)
+        form = tool_format(self.yardstick.template.chosen(row.tools))
         if row.tools and form not in self.engine.call_forms:
             written = f"in the form of this chat template ({MARKS[form]})" if form else "of this chat template"
             return f"{self.engine.title} does not find calls {written}"

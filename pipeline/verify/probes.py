@@ -102,8 +102,9 @@ async def structured_output(prober: Prober, row: HeldOut) -> Check:
     """Whether an answer obeys a JSON schema (``response_format``; for Ollama also its own ``format``)."""
     name = prober.endpoint.engine
     check_id, seen = f"{name}.structured_output", []
-    # without calls and their results, which every API writes in its own way
-    messages = [message for message in row.messages if message["role"] != "tool" and not message.get("tool_calls")]
+    # the conversation's beginning: calls and their results every API writes in its own way
+    asked = next((i for i, message in enumerate(row.messages) if message["role"] == "user"), len(row.messages) - 1)
+    messages = row.messages[: asked + 1]
     for path, body in engines.get(name).schema_requests(prober.body(messages, _MAX_TOKENS), colour_schema()):
         try:
             answer = await prober.post(path, body)

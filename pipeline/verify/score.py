@@ -49,7 +49,7 @@ class HeldOut:
     """One held-out conversation: what to send, and the text its author expects, without the end token.
 
     ``calls`` are the expected tool calls as ``{"name", "arguments"}`` (None: none are expected), ``last`` the message that the
-    expected text was rendered from.
+    expected text was rendered from, ``opened`` whether the prompt ends in the midst of a thought.
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -58,6 +58,7 @@ class HeldOut:
     documents: tuple[dict[str, Any], ...] | None = None
     calls: tuple[dict[str, Any], ...] | None = None
     last: _Object | None = field(default=None, compare=False)
+    opened: bool = False
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -71,8 +72,9 @@ class HeldOut:
 
     @cached_property
     def thinks(self) -> bool:
-        """Whether the expected text begins with a thought, or ends one that the prompt opens."""
-        return CLOSE in self.expected and read_thought(_opened(self.expected)).thought is not None
+        """Whether the expected text begins with a thought, or ends the one that the prompt opens (``opened``)."""
+        text = _opened(self.expected) if self.opened else self.expected
+        return CLOSE in text and read_thought(text).thought is not None
 
     @cached_property
     def answer(self) -> str:
@@ -81,7 +83,7 @@ class HeldOut:
 
 
 def _opened(text: str) -> str:
-    """A thought whose opening mark is in the prompt, with that mark."""
+    """A thought whose opening mark an engine left out, with that mark."""
     return text if OPEN in text or CLOSE not in text else f"{OPEN}{text}"
 
 
@@ -91,7 +93,7 @@ def said(row: HeldOut, answer: Answer) -> Said:
     if answer.thought is not None:
         text = f"{OPEN}{answer.thought}{CLOSE}{text}"
     if row.thinks or row.marks:
-        thought, text = read_thought(_opened(text))
+        thought, text = read_thought(_opened(text) if row.thinks else text)
     if answer.calls is not None:
         return Said(text, list(answer.calls), thought)
     return Said(*(read_calls(text) if row.marks else (text, [])), thought)
@@ -135,7 +137,7 @@ def read_held_out(path: Path) -> list[HeldOut]:
         expected = str(entry.get("expected") or last.get("content") or "")
         calls = plain_calls(last.get("tool_calls") or ()) or read_calls(expected)[1]
         tools, documents = (tuple(entry[key]) if entry.get(key) else None for key in ("tools", "documents"))
-        return HeldOut(tuple(messages), expected, tools, documents, tuple(calls) or None, last)
+        return HeldOut(tuple(messages), expected, tools, documents, tuple(calls) or None, last, bool(entry.get("opened")))
 
     return _each_line(path, row, "a held-out row", "train again to rewrite it")
 

@@ -15,13 +15,10 @@ from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
 from pipeline.verify.score import read_held_out, read_reference
 from training.base import BaseModel
-from training.datasets.dataset import load, overlap
-from training.datasets.turns import Reading
+from training.datasets.dataset import Row, overlap
 from training.parameters import FinetuneParameters
 from training.tuning.finetune import read_files, read_split
-
-# heldout.jsonl was made by us: its rows were chosen already
-_AS_WRITTEN = Reading(ignore=frozenset({"expected"}), greeting="keep", repeated="keep")
+from training.tuning.prepare import Preparer
 
 
 def certify_offline(run: RunFolder, public_key: Path | None = None) -> Certificate:
@@ -66,8 +63,14 @@ def _data(run: RunFolder, params: FinetuneParameters) -> Data:
         files = read_files(params)
         hashes_now = {part: dataset.sha256 for part, dataset in files.items()}
         return Data(hashes_now, tuple(error.evidence.split(", ")), len(files["train"].rows))
-    held_out = load(str(run.heldout), _AS_WRITTEN).rows
-    return Data(split.sha256, tuple(row.where for row in overlap(split.train, held_out)), len(split.train))
+    # as they are in heldout.jsonl: with thoughts and calls as the base writes them, and control tokens broken up
+    preparer = Preparer(run.merged)
+    train = [row for row, _ in preparer.attempt(split.train).pairs]
+    held_out = [
+        Row((*row.messages, {"role": "assistant", "content": row.expected}), f"{run.heldout}:{number}", None, row.documents)
+        for number, row in enumerate(read_held_out(run.heldout), 1)
+    ]
+    return Data(split.sha256, tuple(row.where for row in overlap(train, held_out)), len(split.train))
 
 
 def described(subject: Subject) -> dict[str, object]:

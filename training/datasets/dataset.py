@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.errors import DataError
+from pipeline.model.toolcalls import plain_calls
 from pipeline.runs.hashes import sha256_file
 from training.datasets.formats import convert
 from training.datasets.keys import UNDERSTOOD, RowError, detect
 from training.datasets.rows import Advance, Record
 from training.datasets.sources import Files, HubId, records, resolve
-from training.datasets.turns import Reading
+from training.datasets.turns import REORDERED, Reading
 
 # the built-in SOC alerts; benchmarks/soc_data.py makes them
 SOC_TRAIN, SOC_EVAL = (Path(__file__).parents[1] / "data" / f"soc_{part}.jsonl" for part in ("train", "eval"))
@@ -184,11 +185,13 @@ class _Reader:
         fates |= {f"{showable(key, 60)} (of the file)": "ignored" for key in left_out}
         unused = tuple(sorted(key for key, fate in fates.items() if fate != "used"))
         self.rows.append(Row(made.messages, record.where, made.tools, made.documents, made.text, unused))
-        self.counts.update([*fates.items(), *((note, "on request") for note in set(made.notes))])
+        self.counts.update(
+            [*fates.items(), *((note, "reordered" if note == REORDERED else "on request") for note in set(made.notes))]
+        )
 
     def account(self) -> tuple[KeyCount, ...]:
         """Every key with its fate and rows, the used ones first."""
-        order = ("used", "on request", "harmless", "ignored", "refused")
+        order = ("used", "on request", "reordered", "harmless", "ignored", "refused")
         counted = [KeyCount(key, fate, rows) for (key, fate), rows in self.counts.items() if rows]
         return tuple(sorted(counted, key=lambda one: (order.index(one.fate), one.key)))
 
@@ -267,7 +270,8 @@ def prompt_keys(row: Row) -> list[str]:
         if message["role"] == "assistant":
             keys.append(running.hexdigest())
         folded = " ".join(message["content"].casefold().split())
-        calls = json.dumps(message.get("tool_calls"), sort_keys=True)
+        # a call's id is another one each time, and in no prompt
+        calls = json.dumps(plain_calls(message.get("tool_calls") or ()), sort_keys=True) if message.get("tool_calls") else "null"
         running.update(json.dumps([message["role"], folded, calls]).encode())
     return keys
 

@@ -15,10 +15,12 @@ Beside any of them: tools (or OpenAI's older functions), documents, system. What
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from shlex import quote
 from typing import Any
 
 from pipeline.prompts.chat import END, MIDDLE, START
 from training.datasets.keys import UNDERSTOOD, Fate, RowError, row_keys, says_nothing
+from training.datasets.rows import Inexact
 from training.datasets.turns import Account, Message, Reading, as_list, function_of, messages_of, parsed, role_of
 
 BESIDE = ("tools", "functions", "documents", "system")
@@ -171,7 +173,7 @@ def _tools(row: Mapping[str, Any], ignore: Collection[str], keys: dict[str, Fate
                 continue
             if key != "strict" and not {key, name} & set(ignore):
                 said = f"the tool {function['name']} has {key!r}, which engines leave out of the prompt"
-                raise RowError(f"{said}; --ignore {key} leaves it out in training too", name)
+                raise RowError(f"{said}; --ignore {quote(key)} leaves it out in training too", name)
             keys[name] = "ignored" if {key, name} & set(ignore) else "harmless"
         description, parameters = function.get("description") or "", function.get("parameters") or {}
         if not isinstance(description, str) or not isinstance(parameters, Mapping):
@@ -219,6 +221,8 @@ def _check_text(value: Any) -> None:
         elif isinstance(item, dict | list | tuple):
             parts = [part for pair in item.items() for part in pair] if isinstance(item, dict) else item
             stack += [(part, depth + 1) for part in parts]
+        elif isinstance(item, Inexact):
+            raise RowError(f"holds a number with more digits than a number keeps ({item!r}); write it as text")
         elif isinstance(item, float) and not math.isfinite(item):
             raise RowError("holds NaN or an infinite number where it is used; JSON has neither")
         elif not isinstance(item, int | float | None):

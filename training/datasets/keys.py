@@ -5,6 +5,7 @@ There is no fourth list: a key that is neither used nor known to say nothing abo
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from shlex import quote
 from typing import Any, Literal
 
 Fate = Literal["used", "harmless", "ignored"]
@@ -91,7 +92,9 @@ def turn_keys(turn: Mapping[str, Any], used: Collection[str], ignore: Collection
         elif key in used:
             fates[name] = "used"
         else:
-            raise RowError(f"turn {number} has {key!r}, which is not used and may matter; --ignore {key} leaves it out", name)
+            raise RowError(
+                f"turn {number} has {key!r}, which is not used and may matter; --ignore {quote(key)} leaves it out", name
+            )
     return fates
 
 
@@ -104,11 +107,11 @@ def _is_copy(value: Any, texts: Sequence[str]) -> bool:
 
 
 def _reason(keys: Sequence[str], row: Mapping[str, Any]) -> str:
-    named, ignore = " and ".join(map(repr, keys)), " ".join(f"--ignore {key}" for key in keys)
+    named, ignore = " and ".join(map(repr, keys)), " ".join(f"--ignore {quote(key)}" for key in keys)
     if isinstance(row.get("label"), bool) and "label" in keys:
         return f"has {named}, which tells good answers from bad ones: keep the rows whose label is true, then {ignore}"
     if {key.lower() for key in keys} & _OF_PREFERENCES:
         return f"has {named}, as sets of preferences have; training is on one answer: {ignore} trains on the one in the turns"
     them = "it" if len(keys) == 1 else "them"
-    meaning = f"--columns NAME={keys[0]} gives one a meaning (NAME: {', '.join(_MEANINGS)})"
+    meaning = f"--columns NAME={quote(keys[0])} gives one a meaning (NAME: {', '.join(_MEANINGS)})"
     return f"has {named}, not used, which may matter: {ignore} leaves {them} out, {meaning}"

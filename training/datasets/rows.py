@@ -211,7 +211,9 @@ def _wrapped(path: Path, value: dict[str, Any]) -> str | None:
 
 def _is_rows(key: str, value: Any) -> bool:
     """Whether a value is a list of rows: objects, under a key that is not a part of a row."""
-    return key not in _NO_ROWS and isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+    if key in _NO_ROWS or not isinstance(value, list) or not value or not all(isinstance(row, dict) for row in value):
+        return False
+    return not all("role" in row or "from" in row for row in value)  # turns
 
 
 def _array(path: Path, text: str, key: str | None = None) -> Iterator[Record]:
@@ -284,19 +286,27 @@ def _constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _number(text: str) -> float:
+class Inexact(float):
+    """A number that was written with more digits than it keeps: no harm where nobody uses it."""
+
+
+def _kept(text: str) -> float:
     number = float(text)
-    if not math.isfinite(number):
-        return _constant(text)
-    if Decimal(text) != Decimal(repr(number)):
-        raise ValueError(f"{text} has more digits than a number of JSON keeps; write it as text")
-    return number
+    exact = not math.isfinite(number) or Decimal(text) == Decimal(repr(number))
+    return number if exact else Inexact(number)
+
+
+def _number(text: str) -> float:
+    number = _kept(text)
+    if isinstance(number, Inexact):
+        raise ValueError(f"{text} has more digits than a number keeps; write it as text")
+    return number if math.isfinite(number) else _constant(text)
 
 
 _BLANK = re.compile(r"[ \t\r\n]*")
 _STRICT = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_constant, parse_float=_number)
 # of a row: NaN in a column that nobody uses is no harm, and where it is used it is refused
-_ROW = json.JSONDecoder(object_pairs_hook=_pairs)
+_ROW = json.JSONDecoder(object_pairs_hook=_pairs, parse_float=_kept)
 _LENIENT = json.JSONDecoder(parse_int=float)
 
 
@@ -316,6 +326,8 @@ def _csv(path: Path, lines: Iterator[str], tabs: bool) -> Iterator[Record]:
     except csv.Error as error:
         raise DataError(f"{path}:1: not valid CSV ({error})", remedy="save it with newlines (LF) between rows") from None
     named = [name for name in header if name]
+    if not named and header_line:
+        raise DataError(f"{path}:{first - 1}: the first line names no column", remedy="let the file begin with its column names")
     if len(set(named)) < len(named):
         raise DataError(f"{path}:1: a column name appears twice in the header: {', '.join(header)}")
     # process-wide, and the default of 128 KiB is less than a long document
@@ -330,7 +342,7 @@ def _csv(path: Path, lines: Iterator[str], tabs: bool) -> Iterator[Record]:
         except csv.Error as error:
             yield Record(where, None, f"not valid CSV ({error})")
             continue
-        if len(fields) == len(header):
+        if fields and len(fields) == len(header):
             yield Record(where, _named(header, fields))
         elif fields:
             yield Record(where, None, f"{len(fields)} fields where the header has {len(header)}")

@@ -31,6 +31,7 @@ _MAY_FOLLOW: dict[str | None, tuple[str, ...]] = {None: ("system", "user"), "sys
 _MAY_FOLLOW |= {"assistant": ("user", "tool"), "tool": ("tool", "assistant")}
 # Hermes wraps results as its template does; the template of the base adds the wrapping itself
 _RESULT, _RESULT_END = "<tool_response>", "</tool_response>"
+REORDERED = "results put in the order of their calls"
 _CALL = re.compile(r"<tool_call>\s*[{\[]|<\|tool_call\|>")
 
 
@@ -190,10 +191,11 @@ def _literal(text: str) -> Any:
         return parse(text)
     try:
         tree = ast.parse(text.strip(), mode="eval")
-        keys = [[ast.dump(key) for key in node.keys if key] for node in ast.walk(tree) if isinstance(node, ast.Dict)]
-        if all(len(set(mine)) == len(mine) for mine in keys):
-            return ast.literal_eval(tree)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        for keys in ([key.value for key in node.keys] for node in ast.walk(tree) if isinstance(node, ast.Dict)):  # type: ignore[union-attr]
+            if not all(isinstance(key, str) for key in keys) or len(set(keys)) < len(keys):
+                raise ValueError("a key is no text, or there twice")
+        return parse(json.dumps(ast.literal_eval(tree)))
+    except (ValueError, TypeError, AttributeError, SyntaxError, MemoryError, RecursionError):
         pass
     raise ValueError("neither JSON nor a literal")
 
@@ -260,13 +262,13 @@ def _as_chosen(messages: list[Message], reading: Reading, account: Account) -> l
     """Greetings and repeated user turns as it was chosen to take them."""
     first = 1 if messages and messages[0]["role"] == "system" else 0
     if len(messages) > first + 1 and messages[first]["role"] == "assistant" and "tool_calls" not in messages[first]:
-        if reading.greeting == "refuse":
+        if reading.greeting == "refuse" and messages[first].get("weight") != 0:
             how = "--greeting keep trains no loss on it, --greeting drop leaves it out"
             raise RowError(f"begins with an assistant turn, which answers nothing: {how}")
         if reading.greeting == "drop":
             messages = [*messages[:first], *messages[first + 1 :]]
             account.notes.append("greeting dropped")
-        else:
+        elif messages[first].get("weight") != 0:
             messages[first]["weight"] = 0
             account.notes.append("greeting kept without loss")
     if reading.repeated != "join":
@@ -274,6 +276,8 @@ def _as_chosen(messages: list[Message], reading: Reading, account: Account) -> l
     joined: list[Message] = []
     for message in messages:
         if message["role"] == "user" and joined and joined[-1]["role"] == "user":
+            if message.get("name") != joined[-1].get("name"):
+                raise RowError("has user turns of two speakers after each other, which cannot become one")
             joined[-1] = {**joined[-1], "content": f"{joined[-1]['content']}\n\n{message['content']}"}
             account.notes.append("user turns joined")
         else:
@@ -299,7 +303,7 @@ def _results_in_order(messages: list[Message], account: Account) -> list[Message
         ordered = sorted(made[first:], key=lambda result: calls.index(result["tool_call_id"]))
         if ordered != made[first:]:
             made[first:] = ordered
-            account.notes.append("results put in the order of their calls")
+            account.notes.append(REORDERED)
     return made
 
 
@@ -318,8 +322,8 @@ def _check_order(messages: list[Message], reading: Reading) -> None:
                 continue
             how = "--repeated join puts them together, --repeated keep leaves them as they are"
             raise RowError(f"turn {number} is user after a user turn: {how}")
-        greets = role == "assistant" and before in (None, "system") and reading.greeting == "keep" and number < len(roles)
-        greets = greets and "tool_calls" not in messages[number - 1]
+        greets = role == "assistant" and before in (None, "system") and number < len(roles)
+        greets = greets and messages[number - 1].get("weight") == 0 and "tool_calls" not in messages[number - 1]
         if not greets:
             place = f"after {'an' if before == 'assistant' else 'a'} {before} turn" if before else "as the first turn"
             raise RowError(f"turn {number} is {role} {place}; expected {' or '.join(_MAY_FOLLOW[before])}")

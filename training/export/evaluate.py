@@ -35,8 +35,8 @@ def evaluate(run: RunFolder, *, force: Force = False) -> dict[str, StageResult]:
     dated = {"date": date} if date and "strftime_now" in ChatTemplate.from_folder(base.folder).source else {}
     # answers in free text were once cut shorter than they are served now
     free = {} if fields_of(rows) else {"budget": "free text"}
-    # documents and the marks of calls were once left out
-    more = {"rows": "documents and calls"} if any(row.marks or row.documents for row in rows) else {}
+    # documents and the marks of calls were once left out, and thoughts cut short
+    more = {"rows": "documents and calls"} if any(row.marks or row.documents or row.thinks for row in rows) else {}
     shared = {"recipe": _RECIPE, "heldout": sha256_file(run.heldout), **dated, **free, **more}
     now = datetime.fromisoformat(date) if date else None
     models = {"base": (base.folder, base.sha256), "tuned": (run.merged, manifest.sha256(run.merged))}

@@ -6,11 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.errors import DataError, InputError, PipelineError, at
 from pipeline.model.tokenizer import load
-from pipeline.model.toolcalls import CLOSE, plain_calls, read_calls, read_thought, tool_format, written_calls, written_thought
+from pipeline.model.toolcalls import (
+    CLOSE,
+    OPEN,
+    plain_calls,
+    read_calls,
+    read_thought,
+    tool_format,
+    written_calls,
+    written_thought,
+)
 from pipeline.prompts.chat import END, MIDDLE, START, ChatTemplate, assistant_spans
 from pipeline.prompts.neutralise import control_tokens, neutralise_all, neutralise_message
 from pipeline.prompts.stops import special_ids, turn_end
@@ -68,6 +77,21 @@ class Prepared:
     def trained_tokens(self) -> int:
         """Tokens that carry loss."""
         return sum(label != IGNORED for e in self.examples for label in e.labels)
+
+
+class Tried(NamedTuple):
+    """A row as it was read, what was made of it - the clean row and its example, or the refusal - and its texts neutralised."""
+
+    row: Row
+    made: tuple[Row, Example] | Refusal
+    neutralised: int = 0
+
+
+def collected(tried: Sequence[Tried]) -> Prepared:
+    """Rows of any length that were tried, those that were refused apart."""
+    pairs = tuple(one.made for one in tried if not isinstance(one.made, Refusal))
+    refused = tuple(one.made for one in tried if isinstance(one.made, Refusal))
+    return Prepared(tuple(example for _, example in pairs), (), sum(bool(one.neutralised) for one in tried), pairs, refused)
 
 
 class Preparer:
@@ -221,15 +245,15 @@ class Preparer:
 
     def attempt(self, rows: Sequence[Row]) -> Prepared:
         """Rows of any length as examples; those that are refused are listed with the reason, nothing is raised."""
-        pairs, refused, neutralised = list[tuple[Row, Example]](), list[Refusal](), 0
-        for row in rows:
-            try:
-                clean = self.clean(row)
-                pairs.append((clean, self.example(clean)))
-                neutralised += bool(self.neutralised(row, clean))
-            except InputError as error:
-                refused.append(Refusal(row.where, showable(error.message.removeprefix(f"{row.where}: ")), error.remedy))
-        return Prepared(tuple(example for _, example in pairs), (), neutralised, tuple(pairs), tuple(refused))
+        return collected([self.tried(row) for row in rows])
+
+    def tried(self, row: Row) -> Tried:
+        """A row as it came, and its example or why it is refused."""
+        try:
+            clean = self.clean(row)
+            return Tried(row, (clean, self.example(clean)), self.neutralised(row, clean))
+        except InputError as error:
+            return Tried(row, Refusal(row.where, showable(error.message.removeprefix(f"{row.where}: ")), error.remedy))
 
 
 def held_out_line(row: Row, example: Example, preparer: Preparer) -> str:
@@ -244,6 +268,8 @@ def held_out_line(row: Row, example: Example, preparer: Preparer) -> str:
     expected = example.trained[-1].removesuffix(preparer.template.variables["eos_token"])
     if expected != messages[-1]["content"]:
         line["expected"] = expected
+    if example.text[: example.spans[-1][0]].rstrip().endswith(OPEN):  # the prompt ends in the midst of a thought
+        line["opened"] = True
     return json.dumps(line, ensure_ascii=False) + "\n"
 
 

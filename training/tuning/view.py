@@ -1,17 +1,16 @@
 """Rows as the model sees them - the text, what of it is learned, what is not used - and the account of all of them."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from pipeline.errors import InputError
 from pipeline.model.toolcalls import CLOSE, OPEN
 from pipeline.runs.folder import RunFolder
 from training.base import resolve
-from training.datasets.dataset import Dataset, Row
+from training.datasets.dataset import Dataset, Refusal, Row
 from training.parameters import FinetuneParameters
-from training.tuning.prepare import IGNORED, Prepared, Preparer
+from training.tuning.prepare import IGNORED, Prepared, Preparer, Tried
 
 _REFUSALS = 50
 _LEARNED, _PLAIN = "#b7e4c7", "#eeeeee"
@@ -26,28 +25,35 @@ _MARKS |= {
 }
 
 
-def shown(preparer: Preparer, rows: Sequence[Row]) -> Iterator[tuple[dict[str, Any], tuple[tuple[int, int], ...]]]:
-    """For each row its ``row`` (file:line), ``text``, ``trained`` parts, ``unused`` keys and ``neutralised`` texts; where the parts are.
+def shown(one: Tried) -> dict[str, Any]:
+    """A row's ``row`` (file:line), ``text``, ``trained`` parts, ``unused`` keys and ``neutralised`` texts.
 
-    A row that cannot be trained on has ``refused``, the reason, instead of a text.
+    A row that cannot be trained on has ``refused``, the reason, and ``remedy`` instead of a text.
     """
-    for row in rows:
-        try:
-            clean = preparer.clean(row)
-            example = preparer.example(clean)
-        except InputError as error:
-            yield {"row": row.where, "refused": error.message.removeprefix(f"{row.where}: "), "remedy": error.remedy}, ()
-            continue
-        seen = {"row": row.where, "text": example.text, "trained": example.trained, "unused": list(example.unused)}
-        yield {**seen, "neutralised": preparer.neutralised(row, clean)}, example.spans
+    if isinstance(one.made, Refusal):
+        return {"row": one.row.where, "refused": one.made.reason, "remedy": one.made.remedy}
+    _, example = one.made
+    seen = {"row": one.row.where, "text": example.text, "trained": example.trained, "unused": list(example.unused)}
+    return {**seen, "neutralised": one.neutralised}
 
 
-def trained_tokens(params: FinetuneParameters, run: RunFolder, row: Row) -> Any:
-    """The row as the model sees it, token by token: what is learned, tools, documents, calls and thoughts in colours."""
+def trained_tokens(params: FinetuneParameters, run: RunFolder, rows: Sequence[Row]) -> Any:
+    """The first row that can be trained on as the model sees it, token by token: what is learned, tools, documents, calls and thoughts
+    in colours. Where there is none, why the first is refused.
+    """
     from IPython.display import HTML
 
     preparer = Preparer(resolve(params.base, run.base_cache, params.revision).folder)
-    example = preparer.example(preparer.clean(row))
+    tried = (preparer.tried(row) for row in rows)
+    first = next(tried)
+    made = (
+        first.made
+        if not isinstance(first.made, Refusal)
+        else next((t.made for t in tried if isinstance(t.made, tuple)), first.made)
+    )
+    if isinstance(made, Refusal):
+        return HTML(f"<p>refused: {escape(made.reason)}</p>")
+    _, example = made
     offsets = preparer.tokenizer.encode(example.text, add_special_tokens=False).offsets
     kinds, pieces = _kinds(example.text), []
     for token, label, (start, _) in zip(example.input_ids, example.labels, offsets, strict=True):

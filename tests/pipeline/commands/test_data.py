@@ -120,3 +120,11 @@ def test_names_from_a_file_send_no_codes_to_the_terminal(write):
 
 def test_a_choice_that_does_not_exist_is_refused(write):
     assert "use one of refuse, keep, drop" in str(_run(write(ROW), "--greeting", "maybe").exception)
+
+
+def test_rows_of_one_line_are_told_apart(write, monkeypatch):
+    template = EMBEDDED_TEMPLATE.replace("tool_calls", "no_calls").replace("<tool_call>", "<call>")
+    monkeypatch.setattr(training.base, "EMBEDDED_TEMPLATE", template)
+    called = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [CALL]}]}
+    made = json.loads(_run(write(json.dumps([ROW, called, ROW])), "--base", "embedded", "--json", "--skip-bad").stdout)
+    assert (made["rows"], len(made["refused"]), made["account"]["refused"]) == (2, 1, 1)

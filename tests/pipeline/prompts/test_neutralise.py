@@ -115,3 +115,10 @@ def test_idempotent_and_readable(text):
 @pytest.fixture(scope="module")
 def tokenizer_folder_session(tokenizer_folder):
     return tokenizer_folder, Tokenizer(tokenizer_folder), control_tokens(tokenizer_folder)
+
+
+def test_only_the_token_is_folded_and_many_take_no_time() -> None:
+    text = "10\u00b2 m, \u00bd, \ufb01ne \uff1c|end_of_text|\uff1e ok"
+    assert neutralise(text, {"<|end_of_text|>"}) == "10\u00b2 m, \u00bd, \ufb01ne < |end_of_text|> ok"
+    many = "\uff1c|end_of_text|\uff1e" * 20000
+    assert neutralise(many, {"<|end_of_text|>"}) == "< |end_of_text|>" * 20000

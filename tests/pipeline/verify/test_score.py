@@ -137,7 +137,8 @@ def test_a_thought_is_left_out_wherever_it_comes_from() -> None:
         assert is_exact(row, answer, ()), answer
     for text in ("<think>Ada", "<think>Quick.</think>Bob", "Quick.</think>Bob"):
         assert not is_exact(row, Answer(text, "length"), ())
-    opened = HeldOut(ASKED, "It is in the list.\n</think>\n\nAda")  # the prompt ends with the opening mark
+    assert not HeldOut(ASKED, "Write it, then </think>, then 42").thinks
+    opened = HeldOut(ASKED, "It is in the list.\n</think>\n\nAda", opened=True)  # the prompt ends with the opening mark
     assert (opened.thinks, opened.answer) == (True, "Ada") and is_exact(opened, Answer("Quick.</think>Ada", "stop"), ())
     # a row that expects no thought is compared whole, as ever
     assert not is_exact(HeldOut(ASKED, "Ada"), Answer("<think>Quick.</think>Ada", "stop"), ())

@@ -121,7 +121,7 @@ def test_a_set_of_preferences_is_told_how_to_train_on_the_chosen_answers(write):
     with pytest.raises(DataError) as caught:
         read(path)
     assert "--columns completion=chosen --ignore rejected" in caught.value.remedy
-    chosen = read(path, reading=reading("completion=chosen", "rejected"))
+    chosen = read(path, reading=reading("completion=chosen", ["rejected"]))
     assert [m["content"] for m in chosen.rows[0].messages] == ["q", "a"]
     assert ("rejected", "ignored", 1) in chosen.keys
 
@@ -263,3 +263,25 @@ def test_unknown_columns_that_are_not_utf8(tmp_path):
     with pytest.raises(DataError) as caught:
         read(path)
     assert caught.value.message == f"{path}: unknown column set (\N{REPLACEMENT CHARACTER})"
+
+
+def test_ids_of_calls_do_not_make_prompts_differ(write):
+    def row(number):
+        call = {"id": f"call_{number}", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+        turns = [*ROW["messages"][:1], {"role": "assistant", "tool_calls": [call]}]
+        return {"messages": [*turns, {"role": "tool", "tool_call_id": f"call_{number}", "content": "r"}, *ROW["messages"][1:]]}
+
+    rows = read(write(*(row(number) for number in range(3)))).rows
+    assert len({prompt_key(row) for row in rows}) == 1
+    assert overlap(rows[:1], rows[1:]) == list(rows[1:])
+
+
+def test_a_row_in_one_line_is_no_list_of_rows(write):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert len(read(write({"dialogue": turns, "id": 1}), reading=reading("messages=dialogue")).rows) == 1
+
+
+def test_a_key_is_quoted_as_a_shell_takes_it(write):
+    [refusal] = read(write({**ROW, "$(touch x), y": "z"})).refused
+    assert "--ignore '$(touch x), y' leaves it out" in refusal.reason
+    assert len(read(write({**ROW, "$(touch x), y": "z"}), reading=reading(ignore=["$(touch x), y"])).rows) == 1

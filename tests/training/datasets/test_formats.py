@@ -4,6 +4,7 @@ import pytest
 
 from training.datasets.formats import convert
 from training.datasets.keys import RowError, detect
+from training.datasets.rows import Inexact
 from training.datasets.turns import Reading
 
 USER = {"role": "user", "content": "q"}
@@ -251,6 +252,26 @@ def test_early_hermes_calls_with_single_quotes_are_calls():
 def test_a_text_that_holds_the_turns_is_no_copy_of_them(row):
     with pytest.raises(RowError, match="not used, which may matter"):
         convert(detect(row), row)
+
+
+@pytest.mark.parametrize("text", ["<tool_call>{[1]: 2}</tool_call>", "<tool_call>{'name':'f','arguments':{1:'a'}}</tool_call>"])
+def test_a_literal_that_is_no_json_is_refused(text):
+    with pytest.raises(RowError, match="from which none can be read"):
+        _messages(USER, {"role": "assistant", "content": text})
+
+
+def test_numbers_that_lose_digits_are_refused_where_they_are_used():
+    lossy = Inexact(0.1)
+    with pytest.raises(RowError, match="more digits than a number keeps"):
+        _messages(USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": lossy}}]})
+    assert convert("messages", {"messages": [USER, ANSWER], "score": lossy}).keys["score"] == "harmless"
+
+
+def test_a_weight_of_zero_keeps_a_greeting_without_being_asked():
+    made = convert("messages", {"messages": [ANSWER | {"weight": 0}, USER, ANSWER]})
+    assert (made.messages[0]["weight"], made.notes) == (0, ())
+    with pytest.raises(RowError, match="user turns of two speakers"):
+        convert("messages", {"messages": [USER | {"name": "a"}, USER | {"name": "b"}, ANSWER]}, Reading(repeated="join"))
 
 
 def test_results_are_text():

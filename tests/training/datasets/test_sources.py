@@ -214,6 +214,11 @@ def test_csv_as_spreadsheets_and_pandas_write_it(table):
     assert table(",prompt,completion\n0,a,b\n") == [("2", {"__index_level_0__": "0", "prompt": "a", "completion": "b"})]
 
 
+def test_a_csv_that_begins_with_nothing_is_refused(table):
+    with pytest.raises(DataError, match=r"rows\.csv:1: the first line names no column"):
+        table("\n\nprompt,completion\nq,a\n")
+
+
 def test_gzip_is_unpacked_and_damage_is_told(tmp_path):
     path = tmp_path / "rows.jsonl.gz"
     whole = gzip.compress(b'{"a": 1}\n{"a": 2}\n')

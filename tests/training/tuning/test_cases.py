@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -29,10 +30,10 @@ def preparers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Preparer]:
     return {version: Preparer(tiny.published(version, tmp_path_factory.mktemp("base"))) for version in VERSIONS}
 
 
-def _seen(preparer: Preparer, name: str, **options: str) -> list[dict[str, object]]:
+def _seen(preparer: Preparer, name: str, **options: Any) -> list[dict[str, object]]:
     dataset = read(CASES / name, reading=reading(**options))
     require_clean(dataset)
-    return [seen for seen, _ in shown(preparer, dataset.rows)]
+    return [shown(preparer.tried(row)) for row in dataset.rows]
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def _seen(preparer: Preparer, name: str, **options: str) -> list[dict[str, objec
         ("tool_result_object.jsonl", {}, GRANITE_4, [f"{CALL}{END}", f"20.{END}"]),
         ("assistant_first.jsonl", {"greeting": "keep"}, VERSIONS, [f"Badge 0 will be replaced today.{END}"]),
         ("assistant_first.jsonl", {"greeting": "drop"}, VERSIONS, [f"Badge 0 will be replaced today.{END}"]),
-        ("messages_rejected.jsonl", {"ignore": "chosen,rejected"}, VERSIONS, [f"Dunno.{END}"]),
+        ("messages_rejected.jsonl", {"ignore": ("chosen", "rejected")}, VERSIONS, [f"Dunno.{END}"]),
         ("dolly.jsonl", {}, VERSIONS, [f"Pump replaced.{END}"]),
         ("question_answer.jsonl", {}, VERSIONS, [f"Shelf 0.{END}"]),
         ("question_answer.jsonl", {"columns": "prompt=question,completion=answer"}, VERSIONS, [f"Shelf 0.{END}"]),
@@ -61,7 +62,7 @@ def _seen(preparer: Preparer, name: str, **options: str) -> list[dict[str, objec
     ],
 )
 def test_what_is_trained_is_what_was_written(
-    preparers: dict[str, Preparer], name: str, options: dict[str, str], versions: list[str], trained: list[str]
+    preparers: dict[str, Preparer], name: str, options: dict[str, Any], versions: list[str], trained: list[str]
 ) -> None:
     for version in versions:
         assert _seen(preparers[version], name, **options)[0]["trained"] == trained, version
