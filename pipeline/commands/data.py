@@ -85,8 +85,10 @@ def data(
         preparer = Preparer(folder)
         # to be shown a few rows is not to wait for all of them
         count = rows if rows and not write else len(dataset.rows)
-        tried = [preparer.tried(row) for row in dataset.rows[:count]]
-        prepared, found = collected(tried), account([dataset], [collected(tried)])
+        with show.progress(f"preparing {count} rows"):
+            tried = [preparer.tried(row) for row in dataset.rows[:count]]
+        prepared = collected(tried)
+        found = account([dataset], [prepared])
         kept = tuple(one.row for one in tried if not isinstance(one.made, Refusal))
         dataset = replace(dataset, rows=(*kept, *dataset.rows[count:]), refused=(*dataset.refused, *prepared.refused))
         if rows:
