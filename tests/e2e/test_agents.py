@@ -22,7 +22,7 @@ BUDGET = ["-p", "BATCH_SIZE=4", "-p", "MAX_STEPS=50", "-p", "LEARNING_RATE=0.002
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was trained on both kinds of rows and verified."""
     output = tmp_path_factory.mktemp("agents")
-    sets = [generate("tools", 120, 20), generate("documents", 80, 8)]
+    sets = [generate("tools", 120, 12), generate("documents", 80, 6)]
     for name, parts in zip(("train", "heldout"), zip(*sets, strict=True), strict=True):
         (output / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for part in parts for row in part))
     words = ["run", "--name", "agents", "--output", str(output), "--backends", "vllm,llamacpp", *BUDGET]
@@ -56,7 +56,8 @@ def test_each_backend_is_fed_tools_and_documents_and_calls_as_in_process(report:
     parity = next(check for check in backend["checks"] if check["id"] == f"{name}.prompt_parity")
     assert "rendered prompt" not in parity["detail"]  # every row went through the API that a user would use
     assert abs(backend["exact"] - report["eval"]["tuned"]["exact"]) <= 0.06
-    assert abs(backend["fields"]["calls"] - report["eval"]["tuned"]["calls"]) <= 0.06
+    # of nine rows with calls one may tip
+    assert abs(backend["fields"]["calls"] - report["eval"]["tuned"]["calls"]) <= 0.12
 
 
 def test_calls_are_recorded_as_calls_and_documents_stand_in_the_prompts(run: Path) -> None:
@@ -64,6 +65,6 @@ def test_calls_are_recorded_as_calls_and_documents_stand_in_the_prompts(run: Pat
     calls = [said(row, answer).calls for row, answer in zip(rows, answers, strict=True)]
     assert any(calls)
     assert all(call["name"] in ("block_ip", "isolate_host", "lookup_ioc") for each in calls for call in each)
-    assert sum(bool(row.documents) for row in rows) == 8
+    assert sum(bool(row.documents) for row in rows) == 6
     table = json.loads((run / "report" / "report.json").read_text())["training"]["account"]["table"]
     assert {"documents", "messages[].tool_calls", "tools"} <= {row["what"] for row in table if row["became"] == "used"}
