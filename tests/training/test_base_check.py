@@ -22,17 +22,6 @@ _CT = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config
 LINEAR = "model.layers.1.mlp.down_proj.weight"
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make("3.x-dense", tmp_path_factory.mktemp("made") / "base")
-
-
-@pytest.fixture
-def folder(made: Path, tmp_path: Path) -> Path:
-    """A sound base, free to be spoilt."""
-    return Path(shutil.copytree(made, tmp_path / "base"))
-
-
 def _config(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

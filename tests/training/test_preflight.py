@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 
 from pipeline.errors import DiskFull, EnvironmentFailure, MissingDependency, ModelError, OutOfMemory
 from pipeline.machine.hardware import Cpu, Hardware
@@ -22,16 +21,6 @@ from training import base, preflight
 from training.export import gguf
 from training.parameters import FinetuneParameters
 from training.tuning import finetune as stage
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make("3.x-dense", tmp_path_factory.mktemp("made") / "base")
-
-
-@pytest.fixture
-def folder(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "base"))
 
 
 @pytest.fixture
