@@ -173,7 +173,7 @@ def _to_float16(name: str, tensor: Any) -> tuple[Any, float, int]:
         return tensor, 0.0, 0
     peak = float(tensor.abs().max()) if tensor.numel() else 0.0
     if not peak <= torch.finfo(torch.float16).max:
-        remedy = "the training diverged: lower the learning rate; the previous merged folder is untouched"
+        remedy = "a training that diverged needs a lower learning rate; the previous merged folder is untouched"
         raise PipelineError(f"{name} holds {peak:g}, which float16 cannot (largest 65504)", remedy=remedy)
     half = tensor.to(torch.float16).contiguous()
     return half, peak, int(((half == 0) & (tensor != 0)).sum())
