@@ -74,13 +74,14 @@ def judged(evidence: Evidence, material: Material) -> Outcome:
     name, answers, seen, parity = evidence.engine, evidence.answers, evidence.features, evidence.parity
     assert seen and parity
     again = seen.streamed or range(len(seen.streams))
+    whole = seen.alone or [answers[i] for i in again]
     scores, reference, count = score(material.rows, answers), material.tuned_score, len(material.rows)
     found = (
         listed(name, evidence.model, seen.listed),
         chat(name, told(material.rows[0], seen.first), told(material.rows[0], material.tuned[0])),
         parity,
         *seen.probed,
-        streamed(name, seen.streams, [(material.rows[i], answers[i]) for i in again]),
+        streamed(name, seen.streams, [(material.rows[i], one) for i, one in zip(again, whole, strict=True)]),
         exact(name, scores["exact"], reference["exact"], count),
         finish(name, scores["finish_stop"], reference["finish_stop"], count),
     )

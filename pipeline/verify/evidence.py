@@ -47,7 +47,8 @@ _STREAMED = 4
 class Features:
     """What verify asks beside the held-out prompts: listing, a first answer, attacks, schemas, tool calls, streams.
 
-    ``streamed`` are the numbers of the rows whose answers were streamed; empty: the first ones.
+    ``streamed`` are the numbers of the rows whose answers were streamed (empty: the first ones), ``alone`` their answers unstreamed and
+    asked alone too: another batch may tip a near-tie (empty: an older version did not ask).
     """
 
     listed: tuple[str, ...]
@@ -55,6 +56,7 @@ class Features:
     probed: tuple[Check, ...]
     streams: tuple[Streamed, ...]
     streamed: tuple[int, ...] = ()
+    alone: tuple[Answer, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,8 @@ async def _chats(
             probed = [await injection(prober, material.yardstick), await structured_output(prober, rows[0])]
             probed.append(await tool_call(prober, material.yardstick.template.source))
             streams = await _streams(prober, material, numbers)
-            features = Features(tuple(listed), first, tuple(probed), tuple(streams.values()), tuple(streams))
+            alone = tuple([(await prober.chat(material.rows[i]))[0] for i in streams])
+            features = Features(tuple(listed), first, tuple(probed), tuple(streams.values()), tuple(streams), alone)
         same = await parity(prober, rows, [material.prompts[i] for i in numbers]) if rows else None
         planned = int((endpoint.plan or {}).get("max_num_seqs") or _CONCURRENCY)
         answers, speed = await ask_all(prober, rows, max(1, min(_CONCURRENCY, planned)), done)
