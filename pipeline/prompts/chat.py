@@ -166,8 +166,8 @@ def assistant_spans(
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        start = _turn_start(template, messages[: index + 1], clock, kwargs)
-        done = template.render(messages[: index + 1], now=clock, **kwargs)
+        done = whole if index + 1 == len(messages) else template.render(messages[: index + 1], now=clock, **kwargs)
+        start = _turn_start(template, messages[: index + 1], done, clock, kwargs)
         if not whole.startswith(done) or not done.startswith(whole[:start]):
             raise ModelError(f"the chat template rewrites turn {index + 1} when later turns follow: it cannot be trained on")
         turn = done[start:]
@@ -177,9 +177,8 @@ def assistant_spans(
     return spans
 
 
-def _turn_start(template: ChatTemplate, messages: Sequence[Message], now: datetime, kwargs: Mapping[str, Any]) -> int:
-    """Where the last (assistant) turn's own text starts: after the prompt the model would have been given."""
-    done = template.render(messages, now=now, **kwargs)
+def _turn_start(template: ChatTemplate, messages: Sequence[Message], done: str, now: datetime, kwargs: Mapping[str, Any]) -> int:
+    """Where the last (assistant) turn's own text starts in ``done``, its rendering: after the prompt the model would have been given."""
     before = messages[:-1] or messages
     asked = template.render(before, now=now, add_generation_prompt=True, **kwargs)
     if before is messages:  # the conversation starts with the assistant: find its header, the generation prompt
