@@ -311,16 +311,16 @@ _LENIENT = json.JSONDecoder(parse_int=float)
 
 
 def _csv(path: Path, lines: Iterator[str], tabs: bool) -> Iterator[Record]:
-    """Rows by header name; the delimiter is a comma, or a semicolon where the header has only those."""
-    header_line = next(lines, "")
-    first = 2
-    if header_line.lower().startswith("sep=") and len(header_line.strip()) == 5:  # Excel's own
-        delimiter_given, header_line, first = header_line.strip()[-1], next(lines, ""), 3
+    """Rows by header name; the delimiter is the one that Excel names in a line of its own, a tab in .tsv, a semicolon where the header
+    has only those, else a comma.
+    """
+    header_line, first = next(lines, ""), 2
+    if header_line.lower().startswith("sep=") and len(header_line.strip()) == len("sep=;"):
+        delimiter, header_line, first = header_line.strip()[-1], next(lines, ""), 3
+    elif tabs:
+        delimiter = "\t"
     else:
-        delimiter_given = ""
-    delimiter = (
-        delimiter_given or "\t" if tabs or delimiter_given else ";" if ";" in header_line and "," not in header_line else ","
-    )
+        delimiter = ";" if ";" in header_line and "," not in header_line else ","
     try:
         header = [name.strip() for name in next(csv.reader([header_line], delimiter=delimiter), [])]
     except csv.Error as error:
