@@ -16,6 +16,7 @@ from pipeline.commands import options, show
 from pipeline.errors import InputError
 from pipeline.runs.files import require_path, write_atomic
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
+from pipeline.runs.text import printable
 
 if TYPE_CHECKING:
     from training.datasets.dataset import Dataset
@@ -154,12 +155,12 @@ def _show(tried: Sequence[Tried], as_json: bool) -> None:
         if as_json:
             show.as_json(seen, indent=None)
             continue
-        show.line(f"--- {_plain(seen['row'])}", style="bold")
+        show.line(f"--- {printable(seen['row'])}", style="bold")
         if isinstance(one.made, Refusal):
-            show.line(f"refused: {_plain(seen['refused'])}; {_plain(seen['remedy'])}", style="red")
+            show.line(f"refused: {printable(seen['refused'])}; {printable(seen['remedy'])}", style="red")
             continue
         show.spans(_lines_of(seen["text"]), one.made[1].spans)
-        show.line(f"not used: {_plain(', '.join(seen['unused'])) or 'nothing'}; texts neutralised: {seen['neutralised']}")
+        show.line(f"not used: {printable(', '.join(seen['unused'])) or 'nothing'}; texts neutralised: {seen['neutralised']}")
 
 
 def _write(target: Path, dataset: Dataset) -> None:
@@ -176,19 +177,19 @@ def _write(target: Path, dataset: Dataset) -> None:
 
 def _print(summary: Summary, found: dict[str, Any]) -> None:
     """Tables for people; text from the file is shown as it is, never as markup or terminal codes."""
-    show.table(_plain(summary.source), ("", ""), [(name, _plain(value)) for name, value in _lines(summary)])
-    became = [(_plain(row["what"]), row["became"], row["rows"]) for row in found["table"]]
+    show.table(printable(summary.source), ("", ""), [(name, printable(value)) for name, value in _lines(summary)])
+    became = [(printable(row["what"]), row["became"], row["rows"]) for row in found["table"]]
     if became:
         show.table("what becomes of each key", ("key", "becomes", "rows"), became)
     rows = []
     for label in summary.labels:
         shown = [f"{value[:40]} {count}" for value, count in label.top[:_SHOWN_VALUES]]
         shown += ["..."] if label.distinct > len(shown) else []
-        rows.append((_plain(label.field), label.distinct, _plain(", ".join(shown))))
+        rows.append((printable(label.field), label.distinct, printable(", ".join(shown))))
     if rows:
         show.table("answer fields", ("field", "values", "most frequent"), rows)
     if summary.refused:
-        refused = [(_plain(one.where), _plain(one.reason)) for one in summary.refused[:_SHOWN_REFUSALS]]
+        refused = [(printable(one.where), printable(one.reason)) for one in summary.refused[:_SHOWN_REFUSALS]]
         show.table("refused rows", ("where", "reason"), refused)
         if len(summary.refused) > _SHOWN_REFUSALS:
             show.line(f"and {len(summary.refused) - _SHOWN_REFUSALS} more; --json lists them all")
@@ -216,9 +217,5 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
     return [(name, value) for name, value in lines if value]
 
 
-def _plain(text: str) -> str:
-    return "".join(character if character.isprintable() else "�" for character in text)
-
-
 def _lines_of(text: str) -> str:
-    return "\n".join(map(_plain, text.split("\n")))
+    return "\n".join(map(printable, text.split("\n")))

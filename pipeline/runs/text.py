@@ -89,6 +89,11 @@ def visible(text: str) -> str:
     return _INVISIBLE.sub(lambda match: f"‹U+{ord(match.group()):04X}›", text)
 
 
+def printable(text: str) -> str:
+    """The text with a replacement character for each that cannot be printed, line ends too: one line, and no terminal codes."""
+    return "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in text)
+
+
 def without_password(text: str) -> str:
     """A URL with the password or key in front of its host masked; any other text as it is."""
     return _USERINFO.sub(rf"\1{MASK}@", text)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from pipeline.errors import DataError
 from pipeline.model.toolcalls import plain_calls
 from pipeline.runs.hashes import sha256_file
+from pipeline.runs.text import printable
 from training.datasets.formats import convert
 from training.datasets.keys import UNDERSTOOD, RowError, detect
 from training.datasets.rows import Advance, Record
@@ -252,8 +253,7 @@ def overlap(train: Sequence[Row], held_out: Sequence[Row]) -> list[Row]:
 def showable(text: str, limit: int = 2000) -> str:
     """Text from a file as it can be printed: no lone surrogates or control characters, and cut at ``limit`` characters."""
     cut = text if len(text) <= limit else text[:limit] + "..."
-    printable = "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in cut)
-    return printable.encode("utf-8", "replace").decode()
+    return printable(cut).encode("utf-8", "replace").decode()
 
 
 def digest(row: Row) -> str:
