@@ -15,6 +15,7 @@ import httpx
 from pipeline.engines.listing import Listing, openai_listing
 from pipeline.errors import EngineError
 from pipeline.machine.hardware import Hardware
+from pipeline.model.tokenizer import Tokenizer
 from pipeline.model.toolcalls import MARKS, Call
 from pipeline.net.client import ask
 from pipeline.net.reach import get_json
@@ -24,10 +25,13 @@ from pipeline.prompts.conversation import Conversation, Prompt, openai_body
 from pipeline.runs.folder import RunFolder
 
 Body = dict[str, Any]
+Top = list[tuple[int, float]]
 
 LOOPBACK = "127.0.0.1"
 # next tokens a server is asked for at each position: twice those that are compared, so that near-ties do not fall out
 ASKED = 20
+# the token ID of a text that is no token's
+UNNAMED = -1
 # half the context is not worth a retry below this
 LEAST_CONTEXT = 512
 OTHERS_TELL = "compare prompts with the vllm, llamacpp or ollama engine"
@@ -123,10 +127,16 @@ class Engine(ABC):
     settings: ClassVar[Mapping[str, str]] = {}
     # what a model's name ends with where it was given without
     tag: ClassVar[str] = ""
+    # next_tokens() is asked by text and told by text: tokens that print alike are one there
+    tells_texts: ClassVar[bool] = False
+    # it loads a copy of its own making, whose content and not whose bytes are the artefact's
+    copies_file: ClassVar[bool] = False
     # whether prompt() can be asked for what the model is fed
     tells_prompt: ClassVar[bool] = False
     # the ways a chat may take to a prompt here, as the known deviations in pipeline.prompts.parity name them
     renderers: ClassVar[tuple[str, ...]] = ()
+    # other forms of its API through which a chat may come to another prompt: each is compared too (``prompt_through``)
+    doors: ClassVar[tuple[str, ...]] = ()
     # forms of tool calls (pipeline.model.toolcalls) that it finds in an answer
     call_forms: ClassVar[tuple[str, ...]] = tuple(MARKS)
     # the model is made inside a running server, which is started without one
@@ -215,6 +225,14 @@ class Engine(ABC):
         """
         raise EngineError(f"{self.title} does not tell the rendered prompt", remedy=OTHERS_TELL)
 
+    def prompt_through(self, door: str, client: httpx.Client, model: str, conversation: Conversation) -> Prompt:
+        """As :meth:`prompt`, by one of ``doors``."""
+        raise EngineError(f"{self.title} has no {door}")
+
+    def own_system(self, client: httpx.Client, model: str) -> str:
+        """The system message that a running server puts before a conversation which brings none; empty where it adds none."""
+        return ""
+
     def chat_body(self, conversation: Conversation) -> Body:
         """What a chat request says of a conversation; NotApplicable when the chat API cannot say it."""
         return openai_body(conversation)
@@ -255,23 +273,24 @@ class Engine(ABC):
         except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
-    def next_tokens(self, client: httpx.Client, model: str, prompts: Sequence[Sequence[int]]) -> list[dict[int, float]]:
-        """Log-probabilities of the ASKED most likely next tokens, by token ID, for each prompt.
+    def next_tokens(self, client: httpx.Client, model: str, prompts: Sequence[Prompt], tokenizer: Tokenizer) -> list[Top]:
+        """The ASKED most likely next tokens after each prompt (text and token IDs), as (token ID, log-probability).
 
-        Raises EngineError when the engine cannot take or give token IDs.
+        Where it ``tells_texts``, an ID stands for all that print alike, and UNNAMED for a text that is no token's. Raises
+        EngineError when the engine tells none.
         """
         try:
             with ThreadPoolExecutor(8) as pool:
-                return list(pool.map(lambda ids: self._top(client, model, list(ids)), prompts))
+                return list(pool.map(lambda prompt: self._top(client, model, prompt, tokenizer), prompts))
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise EngineError(f"{self.name} gives no log-probabilities of token IDs ({error!r})") from None
+            raise EngineError(f"{self.name} gives no log-probabilities of tokens ({error!r})") from None
 
-    def _top(self, client: httpx.Client, model: str, ids: list[int]) -> dict[int, float]:
+    def _top(self, client: httpx.Client, model: str, prompt: Prompt, tokenizer: Tokenizer) -> Top:
         """One position, asked by OpenAI's completions as vLLM extends them."""
         wanted = {"max_tokens": 1, "temperature": 0, "logprobs": ASKED, "return_tokens_as_token_ids": True}
-        answer = ask(client, "/v1/completions", {"model": model, "prompt": ids, **wanted})
+        answer = ask(client, "/v1/completions", {"model": model, "prompt": list(prompt.ids or ()), **wanted})
         tops: dict[str, float] = answer["choices"][0]["logprobs"]["top_logprobs"][0]
-        return {int(token.removeprefix("token_id:")): float(value) for token, value in tops.items()}
+        return [(int(token.removeprefix("token_id:")), float(value)) for token, value in tops.items()]
 
     def tokenize(self, client: httpx.Client, text: str) -> list[int] | None:
         """The token IDs that the engine's own tokenizer gives a text; None where that is the folder's tokenizer or is not told."""

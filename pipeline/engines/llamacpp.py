@@ -12,10 +12,11 @@ from typing import ClassVar
 
 import httpx
 
-from pipeline.engines.base import ASKED, LEAST_CONTEXT, Availability, Body, Container, Engine, Mismatch
+from pipeline.engines.base import ASKED, LEAST_CONTEXT, Availability, Body, Container, Engine, Mismatch, Top
 from pipeline.engines.flags import listed_flags
 from pipeline.engines.listing import Listing, integer, openai_listing
 from pipeline.machine.hardware import Hardware
+from pipeline.model.tokenizer import Tokenizer
 from pipeline.model.toolcalls import Call
 from pipeline.net.client import ask
 from pipeline.net.reach import get_json
@@ -141,12 +142,12 @@ class LlamaCpp(Engine):
         answer = ask(client, "/tokenize", {"content": text, "add_special": False, "parse_special": True})
         return [int(token) for token in answer["tokens"]]
 
-    def _top(self, client: httpx.Client, model: str, ids: list[int]) -> dict[int, float]:
+    def _top(self, client: httpx.Client, model: str, prompt: Prompt, tokenizer: Tokenizer) -> Top:
         """One position, asked by llama.cpp's own completions."""
         wanted = {"n_predict": 1, "temperature": 0, "n_probs": ASKED, "post_sampling_probs": False}
-        answer = ask(client, "/completion", {"model": model, "prompt": ids, **wanted})
+        answer = ask(client, "/completion", {"model": model, "prompt": list(prompt.ids or ()), **wanted})
         tops = answer["completion_probabilities"][0]["top_logprobs"]
-        return {int(entry["id"]): float(entry["logprob"]) for entry in tops}
+        return [(int(entry["id"]), float(entry["logprob"])) for entry in tops]
 
     def force_call(self, body: Body, call: Call) -> Body | None:
         """``tool_choice`` required: from the opening on, llama.cpp's grammar for this chat template demands a call.

@@ -1,6 +1,7 @@
 """Ollama: a local ``ollama serve`` or any URL; the model is created over HTTP from a GGUF and Modelfile parts."""
 
 import os
+import re
 import shutil
 import subprocess
 from asyncio import gather
@@ -11,24 +12,41 @@ from typing import Any
 
 import httpx
 
-from pipeline.engines.base import LEAST_CONTEXT, Availability, Body, Container, Engine, Launch, require_feasible
+from pipeline.engines.base import (
+    ASKED,
+    LEAST_CONTEXT,
+    UNNAMED,
+    Availability,
+    Body,
+    Container,
+    Engine,
+    Launch,
+    Top,
+    require_feasible,
+)
 from pipeline.engines.flags import listed_flags
 from pipeline.engines.listing import Listed, Listing, entries, integer
-from pipeline.errors import EngineError
+from pipeline.errors import EngineError, ModelError
+from pipeline.model.tokenizer import Tokenizer
 from pipeline.model.toolcalls import Call
-from pipeline.net.client import ask
+from pipeline.net.client import ask, post
 from pipeline.net.reach import get_json
 from pipeline.planning.gguf_fit import SHORT_SPIN, fit_gguf, gguf_plan
 from pipeline.planning.overrides import Overrides
 from pipeline.planning.plan import Plan, Purpose, Request, Setting
 from pipeline.prompts.conversation import Conversation, NotApplicable, Prompt, openai_body
-from pipeline.prompts.ollama_view import as_api
+from pipeline.prompts.ollama_view import as_api, joined
 from pipeline.runs.hashes import sha256_file
 
 _PARALLEL: dict[Purpose, int] = {"verify": 4, "serve": 4, "throughput": 8, "latency": 1}
 _ALIASES = {f"--{w}": f"OLLAMA_{w.upper().replace('-', '_')}" for w in ("num-parallel", "keep-alive", "max-loaded-models")}
 _PARAMETERS = {"--num-ctx": "num_ctx", "--num-gpu": "num_gpu"}
 _NO_DOCUMENTS = "Ollama's API has no documents"
+# what Ollama answers to a chat that no way of sending makes it take, and why
+_CANNOT = {
+    "Unable to generate parser": "Ollama, where it renders with the chat template in the GGUF, refuses a tool without parameters",
+    "cannot unmarshal": "Ollama's API has no place for such a tool or call: its types are not JSON schema's",
+}
 _INSTALL = "curl -fsSL https://ollama.com/install.sh | sh (macOS: brew install ollama), or set OLLAMA_BASE_URL to a running one"
 
 
@@ -48,6 +66,9 @@ class Ollama(Engine):
     tells_prompt = True
     # it renders with TEMPLATE or hands the chat to llama.cpp (``granite-pipeline modelfile --explain``)
     renderers = ("template", "ollama-jinja")
+    doors = ("v1",)
+    tells_texts = True
+    copies_file = True
     creates_model = True
     flags = listed_flags("ollama")
     container = Container(
@@ -98,9 +119,27 @@ class Ollama(Engine):
         """It is created from a run, or fetched."""
         return f"granite-pipeline serve ollama creates it, `ollama pull {model}` fetches a published one"
 
-    def next_tokens(self, client: httpx.Client, model: str, prompts: Sequence[Sequence[int]]) -> list[dict[int, float]]:
-        """Always raises EngineError: its API takes text."""
-        raise EngineError("ollama takes no token IDs", remedy="its prompts and answers are compared as text")
+    def loaded_file(self, client: httpx.Client, model: str) -> str | None:
+        """The blob in FROM's place, as ``/api/show`` has it: rewritten from the GGUF it was given, and named by its SHA-256."""
+        try:
+            said = str(post(client, "/api/show", {"model": model}).get("modelfile"))
+        except EngineError:
+            return None
+        found = re.findall(r"^FROM (.*sha256-[0-9a-f]{64})$", said, re.MULTILINE)
+        # more than one: an adapter or a projector changes what the first computes
+        return found[0] if len(found) == 1 and not re.search("^ADAPTER ", said, re.MULTILINE) else None
+
+    def _top(self, client: httpx.Client, model: str, prompt: Prompt, tokenizer: Tokenizer) -> Top:
+        """One position, by ``/api/generate`` with ``raw``."""
+        options = {"temperature": 0, "num_predict": 1}
+        # not a word of probabilities comes with an end token: a format makes it write something; they are those before it
+        said = {"raw": True, "stream": False, "truncate": False, "format": {"type": "boolean"}, "options": options}
+        wanted = {"logprobs": True, "top_logprobs": ASKED}
+        answer = post(client, "/api/generate", {"model": model, "prompt": prompt.text, **said, **wanted})
+        if not answer.get("logprobs"):
+            raise EngineError("this Ollama tells no log-probabilities", remedy="use Ollama 0.12.11 or later")
+        named = [(tokenizer.named(str(one["token"])), float(one["logprob"])) for one in answer["logprobs"][0]["top_logprobs"]]
+        return [(UNNAMED if token is None else token, value) for token, value in named]
 
     def plan(self, request: Request) -> Plan:
         """Variables of ``ollama serve`` and Modelfile parameters; every parallel request takes its own num_ctx of KV cache."""
@@ -174,7 +213,8 @@ class Ollama(Engine):
         """As OpenAI's, without documents."""
         if conversation.documents:
             raise NotApplicable(_NO_DOCUMENTS)
-        return openai_body(conversation)
+        # its /v1 makes a message of every part of a content
+        return openai_body(replace(conversation, messages=tuple(map(joined, conversation.messages))))
 
     def completion(self, model: str, prompt: Prompt, most: int, marks: Sequence[str]) -> tuple[str, Body]:
         """``/api/generate`` with ``raw``: its other paths put the prompt into the template once more."""
@@ -188,12 +228,30 @@ class Ollama(Engine):
 
     def prompt(self, client: httpx.Client, model: str, conversation: Conversation) -> Prompt:
         """The rendered prompt as text, from ``_debug_render_only`` (the model is loaded first); Ollama tells no token IDs."""
-        if conversation.documents:
-            raise NotApplicable(_NO_DOCUMENTS)
         seen = as_api(conversation)
-        body: dict[str, Any] = {"model": model, "messages": list(seen.messages), "stream": False, "_debug_render_only": True}
-        answer = ask(client, "/api/chat", body | ({"tools": list(seen.tools)} if seen.tools else {}))
-        rendered = (answer.get("_debug_info") or {}).get("rendered_template")
-        if rendered is None:
-            raise EngineError("this Ollama does not tell the prompt it renders", remedy="use Ollama 0.12 or later")
-        return Prompt(str(rendered))
+        said = {"messages": list(seen.messages)} | ({"tools": list(seen.tools)} if seen.tools else {})
+        return _rendered(client, "/api/chat", model, said, conversation)
+
+    def prompt_through(self, door: str, client: httpx.Client, model: str, conversation: Conversation) -> Prompt:
+        """What ``/v1`` makes of the conversation as any OpenAI client sends it."""
+        return _rendered(client, f"/{door}/chat/completions", model, openai_body(conversation), conversation)
+
+    def own_system(self, client: httpx.Client, model: str) -> str:
+        """The SYSTEM that the model was created with."""
+        return str(post(client, "/api/show", {"model": model}).get("system") or "")
+
+
+def _rendered(client: httpx.Client, path: str, model: str, said: Body, conversation: Conversation) -> Prompt:
+    """The prompt that ``_debug_render_only`` shows of a chat; NotApplicable when Ollama cannot take such a chat."""
+    if conversation.documents:
+        raise NotApplicable(_NO_DOCUMENTS)
+    try:
+        answer = ask(client, path, {"model": model, **said, "stream": False, "_debug_render_only": True})
+    except ModelError as refused:
+        if why := next((why for words, why in _CANNOT.items() if words in refused.evidence), ""):
+            raise NotApplicable(why) from None
+        raise
+    rendered = (answer.get("_debug_info") or {}).get("rendered_template")
+    if rendered is None:
+        raise EngineError("this Ollama does not tell the prompt it renders", remedy="use Ollama 0.12 or later")
+    return Prompt(str(rendered))

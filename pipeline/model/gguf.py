@@ -22,6 +22,7 @@ _KEPT_ARRAY = 4096
 _LONGEST_STRING = 1 << 24
 _LARGEST_HEADER = 1 << 28  # a vocabulary of 256k entries takes about 10 MB
 _DEEPEST_ARRAY = 8
+_PIECE = 1 << 22
 # ggml type id -> (name, elements per block, bytes per block) of the types that files hold; source: ggml-common.h
 _TYPES = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24),
@@ -119,6 +120,50 @@ def read_gguf_header(path: Path, *, whole_arrays: bool = False) -> GgufHeader:
     if tensors and data + end > size:
         raise _broken(path, f"the tensors need {data + end} bytes, the file has {size}")
     return GgufHeader(version, metadata, tuple(replace(tensor, offset=data + tensor.offset) for tensor in tensors))
+
+
+@dataclass(frozen=True)
+class GgufComparison:
+    """How many tensors and metadata values of one file another holds too, of how many; ``problems``: the first that differ."""
+
+    tensors: tuple[int, int]
+    values: tuple[int, int]
+    problems: tuple[str, ...] = ()
+
+
+def compare_gguf(ours: Path, theirs: Path) -> GgufComparison:
+    """Compare two GGUF files tensor by tensor (type, shape, bytes) and value by value; their order may differ.
+
+    Raises ModelError when one is no GGUF, OSError when one cannot be read.
+    """
+    left, right = (read_gguf_header(path, whole_arrays=True) for path in (ours, theirs))
+    known = {tensor.name: tensor for tensor in right.tensors}
+    with ours.open("rb") as our_file, theirs.open("rb") as their_file:
+        moved = [
+            one.name
+            for one in left.tensors
+            if one != (other := known.get(one.name)) or not _same(our_file, one, their_file, other)
+        ]
+    names = {tensor.name for tensor in left.tensors}
+    changed = [key for key, value in left.metadata.items() if key not in right.metadata or right.metadata[key] != value]
+    lists = {"tensors differ": moved, "tensors are new": [name for name in known if name not in names], "values differ": changed}
+    lists["values are new"] = [key for key in right.metadata if key not in left.metadata]
+    problems = tuple(f"{len(found)} {what}, first {found[0]}" for what, found in lists.items() if found)
+    tensors, values = len(left.tensors), len(left.metadata)
+    return GgufComparison((tensors - len(moved), tensors), (values - len(changed), values), problems)
+
+
+def _same(ours: BinaryIO, one: GgufTensor, theirs: BinaryIO, other: GgufTensor) -> bool:
+    """Whether two tensors have the same bytes, a few MB in memory at a time."""
+    ours.seek(one.offset)
+    theirs.seek(other.offset)
+    left = one.nbytes
+    while left:
+        size = min(left, _PIECE)
+        if ours.read(size) != theirs.read(size):
+            return False
+        left -= size
+    return True
 
 
 def _tensor_list(handle: BinaryIO, count: int) -> tuple[tuple[GgufTensor, ...], int]:

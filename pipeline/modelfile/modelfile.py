@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.errors import InputError, ModelError
 from pipeline.model.gguf import read_gguf_header
 from pipeline.modelfile.grammar import Modelfile, parse_modelfile, quoted, writable
-from pipeline.modelfile.template import derive, prove
+from pipeline.modelfile.template import derive, kept_system, prove
 from pipeline.prompts.chat import ChatTemplate
 from pipeline.runs.files import read_json, read_utf8, write_atomic
 from pipeline.runs.folder import RunFolder
@@ -82,8 +82,16 @@ def to_create_request(modelfile: Modelfile, digest: str, name: str) -> dict[str,
     """
     body: dict[str, Any] = {"model": name, "files": {Path(modelfile.source).name: digest}, "stream": False}
     parameters = {key: _typed(key, values) for key, values in modelfile.parameters.items()}
-    parts = {"template": modelfile.template, "system": modelfile.system, "license": modelfile.licenses, "parameters": parameters}
+    # one that only TEMPLATE could hold goes along as SYSTEM too, which the API takes as it is: without it an Ollama that
+    # renders with the chat template in the GGUF would lose it
+    system = own_system(modelfile)
+    parts = {"template": modelfile.template, "system": system, "license": modelfile.licenses, "parameters": parameters}
     return body | {key: value for key, value in parts.items() if value}
+
+
+def own_system(modelfile: Modelfile) -> str:
+    """The system message for requests that bring none, whether SYSTEM or TEMPLATE holds it; empty when there is none."""
+    return modelfile.system or kept_system(modelfile.template or "") or ""
 
 
 @dataclass(frozen=True)
@@ -168,11 +176,13 @@ def explain(modelfile: Modelfile, jinja: str) -> list[Choice]:
         newer = Choice("0.30 and later", chat, "there is no TEMPLATE (create may still pick a built-in one that looks alike)")
         return [Choice("before 0.30", "a guessed built-in template", "there is no TEMPLATE"), newer]
     preferred, reason = _prefers_jinja(modelfile.template, jinja)
+    lost = "; `ollama create` then loses the system message, which only TEMPLATE could hold (granite-pipeline serve keeps it)"
+    lost = lost if kept_system(modelfile.template) is not None else ""
     return [
         Choice("before 0.30", go, "these versions render every chat with TEMPLATE"),
-        Choice("0.30 and later", chat if preferred else go, reason),
+        Choice("0.30 and later", chat if preferred else go, reason + (lost if preferred else "")),
         Choice("0.30 and later, OLLAMA_GO_TEMPLATE=1", go, "the variable asks for TEMPLATE"),
-        Choice("0.30 and later, OLLAMA_GO_TEMPLATE=0", chat, "the variable asks for the chat template"),
+        Choice("0.30 and later, OLLAMA_GO_TEMPLATE=0", chat, f"the variable asks for the chat template{lost}"),
     ]
 
 

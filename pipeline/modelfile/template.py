@@ -31,6 +31,8 @@ _TOOL = {"type": "function", "function": _FUNCTION}
 _CALL = {"type": "function", "function": {"name": "qToolq", "arguments": {"k": ["v", 1]}}}
 _CALL_TEXT = '<tool_call>\n{"name": "qToolq", "arguments": {"k": ["v", 1]}}\n</tool_call>'
 _CLOCKS = (datetime(2001, 2, 3, 4, 5), datetime(2019, 11, 25, 6, 7))
+# as _own_system writes it
+_KEPT = re.compile(r'\{\{- if not \$given -\}\}\{\{- \$head = ("(?:[^"\\]|\\.)*") -\}\}\{\{- \$given = true -\}\}')
 _DATE = '{{ template "month" $month }}{{ " " }}{{ $day }}{{ ", " }}{{ $year }}'
 
 
@@ -67,6 +69,17 @@ def _own_system(system: str | None, printed: str = "") -> str:
         return ""
     text = _literal(system).removeprefix("{{ ").removesuffix(" }}")
     return f"{{{{- if not $given -}}}}{{{{- $head = {text} -}}}}{{{{- $given = true -}}}}{printed}{{{{- end -}}}}"
+
+
+def kept_system(text: str) -> str | None:
+    """The system message that a TEMPLATE made here holds (see :func:`derive`); None when it holds none."""
+    found = _KEPT.search(text)
+    if found is None:
+        return None
+    # Go's eight digits stand for any character, JSON's four only for one of UTF-16
+    return str(
+        json.loads(re.sub(r"\\\\|\\U([0-9a-f]{8})", lambda m: chr(int(m[1], 16)) if m[1] else m[0], found[1]), strict=False)
+    )
 
 
 def go_differences(derived: OllamaTemplate, template: ChatTemplate, now: datetime | None = None) -> list[str]:

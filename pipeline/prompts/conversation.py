@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,12 @@ class Conversation:
     tools: tuple[Mapping[str, Any], ...] | None = None
     documents: tuple[Mapping[str, Any], ...] | None = None
     continued: bool = False
+
+    def opened(self, system: str) -> "Conversation":
+        """With this system message (empty: none) before a conversation that does not begin with one of its own."""
+        if not system or (self.messages and self.messages[0]["role"].lower() == "system"):
+            return self
+        return replace(self, messages=({"role": "system", "content": system}, *self.messages))
 
     @property
     def ending(self) -> dict[str, Any]:

@@ -25,6 +25,11 @@ def as_api(conversation: Conversation) -> Conversation:
     return replace(conversation, messages=tuple(map(_api_message, conversation.messages)))
 
 
+def split_parts(conversation: Conversation) -> Conversation:
+    """Every part of a content as a message of its own, as Ollama's ``/v1`` reads them; calls stay with the last."""
+    return replace(conversation, messages=tuple(one for message in conversation.messages for one in _split(message)))
+
+
 def merged(conversation: Conversation) -> Conversation:
     """Neighbouring turns of one role become one, an empty line between; tool results stay apart."""
     turns: list[dict[str, Any]] = []
@@ -45,6 +50,11 @@ def remade_tools(conversation: Conversation) -> Conversation:
 def reordered_tools(conversation: Conversation) -> Conversation:
     """Tools after a pass through Ollama's types on the way to llama.cpp: known keys only, in its order."""
     return replace(conversation, tools=conversation.tools and tuple(map(_passed, conversation.tools)))
+
+
+def sorted_arguments(conversation: Conversation) -> Conversation:
+    """Call arguments on the way to llama.cpp: their own names keep their order, the maps inside are sorted."""
+    return replace(conversation, messages=tuple(map(_sorted_call, conversation.messages)))
 
 
 def restored(text: str) -> str:
@@ -73,13 +83,35 @@ def _number(value: Any) -> Any:
     return int(float(value)) if float(value).is_integer() and abs(value) < 1e21 else float(value)
 
 
-def _api_message(message: Mapping[str, Any]) -> dict[str, Any]:
+def joined(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message whose text parts are one text, with line ends between, as Granite's chat templates print them."""
     content = message.get("content")
-    if isinstance(content, list):
-        content = "\n".join(part["text"] for part in content if part.get("type") == "text")
+    if not isinstance(content, list):
+        return message
+    return {**message, "content": "\n".join(part["text"] for part in content if part.get("type") == "text")}
+
+
+def _api_message(message: Mapping[str, Any]) -> dict[str, Any]:
     calls = message.get("tool_calls")
     made = {"tool_calls": list(map(_api_call, calls))} if calls else {}
-    return {**message, "role": message["role"].lower(), "content": content or ""} | made
+    return {**message, "role": message["role"].lower(), "content": joined(message).get("content") or ""} | made
+
+
+def _split(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    content = message.get("content")
+    if not isinstance(content, list):
+        return [message]
+    texts = [part["text"] for part in content if part.get("type") == "text"]
+    made = [{"role": message["role"], "content": text} for text in texts]
+    return [*made[:-1], {**message, "content": texts[-1]}] if made else []
+
+
+def _sorted_call(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    made = []
+    for call in message.get("tool_calls") or ():
+        arguments = {name: _deep(value) for name, value in call["function"]["arguments"].items()}
+        made.append({**call, "function": {**call["function"], "arguments": arguments}})
+    return {**message, "tool_calls": made} if made else message
 
 
 def _api_call(call: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pipeline.errors import ModelError, VerificationFailed, at
 from pipeline.model.tokenizer import Tokenizer
 from pipeline.prompts.chat import MIDDLE, START, ChatTemplate
 from pipeline.prompts.conversation import Conversation, NotApplicable, Prompt, load_suite
-from pipeline.prompts.ollama_view import as_api, merged, remade_tools, reordered_tools, restored
+from pipeline.prompts.ollama_view import as_api, merged, remade_tools, reordered_tools, restored, sorted_arguments, split_parts
 from pipeline.prompts.renderers import Renderer, render_chat
 
 _END = "<|end_of_text|>"
@@ -25,6 +25,8 @@ _END = "<|end_of_text|>"
 _CONTEXT = 60
 # paths that begin with Ollama's API: it renders with its TEMPLATE, or hands the chat to llama.cpp
 _OLLAMA = ("template", "ollama-jinja")
+# what stands before a path's name when the chat comes by OpenAI's form of that API
+_V1 = "v1:"
 Status = Literal["equal", "listed", "not applicable", "different"]
 
 
@@ -56,9 +58,11 @@ def _thinking_closed(conversation: Conversation, template: str) -> Conversation:
 
 # what each one makes of (conversation, chat template)
 _CHANGES: dict[str, Callable[[Conversation, str], Conversation]] = {
+    "split-parts": lambda conversation, _: split_parts(conversation),
     "merged-turns": lambda conversation, _: merged(conversation),
     "remade-tools": lambda conversation, _: remade_tools(conversation),
     "reordered-tools": lambda conversation, _: reordered_tools(conversation),
+    "sorted-arguments": lambda conversation, _: sorted_arguments(conversation),
     "empty-tool-keys": lambda conversation, _: _filled(conversation, "", {}),
     "null-tool-keys": lambda conversation, _: _filled(conversation, None, None),
     "closed-thinking": _thinking_closed,
@@ -71,16 +75,23 @@ def predictions(paths: Sequence[str], conversation: Conversation, template: str)
     """The conversation as an engine may see it, once for each path it may take, with the deviations that changed it."""
     found = []
     for path in paths:
-        seen, used = as_api(conversation) if path in _OLLAMA else conversation, []
-        for deviation in (known for known in DEVIATIONS if path in known.paths):
-            changed = deviation.change(seen, template)
+        here = path.removeprefix(_V1)
+        view = as_api if here in _OLLAMA else _as_it_is
+        # the first on that way sees the parts of a content, which later ones find joined
+        seen, used = conversation if path.startswith(_V1) else view(conversation), []
+        for deviation in (known for known in DEVIATIONS if {path, here} & known.paths):
+            changed = view(deviation.change(seen, template))
             # as text, which also shows the order of names
-            if json.dumps(asdict(changed)) != json.dumps(asdict(seen)):
+            if json.dumps(asdict(changed)) != json.dumps(asdict(view(seen))):
                 used.append(deviation.id)
             seen = changed
         if used:
             found.append((seen, tuple(used)))
     return found
+
+
+def _as_it_is(conversation: Conversation) -> Conversation:
+    return conversation
 
 
 def _cause(conversation: Conversation, expected: str, found: str) -> str:
@@ -208,8 +219,10 @@ def _cell(reference: Reference, renderer: Renderer, conversation: Conversation) 
     def cell(status: Status, detail: str = "") -> Cell:
         return Cell(conversation.id, renderer.name, status, detail)
 
+    # what the engine puts before it is part of what it should render
+    asked = conversation.opened(renderer.system)
     try:
-        expected = render_chat(reference.template, conversation, reference.now)
+        expected = render_chat(reference.template, asked, reference.now)
     except ModelError as error:
         return cell("not applicable", error.message)
     try:
@@ -220,10 +233,10 @@ def _cell(reference: Reference, renderer: Renderer, conversation: Conversation) 
         return cell("different", f"{renderer.name} refuses: {error}")
     if reference.same(prompt, expected):
         return cell("equal")
-    if used := _listed(reference, renderer.paths, conversation, prompt):
+    if used := _listed(reference, renderer.paths, asked, prompt):
         return cell("listed", ", ".join(used))
     shown = reference.shown(prompt)
-    return cell("different", "; ".join(filter(None, (_cause(conversation, expected, shown), _place(expected, shown)))))
+    return cell("different", "; ".join(filter(None, (_cause(asked, expected, shown), _place(expected, shown)))))
 
 
 def _listed(reference: Reference, paths: Sequence[str], conversation: Conversation, prompt: Prompt) -> tuple[str, ...]:

@@ -37,6 +37,10 @@ class Renderer(Protocol):
     def paths(self) -> tuple[str, ...]:
         """The paths of known deviations that a chat may take here."""
 
+    @property
+    def system(self) -> str:
+        """The system message that stands before a conversation which brings none; empty where nothing is added."""
+
     def render(self, conversation: Conversation) -> Prompt:
         """The prompt; raises ModelError when the template refuses, NotApplicable, or EngineError."""
 
@@ -55,6 +59,7 @@ class JinjaRenderer:
     now: datetime
     name: str = "chat"
     paths: tuple[str, ...] = ()
+    system: str = ""
 
     def render(self, conversation: Conversation) -> Prompt:
         """Render in process."""
@@ -88,18 +93,20 @@ class TransformersRenderer(JinjaRenderer):
 
 @dataclass(frozen=True)
 class GoRenderer:
-    """An Ollama TEMPLATE run by Go's ``text/template``."""
+    """An Ollama TEMPLATE run by Go's ``text/template``; ``keeps`` says that it holds the system message itself."""
 
     source: str
     now: datetime
     name: str = "go"
     paths: tuple[str, ...] = ("template",)
+    system: str = ""
+    keeps: bool = False
 
     def render(self, conversation: Conversation) -> Prompt:
         """Render one conversation."""
         if conversation.documents:
             raise NotApplicable("Ollama's API has no documents")
-        seen = as_api(conversation)
+        seen = as_api(conversation if self.keeps else conversation.opened(self.system))
         return Prompt(render_go(self.source, [(seen.messages, seen.tools)], self.now)[0])
 
 

@@ -1,7 +1,7 @@
 """Next-token distributions known by their most likely tokens, and how far two of them are apart."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,19 @@ class Distance:
 
     def __str__(self) -> str:
         return f"KL {self.kl:.2e} (largest {self.kl_max:.2e}), log-probabilities {self.gap:.4f} apart, top-1 {self.top1:.1%} of {self.n}"
+
+
+def fold(top: Iterable[tuple[int, float]], alike: Mapping[int, int]) -> dict[int, float]:
+    """A distribution in which tokens that cannot be told apart are one: their probabilities are summed.
+
+    ``alike`` has the token that stands for each. A divergence of two such distributions is at most that of the whole ones.
+    """
+    sums: dict[int, float] = {}
+    for token, value in top:
+        one = alike.get(token, token)
+        before = sums.get(one)
+        sums[one] = value if before is None else max(before, value) + math.log1p(math.exp(-abs(before - value)))
+    return sums
 
 
 def compare_tops(reference: Sequence[Top], other: Sequence[Top]) -> tuple[Distance, list[float]]:

@@ -19,11 +19,14 @@ from pydantic import TypeAdapter
 from pipeline import engines
 from pipeline.engines.base import Engine
 from pipeline.errors import ModelError, PipelineError
+from pipeline.model.gguf import GgufComparison, compare_gguf
 from pipeline.model.tokenizer import Tokenizer
+from pipeline.modelfile.modelfile import own_system, read_modelfile
 from pipeline.net.chat import Streamed
 from pipeline.net.client import open_client
+from pipeline.net.loopback import is_local
 from pipeline.prompts.chat import ChatTemplate
-from pipeline.prompts.conversation import load_suite
+from pipeline.prompts.conversation import Prompt, load_suite
 from pipeline.prompts.renderers import render_chat
 from pipeline.report.check import Check
 from pipeline.runs.files import read_json
@@ -33,9 +36,9 @@ from pipeline.runs.manifest import Manifest
 from pipeline.runs.text import masked
 from pipeline.serve.artefacts import written_after
 from pipeline.serve.start import Endpoint
-from pipeline.verify.distributions import Reference
+from pipeline.verify.distributions import Reference, fold
 from pipeline.verify.material import Material
-from pipeline.verify.prober import Prober, ask_all, parity, with_reasons
+from pipeline.verify.prober import Prober, ask_all, opened, parity, with_reasons
 from pipeline.verify.probes import injection, structured_output, tool_call
 from pipeline.verify.score import Answer
 
@@ -65,7 +68,9 @@ class Evidence:
 
     ``loaded_sha256`` is the file's hash when the server had started, ``file_newer`` that the file was written after that.
     ``process`` and ``asked`` tell the server and the prompts apart from others; ``reused`` says when the answers were given,
-    where an earlier interrogation asked for them.
+    where an earlier interrogation asked for them. Of an engine that loads a copy of its own making, ``copy`` compares it with the
+    run's file; ``unread`` says why a file that the engine names is not compared. ``as_text``: tokens were told by their text, and
+    ``unsaid`` positions could not be asked so.
     """
 
     engine: str
@@ -91,6 +96,10 @@ class Evidence:
     reused: str | None = None
     process: tuple[int, float] | None = None
     asked: str = ""
+    copy: GgufComparison | None = None
+    unread: str = ""
+    as_text: bool = False
+    unsaid: int = 0
 
     def answer_to(self, row: int) -> Answer | None:
         """The answer to a held-out row, None when it was not asked."""
@@ -109,9 +118,14 @@ class Evidence:
         """
         if file is None or endpoint.server is None or self.process != _process(endpoint):
             return False
-        # remembered hashes are enough here: the file is read whole once its server has been asked
-        now = HashCache(run.path).tree(Path(file)) if Path(file).exists() else None
-        if self.loaded_sha256 is None or not self.loaded_sha256 == endpoint.sha256 == now:
+        if self.loaded_sha256 is None or self.loaded_sha256 != endpoint.sha256:
+            return False
+        if self.copy is not None:  # named by its own hash
+            same = self.file == file and not self.copy.problems
+        else:
+            # remembered hashes are enough here: the file is read whole once its server has been asked
+            same = Path(file).exists() and HashCache(run.path).tree(Path(file)) == self.loaded_sha256
+        if not same:
             return False
         return max(self.rows, default=0) < len(material.rows) and self.asked == _asked(material, self.rows)
 
@@ -139,28 +153,29 @@ async def interrogate(
 ) -> Evidence:
     """Question one endpoint; what it cannot answer is noted, not raised, except answers to chats (EngineError)."""
     engine, begun, at = engines.get(endpoint.engine), time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
+    system = own_system(read_modelfile(run.modelfile)) if engine.creates_model and run.modelfile.is_file() else ""
     with open_client(endpoint.url, endpoint.api_key) as client:
         file = engine.loaded_file(client, endpoint.model)
         file = None if file == endpoint.model else file
         known = plan.known if plan.known and plan.known.speaks_for(endpoint, run, file, material) else None
         rows = tuple(row for row in plan.rows if known is None or row not in known.rows)
-        said = await _chats(endpoint, material, rows, plan.features, progress)
+        said = await _chats(endpoint, material, rows, plan.features, system, progress)
         if known:
             now, rows = said["parity"], known.rows + rows
             # of two sets of rows, what is wrong with either
             both = now if known.parity is None or (now and now.status != "passed") else known.parity
             said |= {"answers": known.answers + said["answers"], "parity": both, "reused": known.at}
         if plan.reference:
-            said |= _distributions(client, endpoint, plan, plan.reference)
+            said |= _distributions(client, endpoint, plan, plan.reference, material.yardstick.tokenizer)
             said["tokenised"] = _tokenised(client, engine, run, [material.prompts[i][0] for i in plan.rows])
+    if file:
+        said |= _loaded(Path(file), endpoint, engine, run)
     return Evidence(
         engine=endpoint.engine,
         version=endpoint.version,
         dtype=engine.served_dtype(endpoint.server.argv if endpoint.server else ()),
         rows=rows,
         file=file,
-        file_sha256=_sha256(file),
-        file_newer=written_since(Path(file), endpoint.server.started_at) if file and endpoint.server else False,
         loaded_sha256=endpoint.sha256,
         model=endpoint.model,
         launched=launched(endpoint),
@@ -188,9 +203,9 @@ def launched(endpoint: Endpoint) -> dict[str, Any]:
 
 
 async def _chats(
-    endpoint: Endpoint, material: Material, numbers: Sequence[int], more: bool, progress: Callable[[str], None]
+    endpoint: Endpoint, material: Material, numbers: Sequence[int], more: bool, system: str, progress: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Answers and parity of held-out prompts, and ``more``: what else chats show."""
+    """Answers and parity of held-out prompts (``system``: the engine's own message), and ``more``: what else chats show."""
     rows, count, features = [material.rows[i] for i in numbers], 0, None
     progress(f"{endpoint.engine}: {len(rows)} prompts" if rows else f"{endpoint.engine}: asked by verify already")
 
@@ -209,6 +224,7 @@ async def _chats(
             alone = tuple([(await prober.chat(material.rows[i]))[0] for i in streams])
             features = Features(tuple(listed), first, tuple(probed), tuple(streams.values()), tuple(streams), alone)
         same = await parity(prober, rows, [material.prompts[i] for i in numbers]) if rows else None
+        same = same and await opened(same, prober, system)
         planned = int((endpoint.plan or {}).get("max_num_seqs") or _CONCURRENCY)
         answers, speed = await ask_all(prober, rows, max(1, min(_CONCURRENCY, planned)), done)
         same = same and with_reasons(same, prober)
@@ -224,18 +240,45 @@ async def _streams(prober: Prober, material: Material, numbers: Sequence[int]) -
     return found
 
 
-def _distributions(client: httpx.Client, endpoint: Endpoint, plan: Plan, reference: Reference) -> dict[str, Any]:
+def _loaded(file: Path, endpoint: Endpoint, engine: Engine, run: RunFolder) -> dict[str, Any]:
+    """What there is to say of the file that a server names: its hash, and its content where it is a copy of the run's."""
+    if not is_local(endpoint.url):
+        return {"unread": f"{engine.title} runs on another machine"}
+    try:
+        file.stat()
+        sha256 = sha256_tree(file)
+        named = file.name.removeprefix("sha256-")
+        if engine.copies_file and sha256 != named:
+            return {"unread": f"the file of that name here is another one ({sha256[:12]})"}
+        copy = compare_gguf(run.gguf, file) if engine.copies_file else None
+        # a copy is made after its server has started
+        newer = not engine.copies_file and endpoint.server is not None and written_since(file, endpoint.server.started_at)
+    except OSError as error:
+        return {"unread": f"{error.strerror or error}".lower()}
+    return {"file_sha256": sha256, "file_newer": newer, "copy": copy}
+
+
+def _distributions(
+    client: httpx.Client, endpoint: Endpoint, plan: Plan, reference: Reference, tokenizer: Tokenizer
+) -> dict[str, Any]:
     """Next-token distributions at held-out positions of the rows asked and at the controls'; or why there are none."""
     engine, held_out, controls = engines.get(endpoint.engine), reference.held_out, reference.controls
     asked = {
         "probes": [(i, held_out[i].ids) for i in plan.probes([p.row for p in held_out]) if held_out[i].row in plan.rows],
         "controls": [(i, controls[i].ids) for i in plan.probes([p.row for p in controls])],
     }
-    tops: dict[str, Any] = {}
+    tops: dict[str, Any] = {"as_text": engine.tells_texts, "unsaid": 0}
+    alike = tokenizer.alike if engine.tells_texts else {}
     try:
-        for name, chosen in asked.items():
-            said = engine.next_tokens(client, endpoint.model, [ids for _, ids in chosen])
-            tops[name] = dict(zip((i for i, _ in chosen), said, strict=True))
+        for name, every in asked.items():
+            prompts = [(i, Prompt(tokenizer.decode(ids), ids)) for i, ids in every]
+            # an answer cut between two tokens may be other tokens when it is read again
+            chosen = [
+                (i, one) for i, one in prompts if not engine.tells_texts or tuple(tokenizer.encode(one.text or "")) == one.ids
+            ]
+            tops["unsaid"] += len(every) - len(chosen)
+            said = engine.next_tokens(client, endpoint.model, [one for _, one in chosen], tokenizer)
+            tops[name] = {i: fold(top, alike) for (i, _), top in zip(chosen, said, strict=True)}
     except PipelineError as error:
         tops["problems"] = {"logprobs": error.message}
     return tops
@@ -250,10 +293,6 @@ def _asked(material: Material, rows: Sequence[int]) -> str:
     # before calls were told apart, such rows were asked without them
     told = {i: ["calls"] if material.rows[i].marks or material.rows[i].documents else [] for i in rows}
     return sha256_json([material.max_tokens, [[i, *material.prompts[i], *told[i]] for i in rows]])
-
-
-def _sha256(file: str | None) -> str | None:
-    return sha256_tree(Path(file)) if file and Path(file).exists() else None
 
 
 _STORED = TypeAdapter(dict[str, Evidence])

@@ -192,6 +192,22 @@ async def parity(prober: Prober, rows: Sequence[HeldOut], expected: Sequence[tup
     return Check(check_id, "passed", "; ".join([figure, *told]))
 
 
+async def opened(check: Check, prober: Prober, system: str) -> Check:
+    """The check of prompts, failed where a chat without a system message is not given the one that the Modelfile holds."""
+    if check.status != "passed" or not system or prober.yardstick is None:
+        return check
+    bare = Conversation("a chat without a system message", ({"role": "user", "content": "hello"},))
+    expected = prober.yardstick.template.render(bare.opened(system).messages, add_generation_prompt=True)
+    try:
+        fed = (await prober.prompt(bare)).text
+    except PipelineError as error:
+        return replace(check, status="failed", figure=str(error))
+    if fed != expected:
+        figure = f"a chat without a system message is not given the Modelfile's: {difference(fed or '', expected, [])}"
+        return replace(check, status="failed", figure=figure)
+    return replace(check, figure=f"{check.figure}; the Modelfile's system message where a chat brings none")
+
+
 def with_reasons(check: Check, prober: Prober) -> Check:
     """The check of prompts, and why rows were asked by their rendered prompt, each reason once."""
     told = [f"{len(rows)} asked by rendered prompt: {reason}" for reason, rows in prober.reasons.items()]

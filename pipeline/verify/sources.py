@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from pipeline.config import Settings, root_url
 from pipeline.engines.base import Engine
 from pipeline.errors import EngineError, InputError, MissingDependency
 from pipeline.model.tokenizer import Tokenizer
-from pipeline.modelfile.grammar import parse_modelfile
+from pipeline.modelfile.modelfile import own_system, read_modelfile
 from pipeline.modelfile.template import derive
 from pipeline.net.client import ask, open_client, wait_for
 from pipeline.prompts.chat import ChatTemplate
@@ -48,24 +48,39 @@ _MARKS = {"equal": Text("=", "green"), "listed": Text("~", "yellow"), "not appli
 class EngineRenderer:
     """A running server of one of the engines, asked in that engine's own way."""
 
-    name: str
+    of: str
     url: str
     model: str = ""
     key: str = field(default="", repr=False, compare=False)
+    system: str = ""
+    door: str = ""
+
+    @property
+    def name(self) -> str:
+        """The engine's, with the door where it is not the usual one."""
+        return f"{self.of}/{self.door}" if self.door else self.of
 
     @property
     def engine(self) -> Engine:
-        """The engine of that name."""
-        return engines.get(self.name)
+        """The engine that is asked."""
+        return engines.get(self.of)
 
     @property
     def paths(self) -> tuple[str, ...]:
         """The paths that the engine declares."""
-        return self.engine.renderers
+        return tuple(f"{self.door}:{path}" if self.door else path for path in self.engine.renderers)
+
+    @property
+    def doors(self) -> "list[EngineRenderer]":
+        """This one, and the same server through each other form of its API."""
+        return [self, *(replace(self, door=door) for door in self.engine.doors)]
 
     def render(self, conversation: Conversation) -> Prompt:
         """Ask the server what it would feed the model."""
-        return self.engine.prompt(_client(self.url, self.key), self.model, conversation)
+        client = _client(self.url, self.key)
+        if self.door:
+            return self.engine.prompt_through(self.door, client, self.model, conversation)
+        return self.engine.prompt(client, self.model, conversation)
 
     def detokenize(self, prompt: Prompt) -> str:
         """A vLLM prompt's token IDs as text, by the server's own tokenizer."""
@@ -133,7 +148,17 @@ def make_renderer(name: str, source: Source, *, url: str | None = None, model: s
         raise InputError(f"no renderer {name!r}", remedy=f"use one of {', '.join((*_HERE, *_FILES, *servers()))}")
     base = root_url(url or source.settings.address(name).base_url)
     served = model if model is not None else _served(engines.get(name), base, source, asked=True)
-    return EngineRenderer(name, base, served, source.settings.key(name))
+    return _engine_renderer(name, base, served, source.settings.key(name), source.run)
+
+
+def _engine_renderer(name: str, url: str, model: str, key: str, run: RunFolder | None) -> EngineRenderer:
+    """With the system message that the engine is to add: the Modelfile's of a run, else the one that it says it adds."""
+    engine, made = engines.get(name), EngineRenderer(name, url, model, key)
+    if not engine.creates_model:
+        return made
+    if run is None:
+        return replace(made, system=engine.own_system(_client(url, key), model))
+    return replace(made, system=own_system(read_modelfile(run.modelfile)) if run.modelfile.is_file() else "")
 
 
 def _file_renderer(name: str, source: Source) -> Renderer:
@@ -149,7 +174,8 @@ def _file_renderer(name: str, source: Source) -> Renderer:
     if name == "gguf":
         return JinjaRenderer(ChatTemplate.from_gguf(path, variables), now, name)
     _require_go()
-    return GoRenderer(parse_modelfile(path.read_text(encoding="utf-8")).template or "", now, name)
+    written = read_modelfile(path)
+    return GoRenderer(written.template or "", now, name, system=own_system(written), keeps=not written.system)
 
 
 def _require_go() -> None:
@@ -168,7 +194,7 @@ def choose_renderers(
     running = running or {}
     if wanted is not None:
         names = [item.strip() for item in wanted.split(",") if item.strip()]
-        return [running.get(name) or _named(name, source) for name in names], {}
+        return _by_every_door([running.get(name) or _named(name, source) for name in names]), {}
     chosen, absent = list[Renderer](), dict[str, str]()
     for name in (*_HERE, *_FILES, *servers()):
         try:
@@ -177,10 +203,14 @@ def choose_renderers(
                 continue
             base = source.settings.address(name).root
             model = _served(engines.get(name), base, source, asked=False)
-            chosen.append(EngineRenderer(name, base, model, source.settings.key(name)))
+            chosen.append(_engine_renderer(name, base, model, source.settings.key(name), source.run))
         except (EngineError, InputError, MissingDependency) as error:
             absent[name] = f"{error.message}" + (f" ({error.remedy})" if error.remedy else "")
-    return chosen, absent
+    return _by_every_door(chosen), absent
+
+
+def _by_every_door(chosen: Sequence[Renderer]) -> list[Renderer]:
+    return [one for renderer in chosen for one in (renderer.doors if isinstance(renderer, EngineRenderer) else [renderer])]
 
 
 def _named(item: str, source: Source) -> Renderer:
@@ -266,7 +296,7 @@ def run_servers(run: RunFolder, names: Sequence[str], settings: Settings, *, sta
                     continue
                 mine.append(name)
             if endpoint is not None:
-                found[name] = EngineRenderer(name, endpoint.url, endpoint.model, endpoint.api_key)
+                found[name] = _engine_renderer(name, endpoint.url, endpoint.model, endpoint.api_key, run)
         yield found, absent
     finally:
         for name in mine:

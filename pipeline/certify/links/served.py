@@ -17,13 +17,16 @@ Bounds of float16, bfloat16 and quantised (8 or 4 bits, or an FP8 KV cache, made
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.certify.certificate import Subject
 from pipeline.certify.links import stops, tuned
+from pipeline.engines.base import UNNAMED
+from pipeline.model.gguf import GgufComparison
+from pipeline.model.tokenizer import Tokenizer
 from pipeline.report.check import Check, held, skipped
-from pipeline.verify.distributions import Distance, Reference, compare_tops
+from pipeline.verify.distributions import Distance, Reference, compare_tops, fold
 from pipeline.verify.evidence import Evidence
 from pipeline.verify.material import Material
 from pipeline.verify.score import Answer, HeldOut, same
@@ -58,7 +61,7 @@ def judge(evidence: Evidence, subject: Subject, reference: Reference, material: 
     """Every finding about one backend."""
     name, rows, base, after = evidence.engine, material.rows, material.base, material.tuned
     found = [_file(evidence, subject), _prompts(evidence), _answers(evidence, rows, after)]
-    found += _distributions(evidence, reference)
+    found += _distributions(evidence, reference, material.yardstick.tokenizer)
     by_row = [evidence.answer_to(i) for i in range(len(after))]
     found.append(tuned.check_served_canaries(name, rows, base, after, by_row))
     in_process = stops.share_stopped([after[i] for i in evidence.rows])
@@ -79,11 +82,23 @@ def _file(evidence: Evidence, subject: Subject) -> Check:
     if evidence.file is None:
         return skipped(check_id, "the engine does not tell which file it loaded")
     if evidence.file_sha256 is None:
-        return skipped(check_id, f"it loaded {evidence.file}, which cannot be read here")
+        return skipped(
+            check_id, f"not compared: {evidence.unread or 'it cannot be read here'}; the server says it loaded {evidence.file}"
+        )
+    if evidence.copy is not None:
+        return _copy(check_id, evidence.copy, evidence.file_sha256)
     same = evidence.file_sha256 == want
     loaded = "this run's export" if same else "another model"
     figure = f"it loaded {loaded}: sha256 {evidence.file_sha256[:12]}"
     return held(check_id, same, figure, f"{str(want)[:12]}", "hash of the file the server names, taken now")
+
+
+def _copy(check_id: str, found: GgufComparison, sha256: str) -> Check:
+    """A server that writes the model file anew: every tensor and every value of it are the run's."""
+    (tensors, every), (values, keys) = found.tensors, found.values
+    figure = f"its own copy (sha256 {sha256[:12]}) holds {tensors} of {every} tensors and {values} of {keys} metadata values of the GGUF"
+    source = "bytes of each tensor and value of each key, read now from the file the server names"
+    return held(check_id, not found.problems, "; ".join([figure, *found.problems]), "all, and no others", source)
 
 
 def _prompts(evidence: Evidence) -> Check:
@@ -102,19 +117,36 @@ def _answers(evidence: Evidence, rows: Sequence[HeldOut], after: Sequence[Answer
     return held(f"served.{evidence.engine}_answers", ok, figure, f"at least {least:.0%} ({evidence.dtype})", MEASURED, **data)
 
 
-def _distributions(evidence: Evidence, reference: Reference) -> list[Check]:
+def _distributions(evidence: Evidence, reference: Reference, tokenizer: Tokenizer) -> list[Check]:
     check_id = f"served.{evidence.engine}_logprobs"
     if not evidence.probes:
         return [skipped(check_id, evidence.problems.get("logprobs", "not asked"))]
     numbers = sorted(evidence.probes)
-    distance, divergences = compare_tops([reference.held_out[i].top for i in numbers], [evidence.probes[i] for i in numbers])
-    found = [_distance(check_id, distance, divergences, evidence.dtype)]
+    ours = [_as_told(evidence, reference.held_out[i].top, tokenizer) for i in numbers]
+    distance, divergences = compare_tops(ours, [evidence.probes[i] for i in numbers])
+    found = [_with_texts(_distance(check_id, distance, divergences, evidence.dtype), evidence)]
     if evidence.tokenised is not None:
         found.append(_distance("gguf.logits", distance, divergences, evidence.dtype))
         same, every = evidence.tokenised
         figure = f"{same} of {every} texts (conversation suite and held-out prompts) give the tokenizer's IDs in llama.cpp"
         found.append(held("gguf.tokenizer", same == every > 0, figure, "all", "tokenizer.json"))
-    return [*found, *_drift(evidence, reference)]
+    return [*found, *_drift(evidence, reference, tokenizer)]
+
+
+def _as_told(evidence: Evidence, top: Mapping[int, float], tokenizer: Tokenizer) -> Mapping[int, float]:
+    """The reference as the engine could have told it: where it tells texts, tokens that print alike are one."""
+    return fold(top.items(), tokenizer.alike) if evidence.as_text else top
+
+
+def _with_texts(check: Check, evidence: Evidence) -> Check:
+    """The check of distributions, with what telling them by text leaves out."""
+    if not evidence.as_text:
+        return check
+    strange = sum(UNNAMED in top for top in evidence.probes.values())
+    told = "told as text: special tokens, and parts of characters, count as one"
+    left = f"{evidence.unsaid} positions that a text cannot say are left out, {strange} hold a text that is no token's"
+    data = {**check.data, "positions_left_out": evidence.unsaid, "texts_unknown": strange}
+    return replace(check, figure=f"{check.figure}; {told}; {left}", data=data)
 
 
 def _distance(check_id: str, distance: Distance, divergences: list[float], dtype: str) -> Check:
@@ -125,15 +157,16 @@ def _distance(check_id: str, distance: Distance, divergences: list[float], dtype
     return held(check_id, ok, str(distance), stated, MEASURED, **data)
 
 
-def _drift(evidence: Evidence, reference: Reference) -> list[Check]:
+def _drift(evidence: Evidence, reference: Reference, tokenizer: Tokenizer) -> list[Check]:
     """On control prompts, outside the data, the served model is the trained one too; its distance from the base is stated."""
     if not evidence.controls:
         return []
     numbers = sorted(evidence.controls)
-    ours, theirs = [reference.controls[i].top for i in numbers], [evidence.controls[i] for i in numbers]
+    ours = [_as_told(evidence, reference.controls[i].top, tokenizer) for i in numbers]
+    theirs = [evidence.controls[i] for i in numbers]
     distance, divergences = compare_tops(ours, theirs)
     found = _distance(f"tuned.{evidence.engine}_controls", distance, divergences, evidence.dtype)
-    base = [reference.controls_base[i] for i in numbers]
+    base = [_as_told(evidence, reference.controls_base[i], tokenizer) for i in numbers]
     away = [compare_tops(base, side)[0].kl for side in (theirs, ours)]
     figure = f"control prompts: {found.figure}; KL from the base {away[0]:.3f} served, {away[1]:.3f} in process"
     return [replace(found, figure=figure, data={**found.data, "served": away[0], "trained": away[1]})]

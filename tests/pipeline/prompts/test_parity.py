@@ -34,6 +34,7 @@ class Said:
     prompt: Prompt | Exception
     name: str = "said"
     paths: tuple[str, ...] = ()
+    system: str = ""
 
     def render(self, conversation: Conversation) -> Prompt:
         if isinstance(self.prompt, Exception):

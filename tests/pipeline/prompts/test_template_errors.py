@@ -76,6 +76,7 @@ class Silent:
 
     name = "vllm"
     paths = ()
+    system = ""
 
     def render(self, conversation: Conversation) -> Prompt:
         raise EngineError("does not answer", remedy="start it again")
