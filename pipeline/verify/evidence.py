@@ -255,6 +255,8 @@ def _loaded(file: Path, endpoint: Endpoint, engine: Engine, run: RunFolder) -> d
         newer = not engine.copies_file and endpoint.server is not None and written_since(file, endpoint.server.started_at)
     except OSError as error:
         return {"unread": f"{error.strerror or error}".lower()}
+    except ModelError as error:
+        return {"unread": error.message}
     return {"file_sha256": sha256, "file_newer": newer, "copy": copy}
 
 

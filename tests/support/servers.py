@@ -73,8 +73,8 @@ def python(code: str, model: Path, *more: object, log: Path) -> Process:
     return Process([sys.executable, "-c", code, str(model), str(port), *map(str, more)], port, log)
 
 
-def ollama(folder: Path) -> Process:
-    """``ollama serve`` with models of its own."""
+def ollama(folder: Path, **more: str) -> Process:
+    """``ollama serve`` with models and keys of its own; ``more`` are variables for it."""
     port = free_port()
-    settings = {"OLLAMA_HOST": f"127.0.0.1:{port}", "OLLAMA_MODELS": str(folder / "models")}
-    return Process(["ollama", "serve"], port, folder / "ollama.log", **settings)
+    settings = {"OLLAMA_HOST": f"127.0.0.1:{port}", "OLLAMA_MODELS": str(folder / "models"), "HOME": str(folder)}
+    return Process(["ollama", "serve"], port, folder / "ollama.log", **settings, **more)

@@ -8,10 +8,12 @@ import httpx
 import pytest
 
 from pipeline import engines
+from pipeline.engines.base import UNNAMED
 from pipeline.engines.ollama import Ollama
 from pipeline.errors import EngineError, InputError
 from pipeline.machine.named import hardware_from
 from pipeline.model.model import Model
+from pipeline.model.tokenizer import Tokenizer
 from pipeline.planning.plan import Plan, Purpose, Request
 from pipeline.prompts.conversation import Conversation, Prompt
 
@@ -135,3 +137,53 @@ def test_the_prompt_is_the_rendered_text() -> None:
         assert Ollama().prompt(client, "m", conversation) == Prompt("<|x|>hi")
         with pytest.raises(EngineError, match="does not tell the prompt"):
             Ollama().prompt(client, "m", conversation)
+
+
+BLOB = "/models/blobs/sha256-" + "ab" * 32
+
+
+@pytest.mark.parametrize(
+    ("modelfile", "file"),
+    [
+        (f"# FROM m:latest\n\nFROM {BLOB}\nTEMPLATE x", BLOB),
+        (f"FROM {BLOB}\nFROM {BLOB}", None),
+        (f"FROM {BLOB}\nADAPTER {BLOB}", None),
+        ("FROM /elsewhere/x.gguf", None),
+    ],
+    ids=["one blob", "a projector too", "an adapter too", "no blob"],
+)
+def test_the_file_it_loaded_is_the_blob_it_names(modelfile: str, file: str | None) -> None:
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, json={"modelfile": modelfile, "system": "S"}))
+    with httpx.Client(transport=transport, base_url="http://x") as client:
+        assert Ollama().loaded_file(client, "m") == file
+        assert Ollama().own_system(client, "m") == "S"
+    gone = httpx.MockTransport(lambda _: httpx.Response(404, json={"error": "model not found"}))
+    with httpx.Client(transport=gone, base_url="http://x") as client:
+        assert Ollama().loaded_file(client, "m") is None
+
+
+def test_next_tokens_are_asked_and_told_as_text(tokenizer_folder: Path) -> None:
+    tokenizer, seen = Tokenizer(tokenizer_folder), list[Any]()
+    tops = [{"token": token, "logprob": value} for token, value in (("a", -0.1), ("", -3), ("no token", -4))]
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append((request.url.path, json.loads(request.read())))
+        return httpx.Response(200, json={"logprobs": [{"token": "true", "top_logprobs": tops}]})
+
+    prompt = Prompt("x", tuple(tokenizer.encode("x")))
+    with httpx.Client(transport=httpx.MockTransport(answer), base_url="http://x") as client:
+        said = Ollama().next_tokens(client, "m", [prompt], tokenizer)
+    assert said == [[(tokenizer.encode("a")[0], -0.1), (tokenizer.named(""), -3), (UNNAMED, -4)]]
+    path, body = seen[0]
+    assert (path, body["prompt"], body["raw"], body["top_logprobs"]) == ("/api/generate", "x", True, 20)
+    assert body["options"] == {"temperature": 0, "num_predict": 1}
+
+
+def test_an_ollama_that_tells_no_probabilities_says_so(tokenizer_folder: Path) -> None:
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, json={"response": "x"}))
+    with (
+        httpx.Client(transport=transport, base_url="http://x") as client,
+        pytest.raises(EngineError, match="no log-prob") as caught,
+    ):
+        Ollama().next_tokens(client, "m", [Prompt("x", (1,))], Tokenizer(tokenizer_folder))
+    assert "0.12.11" in caught.value.remedy

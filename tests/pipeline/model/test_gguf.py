@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ModelError
-from pipeline.model.gguf import GgufTensor, read_gguf_header
+from pipeline.model.gguf import GgufComparison, GgufTensor, compare_gguf, read_gguf_header
 
 gguf = pytest.importorskip("gguf")
 numpy = pytest.importorskip("numpy")
@@ -73,3 +73,39 @@ def test_absurd_lengths_do_not_fill_the_memory(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + (3).to_bytes(4, "little") + b"\xff" * 8 + b"\xff" * 8 + b"\xff" * 64)
     with pytest.raises(ModelError):
         read_gguf_header(tmp_path / "x.gguf")
+
+
+def _rewritten(path: Path, *, weight: float = 0.0, context: int | None = None) -> Path:
+    """The same content in another order, as a quantiser's copy has it, with changes."""
+    writer = gguf.GGUFWriter(path, "granite")
+    writer.add_token_types([1] * 5000)
+    writer.add_token_list([f"t{i}" for i in range(5000)])
+    writer.add_bool("tokenizer.ggml.add_bos_token", False)
+    writer.add_float32("granite.scale", 0.5)
+    writer.add_array("granite.attention.head_count_kv", [2, 0])
+    writer.add_block_count(2)
+    if context:
+        writer.add_context_length(context)
+    writer.add_tensor("q", numpy.zeros((2, 34 * 2), "uint8"), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    values = numpy.zeros((3, 64), "float32")
+    values[-1, -1] = weight
+    writer.add_tensor("a", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_copy_in_another_order_holds_the_same(written: Path, tmp_path: Path) -> None:
+    copy = _rewritten(tmp_path / "copy.gguf")
+    assert copy.read_bytes() != written.read_bytes()
+    values = len(read_gguf_header(written).metadata)
+    assert compare_gguf(written, copy) == GgufComparison((2, 2), (values, values))
+
+
+def test_one_weight_or_value_that_differs_is_named(written: Path, tmp_path: Path) -> None:
+    found = compare_gguf(written, _rewritten(tmp_path / "copy.gguf", weight=1.0, context=512))
+    assert found.tensors == (1, 2)
+    assert found.problems == ("1 tensors differ, first a", "1 values are new, first granite.context_length")
+    assert compare_gguf(tmp_path / "copy.gguf", written).problems[1] == "1 values differ, first granite.context_length"

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from pipeline.errors import InputError, ModelError
 from pipeline.modelfile.grammar import parse_modelfile
-from pipeline.modelfile.modelfile import build_modelfile, explain, for_gguf, to_create_request, write_modelfile
-from pipeline.modelfile.template import derive
+from pipeline.modelfile.modelfile import build_modelfile, explain, for_gguf, own_system, to_create_request, write_modelfile
+from pipeline.modelfile.template import derive, kept_system
 from pipeline.prompts.chat import EMBEDDED_TEMPLATE, ChatTemplate
 from pipeline.prompts.renderers import render_go
 from pipeline.runs.files import write_json
@@ -159,3 +159,23 @@ class TestExplain:
 
     def test_without_template(self):
         assert self.renderers("", EMBEDDED_TEMPLATE) == ["a guessed built-in template", "the GGUF's chat template"]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(system=st.lists(st.sampled_from(PIECES), min_size=1, max_size=8).map("".join))
+def test_ollama_is_given_the_system_message_wherever_the_modelfile_keeps_it(system):
+    """As SYSTEM, which an Ollama that does not render with TEMPLATE uses too."""
+    parsed = parse_modelfile(build(system=system))
+    assert to_create_request(parsed, "", "m")["system"] == own_system(parsed) == system
+    assert (kept_system(parsed.template) is None) == (parsed.system is not None)
+
+
+def test_explain_says_where_a_kept_system_message_is_lost():
+    system = 'a """ b " c\u200b'
+    lost = [
+        choice.generation
+        for choice in explain(parse_modelfile(build(system=system)), EMBEDDED.source)
+        if "loses" in choice.reason
+    ]
+    assert lost == ["0.30 and later, OLLAMA_GO_TEMPLATE=0"]
+    assert not any("loses" in choice.reason for choice in explain(parse_modelfile(build(system="plain")), EMBEDDED.source))

@@ -195,3 +195,56 @@ class TestDeviationsStillTrue:
             return count
 
         assert exact_on("template") > exact_on("ollama-jinja")
+
+
+def test_what_an_engine_puts_before_a_conversation_is_part_of_the_expectation(embedded, now):
+    """Most conversations of the suite bring no system message, and a run's Modelfile has one."""
+    own = "Triage. Answer in JSON."
+    bare, given = chat(USER), chat({"role": "system", "content": "Mine."}, USER)
+    opened = render_chat(embedded, bare.opened(own), now)
+    assert opened != render_chat(embedded, bare, now)
+    adds = Said(Prompt(opened), system=own)
+    assert compare(Reference(embedded, now), [adds], [bare]).cells[0].status == "equal"
+    lost = compare(Reference(embedded, now), [Said(Prompt(render_chat(embedded, bare, now)), system=own)], [bare]).cells[0]
+    assert (lost.status, lost.detail.startswith("the system message is")) == ("different", True)
+    assert given.opened(own) == given
+    without = [case for case in load_suite() if case.opened(own) != case]
+    assert len(without) > 100
+
+
+def test_a_modelfile_s_own_system_message_is_in_its_prompts(template, go, now):
+    own = 'a """ b " c\u200b'
+    kept = GoRenderer(derive(template, own).text, now, system=own, keeps=True)
+    beside = GoRenderer(derive(template).text, now, system=own)
+    lost = GoRenderer(derive(template).text, now, system=own, keeps=True)
+    matrix = compare(Reference(template, now), [kept, beside], load_suite())
+    assert matrix.differences == []
+    assert compare(Reference(template, now), [lost], [chat(USER)]).cells[0].status == "different"
+
+
+def test_text_parts_on_v1_are_listed(embedded, go, now):
+    """Ollama's /v1 makes a message of each, which its TEMPLATE then joins with an empty line."""
+    from pipeline.prompts.ollama_view import split_parts
+
+    parts = chat({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]})
+    template = derive(embedded).text
+    fed = GoRenderer(template, now).render(split_parts(parts))
+    assert fed.text != GoRenderer(template, now).render(parts).text
+    cell = compare(Reference(embedded, now), [Said(fed, paths=("v1:template",))], [parts]).cells[0]
+    assert (cell.status, cell.detail) == ("listed", "split-parts, merged-turns")
+    assert compare(Reference(embedded, now), [Said(fed, paths=("template",))], [parts]).cells[0].status == "different"
+    one = chat({"role": "user", "content": [{"type": "text", "text": "a"}]})
+    assert (
+        compare(Reference(embedded, now), [Said(GoRenderer(template, now).render(one), paths=("v1:template",))], [one])
+        .cells[0]
+        .status
+        == "equal"
+    )
+
+
+def test_sorted_maps_inside_call_arguments_are_listed(embedded, now):
+    call = lambda inside: {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": inside}}]}  # noqa: E731
+    said, fed = call({"z": {"b": 1, "a": 2}, "c": 3}), call({"z": {"a": 2, "b": 1}, "c": 3})
+    prompt = Prompt(render_chat(embedded, chat(USER, fed), now))
+    cell = compare(Reference(embedded, now), [Said(prompt, paths=("ollama-jinja",))], [chat(USER, said)]).cells[0]
+    assert (cell.status, cell.detail) == ("listed", "sorted-arguments")

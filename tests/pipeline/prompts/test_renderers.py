@@ -8,6 +8,7 @@ from threading import Thread
 
 import pytest
 
+from pipeline import engines
 from pipeline.errors import EngineError, ModelError
 from pipeline.prompts.conversation import Conversation, NotApplicable, Prompt
 from pipeline.prompts.renderers import GoRenderer
@@ -112,3 +113,35 @@ def test_a_client_holds_no_connection_between_requests(stub):
     answers["/apply-template"], answers["/tokenize"] = (200, {"prompt": "text"}), (200, {"tokens": [1]})
     EngineRenderer("llamacpp", url).render(CHAT)
     assert _client(url, "")._transport._pool.connections == []
+
+
+def test_ollama_by_both_forms_of_its_api(stub):
+    url, seen, answers = stub
+    for path in ("/api/chat", "/v1/chat/completions"):
+        answers[path] = (200, {"_debug_info": {"rendered_template": path}})
+    chat = Conversation("c", ({"role": "user", "content": [{"type": "text", "text": "a"}]}, CALL), (TOOL,))
+    doors = EngineRenderer("ollama", url, "m", system="S").doors
+    assert [(one.name, one.system, one.render(chat).text) for one in doors] == [
+        ("ollama", "S", "/api/chat"), ("ollama/v1", "S", "/v1/chat/completions"),
+    ]  # fmt: skip
+    assert seen[1][1]["messages"][0]["content"] == [{"type": "text", "text": "a"}]  # as a client sends it
+    assert [path.startswith("v1:") for path in doors[1].paths] == [True, True]
+    # what this product itself sends there is one text
+    assert engines.get("ollama").chat_body(chat)["messages"][0]["content"] == "a"
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ("Unable to generate parser for this template", "refuses a tool without parameters"),
+        ("json: cannot unmarshal array into Go struct field .type of type string", "has no place for such a tool"),
+    ],
+)
+def test_what_ollama_cannot_take_is_not_applicable(stub, said, why):
+    url, _, answers = stub
+    answers["/api/chat"] = (400, {"error": said})
+    with pytest.raises(NotApplicable, match=why):
+        EngineRenderer("ollama", url, "m").render(Conversation("c", ({"role": "user", "content": "a"},), (TOOL,)))
+    answers["/api/chat"] = (400, {"error": "another reason"})
+    with pytest.raises(ModelError):
+        EngineRenderer("ollama", url, "m").render(Conversation("c", ({"role": "user", "content": "a"},)))

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from pipeline.verify.distributions import Distance, Probe, Reference, compare_tops
+from pipeline.verify.distributions import Distance, Probe, Reference, compare_tops, fold
 
 
 def _top(**shares: float) -> dict[int, float]:
@@ -48,3 +48,11 @@ def test_the_reference_survives_json() -> None:
 
     reference = Reference((Probe(3, (1, 2), {5: -0.1}),), (Probe(0, (9,), {7: -0.5}),), ({8: -1.0},), {"drift": {"kl": 1.0}})
     assert Reference.from_json(json.loads(json.dumps(reference.to_json()))) == reference
+
+
+def test_tokens_that_print_alike_are_one_and_the_divergence_is_no_larger() -> None:
+    ours, theirs = _top(t1=0.4, t2=0.3, t3=0.2), _top(t1=0.1, t2=0.6, t3=0.2)
+    folded = [fold(top.items(), {2: 1}) for top in (ours, theirs)]
+    assert folded[0] == pytest.approx(_top(t1=0.7, t3=0.2))
+    assert compare_tops([folded[0]], [folded[1]])[0].kl == pytest.approx(0)
+    assert compare_tops([ours], [theirs])[0].kl > 0.1
