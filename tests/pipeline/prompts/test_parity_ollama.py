@@ -56,8 +56,8 @@ def _compared(url: str, model: tuple[ChatTemplate, Path], system: str | None) ->
     parsed = parse_modelfile(build_modelfile(gguf=str(gguf), template=template, system=system, parameters={"num_ctx": 16384}))
     assert bool(parsed.system) == (system not in (None, ONLY_IN_TEMPLATE))
     parts = {k: v for k, v in to_create_request(parsed, "", "m").items() if k not in ("model", "files", "stream")}
+    Ollama().create(url, "parity", gguf, parts)
     with open_client(url) as client:
-        Ollama().create(client, "parity", gguf, parts)
         assert Ollama().own_system(client, "parity") == (system or "") == own_system(parsed)
     renderer = EngineRenderer("ollama", url, "parity", system=own_system(parsed))
     try:

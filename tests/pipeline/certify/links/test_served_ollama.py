@@ -50,8 +50,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     convert(folder, gguf, name="tiny")
     with servers.ollama(tmp_path_factory.mktemp("ollama")) as process:
         url = process.url(60, "/api/version")
-        with open_client(url) as client:
-            Ollama().create(client, "m", gguf, {"template": "{{ .Prompt }}", "parameters": {"num_ctx": 4096}})
+        Ollama().create(url, "m", gguf, {"template": "{{ .Prompt }}", "parameters": {"num_ctx": 4096}})
         yield Served(url, folder, gguf)
 
 
