@@ -17,7 +17,7 @@ from pipeline.model.gguf import GgufHeader, checkpoint_tensor, read_gguf_header
 from pipeline.prompts.chat import EMBEDDED_TEMPLATE
 from pipeline.runs import lock
 from pipeline.runs.files import leftovers, read_object, remove, require_free_space, staged
-from pipeline.runs.folder import RunFolder
+from pipeline.runs.folder import RunFolder, cached
 from pipeline.runs.hashes import HashCache
 from pipeline.runs.manifest import Manifest
 from training import base_adapter, base_check
@@ -76,7 +76,7 @@ def resolve(base: str, cache: Path, revision: str | None = None) -> BaseModel:
     """
     hashes = HashCache(cache)
     if base == EMBEDDED:
-        folder = cache / f"embedded-{RECIPE}"
+        folder = cached(cache, f"embedded-{RECIPE}")
         if not folder.is_dir():
             _build(folder)
         return BaseModel(EMBEDDED, folder, None, hashes.tree(folder), _NOTE)
@@ -159,8 +159,6 @@ def build_embedded(folder: Path) -> None:
         target.mkdir()
         write_tokenizer(target, header)
         _write_weights(target, gguf, header)
-        for path in target.iterdir():
-            path.chmod(0o644)  # safetensors writes 0600
 
 
 def _gguf() -> Path:
