@@ -57,7 +57,13 @@ def from_here(headers: Iterable[tuple[bytes, bytes]]) -> bool:
 
 
 def spare_loopback() -> None:
-    """Add this machine to ``NO_PROXY`` and ``no_proxy``, for this process and what it starts; what they hold is kept."""
+    """Add this machine to ``NO_PROXY`` and ``no_proxy``, for this process and what it starts; what they hold is kept.
+
+    A ``socks://`` proxy, as desktops write it, becomes ``socks5://``, which is meant: clients know no other name for it.
+    """
+    for name, value in os.environ.items():
+        if name.lower().endswith("_proxy") and value.startswith("socks://"):
+            os.environ[name] = value.replace("socks", "socks5", 1)
     given = {name: os.environ.get(name, "") for name in _NO_PROXY}
     for name, other in zip(_NO_PROXY, reversed(_NO_PROXY), strict=True):
         # most clients read only the lower-case name where both are set, so an absent one starts from the other

@@ -203,6 +203,13 @@ def test_a_value_that_is_no_proxy_names_its_variable(value: str, monkeypatch: py
     assert status_of("https://models.example") == 0
 
 
+def test_a_proxy_as_desktops_write_it_is_one_that_every_client_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("all_proxy", "socks://127.0.0.1:1")
+    spare_loopback()
+    assert dict(os.environ)["all_proxy"] == "socks5://127.0.0.1:1"
+    httpx.Client().close()
+
+
 def test_a_password_in_a_proxy_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", f"http://user:secret@127.0.0.1:{free_port()}")
     with open_client("http://models.example", timeout=5) as asked, pytest.raises(Unanswered) as caught:
