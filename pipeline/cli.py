@@ -16,6 +16,7 @@ from pipeline import __version__, commands
 from pipeline.commands import show
 from pipeline.errors import EnvironmentFailure, InputError, PipelineError
 from pipeline.runs.files import disk_errors_named, path_refused
+from pipeline.runs.folder import writable_home
 from pipeline.runs.text import mask
 
 _HELP = {"help_option_names": ["-h", "--help"]}
@@ -123,6 +124,7 @@ def _environment() -> None:
     check_env_file()
     load_dotenv(ENV_FILE, encoding="utf-8-sig")
     spare_loopback()
+    writable_home()
 
 
 def _leave(error: PipelineError) -> NoReturn:

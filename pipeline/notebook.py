@@ -11,7 +11,7 @@ from dotenv import find_dotenv, load_dotenv
 
 from pipeline.net.loopback import spare_loopback
 from pipeline.runs import log
-from pipeline.runs.folder import RunFolder
+from pipeline.runs.folder import RunFolder, writable_home
 
 OWNER_VARIABLE = "GRANITE_PIPELINE_OWNER"
 
@@ -21,6 +21,7 @@ def begin(name: str, output: str) -> RunFolder:
     load_dotenv(find_dotenv(usecwd=True))
     spare_loopback()
     log.begin(logging.StreamHandler(sys.stdout), again=True)  # JupyterLab saves what is logged with the notebook
+    writable_home()
     return RunFolder(name, Path(output).resolve())
 
 

@@ -12,12 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from pipeline.errors import EnvironmentFailure, MissingDependency, ModelError, PipelineError
 from pipeline.model.gguf import GgufHeader, checkpoint_tensor, read_gguf_header
+from pipeline.net.client import product_errors, route
 from pipeline.prompts.chat import EMBEDDED_TEMPLATE
 from pipeline.runs import lock
 from pipeline.runs.files import leftovers, read_object, remove, require_free_space, staged
-from pipeline.runs.folder import RunFolder
+from pipeline.runs.folder import RunFolder, cached
 from pipeline.runs.hashes import HashCache
 from pipeline.runs.manifest import Manifest
 from training import base_adapter, base_check
@@ -65,6 +68,8 @@ class BaseModel:
             known = (folder for folder in run.base_cache.glob(f"{EMBEDDED}-*") if hashes.tree(folder) == training.base.sha256)
             if folder := next(known, None):
                 return cls(EMBEDDED, folder, None, training.base.sha256, _NOTE)
+        if (kept := Path(training.base_folder)).is_absolute() and kept.is_dir() and hashes.tree(kept) == training.base.sha256:
+            return cls(training.base.id, kept, training.base.revision, training.base.sha256, training.base.note)
         return resolve(asked, run.base_cache, training.base.revision)
 
 
@@ -76,7 +81,7 @@ def resolve(base: str, cache: Path, revision: str | None = None) -> BaseModel:
     """
     hashes = HashCache(cache)
     if base == EMBEDDED:
-        folder = cache / f"embedded-{RECIPE}"
+        folder = cached(cache, f"embedded-{RECIPE}")
         if not folder.is_dir():
             _build(folder)
         return BaseModel(EMBEDDED, folder, None, hashes.tree(folder), _NOTE)
@@ -125,16 +130,20 @@ def _build(folder: Path) -> None:
 
 
 def _download(model_id: str, revision: str | None) -> tuple[Path, str]:
-    from huggingface_hub import errors, snapshot_download
+    """The snapshot of a hub model and its commit: from the hub or, where that cannot be reached, at once from its local cache."""
+    from huggingface_hub import constants, errors, snapshot_download
 
-    token = os.environ.get("HF_TOKEN") or None
-    asked = {"revision": revision, "token": token}
+    silent = None if constants.HF_HUB_OFFLINE else _silent_hub(constants.ENDPOINT)
+    local = constants.HF_HUB_OFFLINE or silent is not None
+    asked = {"revision": revision, "token": os.environ.get("HF_TOKEN") or None, "local_files_only": local}
     try:
         # the small files first: a quantised model is refused before its gigabytes come
         folder = Path(snapshot_download(model_id, allow_patterns=_SMALL_PATTERNS, **asked))
         base_check.require_unquantized(folder, model_id)
         asked["revision"] = folder.name
         folder = Path(snapshot_download(model_id, allow_patterns=["*.safetensors", *_SMALL_PATTERNS], **asked))
+        if local and not any(folder.glob("*.safetensors")):
+            raise errors.LocalEntryNotFoundError("an interrupted download")
     except errors.GatedRepoError:
         raise ModelError(f"{model_id} is gated", remedy="accept its terms on its hub page and set HF_TOKEN") from None
     except errors.RevisionNotFoundError:
@@ -142,13 +151,27 @@ def _download(model_id: str, revision: str | None) -> tuple[Path, str]:
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         remedy = "check the spelling; a private model needs HF_TOKEN"
         raise ModelError(f"no model {model_id!r} on the hub", remedy=remedy) from None
-    except errors.LocalEntryNotFoundError:
-        absent = f"{model_id} is not in the local hub cache and the hub cannot be reached"
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        why = silent.message if silent else "HF_HUB_OFFLINE is set, or the hub cannot be reached"
         remedy = "connect, unset HF_HUB_OFFLINE, or use --base embedded or a local folder"
-        raise EnvironmentFailure(absent, remedy=remedy) from None
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise EnvironmentFailure(f"downloading {model_id} failed: {error}", remedy="check the network and try again") from None
+        absent = f"{model_id} is not whole in the local hub cache: {why}"
+        raise EnvironmentFailure(absent, remedy=(silent.remedy if silent else "") or remedy) from None
+    except (errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        remedy = "check the network, and that HF_HOME is a folder which can be written, and try again"
+        raise EnvironmentFailure(f"downloading {model_id} failed: {error}", remedy=remedy) from None
+    if silent:
+        log.warning("base: %s; %s is taken from the local cache, commit %s", silent.message, model_id, folder.name)
     return folder, folder.name
+
+
+def _silent_hub(hub: str) -> PipelineError | None:
+    """Why the hub does not answer; None when it does. The hub's own client tries for minutes."""
+    try:
+        with product_errors(f"the hub {hub}"):
+            httpx.head(hub, timeout=5, **route(hub))
+    except PipelineError as error:
+        return error
+    return None
 
 
 def build_embedded(folder: Path) -> None:
@@ -159,8 +182,6 @@ def build_embedded(folder: Path) -> None:
         target.mkdir()
         write_tokenizer(target, header)
         _write_weights(target, gguf, header)
-        for path in target.iterdir():
-            path.chmod(0o644)  # safetensors writes 0600
 
 
 def _gguf() -> Path:

@@ -7,6 +7,7 @@ from pipeline.errors import ModelError
 from pipeline.model.safetensors import read_header
 from pipeline.runs import lock
 from pipeline.runs.files import read_object
+from pipeline.runs.folder import cached
 from pipeline.runs.hashes import sha256_json, sha256_tree
 from training.export.weights import merge_folder
 
@@ -77,9 +78,9 @@ def refused(folder: Path, wanted: Wanted, why: str, *, base: bool = True) -> Mod
 def summed(adapter: Path, base: Path, base_sha256: str, cache: Path) -> Path:
     """Base + adapter as a float16 model folder in the cache, made when it is not there yet; its path."""
     files = {name: sha256_tree(adapter / name) for name in ("adapter_config.json", _WEIGHTS)}
-    target = cache / f"summed-{sha256_json([_RECIPE, base_sha256, files])[:16]}"
-    cache.mkdir(parents=True, exist_ok=True)
-    with lock.guarded(cache):
+    target = cached(cache, f"summed-{sha256_json([_RECIPE, base_sha256, files])[:16]}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with lock.guarded(target.parent):
         if not target.is_dir():
             merge_folder(base, adapter, target)
     return target

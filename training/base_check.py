@@ -11,6 +11,7 @@ from pipeline.model import tokenizer
 from pipeline.model.safetensors import INDEX, SINGLE, TensorInfo, read_folder, weight_files
 from pipeline.prompts.chat import ChatTemplate
 from pipeline.runs.files import read_object, staged
+from pipeline.runs.folder import cached
 from pipeline.runs.hashes import sha256_json
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ def only_what_counts(folder: Path, cache: Path) -> Path:
         raise ModelError(f"{folder / INDEX} names {SINGLE} as one shard of {len(counted)}", remedy=remedy)
     kept = [path for path in folder.iterdir() if path.suffix != ".safetensors" and path.is_file()] + counted
     wanted = {path.name: path.resolve() for path in kept}
-    links = cache / f"indexed-{sha256_json([str(folder.resolve()), sorted(wanted)])[:16]}"
+    links = cached(cache, f"indexed-{sha256_json([str(folder.resolve()), sorted(wanted)])[:16]}")
     told = logging.INFO
     if not links.is_dir() or {path.name: path.resolve() for path in links.iterdir()} != wanted:
         with staged(links) as target:

@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.certify.certificate import not_proven, read
 from pipeline.certify.publish import write_card
 from pipeline.errors import EnvironmentFailure, InputError, MissingDependency
+from pipeline.net.client import proxy_of
 from pipeline.report.certificate import changed_files
 from pipeline.report.check import Check, held
 from pipeline.runs.files import read_json, tree_bytes, write_json
@@ -98,12 +99,13 @@ def push(run: RunFolder, repository: str, uploads: list[Upload], *, private: boo
     The token is HF_TOKEN's, or the one of an earlier login. Raises EnvironmentFailure with the hub's own words.
     """
     try:
-        from huggingface_hub import CommitOperationAdd, HfApi
+        from huggingface_hub import CommitOperationAdd, HfApi, constants
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
     except ImportError:
         raise MissingDependency("huggingface_hub is not installed", remedy="pip install huggingface_hub") from None
     import httpx
 
+    proxy_of(constants.ENDPOINT)  # one that cannot be used is said before the hub's client meets it
     api = HfApi(token=os.environ.get("HF_TOKEN") or None)
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)

@@ -19,7 +19,7 @@ from pipeline.machine.named import hardware_from
 from pipeline.model.model import Model
 from pipeline.operate import services
 from pipeline.operate.routing import DEFAULT_PORT, REQUEST_TIMEOUT
-from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
+from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder, user_caches
 
 STATUS_PORT = 8080
 # what the committed files are planned for
@@ -129,7 +129,7 @@ def systemd(
         launch = services.status_launch("127.0.0.1", STATUS_PORT, out, free=False)
     else:
         launch = files.planned_launch(chosen, RunFolder(run, out), settings, name)
-    writable, what = [out, Path.home() / ".cache"], f"Granite {chosen}"
+    writable, what = [out, user_caches()], f"Granite {chosen}"
     if chosen in engines.NAMES:
         writable, what = writable + engines.get(chosen).folders(), f"{what}, run {run}"
     typer.echo(files.unit(launch, what, Path.cwd(), writable), nl=False)

@@ -16,7 +16,7 @@ from pipeline.errors import PipelineError
 from pipeline.machine import packages as installed
 from pipeline.machine.hardware import Hardware
 from pipeline.machine.packages import Installed
-from pipeline.runs.folder import RunFolder
+from pipeline.runs.folder import RunFolder, user_caches
 from pipeline.runs.manifest import Manifest
 from pipeline.runs.text import mask
 from pipeline.serve import records
@@ -101,7 +101,7 @@ def worst_first(found: Iterable[Finding]) -> list[Finding]:
 
 def hub_token(settings: Settings) -> str:
     """The token that the hub's client would send: HF_TOKEN, else that of the command line's login; "" when there is none."""
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    home = Path(os.environ.get("HF_HOME") or user_caches() / "huggingface")
     saved = Path(os.environ.get("HF_TOKEN_PATH") or home / "token")
     with contextlib.suppress(OSError, ValueError):
         return settings.hf_token.get_secret_value() or saved.read_text(encoding="utf-8").strip()

@@ -15,7 +15,7 @@ from pipeline import engines
 from pipeline.doctor.findings import Examiner, Facts, Finding, Status
 from pipeline.engines.vllm.engine import vllm_python
 from pipeline.errors import PipelineError
-from pipeline.net.client import bearer
+from pipeline.net.client import Unanswered, bearer, product_errors, route
 from pipeline.net.loopback import holder, listening
 from pipeline.operate.services import listing
 from pipeline.runs.files import read_json
@@ -185,10 +185,11 @@ def hub(facts: Facts) -> Iterator[Finding]:
     url = (facts.environment.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     try:
         path = f"{url}/{base}/resolve/main/config.json"
-        code = httpx.head(path, headers=bearer(token), timeout=5, follow_redirects=True).status_code
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        remedy = "go online, set HF_ENDPOINT to a mirror, or give --base a folder"
-        yield Finding("hub", "warn", f"{url} cannot be reached ({type(error).__name__})", remedy)
+        with product_errors(f"HEAD {path}"):
+            code = httpx.head(path, headers=bearer(token), timeout=5, follow_redirects=True, **route(path)).status_code
+    except Unanswered as error:
+        remedy = error.remedy or "go online, set HF_ENDPOINT to a mirror, or give --base a folder"
+        yield Finding("hub", "warn", f"{url} cannot be reached: {error.message}", remedy)
         return
     if code in (401, 403):
         why = "the token may not read it" if token else "and there is no HF_TOKEN"

@@ -1,8 +1,8 @@
 """Settings an engine knows: the installed engine's own parser is asked; ``flags.json`` answers where it is not installed."""
 
+import contextlib
 import hashlib
 import json
-import os
 import re
 import subprocess
 from functools import cache
@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.engines.base import Engine
-from pipeline.errors import EngineError
+from pipeline.errors import EngineError, EnvironmentFailure
 from pipeline.planning.overrides import Known
 from pipeline.planning.plan import Plan
 from pipeline.runs.files import write_json
+from pipeline.runs.folder import cache_folder
 
 _HELP_FLAG = re.compile(r"(?<![\w-])(--?[a-zA-Z][\w-]*)")
 _TIMEOUT = 180.0
@@ -48,12 +49,15 @@ def installed_flags(engine: Engine, cache: Path | None = None) -> frozenset[str]
     if not question or not version:
         return frozenset()
     digest = hashlib.sha256(json.dumps([version, question]).encode()).hexdigest()[:16]
-    folder = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "granite-pipeline"
-    stored = folder / f"flags-{engine.name}-{digest}.json"
-    if stored.is_file():
+    try:
+        stored = cache_folder(cache) / f"flags-{engine.name}-{digest}.json"
+    except EnvironmentFailure:
+        return _ask(question)
+    with contextlib.suppress(OSError, ValueError):
         return frozenset(json.loads(stored.read_text(encoding="utf-8")))
     if flags := _ask(question):
-        write_json(stored, sorted(flags))
+        with contextlib.suppress(OSError):
+            write_json(stored, sorted(flags))
     return flags
 
 

@@ -1,17 +1,23 @@
 """The one HTTP client: proxies, keys, time limits and errors are the same for every request, in plain and asynchronous code."""
 
 import asyncio
+import os
+import re
 import ssl
 from collections.abc import Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import httpx
 
-from pipeline.errors import EngineError, InputError, ModelError
-from pipeline.net.loopback import is_here
+from pipeline.errors import EngineError, InputError, MissingDependency, ModelError, PipelineError
+from pipeline.net.loopback import spared
 from pipeline.runs.text import without_password
 
 T = TypeVar("T")
@@ -20,6 +26,49 @@ TIMEOUT = httpx.Timeout(300, connect=10)
 # what a server says when the chat template, not the server, refuses the messages
 _TEMPLATE_REFUSED = (400, 422, 500)
 _EVIDENCE = 2000
+_SOCKS = ("socks5", "socks5h")
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """The proxy that is set for a URL, and the variable (or the system's settings) that it is from."""
+
+    url: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"the proxy {without_password(self.url)} ({self.source})"
+
+    @property
+    def remedy(self) -> str:
+        """What to do when it fails."""
+        return f"start or correct that proxy, unset {self.source}, or name the host in NO_PROXY"
+
+
+def proxy_of(url: str) -> Proxy | None:
+    """The proxy through which a URL is asked; None where none is set, for this machine and for what NO_PROXY excepts.
+
+    Raises InputError for a value that is no proxy, MissingDependency where a package for SOCKS is not installed.
+    """
+    found, scheme = getproxies(), urlsplit(url).scheme
+    kind = next((kind for kind in (scheme, "all") if found.get(kind)), None)
+    if kind is None or spared(url):
+        return None
+    names = [name for name in (f"{kind}_proxy", f"{kind.upper()}_PROXY") if os.environ.get(name)]
+    given, source = found[kind].strip(), names[0] if names else "the system's settings"
+    # desktops write socks:// and mean version 5
+    address = re.sub(r"^socks://", "socks5://", given if "://" in given else f"http://{given}")
+    try:
+        httpx.Proxy(address)
+        usable = bool(urlsplit(address).hostname) and (urlsplit(address).port or 1) > 0
+    except (ValueError, httpx.InvalidURL):
+        usable = False
+    if not usable:
+        remedy = f"write {source}=http://host:port or socks5://host:port, or unset it"
+        raise InputError(f"{source}={without_password(given)} is no proxy", remedy=remedy)
+    if address.startswith(_SOCKS) and find_spec("socksio") is None:
+        raise MissingDependency(f"{source} is a SOCKS proxy, and socksio is not installed", remedy="make setup")
+    return Proxy(address, source)
 
 
 class Refused(EngineError):
@@ -32,10 +81,10 @@ class Refused(EngineError):
 
 
 class Unanswered(EngineError):
-    """A server did not answer, broke off or said something that is not JSON; ``cause`` is the client's own error."""
+    """A server, or the proxy before it, did not answer, broke off or said something that is not JSON; ``cause`` is the client's error."""
 
-    def __init__(self, message: str, cause: Exception) -> None:
-        super().__init__(f"{message}: {cause!r}")
+    def __init__(self, message: str, cause: Exception, proxy: Proxy | None = None) -> None:
+        super().__init__(f"{message}{f' through {proxy}' if proxy else ''}: {cause!r}", remedy=proxy.remedy if proxy else "")
         self.cause = cause
 
     @property
@@ -46,11 +95,15 @@ class Unanswered(EngineError):
 
 def client_settings(url: str, key: str, timeout: float | httpx.Timeout) -> dict[str, Any]:
     """What every client of a server (``url`` without ``/v1``) is made with."""
-    # a proxy set in the environment is for other hosts, never for this machine; a connection kept open may be closed by
-    # the server in the moment it is used again, which looks like a failure
+    # a connection kept open may be closed by the server in the moment it is used again, which looks like a failure
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    trusted = {"trust_env": not is_here(url), "verify": tls()}
-    return {"base_url": url, "headers": bearer(key), "timeout": timeout, "limits": limits, **trusted}
+    return {"base_url": url, "headers": bearer(key), "timeout": timeout, "limits": limits, **route(url)}
+
+
+def route(url: str) -> dict[str, Any]:
+    """How a client reaches a URL; httpx' own look at the environment is not wanted: it makes every proxy, also one not needed."""
+    proxy = proxy_of(url)
+    return {"trust_env": False, "verify": tls(), "proxy": proxy and proxy.url}
 
 
 def open_client(url: str, key: str = "", timeout: float | httpx.Timeout = TIMEOUT) -> httpx.Client:
@@ -72,15 +125,26 @@ def bearer(key: str) -> dict[str, str]:
 
 @contextmanager
 def product_errors(request: str) -> Iterator[None]:
-    """Turn what the client raises during a request into Unanswered that names the request."""
+    """Turn what the client raises during a request, whose text ends with its URL, into Unanswered that names it."""
     try:
         yield
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-        raise Unanswered(f"{request} does not answer", error) from None
+    except Exception as error:
+        if not isinstance(error, httpx.HTTPError | httpx.InvalidURL | ValueError) and not of_socks(error):
+            raise
+        raise Unanswered(f"{request} does not answer", error, proxy_of(request.rpartition(" ")[2])) from None
+
+
+def of_socks(error: Exception) -> bool:
+    """Whether an error says that what was taken for a SOCKS proxy speaks otherwise; httpx passes on socksio's own."""
+    return type(error).__module__.startswith("socksio")
 
 
 def json_of(answer: httpx.Response, who: str) -> dict[str, Any]:
     """The JSON of an answer; Refused with the server's words for an error status, ValueError for anything but JSON."""
+    if answer.status_code == httpx.codes.PROXY_AUTHENTICATION_REQUIRED and (proxy := proxy_of(str(answer.request.url))):
+        raise Unanswered(
+            f"{who} {answer.request.url} does not answer", ValueError("407: the proxy asks for a name and password"), proxy
+        )
     if answer.is_error:
         raise Refused(f"{who} {answer.request.url.path} answered {answer.status_code}", answer.status_code, answer.text)
     said: dict[str, Any] = answer.json()
@@ -118,8 +182,10 @@ def ask(client: httpx.Client, path: str, body: Mapping[str, Any]) -> dict[str, A
 def status_of(url: str, timeout: float = 2.0) -> int:
     """The status a GET of a URL ends with, 0 when nothing speaks HTTP there."""
     try:
-        return httpx.get(url, timeout=timeout, trust_env=not is_here(url), verify=tls()).status_code
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError):
+        return httpx.get(url, timeout=timeout, **route(url)).status_code
+    except Exception as error:
+        if not isinstance(error, httpx.HTTPError | httpx.InvalidURL | ValueError | PipelineError) and not of_socks(error):
+            raise
         return 0
 
 

@@ -1,10 +1,11 @@
-"""This machine as a server's address: which URLs mean it, who may ask it, which of its ports are free."""
+"""This machine as a server's address: which URLs mean it and need no proxy, who may ask it, which of its ports are free."""
 
 import contextlib
 import os
+import re
 import socket
 from collections.abc import Iterable
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from urllib.parse import urlsplit
 
 import psutil
@@ -13,6 +14,8 @@ from pipeline.errors import EnvironmentFailure, InputError
 
 HERE = ("127.0.0.1", "localhost", "::1")
 _NO_PROXY = ("NO_PROXY", "no_proxy")
+# what clients are told to ask directly; the last is where a server for all of this machine's addresses may be asked
+_SPARED = (*HERE, "0.0.0.0")
 
 
 def is_local(url: str) -> bool:
@@ -54,15 +57,60 @@ def from_here(headers: Iterable[tuple[bytes, bytes]]) -> bool:
 
 
 def spare_loopback() -> None:
-    """Add this machine to ``NO_PROXY`` and ``no_proxy``, for this process and what it starts; what they hold is kept."""
+    """Add this machine to ``NO_PROXY`` and ``no_proxy``, for this process and what it starts; what they hold is kept.
+
+    A ``socks://`` proxy, as desktops write it, becomes ``socks5://``, which is meant: clients know no other name for it.
+    """
+    for name, value in os.environ.items():
+        if name.lower().endswith("_proxy") and value.startswith("socks://"):
+            os.environ[name] = value.replace("socks", "socks5", 1)
     given = {name: os.environ.get(name, "") for name in _NO_PROXY}
     for name, other in zip(_NO_PROXY, reversed(_NO_PROXY), strict=True):
         # most clients read only the lower-case name where both are set, so an absent one starts from the other
-        kept = [part.strip() for part in (given[name] or given[other]).split(",") if part.strip()]
+        kept = _parts(given[name] or given[other])
+        # httpx reads the lower-case name and fails at a network of IPv6 addresses; Go, which knows them, reads the other
+        if name == "no_proxy":
+            kept = [part for part in kept if part.count(":") < 2 or "/" not in part]
         # "*" means no proxy at all, and some clients know it only when it stands alone
-        if kept != ["*"]:
-            kept += [host for host in HERE if host not in kept]
+        if "*" in kept:
+            kept = ["*"]
+        else:
+            kept += [host for host in _SPARED if host not in kept]
         os.environ[name] = ",".join(kept)
+
+
+def spared(url: str) -> bool:
+    """Whether a URL is asked without a proxy: it is this machine's, or NO_PROXY excepts it.
+
+    NO_PROXY holds names (and with them all below), addresses and networks, each with or without a port, or ``*``.
+    """
+    try:
+        parts = urlsplit(url)
+        host, port = (parts.hostname or "").rstrip("."), parts.port or {"https": 443}.get(parts.scheme, 80)
+    except ValueError:  # no URL; whoever asks it says so
+        return False
+    excepted = _parts(os.environ.get("no_proxy") or "") + _parts(os.environ.get("NO_PROXY") or "")
+    return is_here(url) or any(_excepts(part.lower(), host, port) for part in excepted)
+
+
+def _parts(value: str) -> list[str]:
+    """The entries of a NO_PROXY, in the forms that every client reads: no brackets, no ``*.`` before a domain."""
+    found = [part for part in re.split(r"[,\s]+", value) if part]
+    return [part[1:-1] if re.fullmatch(r"\[.*\]", part) else part[1:] if part.startswith("*.") else part for part in found]
+
+
+def _excepts(part: str, host: str, port: int) -> bool:
+    if part == "*":
+        return True
+    with contextlib.suppress(ValueError):
+        network = ip_network(part, strict=False)
+        try:
+            return ip_address(host) in network
+        except ValueError:
+            return False
+    name, _, number = part.rpartition("://")[2].partition(":")
+    name = name.lstrip(".")
+    return bool(name) and number in ("", str(port)) and (host == name or host.endswith(f".{name}"))
 
 
 def claim(host: str, port: int) -> int:

@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from pipeline.net.client import client_settings
+from pipeline.errors import PipelineError
+from pipeline.net.client import client_settings, of_socks, proxy_of
 from pipeline.runs.text import without_password
 
 TIMEOUT = 5.0
@@ -43,6 +44,12 @@ async def get_json(root: str, path: str, api_key: str = "", timeout: float = TIM
     begun = time.perf_counter()
     shown = without_password(root)
     try:
+        proxy = proxy_of(root)
+    except PipelineError as error:
+        return _failed("proxy", f"{error.message}: {error.remedy}", begun)
+    if proxy:
+        shown = f"{shown} through {proxy}"
+    try:
         async with (
             asyncio.timeout(timeout),
             httpx.AsyncClient(**client_settings(root, api_key, timeout)) as client,
@@ -54,6 +61,8 @@ async def get_json(root: str, path: str, api_key: str = "", timeout: float = TIM
         words = f"{shown} did not answer within {timeout:g} s: it hangs, is overloaded or still starting"
         return _failed("timeout", words, begun)
     except httpx.ConnectError as error:
+        if proxy:
+            return _failed("proxy", f"no connection to {shown}: {proxy.remedy}", begun)
         return _failed(*_not_connected(error, shown), begun)
     except (httpx.InvalidURL, httpx.UnsupportedProtocol):
         return _failed("url", f"{shown!r} is not a URL: write http://host:port/v1", begun)
@@ -62,7 +71,13 @@ async def get_json(root: str, path: str, api_key: str = "", timeout: float = TIM
         return _failed("key", "the request cannot be sent: the API key or URL has characters that HTTP does not allow", begun)
     except httpx.HTTPError as error:
         said = type(error).__name__
+        if proxy and isinstance(error, httpx.ProxyError):
+            return _failed("proxy", f"{shown}: {error}: {proxy.remedy}", begun)
         return _failed("protocol", f"{shown} broke off the answer ({said}): something else than HTTP may listen there", begun)
+    except Exception as error:
+        if proxy is None or not of_socks(error):
+            raise
+        return _failed("proxy", f"{shown}: it speaks no SOCKS: {proxy.remedy}", begun)
 
 
 async def _read(answer: httpx.Response) -> bytes:

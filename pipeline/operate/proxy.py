@@ -20,7 +20,7 @@ from pipeline.config import Strategy
 from pipeline.net.loopback import from_here, spare_loopback
 from pipeline.operate.observer import Observer
 from pipeline.operate.routing import REQUEST_TIMEOUT, Router, write_config
-from pipeline.runs.folder import DEFAULT_OUTPUT
+from pipeline.runs.folder import DEFAULT_OUTPUT, writable_home
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -43,6 +43,7 @@ _FIRST = "granite_first_choice"
 def main(argv: list[str] | None = None) -> int:
     """Serve until SIGTERM; keys come from the environment."""
     spare_loopback()
+    writable_home()
     parser = argparse.ArgumentParser(prog="python -m pipeline.operate.proxy")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)

@@ -27,7 +27,7 @@ from pipeline.net.loopback import from_here, is_local, spare_loopback
 from pipeline.operate.observer import Observation, Observer
 from pipeline.report import phrases
 from pipeline.report.certificate import summaries
-from pipeline.runs.folder import DEFAULT_OUTPUT
+from pipeline.runs.folder import DEFAULT_OUTPUT, writable_home
 from pipeline.runs.text import without_password
 
 
@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     import uvicorn
 
     spare_loopback()
+    writable_home()
     parser = argparse.ArgumentParser(prog="python -m pipeline.operate.status")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)

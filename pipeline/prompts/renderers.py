@@ -20,6 +20,7 @@ from pipeline.prompts.chat import ChatTemplate
 from pipeline.prompts.conversation import Conversation, NotApplicable, Prompt
 from pipeline.prompts.ollama_view import as_api
 from pipeline.runs.files import staged
+from pipeline.runs.folder import cache_folder
 
 _SOURCE = Path(__file__).parent / "gotemplate"
 _TIMEOUT = 300  # seconds; the first build compiles Go's standard library
@@ -134,8 +135,7 @@ def _program() -> Path:
     """The compiled program, built once for each version of its source."""
     sources = sorted(_SOURCE.glob("*.go"))
     version = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "granite-pipeline"
-    program = cache / f"gotemplate-{version}"
+    program = cache_folder() / f"gotemplate-{version}"
     if not program.is_file():
         go = find_go()
         if go is None:

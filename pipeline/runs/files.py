@@ -39,15 +39,27 @@ def write_atomic(path: Path, data: str | bytes, mode: int | None = None) -> None
             out.write(raw)
             out.flush()
             os.fsync(out.fileno())
-        # mkstemp makes 0600 files; a report or Modelfile is meant to be read by others on the machine
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask if mode is None else mode)
+        if mode is None:
+            open_up(Path(name))
+        else:
+            os.chmod(name, mode)
         os.replace(name, path)
         _sync_folder(path.parent)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def open_up(path: Path) -> None:
+    """Give a file, or every file in a folder, the permissions that the umask says: a server may run as another user.
+
+    ``tempfile`` and safetensors make files that nobody else can read, whatever the umask.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for part in path.rglob("*") if path.is_dir() else [path]:
+        if part.is_file() and not part.is_symlink():
+            part.chmod((0o777 if part.stat().st_mode & 0o100 else 0o666) & ~umask)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -126,14 +138,16 @@ def read_json(path: Path) -> Any:
 def staged(final: Path) -> Iterator[Path]:
     """Yield a scratch path beside ``final``; on success it replaces ``final`` by rename, on failure it is removed.
 
-    Everything in it is flushed to disk before the rename. A folder that is replaced is first renamed aside, so a reader never
-    sees a half-filled one; it is put back when something stops this between the two renames, by :func:`sweep` after a kill.
+    Everything in it is flushed to disk before the rename, and has the permissions that the umask says. A folder that is replaced
+    is first renamed aside, so a reader never sees a half-filled one; it is put back when something stops this between the two
+    renames, by :func:`sweep` after a kill.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     target = scratch / final.name
     try:
         yield target
+        open_up(target)
         sync_tree(target)
         if final.is_dir():
             final.rename(scratch / _PREVIOUS)

@@ -1,11 +1,23 @@
-"""The run folder: where each artefact of one named run lives."""
+"""Where things are kept: each artefact of a run in its folder, and what only saves time where this user may write.
 
+A container's user often has no home folder, one that cannot be written, or no name; libraries then stop with a traceback.
+"""
+
+import contextlib
+import logging
+import os
+import pwd
 import re
+import site
+import stat
+import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from pipeline.errors import InputError
+from pipeline.errors import EnvironmentFailure, InputError
 
+log = logging.getLogger(__name__)
 DEFAULT_OUTPUT = Path("training/output")
 DEFAULT_NAME = "generic"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -71,3 +83,93 @@ class RunFolder:
             if path.is_symlink():
                 remedy = "a run is written only below the output folder: move it there, or link the whole --output folder"
                 raise InputError(f"{path} is a symbolic link (to {path.readlink()})", remedy=remedy)
+
+
+def cache_folder(wanted: Path | None = None) -> Path:
+    """Where what only saves time is kept: ``wanted`` (None: this user's cache), else - told once - a temporary folder of this user.
+
+    It need not exist yet. Raises EnvironmentFailure where nothing at all can be written.
+    """
+    folder = wanted or user_caches() / "granite-pipeline"
+    return folder if writable(folder) else _instead_of(folder)
+
+
+def cached(folder: Path, name: str) -> Path:
+    """An entry of a folder of caches: where it is or, when it is nowhere yet, where it can be made."""
+    return folder / name if (folder / name).exists() else cache_folder(folder) / name
+
+
+def writable_home() -> None:
+    """Give this process, and what it starts, a home folder to write to and a user name, where the user has none.
+
+    Nothing is changed for others. What the hub has already fetched below the old home stays in reach.
+    """
+    old, before = _home(), user_caches()
+    usable = old is not None and old.is_absolute() and writable(old) and old.is_dir()
+    try:
+        if not usable:
+            # packages installed for the user alone lie below the home folder too
+            if site.ENABLE_USER_SITE and site.USER_BASE:
+                os.environ.setdefault("PYTHONUSERBASE", site.USER_BASE)
+            what = "this user has no home folder" if old is None else f"the home folder {old} cannot be written"
+            log.warning("%s: caches and settings of libraries go to %s", what, _temporary())
+        os.environ["HOME"] = str(old if usable else _temporary())
+        if not writable(user_caches()):
+            os.environ["XDG_CACHE_HOME"] = str(_instead_of(user_caches()))
+    except EnvironmentFailure as error:  # much can be done without
+        os.environ.setdefault("HOME", "/")
+        log.warning("%s: %s", error.message, error.remedy)
+    if user_caches() != before and "HF_HOME" not in os.environ:
+        for variable, part in (("HF_HUB_CACHE", "hub"), ("HF_TOKEN_PATH", "token")):
+            if os.access(kept := before / "huggingface" / part, os.R_OK):
+                os.environ.setdefault(variable, str(kept))
+    if not _name():
+        os.environ["USER"] = f"uid-{os.getuid()}"
+
+
+def _home() -> Path | None:
+    """The home folder that HOME or the user database names, whether it can be used or not."""
+    with contextlib.suppress(KeyError):
+        return Path(os.environ.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir)
+    return None
+
+
+def _name() -> str:
+    """The user's name, as Python and torch look for it; empty when there is none."""
+    named = next(filter(None, map(os.environ.get, ("LOGNAME", "USER", "LNAME", "USERNAME"))), "")
+    with contextlib.suppress(KeyError):
+        return named or pwd.getpwuid(os.getuid()).pw_name
+    return ""
+
+
+def user_caches() -> Path:
+    """The folder of this user's caches, by the XDG base directory specification; whether it can be written is not asked."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or (_home() or Path("/")) / ".cache")
+
+
+def writable(folder: Path) -> bool:
+    """Whether a folder can be written, or made."""
+    existing = next((path for path in (folder, *folder.absolute().parents) if os.access(path, os.F_OK)), Path("/"))
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+
+
+@cache
+def _instead_of(folder: Path) -> Path:
+    temporary = _temporary()
+    log.warning("%s cannot be written: what only saves time is kept in %s", folder, temporary)
+    return temporary
+
+
+@cache
+def _temporary() -> Path:
+    """A folder of this user's own below the temporary one; EnvironmentFailure where there is none."""
+    try:
+        folder = Path(tempfile.gettempdir()) / f"granite-pipeline-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        seen = folder.lstat()
+        if not stat.S_ISDIR(seen.st_mode) or seen.st_uid != os.getuid():  # put there by someone else
+            folder = Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))
+    except OSError as error:
+        what = f"there is no folder to write caches to ({error.strerror})"
+        raise EnvironmentFailure(what, remedy="set TMPDIR to a folder that this user may write") from None
+    return folder

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import EnvironmentFailure
 from pipeline.runs.files import write_atomic
+from pipeline.runs.folder import cache_folder, writable
 
 NAME = ".hashes.json"
 _SETTLED_NS = 2_000_000_000
@@ -38,23 +40,30 @@ def sha256_json(value: Any) -> str:
 
 
 class HashCache:
-    """Remembered hashes in ``folder/.hashes.json``; a missing or damaged file of them only costs time."""
+    """Remembered hashes in ``folder/.hashes.json`` and, of folders that cannot be written, in :func:`cache_folder`.
+
+    A missing or damaged file of them only costs time.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / NAME
-        self._known: dict[str, list[object]] = {}
-        with contextlib.suppress(OSError, ValueError):
-            known = json.loads(self.path.read_text(encoding="utf-8"))
-            self._known = known if isinstance(known, dict) else {}
+        self._known = _read(self.path)
+        # a folder of runs is not made for this alone
+        self._kept = folder.parent.is_dir()
+        if not writable(folder):
+            with contextlib.suppress(EnvironmentFailure):
+                self.path = cache_folder() / NAME
+                self._known |= _read(self.path)
         self._changed = False
 
     def tree(self, path: Path) -> str:
         """Hex SHA-256 of a file or folder, as :func:`sha256_tree` defines it."""
         digest = sha256_tree(path, self._file)
-        if self._changed and self.path.parent.parent.is_dir():
-            self._known = {name: entry for name, entry in self._known.items() if Path(name).exists()}
+        if self._changed:
             with contextlib.suppress(OSError):  # a full disk must not fail what only saves time
-                write_atomic(self.path, json.dumps(self._known))
+                if self._kept:
+                    self._known = {name: entry for name, entry in self._known.items() if Path(name).exists()}
+                    write_atomic(self.path, json.dumps(self._known))
             self._changed = False
         return digest
 
@@ -71,3 +80,10 @@ class HashCache:
             self._known[name] = [seen, digest]
             self._changed = True
         return digest
+
+
+def _read(path: Path) -> dict[str, list[object]]:
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return known if isinstance(known, dict) else {}
+    return {}

@@ -67,7 +67,8 @@ class TrainingRecord:
     """What the fine-tune recorded: what it was given (``base``, ``data`` hashes by part, ``parameters``), then what came of it.
 
     ``history`` has a record a logged step, ``eval_loss`` is the held-out loss ``before`` and ``after``, ``system`` the system
-    message that all rows share, ``date`` what dated chat templates were told, ``account`` what became of the rows' keys. What an older version did not record is empty.
+    message that all rows share, ``date`` what dated chat templates were told, ``account`` what became of the rows' keys,
+    ``base_folder`` where a hub's snapshot lay. What an older version did not record is empty.
     """
 
     base: BaseRecord
@@ -85,6 +86,7 @@ class TrainingRecord:
     system: str | None = None
     date: str | None = None
     account: _Json = field(default_factory=dict)
+    base_folder: str = ""
 
     @classmethod
     def of(cls, record: StageRecord) -> "TrainingRecord":

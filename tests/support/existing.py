@@ -31,7 +31,12 @@ FOREIGN = {
 # English that follows "make" in some text
 _MADE = {"it", "available"}
 # variables of other programs, each with the reason to name it
-VARIABLES = {"HF_ENDPOINT": "huggingface_hub's own: a mirror"}
+VARIABLES = {
+    "HF_ENDPOINT": "huggingface_hub's own: a mirror",
+    "HF_HOME": "huggingface_hub's own: where its cache is",
+    "NO_PROXY": "every HTTP client's: what is asked without a proxy",
+    "TMPDIR": "the system's: where temporary files go",
+}
 # capitals that are no variables: number types and instruction sets
 _TYPES = re.compile(r"(I?Q\d|B?F\d|FP\d|AVX|AMX|MXFP|NVFP)[A-Z0-9_]*")
 # files that people bring, those of a run that RunFolder does not name, and those that a verb writes where it is told to

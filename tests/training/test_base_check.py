@@ -234,7 +234,7 @@ def test_a_quantised_hub_model_is_refused_before_its_weights_are_fetched(
     snapshot.mkdir(parents=True)
     asked: list[str | None] = []
 
-    def fetch(_: str, *, revision: str | None, token: str | None, allow_patterns: list[str]) -> str:
+    def fetch(_: str, *, revision: str | None, allow_patterns: list[str], **others: object) -> str:
         asked.append(revision)
         for path in (path for pattern in allow_patterns for path in folder.glob(pattern)):
             shutil.copy(path, snapshot)

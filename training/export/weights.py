@@ -54,8 +54,6 @@ def merge_folder(base: Path, adapter: Path, merged: Path, *, full: bool = False)
         report = _write_shards(merged_weights(weights, lora), _plan_shards(shapes), target)
         save_config(base, target)
         report["tokenizer"] = save_tokenizer(base, target)
-        for path in filter(Path.is_file, target.rglob("*")):
-            path.chmod(0o644)  # safetensors writes 0600; a server may run as another user
     return {**report, "adapted": len(lora.pairs), "tensors": len(shapes), "bytes": total}
 
 

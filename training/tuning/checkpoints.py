@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.runs.files import read_json, read_object, remove, sync_tree, write_json
+from pipeline.runs.files import open_up, read_json, read_object, remove, sync_tree, write_json
 from pipeline.runs.hashes import sha256_file
 
 log = logging.getLogger(__name__)
@@ -20,6 +20,7 @@ _INPUTS = "inputs.json"
 
 def seal(checkpoint: Path) -> None:
     """Flush a checkpoint to disk, then write the size and SHA-256 of each of its files beside them."""
+    open_up(checkpoint)
     sync_tree(checkpoint)
     files = {p.relative_to(checkpoint).as_posix(): p for p in sorted(checkpoint.rglob("*")) if p.is_file() and p.name != SEAL}
     write_json(checkpoint / SEAL, {name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for name, p in files.items()})

@@ -122,7 +122,9 @@ def finetune(run: RunFolder, params: FinetuneParameters, *, force: Force = False
         require_memory("fine-tuning", need, "lower --batch-size (and raise --gradient-accumulation) or --max-length")
         result = _train(Job(run, params, base, rows, held_out, noted))
         write_atomic(run.heldout, "".join(held_out_line(row, example, preparer) for row, example in held_out.pairs))
-        return {**result, "account": keys, "date": noted["date"], "system": _shared_system(data.train)}
+        # what a hub gave is found again without asking it
+        kept = {"base_folder": str(base.folder.resolve())} if base.revision else {}
+        return {**result, **kept, "account": keys, "date": noted["date"], "system": _shared_system(data.train)}
 
     with lock.held(run, "train"):
         done = run_stage(run, STAGE, inputs, [run.adapter, run.heldout], work, force=force)

@@ -21,7 +21,7 @@ from pipeline.serve.records import Record
 from pipeline.serve.server import Server
 
 ROOT = Path(__file__).parents[3]
-HERE = "127.0.0.1,localhost,::1"
+HERE = "127.0.0.1,localhost,::1,0.0.0.0"
 
 
 class _Refusing(dict[str, object]):
@@ -85,9 +85,12 @@ def test_the_servers_spare_this_machine_however_they_are_started(module: object,
     ("upper", "lower", "expected"),
     [
         ("corp.example", "", (f"corp.example,{HERE}", f"corp.example,{HERE}")),
-        ("", "corp.example, localhost", ("corp.example,localhost,127.0.0.1,::1", "corp.example,localhost,127.0.0.1,::1")),
+        ("", "corp.example, localhost", ("corp.example,localhost,127.0.0.1,::1,0.0.0.0",) * 2),
         ("a.example", "b.example", (f"a.example,{HERE}", f"b.example,{HERE}")),
         ("*", "", ("*", "*")),
+        ("a.example, *", "", ("*", "*")),
+        ("*.corp.example [fd00::1]", "", (f".corp.example,fd00::1,{HERE}",) * 2),
+        ("fe80::/10,10.0.0.0/8", "", (f"fe80::/10,10.0.0.0/8,{HERE}", f"10.0.0.0/8,{HERE}")),
     ],
 )
 def test_what_is_excepted_already_is_kept(

@@ -89,3 +89,24 @@ def test_json_round_trip_and_size(tmp_path: Path) -> None:
     write_json(tmp_path / "d" / "a.json", {"ä": 1})
     assert read_json(tmp_path / "d" / "a.json") == {"ä": 1}
     assert tree_bytes(tmp_path) == tree_bytes(tmp_path / "d" / "a.json") == len('{\n  "ä": 1\n}\n'.encode())
+
+
+@pytest.mark.parametrize(("umask", "file", "program"), [(0o077, 0o600, 0o700), (0o022, 0o644, 0o755), (0o002, 0o664, 0o775)])
+def test_what_appears_whole_has_the_permissions_the_umask_says(umask: int, file: int, program: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        with staged(tmp_path / "model") as target:
+            target.mkdir()
+            for name, mode in (
+                ("weights", 0o600),
+                ("open", 0o666),
+                ("program", 0o711),
+            ):  # as safetensors, and as compilers leave them
+                (target / name).write_text("x")
+                (target / name).chmod(mode)
+        write_atomic(tmp_path / "note", "x")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (*(tmp_path / "model").iterdir(), tmp_path / "note")}
+    assert modes == {"weights": file, "open": file, "program": program, "note": file}
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o777 & ~umask

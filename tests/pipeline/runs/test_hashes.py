@@ -67,3 +67,17 @@ def test_what_is_gone_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "a").unlink()
     HashCache(tmp_path).tree(tmp_path / "b")
     assert list(json.loads((tmp_path / ".hashes.json").read_text())) == [str(tmp_path / "b")]
+
+
+def test_of_a_folder_that_cannot_be_written_hashes_are_kept_in_the_users_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "w").write_text("weights")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(hashes, "writable", lambda folder: False)  # root, as which tests may run, writes everywhere
+    _settle(tmp_path, monkeypatch)
+    digest = HashCache(tmp_path / "run").tree(tmp_path / "run" / "w")
+    assert not (tmp_path / "run" / ".hashes.json").exists()
+    monkeypatch.setattr(hashes, "sha256_file", lambda path: "read again")
+    assert HashCache(tmp_path / "run").tree(tmp_path / "run" / "w") == digest
