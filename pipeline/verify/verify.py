@@ -97,7 +97,7 @@ def _backend(run: RunFolder, name: str, settings: Settings, material: Material, 
             evidence = wait_for(interrogate(started.endpoint, run, material, plan, log.info))
             return judged(evidence, material), evidence
         except PipelineError as error:
-            return absent(name, "failed", str(error), launched(started.endpoint)), None
+            return absent(name, "failed", str(error), launched(started.endpoint, run)), None
 
 
 def summary_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
