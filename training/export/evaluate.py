@@ -87,8 +87,9 @@ def answer_all(folder: Path, rows: Sequence[HeldOut], partial: Partial, now: dat
     longest = max(len(tokenizer(prompts[order[0]], add_special_tokens=False)["input_ids"]), 1)
     size = max(1, _BATCH_TOKENS // (longest + budget))
     said = time.monotonic()
-    quiet = not logging.getLogger().isEnabledFor(logging.INFO)
-    for start in tqdm(range(0, len(order), size), desc=f"answers of {folder.name}", disable=quiet):
+    # where nothing is said of it, tqdm's own variable says whether there is a bar
+    quiet: dict[str, Any] = {} if logging.getLogger().isEnabledFor(logging.INFO) else {"disable": True}
+    for start in tqdm(range(0, len(order), size), desc=f"answers of {folder.name}", **quiet):
         chosen = order[start : start + size]
         if all(i in answers for i in chosen):
             continue

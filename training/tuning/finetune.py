@@ -153,6 +153,7 @@ def _train(job: Job) -> dict[str, Any]:
     model = trainers.trainable(job.base.folder, params, backend, dtype)
     require_free_space(run.path, _disk_need(model), "fine-tuning (adapter and checkpoints)")
     trainer = trainers.make_trainer(model, run.checkpoints, params, dtype, job.rows.examples, job.held_out.examples[:_EVAL_ROWS])
+    log.info("finetune: model loaded; the held-out rows are scored before the first step")
     before = trainer.evaluate()["eval_loss"]
     started = time.monotonic()
     checkpoint = checkpoints.latest(run.checkpoints, job.noted)

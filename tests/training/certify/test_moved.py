@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -172,3 +175,13 @@ def test_the_output_folder_may_be_a_link_relative_or_end_with_a_slash(
         run = RunFolder(project.name, Path(output))
         assert set(_checks(run).values()) == {"passed"}, output
         assert all(_exported_again(run)), output
+
+
+def test_an_export_without_a_terminal_prints_lines_and_no_bars(project: RunFolder) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TQDM_")}
+    command = [sys.executable, "-m", "pipeline", "export", "--name", project.name, "--output", str(project.output)]
+    done = subprocess.run([*command, "--force", "evaluate"], capture_output=True, env=environment, timeout=300, check=False)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert b"evaluate_tuned: done" in said
+    assert not [word for word in (b"\r", b"it/s", b"s/it", b"Loading weights", b"Tensorflow", b"Unsloth") if word in said], said
