@@ -51,7 +51,7 @@ check: $(STAMP) ## format, lint, types and the fast tests
 	$(BIN)/python -m pytest -q -m "not slow and not e2e"
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
-	$(BIN)/jupyter lab notebooks
+	JUPYTER_PATH="$$(cd '$(VENV)' && pwd)/share/jupyter$${JUPYTER_PATH:+:$$JUPYTER_PATH}" $(BIN)/jupyter lab notebooks
 
 train: $(STAMP) ## fine-tune only: adapter/
 	$(PIPELINE) train $(RUN) $(TRAIN_OPTIONS)

@@ -4,8 +4,10 @@ import ast
 import contextlib
 import inspect
 import logging
+import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +32,8 @@ log = logging.getLogger(__name__)
 FOLDER = Path(__file__).parents[1] / "notebooks"
 STAGES = ("01_finetune", "02_export", "03_serve", "04_verify")
 _LOCAL = ("BASE", "DATA", "EVAL_DATA")
+_SOCKET_PATH = 80  # characters: the system takes 107 (104 on a Mac) with the file's name
+_ASIDE = ("NAME", "OUTPUT", "FORCE", "SAVE_STEPS")
 
 
 @dataclass(frozen=True)
@@ -125,8 +129,42 @@ def _execute(notebook: Path, copy: Path, parameters: Mapping[str, Any]) -> None:
     terminal = [handler for handler in logging.getLogger().handlers if not isinstance(handler, logging.FileHandler)]
     loud = log.isEnabledFor(logging.INFO) and any(handler.level < logging.WARNING for handler in terminal)
     shown = MaskingWriter(sys.stderr) if loud else None
-    told = {"progress_bar": False, "stderr_file": shown, "stdout_file": shown}
-    papermill.execute_notebook(str(notebook), str(copy), dict(parameters), kernel_name="python3", cwd=str(FOLDER), **told)
+    told: dict[str, Any] = {"progress_bar": False, "stderr_file": shown, "stdout_file": shown}
+    with tempfile.TemporaryDirectory(prefix="granite-") as scratch:
+        told |= {"kernel_name": "python3", "kernel_manager_class": _own_kernel(Path(scratch))}
+        papermill.execute_notebook(str(notebook), str(copy), dict(parameters), cwd=str(FOLDER), **told)
+
+
+def _own_kernel(scratch: Path) -> type:
+    """A manager of kernels that are this very Python, whatever kernelspecs, start-up files and profiles this user has.
+
+    It finds the modules that this process finds, and is spoken to through sockets below ``scratch``: no port, no proxy.
+    """
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+
+    found = list(dict.fromkeys([str(FOLDER.parent), *(os.path.abspath(path) for path in sys.path if path)]))  # noqa: PTH100
+    begin = f"import sys; sys.path[:] = {found!r}; from ipykernel.kernelapp import launch_new_instance as begin; begin()"
+    argv = [sys.executable, "-c", begin, "-f", "{connection_file}", "--InteractiveShellApp.exec_PYTHONSTARTUP=False"]
+    # the kernel works in another folder, and so does what it starts
+    given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    environment = {"IPYTHONDIR": str(scratch / "ipython")}
+    if whole := os.pathsep.join(os.path.abspath(path) for path in given):  # noqa: PTH100
+        environment["PYTHONPATH"] = whole
+    spec = KernelSpec(argv=argv, display_name="Python 3", language="python", env=environment)
+    spoken = {"connection_file": str(scratch / "kernel.json")}
+    if len(str(scratch)) < _SOCKET_PATH:
+        spoken["transport"] = "ipc"
+
+    class OwnKernel(AsyncKernelManager):  # type: ignore[misc,unused-ignore]
+        def __init__(self, **traits: Any) -> None:
+            super().__init__(**{**traits, **spoken})
+
+        @property
+        def kernel_spec(self) -> KernelSpec:
+            return spec
+
+    return OwnKernel
 
 
 @contextmanager
@@ -164,7 +202,10 @@ def _as_ours(error: Any, copy: Path) -> PipelineError:
 
 
 def inputs(run: RunFolder, stages: Sequence[str], parameters: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the outcome of a run depends on; None when that cannot be told, as for a hub id that may have moved on."""
+    """What the outcome of a run depends on: files count by content, and neither the run's name nor how often it is saved does.
+
+    None when that cannot be told, as for a hub id that may have moved on.
+    """
     hashes, named = HashCache(run.base_cache), {}
     for name in _LOCAL:
         value = parameters.get(name)
@@ -177,7 +218,7 @@ def inputs(run: RunFolder, stages: Sequence[str], parameters: Mapping[str, Any])
         named[name] = hashes.tree(path) if path.exists() else [hashes.tree(found) for found in paths]
     return {
         "stages": list(stages),
-        "parameters": {k: v for k, v in parameters.items() if k not in ("FORCE", "OUTPUT")},
+        "parameters": {k: v for k, v in parameters.items() if k not in (*_ASIDE, *named)},
         "files": named,
         **product(),
         "settings": sha256_json([asdict(setting) for setting in config.resolved()]),

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import io
 import logging
 import signal
 import sys
@@ -91,6 +92,9 @@ def main() -> None:
     """Entry point of the console script: errors become their message and exit code, a defect its masked traceback and 3."""
     # a terminated run must stop what it started, as an interrupted one does
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal or pipe of another alphabet shows a replacement, and stops nothing
+            stream.reconfigure(errors="replace")
     sys.argv[1:] = _bare_force(sys.argv[1:])
     try:
         if sys.argv[1:] not in ([], ["-h"], ["--help"], ["--version"]):

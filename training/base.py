@@ -3,6 +3,7 @@
 The embedded one is SmolLM2-135M-Instruct out of its GGUF, in the Granite architecture and chat format; no torch is needed.
 """
 
+import contextlib
 import importlib.util
 import logging
 import math
@@ -70,6 +71,11 @@ class BaseModel:
                 return cls(EMBEDDED, folder, None, training.base.sha256, _NOTE)
         if (kept := Path(training.base_folder)).is_absolute() and kept.is_dir() and hashes.tree(kept) == training.base.sha256:
             return cls(training.base.id, kept, training.base.revision, training.base.sha256, training.base.note)
+        places = [Path(parameters["base"]) for parameters in training.places(run.path)]
+        for place in places if places[1:] else ():
+            with contextlib.suppress(PipelineError):
+                if place.is_dir() and (model := resolve(str(place), run.base_cache)).sha256 == training.base.sha256:
+                    return model
         return resolve(asked, run.base_cache, training.base.revision)
 
 

@@ -1,8 +1,10 @@
 """Everything that can be set for a fine-tune, in one place, with its default."""
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from pipeline.errors import InputError
@@ -83,7 +85,7 @@ class FinetuneParameters:
             if name in ("base", "revision", "data", "eval_data") and not (_is(value, str) and value):
                 raise InputError(f"{name}={value!r} must be text")
         # the same file is the same training, however it was typed and wherever the notebook runs
-        for name in ("base", "data", "eval_data"):
+        for name in _PATHS:
             if getattr(self, name):
                 object.__setattr__(self, name, absolute(getattr(self, name)))
 
@@ -101,6 +103,11 @@ class FinetuneParameters:
         """Take each field from the notebook variable of the same name in capitals."""
         return cls(**{field.name: names[field.name.upper()] for field in fields(cls) if field.name.upper() in names})
 
+    def beside(self, folder: Path) -> dict[str, str]:
+        """The paths among the parameters, as they are seen from a folder."""
+        paths = {name: getattr(self, name) for name in _PATHS if getattr(self, name) and Path(getattr(self, name)).is_absolute()}
+        return {name: os.path.relpath(path, folder.resolve()) for name, path in paths.items()}
+
     def reading(self) -> Reading:
         """How rows are to be read."""
         return reading(self.columns, self.ignore, self.greeting, self.repeated)
@@ -109,6 +116,20 @@ class FinetuneParameters:
         """All parameters as a dict, the learning rate as it is in force; how rows are read only where it was chosen."""
         chosen = {name: value for name, value in asdict(self).items() if name not in _READING or value != _READING[name]}
         return {**chosen, "learning_rate": self.peak_learning_rate}
+
+
+_PATHS = ("base", "data", "eval_data")
+# of a fine-tune's inputs: where base and data lie, for their hashes count, and how often it is saved
+_NOT_CONTENT = {"parameters": (*_PATHS, "revision", "save_steps"), "base": ("id", "revision", "note")}
+
+
+def content(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the outcome of a fine-tune depends on, of its recorded inputs: a base or data file that was moved is the same one."""
+    kept = {part: said for part, said in inputs.items() if part != "beside"}
+    for part, names in _NOT_CONTENT.items():
+        if isinstance(kept.get(part), Mapping):
+            kept[part] = {name: value for name, value in kept[part].items() if name not in names}
+    return kept
 
 
 # how rows are read, and the values under which nothing was chosen: a run from before there was a choice is the same run

@@ -91,4 +91,5 @@ def log_to_stderr(level: int) -> None:
         coloured = RichHandler(console=out, show_path=False, show_level=False, log_time_format="%H:%M:%S")
         log.begin(coloured, level, words="%(message)s")
     else:
+        log.without_bars()
         log.begin(logging.StreamHandler(), level)

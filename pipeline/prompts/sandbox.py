@@ -59,18 +59,23 @@ def _size(value: Any) -> int:
     return sum(map(_size, value)) if isinstance(value, list | tuple) else 8
 
 
+# where Python finds its own libraries
+_LIBRARIES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK_LIBRARY_PATH")
+
+
 class _Worker:
     """The rendering process and its two pipes."""
 
     def __init__(self) -> None:
         self.owner = os.getpid()
-        root = str(Path(__file__).parents[2])
+        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+        kept = {name: os.environ[name] for name in _LIBRARIES if name in os.environ}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pipeline.prompts.sandbox_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={"PYTHONPATH": root, "PATH": os.defpath, "PYTHONUTF8": "1"},
+            env={**kept, "PYTHONPATH": path, "PATH": os.defpath, "PYTHONUTF8": "1"},
             start_new_session=True,  # Ctrl-C is for us to answer
         )
         if self._read(1, _START_SECONDS) != OK:

@@ -1,9 +1,11 @@
 """What is logged: to the terminal or notebook, and for a run with date and time in a file of its folder; secrets masked."""
 
+import io
 import logging
+import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from pipeline.runs.folder import RunFolder
@@ -12,7 +14,9 @@ from pipeline.runs.text import MaskingFilter
 _TIMED = "%(asctime)s %(message)s"
 # libraries of which only errors are told
 _NOISY = ["httpx", "papermill", "torchao", "transformers", "asyncio", "matplotlib", "torch.utils._pytree"]
-_NOISY += ["IPKernelApp", "traitlets"]
+_NOISY += ["IPKernelApp", "traitlets", "datasets", "bitsandbytes", "tensorflow", "unsloth", "unsloth_zoo", "huggingface_hub"]
+# tqdm's bars, whichever library draws them; read when that is imported
+_BARS = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 def begin(handler: logging.Handler, level: int = logging.INFO, *, words: str = _TIMED, again: bool = False) -> None:
@@ -21,6 +25,24 @@ def begin(handler: logging.Handler, level: int = logging.INFO, *, words: str = _
     logging.basicConfig(level=level, format=words, datefmt="%H:%M:%S", handlers=[handler], force=again)
     for noisy in _NOISY:
         logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def without_bars() -> None:
+    """Keep libraries, here and in what is started from here, from drawing bars: in a file each step of one is a line's worth."""
+    for name, value in _BARS.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def unheard(of: logging.Logger) -> Iterator[None]:
+    """What a library prints inside is not for the user: it goes to the log at DEBUG."""
+    said = io.StringIO()
+    try:
+        with redirect_stdout(said):
+            yield
+    finally:
+        for line in filter(str.strip, said.getvalue().splitlines()):
+            of.debug("%s", line)
 
 
 class _Quiet(logging.FileHandler):

@@ -1,7 +1,10 @@
-"""The run's manifest: every stage appends what it read, with which parameters, and the hashes of what it made."""
+"""The run's manifest: every stage appends what it read, with which parameters, and the hashes of what it made.
+
+A run folder can be moved: artefacts and what was started are named relative to it, and the run is called as its folder is.
+"""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
@@ -12,11 +15,12 @@ from pipeline.errors import InputError
 from pipeline.runs import lock
 from pipeline.runs.files import read_json, tree_bytes, write_json
 from pipeline.runs.hashes import HashCache, sha256_json
-from pipeline.runs.text import masked
+from pipeline.runs.text import masked, relative
 
 SCHEMA = 1
 _KEPT = 20
 _Json = Mapping[str, Any]
+Counts = Callable[[_Json], _Json]
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class BaseRecord:
 class TrainingRecord:
     """What the fine-tune recorded: what it was given (``base``, ``data`` hashes by part, ``parameters``), then what came of it.
 
+    ``beside`` has the paths among the parameters as seen from the run folder: who moves that may move all of it.
+
     ``history`` has a record a logged step, ``eval_loss`` is the held-out loss ``before`` and ``after``, ``system`` the system
     message that all rows share, ``date`` what dated chat templates were told, ``account`` what became of the rows' keys,
     ``base_folder`` where a hub's snapshot lay. What an older version did not record is empty.
@@ -74,6 +80,7 @@ class TrainingRecord:
     base: BaseRecord
     data: Mapping[str, str]
     parameters: _Json
+    beside: Mapping[str, str] = field(default_factory=dict)
     method: str = ""
     trainer: str = ""
     dtype: str = ""
@@ -94,6 +101,13 @@ class TrainingRecord:
         given = {"data": {}, "parameters": {}, **record.inputs}
         base = BaseRecord(**_known(BaseRecord, given.get("base", {})))
         return cls(**_known(cls, {**record.result, **given, "base": base}))
+
+    def places(self, run: Path) -> list[dict[str, Any]]:
+        """The parameters as they were, then with paths as they are seen from the run folder now: hashes say which are meant."""
+        moved = {
+            name: path for name, seen in self.beside.items() if (path := str((run / seen).resolve())) != self.parameters[name]
+        }
+        return [dict(self.parameters), *([{**self.parameters, **moved}] if moved else [])]
 
     @property
     def full(self) -> bool:
@@ -139,7 +153,7 @@ def _known(record: type, raw: _Json) -> dict[str, Any]:
 
 
 class Manifest:
-    """``manifest.json`` of one run; artefact paths are stored relative to its folder."""
+    """``manifest.json`` of one run; paths below its folder are stored relative to it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -149,8 +163,8 @@ class Manifest:
 
     @property
     def run(self) -> str:
-        """Name of the run."""
-        return str(self.data["run"])
+        """Name of the run: its folder's, which may be another one than when it was made."""
+        return self.path.absolute().parent.name
 
     @property
     def stages(self) -> dict[str, StageRecord]:
@@ -181,15 +195,22 @@ class Manifest:
         """What the last verification served, by backend."""
         return {name: ServedRecord.from_json(raw) for name, raw in self.data.get("served", {}).items()}
 
-    def holds(self, record: StageRecord | None, inputs: _Json) -> bool:
-        """True when a record was made with exactly these inputs and its artefacts are on disk unchanged."""
-        if record is None or record.key != sha256_json(inputs):
+    def holds(self, record: StageRecord | None, inputs: _Json, counts: Counts = dict) -> bool:
+        """True when a record was made with these inputs, as far as they count, and its artefacts are on disk unchanged."""
+        if record is None or not (record.key == sha256_json(inputs) or _same(record, inputs, counts)):
             return False
         return all(self._unchanged(relative, seen) for relative, seen in record.artefacts.items())
 
     def record(self, name: str, inputs: _Json, artefacts: list[Path], result: _Json, seconds: float) -> None:
         """Store a finished stage: its inputs, the hash of each artefact and its results; written atomically."""
-        record = sealed(self.entry(inputs, artefacts, result, seconds))
+        self._store(name, self.entry(inputs, artefacts, result, seconds))
+
+    def restate(self, name: str, inputs: _Json) -> None:
+        """Give a stage's record inputs that count the same: its base or data lie elsewhere now."""
+        self._store(name, {**self.data["stages"][name], "key": sha256_json(inputs), "inputs": dict(inputs)})
+
+    def _store(self, name: str, entry: _Json) -> None:
+        record = sealed({key: value for key, value in entry.items() if key != "seal"})
         with self.changing() as data:
             data["stages"][name] = record
 
@@ -226,7 +247,7 @@ class Manifest:
         """Add a dated entry to a list in the manifest, of which the last twenty are kept; written atomically."""
         at = datetime.now(UTC).isoformat(timespec="seconds")
         with self.changing() as data:
-            data[key] = [*data.get(key, []), {"at": at, **entry}][-_KEPT:]
+            data[key] = [*data.get(key, []), {"at": at, **relative(entry, self.path.parent)}][-_KEPT:]
 
     @contextmanager
     def changing(self) -> Iterator[dict[str, Any]]:
@@ -252,6 +273,12 @@ class Manifest:
     def seal(self, path: Path) -> Seal:
         """Hash and size of a file or folder as it is now."""
         return Seal(self.sha256(path), tree_bytes(path))
+
+
+def _same(record: StageRecord, inputs: _Json, counts: Counts) -> bool:
+    """Whether a record that nobody edited has inputs that count as these do."""
+    whole = record.intact is not False and record.key == sha256_json(record.inputs)
+    return whole and sha256_json(counts(record.inputs)) == sha256_json(counts(inputs))
 
 
 def sealed(record: _Json) -> dict[str, Any]:

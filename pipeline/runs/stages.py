@@ -16,7 +16,7 @@ from pipeline.runs import log as runlog
 from pipeline.runs.files import disk_errors_named, write_atomic
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import sha256_json, sha256_tree
-from pipeline.runs.manifest import Manifest
+from pipeline.runs.manifest import Counts, Manifest
 
 log = logging.getLogger(__name__)
 NAMES = ("finetune", "merge", "gguf", "modelfile", "evaluate_base", "evaluate_tuned", "verify")
@@ -56,16 +56,19 @@ def run_stage(
     work: Callable[[], dict[str, Any]],
     *,
     force: Force = False,
+    counts: Counts = dict,
 ) -> StageResult:
     """Do ``work`` unless the manifest says it was done with the same inputs and its artefacts are unchanged.
 
-    The run is locked, and its log written to ``logs/``, while the stage works. Raises RunLocked, DiskFull and Interrupted.
+    ``counts`` takes from the inputs what the outcome depends on; the others are recorded, and recorded anew when they change. The run is locked, and its log written to ``logs/``, while the stage works. Raises RunLocked, DiskFull and Interrupted.
     """
     again = forced(force, name)
     with lock.held(run, name), disk_errors_named(run.path):
         manifest = Manifest(run.manifest)
         before = manifest.stage(name)
-        if before and not again and manifest.holds(before, inputs):
+        if before and not again and manifest.holds(before, inputs, counts):
+            if before.key != sha256_json(inputs):
+                manifest.restate(name, inputs)
             log.info("%s: nothing changed since %s, skipped", name, before.finished_at)
             return StageResult(name, True, before.result, before.seconds)
         with runlog.written(run, name), interrupt.graceful(log):

@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 MASK = "********"
@@ -82,6 +83,14 @@ def _mapped(value: Any, leaf: Callable[[Any], Any], hidden: re.Pattern[str] | No
     if isinstance(value, list | tuple):
         return [_mapped(item, leaf, hidden) for item in value]
     return leaf(value)
+
+
+def relative(value: Any, folder: Path) -> Any:
+    """A copy of JSON-like data in which paths below a folder begin with ``./``: they stay true when the folder is moved."""
+    names = sorted({str(path) for path in (folder, folder.absolute(), folder.resolve())}, key=len, reverse=True)
+    # at the start of a word, a value or a list's entry: inside of one it is part of another path
+    inside = re.compile(rf"(?<![^\s=:,;'\"(]){'|'.join(map(re.escape, names)).join(('(?:', ')'))}(?=/)")
+    return _mapped(value, lambda leaf: inside.sub(".", leaf) if isinstance(leaf, str) else leaf)
 
 
 def visible(text: str) -> str:

@@ -90,9 +90,15 @@ def read(folder: Path, engine: str) -> Record | None:
         process, ready = said["process"], said["ready"]
         started = None if process is None else Server.from_json(process)
         earlier = tuple(map(Ready.from_json, said.get("earlier", ())))
-        return Record(engine, started, None if ready is None else Ready.from_json(ready), earlier)
+        return Record(engine, _ours(started, folder), None if ready is None else Ready.from_json(ready), earlier)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not a server record ({error!r})", remedy="delete it") from None
+
+
+def _ours(process: Server | None, folder: Path) -> Server | None:
+    """The process, unless its log lies in another folder: this one is a copy, and what was copied is not to stop another's server."""
+    own = folder.parent.resolve()
+    return None if process and process.log.exists() and not process.log.resolve().is_relative_to(own) else process
 
 
 def save(folder: Path, record: Record) -> Path:

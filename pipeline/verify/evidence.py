@@ -33,7 +33,7 @@ from pipeline.runs.files import read_json
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import HashCache, sha256_json, sha256_tree
 from pipeline.runs.manifest import Manifest
-from pipeline.runs.text import masked
+from pipeline.runs.text import masked, relative
 from pipeline.serve.artefacts import written_after
 from pipeline.serve.start import Endpoint
 from pipeline.verify.distributions import Reference, fold
@@ -64,7 +64,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything that one backend is judged on; ``problems`` says what it could not be asked.
+    """Everything that one backend is judged on; ``problems`` says what it could not be asked. Paths of the run are relative to it.
 
     ``loaded_sha256`` is the file's hash when the server had started, ``file_newer`` that the file was written after that.
     ``process`` and ``asked`` tell the server and the prompts apart from others; ``reused`` says when the answers were given,
@@ -121,7 +121,7 @@ class Evidence:
         if self.loaded_sha256 is None or self.loaded_sha256 != endpoint.sha256:
             return False
         if self.copy is not None:  # named by its own hash
-            same = self.file == file and not self.copy.problems
+            same = self.file == relative(file, run.path) and not self.copy.problems
         else:
             # remembered hashes are enough here: the file is read whole once its server has been asked
             same = Path(file).exists() and HashCache(run.path).tree(Path(file)) == self.loaded_sha256
@@ -175,10 +175,10 @@ async def interrogate(
         version=endpoint.version,
         dtype=engine.served_dtype(endpoint.server.argv if endpoint.server else ()),
         rows=rows,
-        file=file,
+        file=relative(file, run.path),
         loaded_sha256=endpoint.sha256,
         model=endpoint.model,
-        launched=launched(endpoint),
+        launched=launched(endpoint, run),
         process=_process(endpoint),
         asked=_asked(material, rows),
         at=at,
@@ -187,10 +187,10 @@ async def interrogate(
     )
 
 
-def launched(endpoint: Endpoint) -> dict[str, Any]:
-    """Which server it was and how it was started, as the report has it."""
+def launched(endpoint: Endpoint, run: RunFolder) -> dict[str, Any]:
+    """Which server it was and how it was started, as the report has it; paths below the run folder are relative to it."""
     plan, process = endpoint.plan or {}, endpoint.server
-    return {
+    said = {
         "engine_version": endpoint.version,
         "argv": list(process.argv) if process else None,
         "env": process.env if process else None,
@@ -200,6 +200,7 @@ def launched(endpoint: Endpoint) -> dict[str, Any]:
         "memory_gib": plan.get("memory_gib"),
         "memory_measured_gib": round(process.memory_gib(), 2) if process else None,
     }
+    return {name: relative(value, run.path) for name, value in said.items()}
 
 
 async def _chats(

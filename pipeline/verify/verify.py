@@ -114,7 +114,8 @@ def _backend(run: RunFolder, name: str, settings: Settings, material: Material, 
             evidence = wait_for(interrogate(started.endpoint, run, material, plan, log.info))
             return judged(evidence, material), evidence
         except PipelineError as error:
-            return absent(name, "failed", str(explained(started.endpoint, error)), launched(started.endpoint)), None
+            said = launched(started.endpoint, run)
+            return absent(name, "failed", str(explained(started.endpoint, error)), said), None
 
 
 def summary_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,8 +1,10 @@
 """The links of the certificate that need no server: adapter, merge and answers, recomputed from the files."""
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from pipeline.certify import hub
 from pipeline.certify.certificate import Certificate, Data, Subject, hashes, make, save
@@ -48,10 +50,19 @@ def read_subject(run: RunFolder) -> Subject:
     except (PipelineError, OSError, LookupError, TypeError, ValueError) as error:
         missing["base"] = f"the base model cannot be had here: {str(error).splitlines()[0]}"
     try:
-        data = _data(run, FinetuneParameters(**training.parameters))
+        places = training.places(run.path)
+        same = (parameters for parameters in places if places[1:] and _sha256(parameters) == training.data)
+        data = _data(run, FinetuneParameters(**next(same, training.parameters)))
     except (PipelineError, OSError, LookupError, TypeError, ValueError) as error:
         missing["data"] = f"the dataset cannot be read here: {str(error).splitlines()[0]}"
     return Subject(run, manifest, base, sha256, data, missing, hashes(run))
+
+
+def _sha256(parameters: Mapping[str, Any]) -> dict[str, str]:
+    """Hashes of the data files as they lie there now; none when they cannot be read."""
+    with contextlib.suppress(PipelineError, OSError):
+        return {part: dataset.sha256 for part, dataset in read_files(FinetuneParameters(**parameters)).items()}
+    return {}
 
 
 def _data(run: RunFolder, params: FinetuneParameters) -> Data:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
@@ -17,11 +18,12 @@ from pipeline.runs.hashes import sha256_file, sha256_json
 from pipeline.runs.manifest import Manifest
 from pipeline.runs.stages import Force, Partial, StageResult, run_stage
 from pipeline.verify.score import Answer, HeldOut, answer_budget, fields_of, read_held_out, score
-from training.base import BaseModel
+from training.export.merge import trained_base
 from training.memory import evaluate_need, require_memory
 
 log = logging.getLogger(__name__)
 _RECIPE = 1
+_EVERY_SECONDS = 10.0
 # tokens of a batch, prompts and answers padded: fills a CPU's matrix products, and stays small beside the weights on a GPU
 _BATCH_TOKENS = 16384
 
@@ -29,23 +31,24 @@ _BATCH_TOKENS = 16384
 def evaluate(run: RunFolder, *, force: Force = False) -> dict[str, StageResult]:
     """Answer the held-out prompts with the base and with ``merged_fp16``; each half is skipped when unchanged."""
     manifest = Manifest(run.manifest)
-    date = manifest.require_training().date
-    base = BaseModel.of_run(run)
+    training = manifest.require_training()
+    date = training.date
     rows = read_held_out(run.heldout)
-    dated = {"date": date} if date and "strftime_now" in ChatTemplate.from_folder(base.folder).source else {}
+    dated = {"date": date} if date and "strftime_now" in ChatTemplate.from_folder(run.merged).source else {}
     # answers in free text were once cut shorter than they are served now
     free = {} if fields_of(rows) else {"budget": "free text"}
     # documents and the marks of calls were once left out, and thoughts cut short
     more = {"rows": "documents and calls"} if any(row.marks or row.documents or row.thinks for row in rows) else {}
     shared = {"recipe": _RECIPE, "heldout": sha256_file(run.heldout), **dated, **free, **more}
     now = datetime.fromisoformat(date) if date else None
-    models = {"base": (base.folder, base.sha256), "tuned": (run.merged, manifest.sha256(run.merged))}
+    models = {"base": training.base.sha256, "tuned": manifest.sha256(run.merged)}
     results = {}
-    for which, (folder, sha256) in models.items():
+    for which, sha256 in models.items():
         target = run.reference(which)
         inputs = {**shared, "model": sha256}
 
-        def work(folder: Path = folder, target: Path = target, key: str = sha256_json(inputs)) -> dict[str, Any]:
+        def work(which: str = which, target: Path = target, key: str = sha256_json(inputs)) -> dict[str, Any]:
+            folder = trained_base(run) if which == "base" else run.merged
             partial = Partial(target.with_suffix(".part"), key)
             answers = answer_all(folder, rows, partial, now)
             write_atomic(target, "".join(json.dumps(_written(answer), ensure_ascii=False) + "\n" for answer in answers))
@@ -83,8 +86,10 @@ def answer_all(folder: Path, rows: Sequence[HeldOut], partial: Partial, now: dat
         log.info("%s: %d of %d answers are there from before", folder.name, len(answers), len(rows))
     longest = max(len(tokenizer(prompts[order[0]], add_special_tokens=False)["input_ids"]), 1)
     size = max(1, _BATCH_TOKENS // (longest + budget))
-    quiet = not logging.getLogger().isEnabledFor(logging.INFO)
-    for start in tqdm(range(0, len(order), size), desc=f"answers of {folder.name}", disable=quiet):
+    said = time.monotonic()
+    # where nothing is said of it, tqdm's own variable says whether there is a bar
+    quiet: dict[str, Any] = {} if logging.getLogger().isEnabledFor(logging.INFO) else {"disable": True}
+    for start in tqdm(range(0, len(order), size), desc=f"answers of {folder.name}", **quiet):
         chosen = order[start : start + size]
         if all(i in answers for i in chosen):
             continue
@@ -96,6 +101,9 @@ def answer_all(folder: Path, rows: Sequence[HeldOut], partial: Partial, now: dat
         made = {i: _answer(ids, tokenizer, rows[i].marks) for i, ids in zip(chosen, new, strict=True)}
         answers |= made
         partial.add({str(i): _written(answer) for i, answer in made.items()})
+        if time.monotonic() - said > _EVERY_SECONDS:
+            said = time.monotonic()
+            log.info("%s: %d of %d prompts answered", folder.name, len(answers), len(rows))
     return [answers[i] for i in range(len(rows))]
 
 

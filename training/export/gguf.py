@@ -160,7 +160,10 @@ def _converter() -> Path:
 
 def _run(words: list[str], environment: dict[str, str], timeout: float | None = None) -> subprocess.CompletedProcess[str]:
     """Python in a session of its own: Ctrl-C is for us to answer, and this is a step that it lets finish."""
-    command, whole = [sys.executable, *words], {**os.environ, **environment}
+    # found too where this was started from a checkout that is not installed
+    places = [str(Path(pipeline.__file__).parents[1]), os.environ.get("PYTHONPATH")]
+    whole = {**os.environ, **environment, "PYTHONPATH": os.pathsep.join(filter(None, places))}
+    command = [sys.executable, *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=whole, start_new_session=True)
 
 

@@ -1,6 +1,7 @@
 """Merge: base + adapter -> ``merged_fp16/``, with every loss of range to float16 reported."""
 
-from functools import partial
+from pathlib import Path
+from typing import Any
 
 from pipeline.errors import ModelError, PipelineError
 from pipeline.runs.folder import RunFolder
@@ -16,13 +17,27 @@ def merge(run: RunFolder, *, force: Force = False) -> StageResult:
     """Write ``merged_fp16/`` from the run's base and adapter; skipped when both are unchanged."""
     manifest = Manifest(run.manifest)
     training = require_trained(run)
-    base = BaseModel.of_run(run)
-    if base.sha256 != training.base.sha256:
-        raise ModelError(f"base {base.id} has changed since run {run.name} was trained on it", remedy="train again")
     method = training.parameters["method"]
-    inputs = {"recipe": _RECIPE, "base": base.sha256, "adapter": manifest.sha256(run.adapter), "method": method}
-    work = partial(merge_folder, base.folder, run.adapter, run.merged, full=training.full)
+    inputs = {"recipe": _RECIPE, "base": training.base.sha256, "adapter": manifest.sha256(run.adapter), "method": method}
+
+    def work() -> dict[str, Any]:
+        return merge_folder(trained_base(run), run.adapter, run.merged, full=training.full)
+
     return run_stage(run, "merge", inputs, [run.merged], work, force=force)
+
+
+def trained_base(run: RunFolder) -> Path:
+    """Folder of the base that the run was trained on; ModelError when it cannot be found or is another one by now."""
+    training = Manifest(run.manifest).require_training()
+    remedy = f"granite-pipeline train --name {run.name} --base FOLDER says where it lies now, and trains nothing again"
+    try:
+        base = BaseModel.of_run(run)
+    except ModelError as error:
+        raise ModelError(error.message, evidence=error.evidence, remedy=f"if it was moved: {remedy}") from None
+    if base.sha256 != training.base.sha256:
+        what = f"base {base.id} has changed since run {run.name} was trained on it"
+        raise ModelError(what, remedy=f"train again; or, if it was moved: {remedy}")
+    return base.folder
 
 
 def require_trained(run: RunFolder) -> TrainingRecord:

@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.errors import InputError
 from pipeline.runs.files import open_up, read_json, read_object, remove, sync_tree, write_json
 from pipeline.runs.hashes import sha256_file
+from training.parameters import content
 
 log = logging.getLogger(__name__)
 SEAL = "sealed.json"
@@ -96,6 +97,6 @@ def step(checkpoint: str | None) -> int:
 
 def _same(note: Path, inputs: dict[str, Any]) -> bool:
     try:
-        return bool(read_json(note) == json.loads(json.dumps(inputs)))
+        return bool(content(read_object(note)) == content(json.loads(json.dumps(inputs))))
     except InputError:
         return False

@@ -22,7 +22,7 @@ from training import preflight
 from training.base import BaseModel, resolve
 from training.datasets.dataset import SOC_EVAL, SOC_TRAIN, Dataset, Row, load, overlap, split
 from training.memory import finetune_need, require_memory
-from training.parameters import FinetuneParameters
+from training.parameters import FinetuneParameters, content
 from training.tuning import checkpoints, trainers
 from training.tuning.prepare import Prepared, Preparer, held_out_line
 from training.tuning.view import account, told
@@ -103,6 +103,7 @@ def finetune(run: RunFolder, params: FinetuneParameters, *, force: Force = False
         remedy = "train under another --name: the base is then kept"
         raise InputError(f"base {base.id} lies in run {run.name} itself, whose export would replace it", remedy=remedy)
     inputs = {"recipe": _RECIPE, "parameters": params.to_json(), "data": data.sha256, "base": base.to_json()}
+    inputs["beside"] = params.beside(run.path)
     if any(map(_more_than_text, (*data.train, *data.held_out))):
         inputs["preparation"] = _ROWS
 
@@ -127,7 +128,7 @@ def finetune(run: RunFolder, params: FinetuneParameters, *, force: Force = False
         return {**result, **kept, "account": keys, "date": noted["date"], "system": _shared_system(data.train)}
 
     with lock.held(run, "train"):
-        done = run_stage(run, STAGE, inputs, [run.adapter, run.heldout], work, force=force)
+        done = run_stage(run, STAGE, inputs, [run.adapter, run.heldout], work, force=force, counts=content)
         shutil.rmtree(run.checkpoints, ignore_errors=True)
     return done
 
@@ -154,6 +155,7 @@ def _train(job: Job) -> dict[str, Any]:
     model = trainers.trainable(job.base.folder, params, backend, dtype)
     require_free_space(run.path, _disk_need(model), "fine-tuning (adapter and checkpoints)")
     trainer = trainers.make_trainer(model, run.checkpoints, params, dtype, job.rows.examples, job.held_out.examples[:_EVAL_ROWS])
+    log.info("finetune: model loaded; the held-out rows are scored before the first step")
     before = trainer.evaluate()["eval_loss"]
     started = time.monotonic()
     checkpoint = checkpoints.latest(run.checkpoints, job.noted)

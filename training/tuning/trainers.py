@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.errors import EnvironmentFailure, MissingDependency
 from pipeline.machine.hardware import Hardware
 from pipeline.runs import interrupt
+from pipeline.runs import log as runlog
 from pipeline.runs.files import read_json
 from training.parameters import FinetuneParameters
 from training.tuning import checkpoints
@@ -59,7 +60,8 @@ def import_unsloth() -> Any:
         with warnings.catch_warnings():
             # said when a notebook has something of transformers loaded; our models are loaded after the patches either way
             warnings.filterwarnings("ignore", message=r"(?s).*Unsloth should be imported before")
-            import unsloth
+            with runlog.unheard(log):
+                import unsloth
 
             return unsloth
     finally:
@@ -90,12 +92,14 @@ def trainable(folder: Path, params: FinetuneParameters, backend: str, dtype: Any
 def _unsloth(folder: Path, params: FinetuneParameters, dtype: Any) -> Any:
     loader = import_unsloth().FastLanguageModel
     loading = {"load_in_4bit": params.method == "qlora", "full_finetuning": params.method == "full", "trust_remote_code": False}
-    model, _ = loader.from_pretrained(str(folder), max_seq_length=params.max_length, dtype=dtype, **loading)
+    with runlog.unheard(log):
+        model, _ = loader.from_pretrained(str(folder), max_seq_length=params.max_length, dtype=dtype, **loading)
     if params.method == "full":
         return model
     sparing = "unsloth" if _on_gpu() else False
     options = {**_lora(params), "target_modules": list(_UNSLOTH_TARGETS), "use_gradient_checkpointing": sparing}
-    return loader.get_peft_model(model, **options, random_state=params.seed)
+    with runlog.unheard(log):
+        return loader.get_peft_model(model, **options, random_state=params.seed)
 
 
 def _hf(folder: Path, params: FinetuneParameters, dtype: Any) -> Any:

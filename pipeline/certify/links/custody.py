@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 
 from pipeline import engines
 from pipeline.certify.certificate import Subject
@@ -144,10 +143,10 @@ def _launch(subject: Subject) -> Check:
 
 
 def _of_run(record: ServedRecord, subject: Subject) -> bool:
-    """Whether the model that an engine was told to load (the last one counts) is this run's file, and was when it started."""
+    """Whether what an engine loaded is this run's file: by the hash taken then, wherever the file or this copy of it lies now."""
     told = [value for flag, value in pairwise(record.argv or ()) if flag in _MODEL_FLAGS]
-    ours, known = (subject.run.merged, subject.run.gguf), record.sha256
-    if not told or known not in {None, *(subject.sha256.get(path.name) for path in ours)}:
-        return False
-    # a run folder that was moved since has its hash only
-    return Path(told[-1]).resolve() in {path.resolve() for path in ours} or bool(known and not Path(told[-1]).exists())
+    ours = (subject.run.merged, subject.run.gguf)
+    if told and record.sha256:
+        return record.sha256 in {subject.sha256.get(path.name) for path in ours}
+    # one whose hash nobody took is known by its place alone; the last flag counts
+    return bool(told) and (subject.run.path / told[-1]).resolve() in {path.resolve() for path in ours}

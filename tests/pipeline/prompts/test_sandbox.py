@@ -4,6 +4,7 @@ import signal
 import threading
 import time
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 
@@ -90,3 +91,15 @@ def test_the_process_knows_no_variables_of_ours(monkeypatch: pytest.MonkeyPatch)
             assert "planted" not in environment.read()
     finally:
         worker.end()
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="the environment of a process is read from /proc")
+def test_the_process_finds_the_libraries_that_this_one_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/nowhere/lib")
+    monkeypatch.setenv("PYTHONPATH", "/nowhere/packages")
+    monkeypatch.setenv("HF_TOKEN", "planted-value-0815")
+    with sandbox._Worker().process as process:
+        said = Path(f"/proc/{process.pid}/environ").read_bytes().decode()
+        process.kill()
+    assert "LD_LIBRARY_PATH=/nowhere/lib\0" in said and "/nowhere/packages\0" in said
+    assert "planted-value-0815" not in said

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -51,3 +55,29 @@ def test_a_quiet_terminal_stays_quiet(run: RunFolder) -> None:
         root.setLevel(level)
     assert shown == ["loud"]
     assert "quiet" in path.read_text()
+
+
+_NOTICES = """import logging, sys
+from pipeline.commands import show
+from pipeline.runs.log import unheard
+show.log_to_stderr(logging.INFO)
+import datasets
+from tqdm.auto import tqdm
+logging.getLogger("datasets.config").info("Disabling Tensorflow because USE_TORCH is set")
+logging.getLogger("bitsandbytes.cextension").warning("Failed to load CPU gemm_4bit_forward")
+with unheard(logging.getLogger("ours")):
+    print("Unsloth: no GPU found")
+for _ in tqdm(range(3), desc="Loading weights"):
+    pass
+logging.getLogger("ours").info("a line of %d words", 5 * 40)
+logging.getLogger("ours").info("x" * 300)"""
+
+
+def test_without_a_terminal_there_are_lines_with_the_time_and_no_bars_or_notices() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TQDM_", "HF_HUB_DISABLE"))}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[3])}
+    done = subprocess.run([sys.executable, "-c", _NOTICES], env=environment, capture_output=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert b"\r" not in done.stderr
+    said = done.stderr.decode().splitlines()
+    assert [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in said] == ["a line of 200 words", "x" * 300]

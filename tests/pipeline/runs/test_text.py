@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.runs.text import MaskingFilter, MaskingWriter, is_secret_name, mask, masked
+from pipeline.runs.text import MaskingFilter, MaskingWriter, is_secret_name, mask, masked, relative
 
 _KEY = "planted-value-0815"
 
@@ -106,3 +106,11 @@ def test_what_a_notebook_prints_is_masked_on_its_way_to_the_terminal(monkeypatch
     writer.write(f"a cell printed {_KEY}\n")
     writer.flush()
     assert shown.getvalue() == "a cell printed ********\n"
+
+
+def test_paths_below_a_folder_are_told_as_seen_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "out" / "mine"
+    said = {"argv": ["serve", f"--model={folder}/m", str(folder / "m.gguf"), f"/other{folder}/m", f"{folder}-2/m"], "n": 1}
+    assert relative(said, folder) == {"argv": ["serve", "--model=./m", "./m.gguf", f"/other{folder}/m", f"{folder}-2/m"], "n": 1}
+    monkeypatch.chdir(tmp_path)
+    assert relative(["out/mine/m", f"{folder}/m", "about out/mine"], Path("out/mine")) == ["./m", "./m", "about out/mine"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -95,3 +96,17 @@ def test_a_damaged_record_is_said_but_no_gateway_stops_for_it(damaged: str, run:
     with pytest.raises(InputError):
         records.running(run.servers)
     assert records.of_run(run, "vllm") is None and list(records.every(run.output)) == []
+
+
+def test_a_copied_run_leaves_the_server_of_the_first_alone_and_a_renamed_one_keeps_its_own(
+    run: RunFolder, process: Server
+) -> None:
+    records.save(run.servers, Record("vllm", process, READY))
+    copied = RunFolder("copied", run.output)
+    shutil.copytree(run.path, copied.path)
+    assert records.running(copied.servers) == [] and not records.stop(copied.servers, "vllm")
+    assert process.alive and records.of_run(copied, "vllm") == Record("vllm", None, READY)
+    renamed = RunFolder("renamed", run.output)
+    run.path.rename(renamed.path)
+    assert records.running(renamed.servers) == [process]
+    assert records.stop(renamed.servers, "vllm") and not process.alive
