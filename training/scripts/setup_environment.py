@@ -299,9 +299,10 @@ def sources() -> dict[str, str]:
 
     uv does not read pip.conf, and pip does not read uv's variables.
     """
-    listed = subprocess.run(
-        [sys.executable, "-m", "pip", "config", "list"], env=plain(), capture_output=True, text=True, check=False
-    )
+    # user, site and global are options of this verb too, and would leave out all other files
+    every = plain() | {"PIP_USER": "0", "PIP_SITE": "0", "PIP_GLOBAL": "0"}
+    command = [sys.executable, "-m", "pip", "config", "list"]
+    listed = subprocess.run(command, env=every, capture_output=True, text=True, check=False)
     told: dict[str, str] = {}
     for scope in ("global", "install", ":env:"):  # a later one counts
         for name, value in re.findall(rf"^{scope}\.([\w-]+)=(['\"].*['\"])$", listed.stdout, re.MULTILINE):
