@@ -21,9 +21,12 @@ help: ## list the targets
 	@echo "make TARGET [NAME=run] [BASE=embedded|hub id|folder] [DATA=soc|file] [EVAL_DATA=file] [BACKENDS=vllm,llamacpp] [ARGS='...']"
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-20s %s\n", $$1, $$2}'
 
+# the environment's own Python where there is one that starts, unless another was asked for
+SET_UP_WITH = $(if $(filter file,$(origin PYTHON)),$(shell '$(BIN)/python' -c '' 2>/dev/null && echo '$(BIN)/python' || echo $(PYTHON)),$(PYTHON))
+
 define INSTALL
-@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "no venv: install Python 3.11 or newer, or set PYTHON="; exit 3; }
-$(BIN)/python training/scripts/setup_environment.py --device $(DEVICE)
+@command -v $(SET_UP_WITH) >/dev/null || { echo "there is no $(SET_UP_WITH): install Python 3.11, 3.12 or 3.13, or name one (make setup PYTHON=python3.12)"; exit 3; }
+$(SET_UP_WITH) training/scripts/setup_environment.py --venv '$(VENV)' --device $(DEVICE)
 @rm -f $(VENV)/.ready-*
 @touch $(STAMP)
 endef

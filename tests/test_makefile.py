@@ -60,8 +60,19 @@ def test_set_up_is_not_left_out_because_it_was_done_before(tmp_path: Path) -> No
     stamp = re.search(r"touch (\S+)", _make("-n", "setup", f"VENV={tmp_path}").stdout)
     assert stamp
     Path(stamp[1]).touch()
-    assert "setup_environment.py --device cuda" in _make("-n", "setup", f"VENV={tmp_path}", "DEVICE=cuda").stdout
+    assert (
+        f"setup_environment.py --venv '{tmp_path}' --device cuda"
+        in _make("-n", "setup", f"VENV={tmp_path}", "DEVICE=cuda").stdout
+    )
     assert "setup_environment.py" not in _make("-n", "runs", f"VENV={tmp_path}").stdout
+
+
+def test_a_python_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    done = _make("setup", f"VENV={tmp_path}", "PYTHON=python3.99")
+    assert done.returncode != 0
+    assert "there is no python3.99: install Python 3.11, 3.12 or 3.13" in done.stdout + done.stderr
 
 
 def _make(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
