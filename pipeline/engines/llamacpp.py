@@ -19,7 +19,7 @@ from pipeline.machine.hardware import Hardware
 from pipeline.model.toolcalls import Call
 from pipeline.net.client import ask
 from pipeline.net.reach import get_json
-from pipeline.planning.gguf_fit import SHORT_SPIN, GgufFit, fit_gguf, gguf_plan
+from pipeline.planning.gguf_fit import GgufFit, fit_gguf, gguf_plan
 from pipeline.planning.overrides import Overrides
 from pipeline.planning.plan import Plan, Request, Setting
 from pipeline.prompts.conversation import Conversation, Prompt, openai_body
@@ -28,6 +28,13 @@ from pipeline.prompts.conversation import Conversation, Prompt, openai_body
 _ALIASES = {"--ctx-size": "-c", "--c": "-c", "--np": "--parallel", "--kvu": "--kv-unified", "--a": "--alias", "--m": "--model"}
 _ALIASES |= {"--t": "--threads", "--tb": "--threads-batch", "--ngl": "--n-gpu-layers", "--fa": "--flash-attn"}
 _ALIASES |= {"--ctk": "--cache-type-k", "--ctv": "--cache-type-v", "--b": "--batch-size", "--ub": "--ubatch-size"}
+# Its builds use OpenMP, whose threads sleep after so many spins: one per core also where the machine is shared. 1000 is libgomp's
+# own count when there are more threads than cores. Measured on 2 shared cores, tokens/s at 1, 8 and 32 requests:
+# sleeping at once 40, 59, 76; 1000 spins 81, 104, 91; 100,000 spins 106, 9, 13 (benchmarks/serve.py --sweep)
+_SPIN = "threads spin shortly at barriers, then sleep"
+_SHORT_SPIN = Setting(
+    "GOMP_SPINCOUNT", "1000", f"{_SPIN}: sleeping at once halves the speed, long spins stall a machine that is shared"
+)
 
 
 def _settings(request: Request, fit: GgufFit) -> list[Setting]:
@@ -44,7 +51,7 @@ def _settings(request: Request, fit: GgufFit) -> list[Setting]:
     if fit.on_gpu:
         return settings
     numa = Setting("--numa", "distribute", f"threads and memory spread over {cpu.numa_nodes} NUMA nodes")
-    return [*settings, numa, SHORT_SPIN] if cpu.numa_nodes > 1 else [*settings, SHORT_SPIN]
+    return [*settings, numa, _SHORT_SPIN] if cpu.numa_nodes > 1 else [*settings, _SHORT_SPIN]
 
 
 class LlamaCpp(Engine):

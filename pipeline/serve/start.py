@@ -222,7 +222,7 @@ def attach(engine_name: str, target: Target) -> Endpoint | None:
 def create_model(endpoint: Endpoint, target: Target, progress: Progress, plan: Plan | None = None) -> None:
     """Make the model in a running server (Ollama's) from the target's GGUF and Modelfile.
 
-    The plan's parameters (num_ctx, num_gpu) are for this machine and replace the Modelfile's.
+    The plan's parameters (num_ctx, num_gpu, num_thread) are for this machine and replace the Modelfile's.
     """
     engine = engines.get(endpoint.engine)
     if target.modelfile is None:
