@@ -16,6 +16,7 @@ from pipeline.engines.flags import listed_flags
 from pipeline.engines.listing import Listed, Listing, entries, integer
 from pipeline.errors import EngineError
 from pipeline.model.toolcalls import Call
+from pipeline.net.chat import Defaults
 from pipeline.net.client import ask
 from pipeline.net.reach import get_json
 from pipeline.planning.gguf_fit import barrier_threads, fit_gguf, gguf_plan
@@ -53,6 +54,8 @@ class Ollama(Engine):
     renderers = ("template", "ollama-jinja")
     creates_model = True
     flags = listed_flags("ollama")
+    # whatever the Modelfile says: only /api/chat and `ollama run` heed it (github.com/ollama/ollama/issues/17744)
+    defaults = Defaults("Ollama's OpenAI layer", temperature=1.0, top_p=1.0, top_k=40, repetition_penalty=1.0)
     container = Container(
         image="ollama/ollama:0.33.3",
         gpu_image="ollama/ollama:0.33.3",
