@@ -39,7 +39,9 @@ class Settings(BaseSettings):
     )
 
     llm_backend: Backend = Field("vllm", description="the backend that applications use; also serve without an engine")
-    ollama_base_url: str = Field("http://127.0.0.1:11434", description="where Ollama is looked for")
+    ollama_base_url: str = Field("http://127.0.0.1:11434", description="where Ollama is looked for; unset: at OLLAMA_HOST")
+    ollama_host: str = Field("", description="Ollama's own variable for its address: host, host:port or a URL")
+    ollama_remote_ok: bool = Field(False, description="whether a model may be sent to an Ollama on another machine")
     ollama_model: str = Field("granite-soc:latest", description="model asked of Ollama, and the name serve ollama creates")
     ollama_orchestrator_model: str = Field("", description="orchestrator's model in Ollama; empty: the same")
     vllm_base_url: str = Field("http://127.0.0.1:8003/v1", description="where vLLM is looked for")
@@ -78,8 +80,24 @@ class Settings(BaseSettings):
         engine = engines.get(backend or self.llm_backend)
         model = self._value(f"{engine.prefix}_MODEL", engine.default_model)
         orchestrator = self._value(f"{engine.prefix}_ORCHESTRATOR_MODEL") or model
-        url, key = self._value(f"{engine.prefix}_BASE_URL", engine.url()), self._value(engine.key_variable)
-        return Address(engine.name, url, model, orchestrator, SecretStr(key))
+        ours = f"{engine.prefix}_BASE_URL"
+        url = self._given(ours) or self._given(engine.host_variable) or self._value(ours, engine.url())
+        return Address(engine.name, engine.as_url(url), model, orchestrator, SecretStr(self._value(engine.key_variable)))
+
+    def named_servers(self, backend: str) -> dict[str, str]:
+        """The variables that say where a backend's server is, unless it is the default, with the URL that each means."""
+        engine = engines.get(backend)
+        given = {name: self._given(name) for name in (f"{engine.prefix}_BASE_URL", engine.host_variable) if name}
+        return {name: engine.as_url(value) for name, value in given.items() if value}
+
+    def remote_ok(self, backend: str) -> bool:
+        """Whether a model may be sent to a server of this backend on another machine."""
+        return self._value(f"{engines.get(backend).prefix}_REMOTE_OK").lower() in ("1", "true", "yes", "on")
+
+    def _given(self, variable: str) -> str:
+        """As :meth:`_value`, "" for one that says nothing beyond its default, as in a copied .env.example."""
+        field, value = Settings.model_fields.get(variable.lower()), self._value(variable)
+        return "" if field and value == field.default else value
 
     def _value(self, variable: str, default: str = "") -> str:
         """A variable as text, "" for none; one that is not documented is read too, so that a new engine needs no field here."""

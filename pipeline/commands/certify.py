@@ -35,6 +35,7 @@ def certify(
         Path | None, Option(metavar="KEY.pem", help="With --offline: check the signed certificate too.")
     ] = None,
     offline: Annotated[bool, Option("--offline", help="Only what files prove: no server, no model in memory.")] = False,
+    remote_ok: options.RemoteOk = False,
     agent: options.Agent = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -60,6 +61,7 @@ def certify(
     if public_key is not None and not offline:
         raise InputError("--public-key checks a signed certificate, which only --offline does", remedy="add --offline")
     this = options.folder(agent, run, output)
+    options.allow_remote(remote_ok)
     if offline:
         certificate = offline_module.certify_offline(this, public_key)
     else:

@@ -1,11 +1,13 @@
 """The options that verbs share, each declared once, and what is made of them: NAME=VALUE pairs, lists, an agent's run."""
 
+import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Generic, NamedTuple, TypeVar
 
 from typer import Argument, Option
 
+from pipeline import engines
 from pipeline.errors import InputError
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 
@@ -42,6 +44,7 @@ Ignore = Annotated[list[str] | None, Option("--ignore", metavar="KEY", help=_IGN
 Greeting = Annotated[str, Option("--greeting", help=_GREETING)]
 Repeated = Annotated[str, Option("--repeated", help=_REPEATED)]
 SkipBad = Annotated[bool, Option("--skip-bad", help="Go on without rows that are refused; they are named and counted.")]
+RemoteOk = Annotated[bool, Option("--remote-ok", help="Allow sending the model to an Ollama on another machine.")]
 Template = Annotated[Path | None, Option("--template", help="A chat template (.jinja) instead of a run's.")]
 
 _RunName = TypeVar("_RunName", str, str | None)
@@ -99,6 +102,12 @@ def overrides(given: Iterable[str] | None) -> dict[str, str]:
     """What ``--set`` says, for every verb alike; values are read by ``Overrides.of``, to which an empty one is a switch alone."""
     remedy = "for example --set max_model_len=32k, or --set enforce_eager for a switch"
     return dict(pair("--set", text, form="KEY=VALUE", bare="", remedy=remedy) for text in given or ())
+
+
+def allow_remote(given: bool) -> None:
+    """What ``--remote-ok`` says, by the variables that say the same: the notebooks' kernels have to know it too."""
+    if given:
+        os.environ.update({f"{engine.prefix}_REMOTE_OK": "1" for engine in engines.every() if engine.creates_model})
 
 
 def listed(text: str) -> list[str]:

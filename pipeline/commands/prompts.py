@@ -58,6 +58,7 @@ def parity(
     start: Annotated[
         bool, Option("--start", help="Start the run's llama.cpp, vLLM and Ollama where installed, and stop them again.")
     ] = False,
+    remote_ok: options.RemoteOk = False,
     as_json: options.AsJson = False,
     output: options.Output = DEFAULT_OUTPUT,
     agent: options.Agent = None,
@@ -73,6 +74,7 @@ def parity(
       granite-pipeline parity --start
       granite-pipeline parity --run generic --engines chat,gguf,llamacpp=http://127.0.0.1:8005
     """
+    options.allow_remote(remote_ok)
     source = read_source(options.chosen(agent, run).run, template, output, None)
     if start and source.run is None:
         raise InputError("--start starts the servers of a run", remedy="give --run instead of --template")

@@ -46,6 +46,7 @@ def run(
         Option("--parameter", "-p", metavar="NAME=VALUE", help="Any other notebook parameter, e.g. -p EPOCHS=2. Repeatable."),
     ] = None,
     force: options.Force = "",
+    remote_ok: options.RemoteOk = False,
     agent: options.Agent = None,
 ) -> None:
     """Fine-tune, export, serve and verify, by executing the notebooks in order with papermill.
@@ -61,6 +62,7 @@ def run(
       granite-pipeline run --force gguf
     """
     name = options.chosen(agent, name).run
+    options.allow_remote(remote_ok)
     folder = RunFolder(name, output.resolve())
     given: dict[str, Any] = {"NAME": name, "OUTPUT": str(folder.output)}
     chosen_data: dict[str, Any] = {"BASE": base, "DATA": data, "EVAL_DATA": eval_data, "COLUMNS": columns, "IGNORE": ignore}
@@ -126,7 +128,8 @@ def _execute(folder: RunFolder, chosen: list[str], given: dict[str, Any]) -> tup
         raise
     finally:
         ours = [p for p in recorded.running(records) if (p.engine, p.pid) not in before and not refused]
-        stopped = [process.engine for process in ours if start.stop(folder.path, process.engine)]
+        ended = dict.fromkeys([*(process.engine for process in ours), *start.private_models(folder.path)])
+        stopped = [name for name in ended if not refused and start.stop(folder.path, name)]
     return executed, stopped
 
 

@@ -34,6 +34,11 @@ def serve(
         str | None, Option(metavar="NAME=RUN,...", help="vLLM only: serve these LoRA adapters on their base model.")
     ] = None,
     detach: options.Detach = False,
+    replace_model: Annotated[
+        bool,
+        Option("--replace", help="In an Ollama that runs already: replace a model of that name that was not made from here."),
+    ] = False,
+    remote_ok: options.RemoteOk = False,
     agent: options.Agent = None,
 ) -> None:
     """Serve a run (or any model) with flags planned for this machine, each with its reason.
@@ -41,7 +46,8 @@ def serve(
     Runs in the foreground until Ctrl-C; with --detach it returns once the first token has come, and
     granite-pipeline stop ends it. A start that fails for a reason one changed setting may mend (a KV cache that does not
     fit, a failed compilation, memory) is tried again, at most three times, with the reason; your --set is never changed.
-    An Ollama that already answers at OLLAMA_BASE_URL is used as it is: the model is made in it, unless --port is given.
+    An Ollama that already answers at OLLAMA_BASE_URL or OLLAMA_HOST is used as it is: the model is made in it, unless --port is
+    given. One that is started here keeps its models in the run folder, and they go with it.
 
     Examples:
       granite-pipeline serve vllm
@@ -49,6 +55,7 @@ def serve(
       granite-pipeline serve vllm --model path/to/merged_fp16 --set max-model-len=32k --set enforce-eager
       granite-pipeline serve vllm --adapters triage=generic,summary=other
     """
+    options.allow_remote(remote_ok)
     settings = config.load()
     run, engine, name = options.chosen(agent, run, engine, name)
     chosen, this = engines.get(engine or settings.llm_backend), RunFolder(run, output)
@@ -65,9 +72,10 @@ def serve(
     options.require_known("purpose", purpose, get_args(Purpose))
     listens = chosen.default_port if port is None else port
     how = Options(cast(Purpose, purpose), host, listens, None if detach else os.getpid(), None, given, loras)
+    how = replace(how, replace=replace_model, remote_ok=settings.remote_ok(chosen.name))
     # on Linux Ollama is a system service that holds its port; one that runs is used, unless another port is asked for
     mine = not chosen.creates_model or port is not None or host != start.LOOPBACK
-    there = None if mine else backends.find_service(settings.address(chosen.name).base_url)
+    there, _ = (None, None) if mine else backends.look(chosen, settings)
     run_server(chosen.name, target, how, there, detach=detach)
 
 

@@ -24,18 +24,22 @@ def verify(
     output: options.Output = DEFAULT_OUTPUT,
     backends: options.Backends = _DEFAULT,
     limit: Annotated[int | None, Option(min=1, help="Only the first N held-out prompts.")] = None,
+    remote_ok: options.RemoteOk = False,
     agent: options.Agent = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Put the held-out prompts to every backend and write report.html, report.json and junit.xml.
 
-    A server of this run that is up is used and left running; a backend that is not is started and stopped again. A backend that
-    is not installed is skipped, with the command that installs it. Each is also tried with control tokens in a user's text, a JSON
-    schema and a demanded tool call. Exit code 1 when any check fails.
+    A server of this run that is up is used and left running; a backend that is not is started and stopped again. An Ollama that
+    runs already, at OLLAMA_BASE_URL or OLLAMA_HOST, is given the model under a name of its own, which is deleted afterwards; on
+    another machine only with --remote-ok. A backend that is not installed is skipped, with the command that installs it. What
+    the other backends answered in an earlier verification of the same files stays in the report. Each is also tried with
+    control tokens in a user's text, a JSON schema and a demanded tool call. Exit code 1 when any check fails.
 
     Example: granite-pipeline verify --backends llamacpp --limit 50
     """
     this = options.folder(agent, run, output)
+    options.allow_remote(remote_ok)
     # who asks for it wants it asked
     report = verify_run(this, options.listed(backends), config.load(), keep=True, limit=limit, force=True)
     paths = paths_in(this.report)

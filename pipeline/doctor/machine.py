@@ -12,7 +12,6 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from pipeline import engines
-from pipeline.config import root_url
 from pipeline.doctor.findings import Examiner, Facts, Finding, Status
 from pipeline.engines.vllm.engine import vllm_python
 from pipeline.errors import PipelineError
@@ -83,7 +82,8 @@ def inference_engines(facts: Facts) -> Iterator[Finding]:
     for name, available in facts.engines.items():
         check, version = f"engine {name}", available.version or ""
         if not available.usable:
-            yield Finding(check, "warn", available.reason, available.remedy)
+            if not engines.get(name).creates_model:  # one that runs elsewhere may do: looked at by itself
+                yield Finding(check, "warn", available.reason, available.remedy)
         elif wrong := engines.get(name).mismatch(facts.hardware, version, packages):
             yield Finding(check, "fail" if wrong.fatal else "warn", f"{name} {version} {wrong.text}", wrong.remedy)
         else:
@@ -91,13 +91,16 @@ def inference_engines(facts: Facts) -> Iterator[Finding]:
 
 
 def ollama(facts: Facts) -> Iterator[Finding]:
-    """Where no Ollama is installed, one may still answer at OLLAMA_BASE_URL."""
-    url = root_url(facts.settings.ollama_base_url)
-    if there := backends.find_service(url):
-        yield Finding("Ollama", "ok", f"{there.version} answers at {url}")
-    elif engines.get(facts.settings.llm_backend).creates_model:
-        evidence = f"LLM_BACKEND is {facts.settings.llm_backend} and nothing answers at {url}"
-        yield Finding("Ollama", "fail", evidence, "ollama serve, or set OLLAMA_BASE_URL")
+    """Ollama is a program here, or a server that runs at OLLAMA_BASE_URL or OLLAMA_HOST: in Docker, a desktop app, elsewhere."""
+    for engine in filter(lambda engine: engine.creates_model, engines.every()):
+        program, (there, seen) = facts.engines.get(engine.name), backends.look(engine, facts.settings)
+        wanted = facts.settings.llm_backend == engine.name or bool(facts.settings.named_servers(engine.name))
+        if there:
+            yield Finding(engine.title, "ok", f"{there.version} answers at {there.url}")
+        elif seen.there or wanted:
+            yield Finding(engine.title, "fail" if wanted else "warn", seen.reason, seen.remedy)
+        elif program and not program.usable:
+            yield Finding(f"engine {engine.name}", "warn", f"{program.reason}, and {seen.reason}", program.remedy)
 
 
 def transformers(facts: Facts) -> Iterator[Finding]:

@@ -20,6 +20,7 @@ from pipeline.deploy import PROJECT
 from pipeline.doctor.findings import Examiner, Facts, Finding, Status, worst_first
 from pipeline.engines.base import Engine
 from pipeline.net.client import wait_for
+from pipeline.net.loopback import same_place
 from pipeline.net.reach import get_json
 from pipeline.operate import registry, services
 from pipeline.operate.registry import ModelStatus
@@ -74,6 +75,12 @@ def contradictions(settings: Settings) -> Iterator[Finding]:
     first_at: dict[str, Engine] = {}
     for engine in engines.every():
         url, variable = settings.address(engine.name).base_url, f"{engine.prefix}_BASE_URL"
+        named = settings.named_servers(engine.name)
+        usable = [url for url in named.values() if _is_url(url)]
+        if any(not same_place(usable[0], url) for url in usable[1:]):
+            said = " and ".join(f"{name}={without_password(url)}" for name, url in named.items())
+            yield _about(f"{said} name two servers: {variable} is used; unset one of them")
+        variable = next(iter(named), variable)
         if url and not _is_url(url):
             yield _about(f"{variable}={without_password(url)} is not a URL: write http://host:port/v1")
         other = first_at.setdefault(root_url(url), engine)

@@ -47,6 +47,7 @@ class Launch:
     ready_path: str
     model: str
     start_timeout: float = 600.0
+    store: str = ""  # a folder that the server alone uses, removed when it has ended
 
     @property
     def ours(self) -> bool:
@@ -56,12 +57,16 @@ class Launch:
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether an engine can be started here; when not, why and the command that changes it."""
+    """Whether an engine can be started here, or one that runs can be used; when not, why and the command that changes it.
+
+    ``there``: something answers at the address that was asked, or accepts connections and says nothing.
+    """
 
     usable: bool
     version: str | None = None
     reason: str = ""
     remedy: str = ""
+    there: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,10 @@ class Engine(ABC):
     serves: ClassVar[Literal["folder", "gguf", "url"]] = "folder"
     # the environment variables that configure it begin with this: VLLM_BASE_URL, VLLM_MODEL, ...
     prefix: ClassVar[str] = ""
+    # a variable of the engine's own makers that says where its server is, beside {prefix}_BASE_URL
+    host_variable: ClassVar[str] = ""
+    # the variable that tells its server where to keep the models that are made in it
+    store_variable: ClassVar[str] = ""
     # the variable from which the server reads the key that it asks for; empty: it reads none
     key_variable: ClassVar[str] = ""
     # the name asked of it where no variable says another
@@ -198,10 +207,15 @@ class Engine(ABC):
         """Where it answers on its documented port; empty where it has none."""
         return f"http://{host}:{self.default_port}{self.url_path}" if self.default_port else ""
 
+    def as_url(self, address: str) -> str:
+        """An address as the variables hold it, as a URL; one that cannot be read stays as it is."""
+        return address
+
     def variables(self) -> list[str]:
         """The variables that configure it."""
         common = (f"{self.prefix}_{word}" for word in ("BASE_URL", "MODEL", "ORCHESTRATOR_MODEL"))
-        return list(filter(None, [*common, *self.settings, self.key_variable]))
+        more = (f"{self.prefix}_REMOTE_OK",) if self.creates_model else ()
+        return list(filter(None, [*common, *more, *self.settings, self.key_variable, self.host_variable]))
 
     def artefact(self, run: RunFolder) -> Path | None:
         """The folder or file of a run that it serves; None when nothing is served from here."""
@@ -219,9 +233,17 @@ class Engine(ABC):
         """Settings with half the context, where a shorter context is what frees memory; empty where it is not, or too short."""
         return {}
 
-    def create(self, client: httpx.Client, name: str, gguf: Path, parts: Mapping[str, Any]) -> None:
-        """Make or replace the model ``name`` in a running server from a GGUF; ``parts`` are what its Modelfile says beside it."""
+    async def at(self, root: str, timeout: float) -> Availability:
+        """Whether the server at a URL can be given a model to serve; nothing is raised."""
+        return Availability(False, reason=f"{self.title} is started with its model; none is made in it")
+
+    def create(self, root: str, name: str, gguf: Path, parts: Mapping[str, Any]) -> None:
+        """Make or replace the model ``name`` in the server at a URL from a GGUF; ``parts`` are what its Modelfile says beside it."""
         raise EngineError(f"{self.title} is started with its model; none is made in it")
+
+    def remove(self, root: str, name: str) -> None:
+        """Delete a model that :meth:`create` made; one that is gone already is no error."""
+        raise EngineError(f"{self.title} is started with its model; none is removed from it")
 
     def prompt(self, client: httpx.Client, model: str, conversation: Conversation) -> Prompt:
         """What the engine feeds the model for this conversation.

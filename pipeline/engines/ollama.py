@@ -1,23 +1,31 @@
-"""Ollama: a local ``ollama serve`` or any URL; the model is created over HTTP from a GGUF and Modelfile parts."""
+"""Ollama: a local ``ollama serve`` or any URL; the model is created over HTTP from a GGUF and Modelfile parts.
+
+Models are made, shown and removed with Ollama's own client. What that has no call for is asked with ours: whether a blob is
+there (HEAD), the version, the prompt it renders, and the lists of models, of which every fault has to be told apart.
+"""
 
 import os
 import shutil
 import subprocess
 from asyncio import gather
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
+from packaging.version import InvalidVersion, Version
 
-from pipeline.engines.base import LEAST_CONTEXT, Availability, Body, Container, Engine, Launch, require_feasible
+from pipeline.engines.base import LEAST_CONTEXT, LOOPBACK, Availability, Body, Container, Engine, Launch, require_feasible
 from pipeline.engines.flags import listed_flags
 from pipeline.engines.listing import Listed, Listing, entries, integer
 from pipeline.errors import EngineError
 from pipeline.model.toolcalls import Call
 from pipeline.net.chat import Defaults
-from pipeline.net.client import ask
+from pipeline.net.client import Unanswered, ask, client_settings, open_client, product_errors
 from pipeline.net.reach import get_json
 from pipeline.planning.gguf_fit import barrier_threads, fit_gguf, gguf_plan
 from pipeline.planning.overrides import Overrides
@@ -30,6 +38,13 @@ _PARALLEL: dict[Purpose, int] = {"verify": 4, "serve": 4, "throughput": 8, "late
 _ALIASES = {f"--{w}": f"OLLAMA_{w.upper().replace('-', '_')}" for w in ("num-parallel", "keep-alive", "max-loaded-models")}
 _PARAMETERS = {"--num-ctx": "num_ctx", "--num-gpu": "num_gpu", "--num-thread": "num_thread"}
 _NO_DOCUMENTS = "Ollama's API has no documents"
+# next-token distributions of a rendered prompt are told since then; the prompt that is rendered since 0.11.5
+OLDEST = Version("0.12.11")
+_UPGRADE = f"upgrade Ollama to {OLDEST} or later"
+# between two words of Ollama: it is silent while it copies a large model
+_SILENT_SECONDS = 1800.0
+# what would make the import of its client fail, which makes a client of its own for whatever they say
+_READ_AT_IMPORT = ("OLLAMA_HOST", *(f"{name}_proxy" for name in ("http", "https", "all")))
 _INSTALL = "curl -fsSL https://ollama.com/install.sh | sh (macOS: brew install ollama), or set OLLAMA_BASE_URL to a running one"
 
 
@@ -53,6 +68,8 @@ class Ollama(Engine):
     # it renders with TEMPLATE or hands the chat to llama.cpp (``granite-pipeline modelfile --explain``)
     renderers = ("template", "ollama-jinja")
     creates_model = True
+    host_variable = "OLLAMA_HOST"
+    store_variable = "OLLAMA_MODELS"
     flags = listed_flags("ollama")
     # whatever the Modelfile says: only /api/chat and `ollama run` heed it (github.com/ollama/ollama/issues/17744)
     defaults = Defaults("Ollama's OpenAI layer", temperature=1.0, top_p=1.0, top_k=40, repetition_penalty=1.0)
@@ -70,12 +87,40 @@ class Ollama(Engine):
         program = shutil.which("ollama")
         if program is None:
             return Availability(False, reason="ollama is not on PATH", remedy=_INSTALL)
+        # it would ask a running server first, which may hang: where nothing answers it tells its own version
+        environment = {**os.environ, "OLLAMA_HOST": "127.0.0.1:9"}
+        asked = [program, "--version"]
         try:
-            done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20, check=False)
+            done = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=False, env=environment)
         except (OSError, subprocess.SubprocessError) as error:
             return Availability(False, reason=f"{program} --version failed: {error}", remedy=_INSTALL)
         words = [word for word in (done.stdout + done.stderr).split() if word[:1].isdigit()]
-        return Availability(True, version=words[-1] if words else None)
+        return _judged(program, words[-1] if words else "")
+
+    async def at(self, root: str, timeout: float) -> Availability:
+        """The Ollama at a URL, when it answers with a version that is new enough."""
+        seen = await get_json(root, "/api/version", timeout=timeout)
+        version = seen.data.get("version") if seen.ok and isinstance(seen.data, dict) else None
+        if isinstance(version, str) and version:
+            return replace(_judged(f"the Ollama at {root}", version), there=True)
+        reason = seen.detail or f"what answers at {root} is no Ollama: /api/version has no version"
+        nothing = seen.kind in ("refused", "name", "connect", "url")
+        return Availability(False, reason=reason, remedy="start Ollama there, or correct OLLAMA_BASE_URL", there=not nothing)
+
+    def as_url(self, address: str) -> str:
+        """As Ollama reads OLLAMA_HOST: with or without scheme and port; the address that means all of a machine's is this one."""
+        text = address.strip().strip("\"'").strip()
+        scheme, given, rest = text.partition("://") if "://" in text else ("http", "", text)
+        try:
+            parts = urlsplit(f"{scheme}://{rest}")
+            port = parts.port or ({"https": 443}.get(scheme, 80) if given else self.default_port)
+        except ValueError:
+            return address
+        if scheme not in ("http", "https") or parts.username or " " in text:
+            return address
+        host = parts.hostname or LOOPBACK
+        host = LOOPBACK if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+        return f"{scheme}://{host}:{port}{parts.path.rstrip('/')}"
 
     def folders(self) -> list[Path]:
         """Where it keeps models."""
@@ -148,25 +193,26 @@ class Ollama(Engine):
         """The program, on PATH or not."""
         return [shutil.which("ollama") or "ollama"]
 
-    def create(self, client: httpx.Client, name: str, gguf: Path, parts: Mapping[str, Any]) -> None:
+    def create(self, root: str, name: str, gguf: Path, parts: Mapping[str, Any]) -> None:
         """Make or replace the model ``name`` from a GGUF; ``parts`` are ``template``, ``system``, ``parameters``, ``license``.
 
         Ollama ignores a ``modelfile`` field over HTTP and needs parameters of the right JSON type (num_ctx as a number).
         """
-        # not with the client of PyPI's ollama: it sends a blob again that is there already (gigabytes), puts OLLAMA_API_KEY
-        # into requests to any host, has no /api/version and no _debug_render_only, and reads lists strictly
         digest = "sha256:" + sha256_file(gguf)
-        if client.head(f"/api/blobs/{digest}").status_code == httpx.codes.NOT_FOUND:
-            with gguf.open("rb") as content:
-                sent = client.post(f"/api/blobs/{digest}", content=content, timeout=None)
-            if sent.is_error:
-                raise EngineError(f"Ollama refused the upload of {gguf.name} ({sent.status_code})", evidence=sent.text[:2000])
-        body = {"model": name, "files": {gguf.name: digest}, "stream": False, **parts}
-        answer = client.post("/api/create", json=body, timeout=None)
-        is_json = answer.headers.get("content-type", "").startswith("application/json")
-        said = answer.json() if is_json else {"error": answer.text[:2000]}
-        if answer.is_error or said.get("status") != "success":
-            raise EngineError(f"Ollama could not create {name} ({answer.status_code})", evidence=str(said.get("error", said)))
+        with open_client(root) as client, product_errors(f"{self.title} at {root}"):
+            # a blob that is there already is gigabytes that need not be sent
+            there = client.head(f"/api/blobs/{digest}").status_code != httpx.codes.NOT_FOUND
+        with _asking(root, f"could not create {name}") as ollama:
+            if not there:
+                ollama.create_blob(gguf)
+            said = [part.status for part in ollama.create(model=name, files={gguf.name: digest}, stream=True, **parts)]
+        if said[-1:] != ["success"]:
+            raise EngineError(f"{self.title} could not create {name}", evidence=f"its last word: {(said or ['none'])[-1]}")
+
+    def remove(self, root: str, name: str) -> None:
+        """``DELETE /api/delete``."""
+        with _asking(root, f"could not delete {name}", known=(httpx.codes.NOT_FOUND,)) as ollama:
+            ollama.delete(name)
 
     def schema_requests(self, body: Body, schema: Body) -> list[tuple[str, Body]]:
         """``response_format``, and Ollama's own ``format``."""
@@ -205,3 +251,50 @@ class Ollama(Engine):
         if rendered is None:
             raise EngineError("this Ollama does not tell the prompt it renders", remedy="use Ollama 0.12 or later")
         return Prompt(str(rendered))
+
+
+def _judged(which: str, version: str) -> Availability:
+    """Usable unless the version is too old; one built from source without a version is 0.0.0, and one that is none is believed."""
+    try:
+        number = Version(version)
+    except InvalidVersion:
+        return Availability(True, version or None)
+    if Version("0.0.0") < Version(number.base_version) < OLDEST:
+        return Availability(False, version, f"{which} is version {version}, and {OLDEST} or later is needed", _UPGRADE)
+    return Availability(True, version)
+
+
+@contextmanager
+def _asking(root: str, failed: str, known: Sequence[int] = ()) -> Iterator[Any]:
+    """Ollama's own client for the server at a URL; EngineError with Ollama's words, Unanswered where it breaks off.
+
+    A refusal with a status in ``known`` is passed over. OLLAMA_API_KEY is for Ollama's own service and goes to no other host.
+    """
+    package = _package()
+    settings = client_settings(root, "", httpx.Timeout(_SILENT_SECONDS, connect=10))
+    settings |= {"host": settings.pop("base_url"), "follow_redirects": False, "event_hooks": {"request": [_without_key]}}
+    try:
+        with product_errors(f"Ollama at {root}"), package.Client(**settings) as client:
+            yield client
+    except ConnectionError:
+        raise Unanswered(f"Ollama at {root} does not answer", httpx.ConnectError("connection refused")) from None
+    except package.ResponseError as refused:
+        if refused.status_code not in known:
+            status = f" ({refused.status_code})" if refused.status_code > 0 else ""
+            raise EngineError(f"Ollama {failed}{status}", evidence=str(refused.error)[:2000]) from None
+
+
+def _without_key(request: httpx.Request) -> None:
+    request.headers.pop("authorization", None)
+
+
+@cache
+def _package() -> Any:
+    """Ollama's client package, which makes a client of its own while it is imported."""
+    names = [name for name in os.environ if name in _READ_AT_IMPORT or name.lower() in _READ_AT_IMPORT]
+    hidden = {name: os.environ.pop(name) for name in names}
+    try:
+        import ollama
+    finally:
+        os.environ.update(hidden)
+    return ollama

@@ -10,6 +10,7 @@ from typing import Any
 from pipeline import engines
 from pipeline.config import Address, Settings, root_url
 from pipeline.engines.base import Engine
+from pipeline.engines.listing import Listed
 from pipeline.errors import InputError, PipelineError
 from pipeline.net.chat import PATH, hello
 from pipeline.net.client import Refused, Unanswered, open_async, post_async
@@ -86,20 +87,29 @@ async def _listed(engine: Engine, url: str, key: str, model: str, timeout: float
     if listing.models is None:
         words = "the answer has no list of models: another kind of server listens there, or the base URL is wrong"
         return [ModelStatus(model, False, latency_ms=latency, detail=reached.detail or words, kind=reached.kind or "not_json")]
-    known = tuple(records.every(output))
-    since = records.up_since(root, known)
-    found = []
-    for one in listing.models:
-        # an adapter is not the artefact the server was started with
-        about = (note.artefact for note in known if not one.adapter and note.about(root, one.name, one.digest))
-        ours = next(filter(None, about), None) or artefacts.of_served_path(one.path, output, since)
-        found.append(ModelStatus(one.name, True, one.loaded, one.context, one.size, latency, artefact=ours))
+    # a file that was changed in place is read again, and other backends are asked meanwhile
+    ours = await asyncio.to_thread(_artefacts, listing.models, root, output)
+    found = [
+        ModelStatus(one.name, True, one.loaded, one.context, one.size, latency, artefact=artefact)
+        for one, artefact in zip(listing.models, ours, strict=True)
+    ]
     wanted = model if ":" in model or not model else model + engine.tag
     if (found and not wanted) or any(status.name == wanted for status in found):
         return found
     names = ", ".join(status.name for status in found[:10]) or "no model at all"
     words = f"not served here, which has {names}: {engine.to_have(model)}"
     return [ModelStatus(wanted, False, False, latency_ms=latency, detail=words, kind="model"), *found]
+
+
+def _artefacts(models: Sequence[Listed], root: str, output: Path) -> list[Artefact | None]:
+    """What of ours each model of a server is, by what was noted when it was loaded, or by the file that it names."""
+    known = tuple(records.every(output))
+    since, found = records.up_since(root, known), list[Artefact | None]()
+    for one in models:
+        # an adapter is not the artefact the server was started with
+        about = (note.artefact for note in known if not one.adapter and note.about(root, one.name, one.digest))
+        found.append(next(filter(None, about), None) or artefacts.of_served_path(one.path, output, since))
+    return found
 
 
 async def warmup_model(

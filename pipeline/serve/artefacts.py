@@ -32,7 +32,10 @@ class Artefact:
 
 
 def of_file(path: Path) -> Artefact | None:
-    """The artefact at a path inside a run folder, or None when no manifest vouches for it in its present size."""
+    """The artefact at a path inside a run folder, or None when no manifest vouches for its bytes.
+
+    They are read again only where the file system says that they changed; large files may take a while then.
+    """
     manifest = path.parent / "manifest.json"
     # a path may be what a stranger's server said, and files vanish while they are looked at
     with contextlib.suppress(InputError, OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -72,6 +75,8 @@ def manifest_hash(manifest: Manifest) -> str:
 def _sealed(manifest: Manifest, path: Path) -> Artefact | None:
     stage = next((stage for stage in manifest.stages.values() if path.name in stage.artefacts), None)
     if stage is None or tree_bytes(path) != stage.artefacts[path.name].bytes:
+        return None
+    if manifest.sha256(path) != stage.artefacts[path.name].sha256:
         return None
     # a GGUF that was made from other weights than the merged ones is another fine-tune
     if path.suffix == ".gguf" and stage.inputs.get("merged") != manifest.artefact_sha256("merge", "merged_fp16"):

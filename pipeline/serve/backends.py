@@ -1,10 +1,12 @@
 """The backends of a run: attach to those that are up, start those that are installed, say why of the rest.
 
-An Ollama that already runs, as the system service it is on Linux, is used as it is: nothing of it is started or stopped.
+An Ollama that already runs, as the system service it is on Linux, is used as it is: nothing of it is started or stopped, and
+no model in it that was not made from here is replaced. What is only asked there gets a name of its own and is deleted again.
 """
 
 import logging
 import os
+import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,14 +14,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline import engines
-from pipeline.config import Settings, root_url
-from pipeline.engines.base import require_feasible
+from pipeline.config import Settings
+from pipeline.engines.base import Availability, Engine, require_feasible
 from pipeline.errors import EngineError, InputError, PipelineError
 from pipeline.net.client import wait_for
 from pipeline.net.loopback import is_local
-from pipeline.net.reach import get_json
 from pipeline.planning.plan import Plan
 from pipeline.runs.folder import RunFolder
+from pipeline.runs.hashes import sha256_json
+from pipeline.runs.manifest import Manifest
 from pipeline.serve import records
 from pipeline.serve import start as serving
 from pipeline.serve.server import Progress
@@ -27,6 +30,8 @@ from pipeline.serve.start import Endpoint, Options, Target
 
 log = logging.getLogger(__name__)
 _ASK_SECONDS = 2.0
+# a model under such a name is this project's, and is deleted when it has been asked
+PRIVATE = "gp-verify-"
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,8 @@ def find(run: RunFolder, name: str, settings: Settings) -> Endpoint | None:
     """An endpoint that already runs: started for this run, or given by URL where none is started; None when there is none."""
     engine, there = engines.get(name), settings.address(name)
     if engine.serves != "url":
-        return serving.attach(name, Target.of_run(run, name, key=settings.key(name)))
+        target = Target.of_run(run, name, key=settings.key(name))
+        return serving.attach(name, target) or _made_there(engine, target)
     if not there.base_url:
         raise InputError(f"{name}: no endpoint given", remedy=f"set {engine.prefix}_BASE_URL and {engine.prefix}_MODEL")
     return Endpoint(name, there.root, there.model, api_key=settings.key(name))
@@ -76,22 +82,57 @@ def bring_up(engine: str, target: Target, options: Options, progress: Progress, 
 
 
 def start(run: RunFolder, name: str, settings: Settings, options: Options) -> Started:
-    """Find or start one backend; a failure to start is a result here, not an exception."""
+    """Find or start one backend; a failure to start is a result here, not an exception.
+
+    A model that has to be made in a server is made under a private name where that server is not ours: see :func:`borrowed`.
+    """
     engine = engines.get(name)
     try:
         endpoint = find(run, name, settings)
         if endpoint is not None:
             return Started(name, "ready", endpoint=endpoint, was_up=True)
-        available = engine.available()
-        if not available.usable:
-            return Started(name, "skipped", f"{available.reason}; to have it: {available.remedy}")
-        wanted = replace(options, overrides={**settings.overrides(name), **options.overrides})
         target = Target.of_run(run, name, key=settings.key(name))
-        return Started(name, "ready", endpoint=bring_up(name, target, wanted, lambda text: log.info("%s", text[:160])))
+        wanted = replace(options, overrides={**settings.overrides(name), **options.overrides})
+        there, seen = (None, Availability(False)) if options.port else look(engine, settings)
+        if there is not None:
+            if not is_local(there.url) and not settings.remote_ok(name):
+                words = f"{engine.title} at {there.url} is another machine, and the model would be sent to it"
+                return Started(name, "skipped", f"{words}; to have it: --remote-ok, or {engine.prefix}_REMOTE_OK=1")
+            wanted, target = replace(wanted, remote_ok=True), replace(target, name=private_name(target), private=True)
+        elif not (available := engine.available()).usable:
+            return _not_here(name, available, seen, asked=bool(settings.named_servers(name)))
+        elif seen.there:
+            log.warning("%s: %s; one is started from here", name, seen.reason)
+        return Started(name, "ready", endpoint=bring_up(name, target, wanted, lambda text: log.info("%s", text[:160]), there))
     except InputError:
         raise
     except PipelineError as error:
         return Started(name, "failed", str(error))
+
+
+def _not_here(name: str, program: Availability, server: Availability, *, asked: bool) -> Started:
+    """Neither a program to start nor a server to use: failed where there is a server or its address was given, else skipped."""
+    if not server.reason:
+        return Started(name, "skipped", f"{program.reason}; to have it: {program.remedy}")
+    if server.there or asked:
+        return Started(name, "failed", f"{server.reason}; {server.remedy}")
+    return Started(name, "skipped", f"{program.reason}, and {server.reason}; to have it: {program.remedy}")
+
+
+def look(engine: Engine, settings: Settings) -> tuple[Endpoint | None, Availability]:
+    """The server in which an engine's models are made, where one runs at its configured address; and what was seen there."""
+    if not engine.creates_model:
+        return None, Availability(False)
+    root = settings.address(engine.name).root
+    seen = wait_for(engine.at(root, _ASK_SECONDS))
+    return Endpoint(engine.name, root, "", seen.version) if seen.usable else None, seen
+
+
+def private_name(target: Target) -> str:
+    """The name of a model that is made to be asked only: one for each file, Modelfile, run folder and machine."""
+    modelfile = target.modelfile.read_text(encoding="utf-8") if target.modelfile else ""
+    told = [Manifest(target.manifest).sha256(target.model), modelfile, str(target.folder.resolve()), platform.node()]
+    return f"{PRIVATE}{sha256_json(told)[:12]}"
 
 
 @contextmanager
@@ -100,6 +141,8 @@ def borrowed(run: RunFolder, name: str, settings: Settings, *, keep: bool) -> It
     started = start(run, name, settings, Options(purpose="verify", owner=os.getpid()))
     try:
         yield started
+    except PipelineError as error:
+        raise (serving.explained(started.endpoint, error) if started.endpoint else error) from None
     finally:
         if started.endpoint and not (keep and started.was_up):
             serving.stop(run.path, name)
@@ -114,16 +157,6 @@ def start_backends(
     return [start(run, name, settings, replace(options, port=(ports or {}).get(name, options.port))) for name in names]
 
 
-def find_service(base_url: str) -> Endpoint | None:
-    """The Ollama that answers at a URL, without a model yet; None when nothing, or something else, answers."""
-    root = root_url(base_url)
-    if not root:
-        return None
-    seen = wait_for(get_json(root, "/api/version", timeout=_ASK_SECONDS))
-    version = seen.data.get("version") if seen.ok and isinstance(seen.data, dict) else None
-    return Endpoint("ollama", root, "", str(version)) if version else None
-
-
 def require_any(started: Sequence[Started]) -> None:
     """Raise EngineError with every reason when not one backend is up."""
     if not any(s.endpoint for s in started):
@@ -135,27 +168,63 @@ def require_any(started: Sequence[Started]) -> None:
 def _serve_there(there: Endpoint, target: Target, options: Options, progress: Progress) -> Endpoint:
     """Make the target's model in that Ollama, wait for its first token, and note which artefact it is.
 
-    Raises EngineError when Ollama refuses, InputError for a server setting: those are its owner's.
+    Raises EngineError when Ollama refuses, InputError for a server setting (those are its owner's), for a model of that name
+    that was not made from here, and for a server on another machine, unless ``options`` allow it.
     """
-    begun = time.monotonic()
-    records.require_none("ollama", target.servers, serving.to_stop(target))
-    plan = _parameters(target, options) if is_local(there.url) else None
+    begun, engine = time.monotonic(), engines.get(there.engine)
+    if not is_local(there.url) and not options.remote_ok:
+        words = f"{engine.title} at {there.url} is another machine, and the model would be sent to it"
+        raise InputError(words, remedy=f"--remote-ok allows it, and so does {engine.prefix}_REMOTE_OK=1")
+    plan = _parameters(engine, target, options) if is_local(there.url) else None
+    if not target.private and not options.replace:
+        _require_ours(engine, there.url, target)
     endpoint = replace(there, model=target.name, plan=plan.to_json([]) if plan else None)
-    progress(f"Ollama already runs at {there.url}: the model is made there")
+    progress(f"{engine.title} already runs at {there.url}: the model is made there")
+    if target.private:  # noted before it is there, so that it is deleted also where this process is killed in between
+        serving.note_ready(endpoint, target, begun)
     serving.create_model(endpoint, target, progress, plan)
     serving.first_token(endpoint)
-    # Ollama's digest of the model changes when someone makes another one of the same name
-    listing = wait_for(engines.get(there.engine).listing(there.url, "", _ASK_SECONDS))
-    digest = next((one.digest for one in listing.models or () if records.same_name(one.name, target.name)), "")
+    # the digest of the model changes when someone makes another one of the same name
+    digest = _digest(engine, there.url, target.name)
     return serving.note_ready(endpoint, target, begun, digest)
 
 
-def _parameters(target: Target, options: Options) -> Plan:
+def _digest(engine: Engine, url: str, name: str) -> str:
+    """The server's digest of a model; empty where it has none of that name, or does not answer."""
+    listing = wait_for(engine.listing(url, "", _ASK_SECONDS))
+    return next((one.digest for one in listing.models or () if records.same_name(one.name, name)), "")
+
+
+def _require_ours(engine: Engine, url: str, target: Target) -> None:
+    """Raise InputError when the server has a model of the target's name that no run here is known to have made."""
+    digest = _digest(engine, url, target.name)
+    if digest and not any(record.about(url, target.name, digest) for record in records.every(target.folder.parent)):
+        words = (
+            f"{engine.title} at {url} already has a model {target.name}, which was not made from a run in {target.folder.parent}"
+        )
+        raise InputError(words, remedy="choose another name with --served-model-name, or replace it with --replace")
+
+
+def _made_there(engine: Engine, target: Target) -> Endpoint | None:
+    """The model of this very file that was made earlier in a server that is not ours, while it is still there."""
+    if not engine.creates_model or not target.manifest.is_file():
+        return None
+    now = Manifest(target.manifest).sha256(target.model)
+    for made in (replace(target, private=True), target):
+        record = records.read(made.servers, engine.name)
+        served = (record.ready, *record.earlier) if record else ()
+        for ready in filter(None, served):
+            if ready.digest and ready.sha256 == now and ready.digest == _digest(engine, ready.url, ready.model):
+                known = {name: getattr(ready, name) for name in ("version", "plan", "ready_seconds", "sha256")}
+                return Endpoint(engine.name, ready.url, ready.model, **known)
+    return None
+
+
+def _parameters(engine: Engine, target: Target, options: Options) -> Plan:
     """The model's own parameters; the variables of the server stay what its owner set."""
-    request = serving.request_for(target, options)
-    plan = engines.get("ollama").plan(request)
+    plan = engine.plan(serving.request_for(target, options))
     require_feasible(plan)
     if given := [setting.name for setting in plan.env if setting.source == "user"]:
-        words = f"{', '.join(given)} is a setting of the server, and this Ollama already runs"
+        words = f"{', '.join(given)} is a setting of the server, and this {engine.title} already runs"
         raise InputError(words, remedy="set it where that Ollama is started, or start another one with --port 0")
     return replace(plan, env=())

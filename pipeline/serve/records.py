@@ -1,10 +1,12 @@
 """One record a server, ``servers/<engine>.json``: its process, and what it serves once its first token has come.
 
 A record without ``ready`` is a server that still loads, one without ``process`` what was served last, or what was made in
-an Ollama that is not ours: a gateway still knows that name when the server is gone.
+an Ollama that is not ours: a gateway still knows that name when the server is gone. What was served before that, at another
+place or under another name, stays in ``earlier``: the model may still be there.
 """
 
 import contextlib
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -19,6 +21,8 @@ from pipeline.runs.folder import RunFolder
 from pipeline.serve import server
 from pipeline.serve.artefacts import Artefact
 from pipeline.serve.server import Server
+
+_MOST_EARLIER = 16
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Record:
     engine: str
     process: Server | None = None
     ready: Ready | None = None
+    earlier: tuple[Ready, ...] = ()
 
     @property
     def running(self) -> Server | None:
@@ -84,7 +89,8 @@ def read(folder: Path, engine: str) -> Record | None:
             return _read_pair(folder, engine, said)
         process, ready = said["process"], said["ready"]
         started = None if process is None else Server.from_json(process)
-        return Record(engine, started, None if ready is None else Ready.from_json(ready))
+        earlier = tuple(map(Ready.from_json, said.get("earlier", ())))
+        return Record(engine, started, None if ready is None else Ready.from_json(ready), earlier)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not a server record ({error!r})", remedy="delete it") from None
 
@@ -92,8 +98,8 @@ def read(folder: Path, engine: str) -> Record | None:
 def save(folder: Path, record: Record) -> Path:
     """Write a record, atomically."""
     path, process = folder / f"{record.engine}.json", record.process
-    ready = asdict(record.ready) if record.ready else None
-    write_json(path, {"process": process.to_json() if process else None, "ready": ready})
+    ready, earlier = asdict(record.ready) if record.ready else None, list(map(asdict, record.earlier))
+    write_json(path, {"process": process.to_json() if process else None, "ready": ready, "earlier": earlier})
     (folder / f"{record.engine}.endpoint").unlink(missing_ok=True)
     return path
 
@@ -104,9 +110,13 @@ def begin(launch: Launch, log: Path, folder: Path, *, owner: int | None, remedy:
     # from the question to the record nobody else may start one
     with lock.guarded(folder.parent):
         require_none(launch.engine, folder, remedy)
+        before = read(folder, launch.engine)
+        # what one that was killed left there
+        if launch.store:
+            shutil.rmtree(launch.store, ignore_errors=True)
         process = server.start(launch, log, owner=owner)
         try:
-            save(folder, Record(launch.engine, process))
+            save(folder, Record(launch.engine, process, None, _served(before) if before else ()))
         except BaseException:
             server.stop(process)
             raise
@@ -114,12 +124,28 @@ def begin(launch: Launch, log: Path, folder: Path, *, owner: int | None, remedy:
 
 
 def mark_ready(folder: Path, engine: str, process: Server | None, ready: Ready) -> None:
-    """Note what answered its first token; a server that took its place meanwhile keeps its record."""
+    """Note what answered its first token; a server that took its place meanwhile keeps its record.
+
+    What was made in a server that is not ours is noted beside one of ours that runs.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with lock.guarded(folder.parent):
-        there = read(folder, engine)
-        if there is None or there.process in (None, process) or not there.running:
-            save(folder, Record(engine, process, ready))
+        there = read(folder, engine) or Record(engine)
+        if there.process in (None, process) or not there.running:
+            save(folder, Record(engine, process, ready, _others(ready, _served(there))))
+        elif process is None:
+            save(folder, replace(there, earlier=(ready, *_others(ready, there.earlier))))
+
+
+def _served(record: Record) -> tuple[Ready, ...]:
+    """All that a record knows to have been served, the last one first."""
+    return tuple(filter(None, (record.ready, *record.earlier)))
+
+
+def _others(ready: Ready, known: Iterable[Ready]) -> tuple[Ready, ...]:
+    """What was served elsewhere or under other names, the last few of it."""
+    others = (one for one in known if one.model != ready.model or not same_place(one.url, ready.url))
+    return tuple(others)[:_MOST_EARLIER]
 
 
 def require_none(engine: str, folder: Path, remedy: str) -> None:
@@ -164,15 +190,26 @@ def end(process: Server, folder: Path) -> None:
 
 
 def forget(process: Server, folder: Path) -> None:
-    """Remove a server from its record, unless that is another one's by now; what it served stays, so that a gateway knows it."""
+    """Remove a server from its record, unless that is another one's by now, and the folder it alone used.
+
+    What it served stays, so that a gateway knows it.
+    """
     with lock.guarded(folder.parent):
         record = read(folder, process.engine)
         if record is None or record.process is None or record.process.pid != process.pid:
             return
-        if record.ready:
-            save(folder, replace(record, process=None))
+        if process.store and Path(process.store).resolve().is_relative_to(folder.resolve()):
+            shutil.rmtree(process.store, ignore_errors=True)
+        if served := _served(record):
+            save(folder, Record(record.engine, None, served[0], served[1:]))
         else:
             (folder / f"{process.engine}.json").unlink(missing_ok=True)
+
+
+def forget_served(folder: Path, engine: str) -> None:
+    """Remove what is noted of models made in servers that are not ours."""
+    with lock.guarded(folder.parent):
+        (folder / f"{engine}.json").unlink(missing_ok=True)
 
 
 def of_run(run: RunFolder, engine: str) -> Record | None:
@@ -191,6 +228,8 @@ def every(output: Path) -> Iterator[Record]:
                 record = read(folder, engine)
                 if record and record.ready:
                     yield record
+                for ready in record.earlier if record else ():
+                    yield Record(engine, None, ready)
 
 
 def last_served(url: str, model: str, known: Iterable[Record]) -> Artefact | None:

@@ -55,6 +55,7 @@ class Server:
     log: Path
     started_at: str
     ready_path: str
+    store: str = ""  # a folder of this server's own, which goes with it
 
     @property
     def alive(self) -> bool:
@@ -121,7 +122,7 @@ def start(launch: Launch, log: Path, *, owner: int | None) -> Server:
     _kills[process.pid] = oom_kills()
     started, now = psutil.Process(process.pid).create_time(), datetime.now(UTC).isoformat(timespec="seconds")
     said = (launch.engine, launch.url, launch.model, launch.argv, dict(launch.env))
-    return Server(*said, process.pid, started, log, now, launch.ready_path)
+    return Server(*said, process.pid, started, log, now, launch.ready_path, launch.store)
 
 
 def wait_ready(server: Server, timeout: float, progress: Progress) -> float:

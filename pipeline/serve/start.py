@@ -1,5 +1,6 @@
 """Serving a model: plan, pick a port, start, wait for the first token - or attach to a server that already runs."""
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -9,12 +10,12 @@ from typing import Any
 from pipeline import engines
 from pipeline.engines.base import Engine, Launch, require_feasible
 from pipeline.engines.flags import require_known_flags
-from pipeline.errors import EngineError, InputError, MissingDependency, StartFailure
+from pipeline.errors import EngineError, InputError, MissingDependency, PipelineError, StartFailure
 from pipeline.machine.hardware import Hardware
 from pipeline.model.model import Model
 from pipeline.modelfile.modelfile import read_modelfile, to_create_request
 from pipeline.net.chat import PATH, SAMPLING, hello
-from pipeline.net.client import Refused, Unanswered, open_client, post, product_errors, status_of
+from pipeline.net.client import Refused, Unanswered, open_client, post, status_of
 from pipeline.net.loopback import claim
 from pipeline.planning.plan import Adapter, Plan, Purpose, Request
 from pipeline.runs.folder import RunFolder
@@ -25,6 +26,7 @@ from pipeline.serve.records import Ready
 from pipeline.serve.retries import MAX_RETRIES, Change, next_plan
 from pipeline.serve.server import Progress, Server, classify
 
+log = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
 _DEATH_SECONDS = 5.0
 
@@ -38,11 +40,12 @@ class Target:
     folder: Path
     modelfile: Path | None = None
     key: str = field(default="", repr=False)  # what its server asks for
+    private: bool = False  # made to be asked, and removed afterwards
 
     @property
     def servers(self) -> Path:
-        """Records of the servers started for this target."""
-        return self.folder / "servers"
+        """Records of the servers started for this target, or of what was made for it in a server that is not ours."""
+        return _private(self.folder) if self.private else self.folder / "servers"
 
     @property
     def manifest(self) -> Path:
@@ -64,7 +67,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Options:
-    """How to serve. ``port`` 0 picks a free one; ``owner`` is the process the server ends with, None for no one."""
+    """How to serve. ``port`` 0 picks a free one; ``owner`` is the process the server ends with, None for no one.
+
+    In a server that is not ours: ``replace`` a model that was not made from here, ``remote_ok`` to send it to another machine.
+    """
 
     purpose: Purpose = "serve"
     host: str = LOOPBACK
@@ -73,6 +79,8 @@ class Options:
     timeout: float | None = None
     overrides: Mapping[str, str] = field(default_factory=dict)
     adapters: tuple[Adapter, ...] = ()
+    replace: bool = False
+    remote_ok: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,6 +173,7 @@ class _Start:
         """One try, to the first token; nothing is left on failure."""
         name, target, options = self.engine.name, self.target, self.options
         launch = self.engine.launch(plan, self.request, host=options.host, port=claim(options.host, options.port))
+        launch = _with_own_store(launch, self.engine, target)
         number = f"-{len(self.attempts)}" if self.attempts else ""
         log = target.folder / "logs" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}{number}.log"
         attempt: dict[str, Any] = {"argv": list(launch.argv), "env": dict(launch.env), "log": str(log)}
@@ -190,9 +199,20 @@ class _Start:
         version = self.engine.available().version
         endpoint = Endpoint(process.engine, launch.url, launch.model, version, process, described, api_key=self.target.key)
         if self.engine.creates_model:
-            create_model(endpoint, self.target, self.progress, plan)
+            try:
+                create_model(endpoint, self.target, self.progress, plan)
+            except Unanswered as silent:
+                raise _silent(process, silent, "its model was made") from None
         first_token(endpoint)
         return endpoint
+
+
+def _with_own_store(launch: Launch, engine: Engine, target: Target) -> Launch:
+    """The launch with a folder for the models made in it that is nobody else's, unless the user's settings name one."""
+    if not engine.store_variable or engine.store_variable in launch.env:
+        return launch
+    store = str((target.servers / f"{engine.name}-models").resolve())
+    return replace(launch, env={**launch.env, engine.store_variable: store}, store=store)
 
 
 def note_ready(endpoint: Endpoint, target: Target, begun: float, digest: str = "") -> Endpoint:
@@ -238,8 +258,7 @@ def create_model(endpoint: Endpoint, target: Target, progress: Progress, plan: P
 
     said = ", ".join(f"{name} {value}" for name, value in planned.items())
     progress(f"creating {endpoint.model} in {engine.title}{f' with {said}' if said else ''}")
-    with open_client(endpoint.url, timeout=600) as client, product_errors(f"{engine.title} at {endpoint.url}"):
-        engine.create(client, endpoint.model, target.model, parts)
+    engine.create(endpoint.url, endpoint.model, target.model, parts)
 
 
 def first_token(endpoint: Endpoint, timeout: float = 300) -> None:
@@ -254,22 +273,65 @@ def first_token(endpoint: Endpoint, timeout: float = 300) -> None:
     except Unanswered as silent:
         if endpoint.server is None:
             raise EngineError(f"{endpoint.engine} is up but does not answer a chat: {silent.cause!r}") from None
-        raise _silent(endpoint.server, silent) from None
+        raise _silent(endpoint.server, silent, "answering its first token") from None
 
 
-def _silent(process: Server, silent: Unanswered) -> StartFailure:
+def _silent(process: Server, silent: Unanswered, work: str) -> StartFailure:
     """Died or only silent: a broken connection comes a moment before the guard has seen the end of its server."""
-    deadline = time.monotonic() + _DEATH_SECONDS
-    while process.alive and not silent.timed_out and time.monotonic() < deadline:
+    if not _dies(process, silent):
+        return server.failure(process, f"is up but does not answer ({silent.cause!r}) while {work}", ended=False)
+    return server.failure(process, f"died while {work}")
+
+
+def _dies(process: Server, error: EngineError) -> bool:
+    """Whether a server has died, or does within the moment after a broken connection."""
+    waits = isinstance(error, Unanswered) and not error.timed_out
+    deadline = time.monotonic() + (_DEATH_SECONDS if waits else 0)
+    while process.alive and time.monotonic() < deadline:
         time.sleep(0.1)
-    if process.alive:
-        return server.failure(process, f"is up but does not answer a chat ({silent.cause!r})", ended=False)
-    return server.failure(process, "died while answering its first token")
+    return not process.alive
+
+
+def explained(endpoint: Endpoint, error: PipelineError) -> PipelineError:
+    """What went wrong while an endpoint was asked: its death, with its log, where it has died; else the error itself."""
+    if not isinstance(error, EngineError):
+        return error
+    if endpoint.server is not None:
+        return server.failure(endpoint.server, "died while it was asked") if _dies(endpoint.server, error) else error
+    if isinstance(error, Unanswered) and not status_of(endpoint.url):
+        title = engines.get(endpoint.engine).title
+        return EngineError(f"{title} at {endpoint.url} ended while it was asked", remedy="look into that server's log")
+    return error
 
 
 def stop(folder: Path, engine: str) -> bool:
-    """Stop the server of one engine recorded below a run folder; False when none runs."""
-    return records.stop(folder / "servers", engine)
+    """Stop the server of one engine recorded below a run folder, and remove what was made to be asked; False when there is neither."""
+    stopped = records.stop(folder / "servers", engine)
+    return _remove_private(folder, engine) or stopped
+
+
+def private_models(folder: Path) -> list[str]:
+    """The engines in a server of which, not ours, a model of this run was made to be asked."""
+    return [name for name in engines.NAMES if (_private(folder) / f"{name}.json").is_file()]
+
+
+def _private(folder: Path) -> Path:
+    return folder / "servers" / "private"
+
+
+def _remove_private(folder: Path, engine: str) -> bool:
+    """Delete the models made to be asked; one whose server is gone is kept in mind, since it is still there."""
+    record = records.read(_private(folder), engine)
+    if record is None or record.ready is None:
+        return False
+    for made in (record.ready, *record.earlier):
+        try:
+            engines.get(engine).remove(made.url, made.model)
+        except EngineError as error:
+            log.warning("%s: model %s could not be deleted from %s: %s", engine, made.model, made.url, error.message)
+            return False
+    records.forget_served(_private(folder), engine)
+    return True
 
 
 def reachable(url: str) -> bool:

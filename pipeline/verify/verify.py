@@ -15,8 +15,9 @@ from pipeline.runs.hashes import sha256_json
 from pipeline.runs.manifest import Manifest, ServedRecord
 from pipeline.runs.stages import Force, Partial, forced, product, run_stage
 from pipeline.serve import backends
+from pipeline.serve.start import explained
 from pipeline.verify.assemble import Outcome, absent, assemble, judged
-from pipeline.verify.evidence import Evidence, Plan, interrogate, launched, restored, stored
+from pipeline.verify.evidence import Evidence, Plan, interrogate, launched, read_evidence, restored, stored
 from pipeline.verify.material import Material, read_material
 
 log = logging.getLogger(__name__)
@@ -44,12 +45,15 @@ def verify(
     def work() -> dict[str, Any]:
         # whichever backends were asked for then
         partial = Partial(run.report / "verify.part", sha256_json(inputs))
-        report = _verify(run, names, settings, material, partial, keep=keep)
+        report = _verify(run, names, settings, material, partial, keep=keep, kept=kept)
         partial.remove()
         return report
 
-    wanted = {**inputs, "backends": list(names)}
     before = Manifest(run.manifest).stage(STAGE)
+    # backends that are not asked now keep what they answered, as long as the same was asked
+    same = before is not None and {**before.inputs, "backends": None} == {**inputs, "backends": None}
+    kept = read_evidence(run) if same else {}
+    wanted = {**inputs, "backends": list(dict.fromkeys([*(before.inputs["backends"] if before and same else ()), *names]))}
     passed = before is not None and before.result["passed"] and run.report_file.is_file()
     again = forced(force, STAGE) or not passed or any(backends.find(run, name, settings) for name in names)
     run_stage(run, STAGE, wanted, [run.evidence], work, force=again)
@@ -62,13 +66,26 @@ def inputs_of(run: RunFolder, settings: Settings, limit: int | None) -> dict[str
     manifest = Manifest(run.manifest)
     parts = [run.merged, run.gguf, run.modelfile, run.heldout, run.reference("base"), run.reference("tuned")]
     seals = {path.name: manifest.sha256(path) for path in parts if path.exists()}
-    return {"artefacts": seals, "settings": sha256_json(settings.model_dump(mode="json")), "limit": limit, **product()}
+    # a permission changes no answer
+    said = {key: value for key, value in settings.model_dump(mode="json").items() if not key.endswith("_remote_ok")}
+    return {"artefacts": seals, "settings": sha256_json(said), "limit": limit, **product()}
 
 
 def _verify(
-    run: RunFolder, names: Sequence[str], settings: Settings, material: Material, partial: Partial, *, keep: bool
+    run: RunFolder,
+    names: Sequence[str],
+    settings: Settings,
+    material: Material,
+    partial: Partial,
+    *,
+    keep: bool,
+    kept: Mapping[str, Evidence],
 ) -> dict[str, Any]:
     collected, outcomes = restored(partial.done), dict[str, Outcome]()
+    others = {name: evidence for name, evidence in kept.items() if name not in names}
+    for name, said in others.items():
+        log.info("%s: not asked now, its answers of %s stay in the report", name, said.at)
+        outcomes[name] = judged(said, material)
     for name in names:
         if name in collected:
             log.info("%s: passed before the interruption, not asked again", name)
@@ -82,7 +99,7 @@ def _verify(
         interrupt.leave_if_asked(f"what {', '.join(outcomes)} answered is kept where it passed")
     report = assemble(run, material, outcomes)
     write_report(report.model_dump(mode="json", by_alias=True, exclude_unset=True), run.report)
-    write_json(run.evidence, stored({name: collected[name] for name in names if name in collected}))
+    write_json(run.evidence, stored({**others, **{name: collected[name] for name in names if name in collected}}))
     served = {name: ServedRecord.from_json(outcome.entry.model_dump()) for name, outcome in outcomes.items()}
     Manifest(run.manifest).record_served(served)
     return {"passed": report.passed}
@@ -97,7 +114,7 @@ def _backend(run: RunFolder, name: str, settings: Settings, material: Material, 
             evidence = wait_for(interrogate(started.endpoint, run, material, plan, log.info))
             return judged(evidence, material), evidence
         except PipelineError as error:
-            return absent(name, "failed", str(error), launched(started.endpoint)), None
+            return absent(name, "failed", str(explained(started.endpoint, error)), launched(started.endpoint)), None
 
 
 def summary_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:

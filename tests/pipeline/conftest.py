@@ -85,7 +85,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("the embedded base model is not installed: make setup")
     import tiny
 
-    return tiny.make("4.1", tmp_path_factory.mktemp("base") / "model")
+    return tiny.make("4.1", tmp_path_factory.mktemp("base") / "model", max_position_embeddings=16384)
 
 
 @pytest.fixture(scope="session")

@@ -73,6 +73,15 @@ def python(code: str, model: Path, *more: object, log: Path) -> Process:
     return Process([sys.executable, "-c", code, str(model), str(port), *map(str, more)], port, log)
 
 
+def stub_ollama(folder: Path, **faults: str) -> Process:
+    """The stub in ``stub_ollama.py`` as a service, with models of its own; ``faults`` are its variables."""
+    port = free_port()
+    settings = {"OLLAMA_HOST": f"127.0.0.1:{port}", "OLLAMA_MODELS": str(folder / "service"), **faults}
+    return Process(
+        [sys.executable, str(Path(__file__).with_name("stub_ollama.py")), "serve"], port, folder / "stub.log", **settings
+    )
+
+
 def ollama(folder: Path) -> Process:
     """``ollama serve`` with models of its own."""
     port = free_port()

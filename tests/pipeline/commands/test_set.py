@@ -33,7 +33,7 @@ def both(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_settings: None, write_gguf: Any
 ) -> Any:  # (engine, machine, settings) -> what plan shows, what serve starts: each a dict, or the words of its InputError
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(backends, "find_service", lambda url: None)
+    monkeypatch.setattr(backends, "look", lambda engine, settings: (None, Availability(False)))
     folder = tmp_path / "model"
     folder.mkdir()
     config = {

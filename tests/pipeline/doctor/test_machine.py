@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stub_server import serving
 
 from pipeline.config import Settings
 from pipeline.doctor import machine as doctor
 from pipeline.doctor.findings import Facts, Finding, examine, hub_token
 from pipeline.doctor.machine import MACHINE
 from pipeline.engines.base import Availability
+from pipeline.engines.ollama import Ollama
 from pipeline.machine.named import hardware_from
 from pipeline.machine.packages import Installed
 from pipeline.runs.folder import RunFolder
@@ -51,7 +53,8 @@ def _one(check: Any, facts: Facts) -> Finding:
 
 
 def test_a_healthy_machine_has_nothing_to_mend(tmp_path: Path) -> None:
-    assert {finding.status for finding in examine(_facts(tmp_path), MACHINE)} == {"ok"}
+    looked = [one for one in MACHINE if one is not doctor.ollama]  # these facts name an Ollama where there is none
+    assert {finding.status for finding in examine(_facts(tmp_path), looked)} == {"ok"}
 
 
 def test_a_wrong_torch_build(tmp_path: Path) -> None:
@@ -77,7 +80,7 @@ def test_a_driver_older_than_cuda(has: str | None, status: str, tmp_path: Path) 
 
 def test_engines_that_are_missing_or_of_the_wrong_build(tmp_path: Path) -> None:
     missing = {"ollama": Availability(False, reason="ollama is not on PATH", remedy="install it")}
-    assert _found(doctor.inference_engines, _facts(tmp_path, engines=missing)) == [("engines", "fail"), ("engine ollama", "warn")]
+    assert _found(doctor.inference_engines, _facts(tmp_path, engines=missing)) == [("engines", "fail")]
     assert _found(doctor.inference_engines, _facts(tmp_path, "l4")) == [("engine vllm", "fail"), ("engine llamacpp", "warn")]
     assert _found(doctor.inference_engines, _facts(tmp_path, packages=CUDA)) == [
         ("engine vllm", "fail"),
@@ -86,8 +89,32 @@ def test_engines_that_are_missing_or_of_the_wrong_build(tmp_path: Path) -> None:
 
 
 def test_no_ollama_matters_when_it_is_the_backend(tmp_path: Path) -> None:
-    assert _found(doctor.ollama, _facts(tmp_path)) == []
-    assert _one(doctor.ollama, _facts(tmp_path, settings={"llm_backend": "ollama"})).status == "fail"
+    # port 9 of this machine is named by the settings of these facts
+    assert _one(doctor.ollama, _facts(tmp_path)).status == "fail"
+    missing = {"ollama": Availability(False, reason="ollama is not on PATH", remedy="install it")}
+    nowhere = replace(_facts(tmp_path, engines=missing), settings=Settings(_env_file=None))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ollama, "at", _nothing_there)
+        found = _one(doctor.ollama, nowhere)
+        assert (found.check, found.status) == (
+            "engine ollama",
+            "warn",
+        ) and "is not on PATH, and nothing listens" in found.evidence
+        chosen = replace(nowhere, settings=Settings(_env_file=None, llm_backend="ollama"))
+        assert _one(doctor.ollama, chosen).status == "fail"
+
+
+async def _nothing_there(*_: object) -> Availability:
+    return Availability(False, reason="nothing listens there", remedy="start it")
+
+
+def test_an_ollama_that_runs_is_enough_and_one_that_is_too_old_is_said(tmp_path: Path) -> None:
+    missing = {"ollama": Availability(False, reason="ollama is not on PATH", remedy="install it")}
+    for version, status in (("0.33.0", "ok"), ("0.9.6", "fail")):
+        with serving({"/api/version": {"version": version}}) as stub:
+            facts = replace(_facts(tmp_path, engines=missing), settings=Settings(_env_file=None, ollama_host=stub.url))
+            (found,) = doctor.ollama(facts)
+        assert (found.status, version in found.evidence, "PATH" in found.evidence) == (status, True, False)
 
 
 def test_a_transformers_the_server_does_not_accept(tmp_path: Path) -> None:

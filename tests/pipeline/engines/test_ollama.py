@@ -1,11 +1,14 @@
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import servers
+from stub_server import serving
 
 from pipeline import engines
 from pipeline.engines.ollama import Ollama
@@ -106,55 +109,59 @@ def test_an_absent_ollama_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) ->
     assert "install" in found.remedy
 
 
-class _Server:
-    """Ollama's HTTP API as the notes describe it: blobs by digest, and create."""
-
-    def __init__(self, created: dict[str, Any], known: bool = False) -> None:
-        self.created, self.known, self.seen = created, known, list[tuple[str, str, Any]]()
-
-    def __call__(self, request: httpx.Request) -> httpx.Response:
-        content = request.read()
-        path = request.url.path
-        body = json.loads(content) if path == "/api/create" else content
-        self.seen.append((request.method, path, body))
-        if path == "/api/create":
-            return httpx.Response(200, json=self.created)
-        return httpx.Response(200 if self.known or request.method == "POST" else 404)
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """(URL, log) of a small server that follows the documented API."""
+    with servers.stub_ollama(tmp_path) as server:
+        yield server.url(20, "/api/version"), server.log
 
 
-def _create(server: _Server, gguf: Path) -> None:
-    with httpx.Client(transport=httpx.MockTransport(server), base_url="http://x") as client:
-        Ollama().create(client, "m", gguf, {"template": "{{ .Prompt }}", "parameters": {"num_ctx": 4096}})
-
-
-def test_create_uploads_the_blob_once_and_names_it(tmp_path: Path) -> None:
+def test_create_uploads_the_blob_once_and_names_it(tmp_path: Path, service: tuple[str, Path]) -> None:
+    url, log = service
     gguf = tmp_path / "x.gguf"
     gguf.write_bytes(b"GGUF" * 1000)
     digest = "sha256:" + hashlib.sha256(gguf.read_bytes()).hexdigest()
-    server = _Server({"status": "success"})
-    _create(server, gguf)
-    body = {
-        "model": "m",
-        "files": {"x.gguf": digest},
-        "stream": False,
-        "template": "{{ .Prompt }}",
-        "parameters": {"num_ctx": 4096},
-    }
-    assert server.seen == [
-        ("HEAD", f"/api/blobs/{digest}", b""),
-        ("POST", f"/api/blobs/{digest}", gguf.read_bytes()),
-        ("POST", "/api/create", body),
-    ]
-    again = _Server({"status": "success"}, known=True)
-    _create(again, gguf)
-    assert [method for method, _, _ in again.seen] == ["HEAD", "POST"]
+    for _ in range(2):
+        Ollama().create(url, "m", gguf, {"template": "{{ .Prompt }}", "parameters": {"num_ctx": 4096}})
+    made = json.loads((tmp_path / "service" / "manifests" / "m:latest").read_text())
+    assert made["files"] == {"x.gguf": digest}
+    assert (made["template"], made["parameters"]) == ("{{ .Prompt }}", {"num_ctx": 4096})
+    asked = [line for line in log.read_text().splitlines() if "version" not in line and "Listening" not in line]
+    once, again = f"HEAD /api/blobs/{digest}", "POST /api/create"
+    assert asked == [once, f"POST /api/blobs/{digest}", again, once, again]
 
 
-def test_a_refused_create_shows_ollama_s_words(tmp_path: Path) -> None:
+def test_what_was_made_is_removed_and_what_is_gone_is_no_error(tmp_path: Path, service: tuple[str, Path]) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    with pytest.raises(EngineError) as caught:
-        _create(_Server({"error": "unknown parameter 'foo'"}), tmp_path / "x.gguf")
+    Ollama().create(service[0], "m", tmp_path / "x.gguf", {})
+    for _ in range(2):
+        Ollama().remove(service[0], "m")
+    assert not list((tmp_path / "service" / "manifests").iterdir())
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        (400, {}, {"error": "unknown parameter 'foo'"}),
+        (200, {"Content-Type": "application/x-ndjson"}, b'{"status": "x"}\n{"error": "unknown parameter \'foo\'"}\n'),
+    ],
+)
+def test_a_refused_create_shows_ollama_s_words(tmp_path: Path, said: Any) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with serving({"/api/create": said}) as stub:
+        stub.routes["/api/blobs/sha256:" + hashlib.sha256(b"GGUF").hexdigest()] = {}
+        with pytest.raises(EngineError, match="Ollama could not create m") as caught:
+            Ollama().create(stub.url, "m", tmp_path / "x.gguf", {})
     assert caught.value.evidence == "unknown parameter 'foo'"
+
+
+@pytest.mark.parametrize("said", [b"", b'{"status": "using existing layer"}\n', b"<html>"])
+def test_a_create_that_does_not_end_well_is_an_error(said: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with serving({"/api/create": (200, {}, said)}) as stub:
+        stub.routes["/api/blobs/sha256:" + hashlib.sha256(b"GGUF").hexdigest()] = {}
+        with pytest.raises(EngineError):
+            Ollama().create(stub.url, "m", tmp_path / "x.gguf", {})
 
 
 def test_the_prompt_is_the_rendered_text() -> None:

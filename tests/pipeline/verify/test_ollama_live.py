@@ -33,14 +33,13 @@ def model(ollama_url, base, gguf):
     """(URL, Modelfile) of a model created as serving creates it."""
     from pipeline.prompts.chat import ChatTemplate
 
-    text = build_modelfile(gguf=str(gguf), template=ChatTemplate.from_folder(base), system=SYSTEM, parameters={"num_ctx": 4096})
+    text = build_modelfile(gguf=str(gguf), template=ChatTemplate.from_folder(base), system=SYSTEM, parameters={"num_ctx": 16384})
     parsed = parse_modelfile(text)
     parts = {k: v for k, v in to_create_request(parsed, "", NAME).items() if k not in ("model", "files", "stream")}
 
-    with httpx.Client(base_url=ollama_url, timeout=300) as client:
-        Ollama().create(client, NAME, gguf, parts)
+    Ollama().create(ollama_url, NAME, gguf, parts)
     yield ollama_url, parsed
-    httpx.request("DELETE", f"{ollama_url}/api/delete", json={"model": NAME}, timeout=60)
+    Ollama().remove(ollama_url, NAME)
 
 
 def ask(url: str, question: Any) -> Any:
@@ -71,14 +70,14 @@ def test_it_answers_a_chat(model):
 
 
 def test_it_obeys_format_and_response_format(model):
-    check, found = ask(model[0], lambda prober: structured_output(prober, ROW))
-    assert found["result"] == "passed", check.detail
+    check = ask(model[0], lambda prober: structured_output(prober, ROW))
+    assert check.data["result"] == "passed", check.figure
 
 
 def test_a_call_comes_back_as_tool_calls_when_the_model_makes_one(model, embedded):
     """Ollama has no way to demand a call, and random weights make none of their own: asked with tools, it must answer."""
-    check, found = ask(model[0], lambda prober: tool_call(prober, embedded.source))
-    assert found["result"] in ("passed", "not tested"), check.detail
+    check = ask(model[0], lambda prober: tool_call(prober, embedded.source))
+    assert check.data["result"] in ("passed", "not tested"), check.figure
 
 
 def test_the_injection_probe_reads_its_rendered_prompt(model, base):

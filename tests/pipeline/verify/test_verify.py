@@ -16,9 +16,10 @@ from pipeline.errors import InputError, Interrupted, RunLocked
 from pipeline.report.check import Check
 from pipeline.report.schema import Result, parse
 from pipeline.runs.folder import RunFolder
+from pipeline.runs.manifest import Manifest
 from pipeline.verify import verify as verifying
 from pipeline.verify.assemble import Outcome, absent
-from pipeline.verify.evidence import Evidence, Features
+from pipeline.verify.evidence import Evidence, Features, restored
 from pipeline.verify.score import Answer
 
 REPORT = Path(__file__).parents[1] / "sample_report.json"
@@ -130,3 +131,17 @@ def test_no_report_is_written_into_a_run_that_another_process_holds(verify: Veri
         with pytest.raises(RunLocked):
             verify("vllm")
     assert not run.report.exists()
+
+
+def test_backends_that_are_not_asked_keep_what_they_answered(verify: Verify, asked: list[str], run: RunFolder) -> None:
+    verify("vllm", "llamacpp")
+    verify("llamacpp", force=True)
+    assert asked == ["vllm", "llamacpp", "llamacpp"]
+    assert sorted(restored(json.loads(run.evidence.read_text()))) == ["llamacpp", "vllm"]
+    assert sorted(Manifest(run.manifest).served) == ["llamacpp", "vllm"]
+    verify("vllm", "llamacpp")  # both are there, and nothing has changed
+    assert asked == ["vllm", "llamacpp", "llamacpp"]
+    run.gguf.write_text("another")  # then the answers are those of another model
+    verify("llamacpp", force=True)
+    assert sorted(restored(json.loads(run.evidence.read_text()))) == ["llamacpp"]
+    assert sorted(Manifest(run.manifest).served) == ["llamacpp"]
