@@ -25,6 +25,7 @@ from pipeline.net.chat import SAMPLING, greedy, plain
 from pipeline.planning.plan import Plan, Request
 from pipeline.prompts.chat import ChatTemplate
 from pipeline.runs.folder import RunFolder
+from pipeline.runs.manifest import Manifest
 from pipeline.serve import server, start
 from pipeline.serve.start import Options, Target, request_for
 
@@ -80,6 +81,17 @@ def test_the_page_has_the_declared_table() -> None:
         assert table[engine.title][4].startswith(known.source), engine.name
 
 
+def test_every_example_that_asks_for_a_chat_sends_a_runs_settings() -> None:
+    """OpenAI's and LangChain's clients, curl; BeeAI's model is made with them (:mod:`pipeline.integrations.beeai`)."""
+    pages = [*DOCS.glob("*.md"), DOCS.parent / "README.md"]
+    blocks = [b for page in pages for b in re.findall(r"```[a-z]*\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)]
+    asking = [b for b in blocks if re.search(r"chat\.completions|ChatOpenAI\(|/v1/chat/completions", b)]
+    assert len(asking) >= 3
+    for block in asking:
+        for name, value in SAMPLING.items():
+            assert re.search(rf'\b{name}"?[=:] ?{value:g}\b', block), block
+
+
 def test_llama_cpp_s_defaults_are_those_of_the_wheel() -> None:
     xllamacpp = pytest.importorskip("xllamacpp", reason="the wheel is not installed")
     sampling, known = xllamacpp.CommonParams().sampling, engines.get("llamacpp").defaults
@@ -102,7 +114,7 @@ def test_vllm_s_defaults_are_those_of_its_api() -> None:
         pytest.skip("vLLM is not installed")
     code = (
         "import json; from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest as C; "
-        "print('FOUND' + json.dumps(C._DEFAULT_SAMPLING_PARAMS))"
+        "print('FOUND' + json.dumps(C.__private_attributes__['_DEFAULT_SAMPLING_PARAMS'].default))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     said = json.loads(done.stdout.split("FOUND")[1])
@@ -120,7 +132,7 @@ def test_a_real_llama_server_started_for_a_run_answers_a_plain_client_as_one_tha
     def answers(run: RunFolder | None) -> tuple[str, set[str]]:
         """The greedy answer, and those to four plain requests."""
         if run:
-            target.manifest.write_text("{}")
+            Manifest(target.manifest).append("starts", {})
         endpoint = start.serve("llamacpp", target, Options("verify", owner=os.getpid(), overrides={"ctx-size": "2048"}), print)
         assert endpoint.server is not None
         try:
