@@ -17,6 +17,7 @@ from pipeline.config import Settings
 from pipeline.engines.base import Container, Engine, Launch, require_feasible
 from pipeline.machine.hardware import Hardware
 from pipeline.model.model import Model
+from pipeline.net.chat import SAMPLING
 from pipeline.planning.plan import Request
 from pipeline.runs.folder import RunFolder
 from pipeline.serve.start import LOOPBACK, Options, Target, request_for
@@ -129,7 +130,7 @@ def _service(engine: Engine, facts: Container, model: Model, hardware: Hardware)
     placed = replace(model, path=Path(_RUN, artefact.name if artefact else ""))
     if engine.serves == "gguf" and model.format != "gguf":
         placed = replace(placed, format="gguf", quantization="Q8_0", weight_bytes=int(model.q8_0_gib() * 2**30))
-    request = Request(placed, hardware, "serve", engine.default_model)
+    request = Request(placed, hardware, "serve", engine.default_model, sampling=SAMPLING)
     plan = engine.plan(request)
     require_feasible(plan)
     launch = engine.launch(plan, request, host="0.0.0.0", port=engine.default_port)

@@ -1,5 +1,6 @@
 """A certificate shown: in the run's report, on the terminal, and in the model card (``README.md`` of a run, in the hub's format)."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from markupsafe import Markup
 from rich.table import Table
 from rich.text import Text
 
+from pipeline import engines
 from pipeline.certify.certificate import Certificate, Link, not_proven, place
+from pipeline.engines.base import Engine
+from pipeline.net.chat import SAMPLING
 from pipeline.report.certificate import changed_files
 from pipeline.report.check import STYLES
 from pipeline.report.write import ReportPaths, paths_in, write_report
@@ -118,6 +122,8 @@ def card(name: str, manifest: Manifest, certificate: Mapping[str, Any] | None, c
         after={key: value for key, value in scores.items() if value is not None},
         chosen={k: v for k, v in training.parameters.items() if v is not None and k not in not_shown},
         hashes=hashes,
+        flags={engine.name: _sampling_flags(engine) for engine in engines.every()},
+        sampling=" and ".join(f"{setting} {value:g}" for setting, value in SAMPLING.items()),
         raw=Markup,
     )
 
@@ -125,6 +131,11 @@ def card(name: str, manifest: Manifest, certificate: Mapping[str, Any] | None, c
 def plain(text: object) -> str:
     """Text that Markdown shows as it is: no markup, no line breaks, nothing invisible."""
     return text if isinstance(text, Markup) else " ".join(visible(str(text)).split()).translate(_MARKDOWN)
+
+
+def _sampling_flags(engine: Engine) -> str:
+    flags = engine.default_flags(SAMPLING)
+    return shlex.join(word for flag in flags for word in (flag.name, flag.value) if word is not None)
 
 
 def _evaluated(manifest: Manifest, which: str) -> dict[str, Any]:

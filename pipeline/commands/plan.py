@@ -14,6 +14,7 @@ from pipeline.engines.flags import require_known_flags
 from pipeline.errors import InputError
 from pipeline.machine.named import hardware_from
 from pipeline.model.model import Model
+from pipeline.net.chat import SAMPLING
 from pipeline.planning.plan import Purpose, Request
 from pipeline.runs.folder import DEFAULT_OUTPUT
 
@@ -82,7 +83,8 @@ def plan(
         settings = config.load()
         name = settings.address(chosen.name).model or name
         given = {**settings.overrides(chosen.name), **given}
-    request = Request(source, hardware_from(machine, output), cast(Purpose, purpose), name, given)
+    sampling = SAMPLING if model is None and model_shape is None else {}
+    request = Request(source, hardware_from(machine, output), cast(Purpose, purpose), name, given, sampling=sampling)
     made = chosen.plan(request)
     if check and made.feasible:
         require_known_flags(chosen, made)

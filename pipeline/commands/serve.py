@@ -84,6 +84,9 @@ def run_server(engine: str, target: Target, how: Options, there: Endpoint | None
     with show.progress(f"starting {engine}") as progress:
         endpoint = backends.bring_up(engine, target, how, progress, there)
     _ready(endpoint)
+    served = engines.get(engine)
+    if target.manifest.is_file() and not served.default_flags(served.sampling):
+        show.line(f"clients of {endpoint.url}/v1: {served.to_clients()}", err=True)
     if endpoint.server is None:
         there_already = (
             f"made in the Ollama that already runs at {endpoint.url}; it goes on running (--port 0 starts another one)"

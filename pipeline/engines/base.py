@@ -17,10 +17,11 @@ from pipeline.errors import EngineError
 from pipeline.machine.hardware import Hardware
 from pipeline.model.tokenizer import Tokenizer
 from pipeline.model.toolcalls import MARKS, Call
+from pipeline.net.chat import SAMPLING, Defaults
 from pipeline.net.client import ask
 from pipeline.net.reach import get_json
 from pipeline.planning.overrides import Known
-from pipeline.planning.plan import Plan, Request
+from pipeline.planning.plan import Plan, Request, Setting
 from pipeline.prompts.conversation import Conversation, Prompt, openai_body
 from pipeline.runs.folder import RunFolder
 
@@ -34,6 +35,8 @@ ASKED = 20
 UNNAMED = -1
 # half the context is not worth a retry below this
 LEAST_CONTEXT = 512
+# the reason of a flag that sets what a server samples with by default
+WHY_DEFAULT = "for clients that name no sampling settings: what the run was verified with"
 OTHERS_TELL = "compare prompts with the vllm, llamacpp or ollama engine"
 
 
@@ -159,6 +162,9 @@ class Engine(ABC):
     eager_flag: ClassVar[str] = ""
     sequences_flag: ClassVar[str] = ""
     container: ClassVar[Container | None] = None
+    defaults: ClassVar[Defaults] = Defaults("not documented")
+    # what the gateway gives a request that leaves it out
+    sampling: ClassVar[Mapping[str, float]] = SAMPLING
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -180,6 +186,16 @@ class Engine(ABC):
         argv = (*self.program(), *plan.arguments, *self.more_words(request), "--host", host, "--port", str(port))
         url = f"http://{host}:{port}"
         return Launch(self.name, argv, plan.environment, url, self.ready_path, request.name, self.start_timeout)
+
+    def default_flags(self, sampling: Mapping[str, float]) -> list[Setting]:
+        """Flags with which its server samples so where a client names nothing; empty where it has none."""
+        return []
+
+    def to_clients(self) -> str:
+        """How clients get what a run was verified with from a server of it that has defaults of its own."""
+        wanted = " and ".join(f"{name} {value:g}" for name, value in self.sampling.items())
+        own = f", or granite-pipeline serve {self.name} sets it" if self.default_flags(self.sampling) else ""
+        return f"{self.title} takes {self.defaults} where a request names none: send {wanted}; the gateway fills it in{own}"
 
     def more_words(self, request: Request) -> Sequence[str]:
         """Words after the planned flags that are no settings."""

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def installed_flags(engine: Engine, cache: Path | None = None) -> frozenset[str]
     version = engine.available().version if question else None
     if not question or not version:
         return frozenset()
-    digest = hashlib.sha256(json.dumps([version, question]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps([version, question, _our_code(question)]).encode()).hexdigest()[:16]
     try:
         stored = cache_folder(cache) / f"flags-{engine.name}-{digest}.json"
     except EnvironmentFailure:
@@ -59,6 +60,12 @@ def installed_flags(engine: Engine, cache: Path | None = None) -> frozenset[str]
         with contextlib.suppress(OSError):
             write_json(stored, sorted(flags))
     return flags
+
+
+def _our_code(question: list[str]) -> str:
+    """The code of a server that is a module of ours: its flags change without the package it starts."""
+    module = find_spec(question[2]) if question[1:2] == ["-m"] and question[2].startswith("pipeline.") else None
+    return Path(module.origin).read_text(encoding="utf-8") if module and module.origin else ""
 
 
 def _ask(question: list[str]) -> frozenset[str]:

@@ -12,15 +12,16 @@ from typing import ClassVar
 
 import httpx
 
-from pipeline.engines.base import ASKED, LEAST_CONTEXT, Availability, Body, Container, Engine, Mismatch, Top
+from pipeline.engines.base import ASKED, LEAST_CONTEXT, WHY_DEFAULT, Availability, Body, Container, Engine, Mismatch, Top
 from pipeline.engines.flags import listed_flags
 from pipeline.engines.listing import Listing, integer, openai_listing
 from pipeline.machine.hardware import Hardware
 from pipeline.model.tokenizer import Tokenizer
 from pipeline.model.toolcalls import Call
+from pipeline.net.chat import Defaults
 from pipeline.net.client import ask
 from pipeline.net.reach import get_json
-from pipeline.planning.gguf_fit import SHORT_SPIN, GgufFit, fit_gguf, gguf_plan
+from pipeline.planning.gguf_fit import GgufFit, fit_gguf, gguf_plan
 from pipeline.planning.overrides import Overrides
 from pipeline.planning.plan import Plan, Request, Setting
 from pipeline.prompts.conversation import Conversation, Prompt, openai_body
@@ -29,6 +30,15 @@ from pipeline.prompts.conversation import Conversation, Prompt, openai_body
 _ALIASES = {"--ctx-size": "-c", "--c": "-c", "--np": "--parallel", "--kvu": "--kv-unified", "--a": "--alias", "--m": "--model"}
 _ALIASES |= {"--t": "--threads", "--tb": "--threads-batch", "--ngl": "--n-gpu-layers", "--fa": "--flash-attn"}
 _ALIASES |= {"--ctk": "--cache-type-k", "--ctv": "--cache-type-v", "--b": "--batch-size", "--ub": "--ubatch-size"}
+_ALIASES |= {"--temperature": "--temp"}
+_SAMPLING = {"temperature": "--temp", "top_p": "--top-p"}
+# Its builds use OpenMP, whose threads sleep after so many spins: one per core also where the machine is shared. 1000 is libgomp's
+# own count when there are more threads than cores. Measured on 2 shared cores, tokens/s at 1, 8 and 32 requests:
+# sleeping at once 40, 59, 76; 1000 spins 81, 104, 91; 100,000 spins 106, 9, 13 (benchmarks/serve.py --sweep)
+_SPIN = "threads spin shortly at barriers, then sleep"
+_SHORT_SPIN = Setting(
+    "GOMP_SPINCOUNT", "1000", f"{_SPIN}: sleeping at once halves the speed, long spins stall a machine that is shared"
+)
 
 
 def _settings(request: Request, fit: GgufFit) -> list[Setting]:
@@ -45,7 +55,7 @@ def _settings(request: Request, fit: GgufFit) -> list[Setting]:
     if fit.on_gpu:
         return settings
     numa = Setting("--numa", "distribute", f"threads and memory spread over {cpu.numa_nodes} NUMA nodes")
-    return [*settings, numa, SHORT_SPIN] if cpu.numa_nodes > 1 else [*settings, SHORT_SPIN]
+    return [*settings, numa, _SHORT_SPIN] if cpu.numa_nodes > 1 else [*settings, _SHORT_SPIN]
 
 
 class LlamaCpp(Engine):
@@ -68,6 +78,7 @@ class LlamaCpp(Engine):
     # it learns the form from the chat template's past calls, and Granite 3's template writes none
     call_forms = ("granite4",)
     flags = listed_flags("llamacpp")
+    defaults = Defaults("the README of llama.cpp's server", temperature=0.8, top_p=0.95, top_k=40, repetition_penalty=1.0)
     container = Container(
         image="ghcr.io/ggml-org/llama.cpp:server-b10731",
         gpu_image="ghcr.io/ggml-org/llama.cpp:server-cuda-b10731",
@@ -111,8 +122,12 @@ class LlamaCpp(Engine):
             notes.append("the GGUF has no chat template: llama.cpp would guess a format; export it with its template")
         if model.format == "shape":
             notes.append("planned for a Q8_0 GGUF; give --model FILE.gguf for another type")
-        settings = user.lay_over(_settings(request, fit), self.flags)
+        settings = user.lay_over([*_settings(request, fit), *self.default_flags(request.sampling)], self.flags)
         return gguf_plan(self.name, request, fit, settings, refused=refused, notes=notes)
+
+    def default_flags(self, sampling: Mapping[str, float]) -> list[Setting]:
+        """``--temp`` and ``--top-p``."""
+        return [Setting(_SAMPLING[name], f"{value:g}", WHY_DEFAULT) for name, value in sampling.items()]
 
     def program(self) -> Sequence[str]:
         """``llama-server``, else the wheel's in this interpreter."""

@@ -36,6 +36,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-ctv", "--cache-type-v", choices=sorted(_CACHE_TYPES), default="f16")
     always = "accepted for llama-server's sake; the chat template is always rendered by jinja"
     p.add_argument("--jinja", action="store_true", help=always)
+    p.add_argument("--temp", "--temperature", type=float, help="temperature of requests that name none; unset: llama.cpp's 0.8")
+    p.add_argument("--top-p", type=float, help="top_p of requests that name none; unset: llama.cpp's 0.95")
     p.add_argument("--metrics", action="store_true", help="serve /metrics")
     p.add_argument("--no-warmup", action="store_true")
     p.add_argument("--cache-ram", type=int, default=8192, help="MiB of prompts kept in RAM besides the slots; 0: none")
@@ -64,6 +66,12 @@ def parameters(args: argparse.Namespace) -> Any:
     p.flash_attn_type = getattr(xllamacpp.llama_flash_attn_type, f"LLAMA_FLASH_ATTN_TYPE_{_FLASH[args.flash_attn]}")
     p.cache_type_k = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{_CACHE_TYPES[args.cache_type_k]}")
     p.cache_type_v = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{_CACHE_TYPES[args.cache_type_v]}")
+    for name, bit in {"temp": "TEMP", "top_p": "TOP_P"}.items():
+        if (value := getattr(args, name)) is not None:
+            setattr(p.sampling, name, value)
+            # else the GGUF's own recommendation, where it has one, would win
+            mark = getattr(xllamacpp.common_params_sampling_config, f"COMMON_PARAMS_SAMPLING_CONFIG_{bit}")
+            p.sampling.user_sampling_config |= int(mark)
     p.use_jinja, p.warmup, p.endpoint_metrics, p.cache_ram_mib = True, not args.no_warmup, args.metrics, args.cache_ram
     return p
 

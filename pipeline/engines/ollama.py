@@ -39,9 +39,10 @@ from pipeline.engines.listing import Listed, Listing, entries, integer
 from pipeline.errors import EngineError, ModelError
 from pipeline.model.tokenizer import Tokenizer
 from pipeline.model.toolcalls import Call
+from pipeline.net.chat import Defaults
 from pipeline.net.client import Unanswered, ask, client_settings, open_client, post, product_errors
 from pipeline.net.reach import get_json
-from pipeline.planning.gguf_fit import SHORT_SPIN, fit_gguf, gguf_plan
+from pipeline.planning.gguf_fit import barrier_threads, fit_gguf, gguf_plan
 from pipeline.planning.overrides import Overrides
 from pipeline.planning.plan import Plan, Purpose, Request, Setting
 from pipeline.prompts.conversation import Conversation, NotApplicable, Prompt, openai_body
@@ -50,7 +51,7 @@ from pipeline.runs.hashes import sha256_file
 
 _PARALLEL: dict[Purpose, int] = {"verify": 4, "serve": 4, "throughput": 8, "latency": 1}
 _ALIASES = {f"--{w}": f"OLLAMA_{w.upper().replace('-', '_')}" for w in ("num-parallel", "keep-alive", "max-loaded-models")}
-_PARAMETERS = {"--num-ctx": "num_ctx", "--num-gpu": "num_gpu"}
+_PARAMETERS = {"--num-ctx": "num_ctx", "--num-gpu": "num_gpu", "--num-thread": "num_thread"}
 _NO_DOCUMENTS = "Ollama's API has no documents"
 # what Ollama answers to a chat that no way of sending makes it take, and why
 _CANNOT = {
@@ -68,7 +69,10 @@ _INSTALL = "curl -fsSL https://ollama.com/install.sh | sh (macOS: brew install o
 
 
 class Ollama(Engine):
-    """Ollama's server. Limits of a model (context, GPU layers) are Modelfile parameters, not server flags."""
+    """Ollama's server. Limits of a model (context, GPU layers, threads) are the model's parameters, not server flags.
+
+    They are for the machine that it is made on: none of them but a context is in a run's Modelfile, which travels.
+    """
 
     name = "ollama"
     title = "Ollama"
@@ -90,6 +94,8 @@ class Ollama(Engine):
     host_variable = "OLLAMA_HOST"
     store_variable = "OLLAMA_MODELS"
     flags = listed_flags("ollama")
+    # whatever the Modelfile says: only /api/chat and `ollama run` heed it (github.com/ollama/ollama/issues/17744)
+    defaults = Defaults("Ollama's OpenAI layer", temperature=1.0, top_p=1.0, top_k=40, repetition_penalty=1.0)
     container = Container(
         image="ollama/ollama:0.33.3",
         gpu_image="ollama/ollama:0.33.3",
@@ -195,6 +201,7 @@ class Ollama(Engine):
         parallel = user.integer("OLLAMA_NUM_PARALLEL", 1, 64)
         asked = user.integer("--num-ctx", 1, limit, f"the model's own limit is {limit}")
         layers = user.integer("--num-gpu", -1, 1000)
+        user.integer("--num-thread", 1, 1024)
         most = parallel or _PARALLEL[request.purpose]
         sized = {"--parallel": str(most), "-c": str(asked * most)} if asked else {"--parallel": str(parallel)} if parallel else {}
         fit = fit_gguf(request, Overrides(sized), slots=most)
@@ -206,10 +213,11 @@ class Ollama(Engine):
             Setting("OLLAMA_CONTEXT_LENGTH", str(fit.length), f"for models created without num_ctx; the default of 4096 {cut}"),
             Setting("--num-ctx", str(fit.length), "the default of 4096 on small machines cuts long prompts silently"),
         ]
-        if on_cpu:
-            settings += [Setting("--num-gpu", "0", "no GPU here"), SHORT_SPIN]
-        else:
-            settings.append(Setting("--num-gpu", "-1", "Ollama's own estimate of how many layers fit"))
+        own = "Ollama's own estimate of how many layers fit"
+        settings.append(Setting("--num-gpu", "0", "no GPU here") if on_cpu else Setting("--num-gpu", "-1", own))
+        if not fit.on_gpu:
+            threads, why = barrier_threads(request.hardware.cpu)
+            settings.append(Setting("--num-thread", str(threads), why))
         flags, env = user.lay_over(settings, self.flags)
         parameters = tuple(replace(flag, name=_PARAMETERS[flag.name]) for flag in flags)
         folder = request.model.format == "safetensors"

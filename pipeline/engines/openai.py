@@ -1,11 +1,13 @@
 """Any OpenAI-compatible URL: nothing is launched; the server belongs to someone else (TGI, a hosted vLLM, a vendor)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import httpx
 
 from pipeline.engines.base import OTHERS_TELL, Body, Engine
 from pipeline.errors import EngineError, InputError
+from pipeline.net.chat import SAMPLING, Defaults
 from pipeline.planning.plan import Plan, Request
 from pipeline.prompts.conversation import Conversation, Prompt
 
@@ -20,6 +22,9 @@ class OpenAiCompatible(Engine):
     prefix = "OPENAI_COMPATIBLE"
     key_variable = "OPENAI_COMPATIBLE_API_KEY"
     default_model = ""
+    defaults = Defaults("its owner's choice")
+    # some hosted models refuse top_p, above all beside a temperature
+    sampling: ClassVar[Mapping[str, float]] = {"temperature": SAMPLING["temperature"]}
 
     def plan(self, request: Request) -> Plan:
         """An empty plan: the server's flags are its owner's."""

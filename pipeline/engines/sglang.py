@@ -11,6 +11,7 @@ from pipeline.engines.base import Availability, Container, Engine
 from pipeline.engines.flags import listed_flags
 from pipeline.errors import InputError
 from pipeline.machine.hardware import Hardware
+from pipeline.net.chat import Defaults
 from pipeline.planning.gpu_fit import Fit, Wish, alike, best, choices, gpu_plan, hub_id, refusal
 from pipeline.planning.overrides import Overrides
 from pipeline.planning.plan import Memory, Plan, Purpose, Request, Setting
@@ -31,6 +32,8 @@ class Sglang(Engine):
     settings: ClassVar[Mapping[str, str]] = {"SGLANG_MAX_MODEL_LEN": "context-length"}
     call_forms = ()  # it has no parser for Granite
     flags = listed_flags("sglang")
+    # after the model's generation_config.json, which no flag of it overrides
+    defaults = Defaults("SGLang's OpenAI protocol", temperature=1.0, top_p=1.0, top_k=-1, repetition_penalty=1.0)
     sequences_flag = "--max-running-requests"
     container = Container(
         gpu_image="lmsysorg/sglang:v0.5.20",

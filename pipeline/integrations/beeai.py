@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from pipeline import engines
 from pipeline.config import Settings
 from pipeline.errors import InputError, MissingDependency
 from pipeline.operate.registry import address_for
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def chat_model(config: Settings, agent_name: str | None = None) -> ChatModel:
-    """BeeAI's chat model for the backend in ``LLM_BACKEND``, or for the one that agents.yaml gives the agent.
+    """BeeAI's chat model for the backend in ``LLM_BACKEND``, or for the one that agents.yaml gives the agent, as it was verified.
 
     Raises InputError for an unknown agent or a backend without URL or model, MissingDependency without the extra.
     """
@@ -25,8 +26,11 @@ def chat_model(config: Settings, agent_name: str | None = None) -> ChatModel:
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     try:
         from beeai_framework.adapters.openai import OpenAIChatModel
+        from beeai_framework.backend import ChatModelParameters
     except ImportError as error:
         raise MissingDependency(f"BeeAI cannot be imported ({error})", remedy="pip install 'granite-pipeline[beeai]'") from None
+    # the run's sampling settings, since engines have defaults of their own
+    sampling = ChatModelParameters(**engines.get(address.backend).sampling)
     # a key is always given: without one, BeeAI would send OPENAI_API_KEY to this server
-    model: ChatModel = OpenAIChatModel(address.model, api_key=address.key, base_url=address.v1)
+    model: ChatModel = OpenAIChatModel(address.model, api_key=address.key, base_url=address.v1, parameters=sampling)
     return model

@@ -8,7 +8,7 @@ import platform
 import re
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,24 @@ from pipeline.machine.gpus import GIB, Gpu, Vendor
 _RENAMED = {"avx512f": "avx512", "amx_tile": "amx", "asimd": "neon", "bf16": "arm_bf16"}
 _ISA = {name: name for name in ("avx2", "avx512_bf16", "amx_bf16", "neon")} | _RENAMED
 _FAST_BFLOAT16 = frozenset({"avx512_bf16", "amx", "amx_bf16", "arm_bf16"})
+# a load average below this is a quiet machine; else the cores are watched for so many seconds
+_QUIET, _WATCHED = 0.5, 0.3
 
 
 @dataclass(frozen=True)
 class Cpu:
-    """Cores this process may use (affinity and cgroup quota applied) and the instruction sets that matter for inference."""
+    """Cores this process may use (affinity and cgroup quota applied) and the instruction sets that matter for inference.
+
+    ``physical`` counts hyperthreads once (None: not known), ``idle`` is how many cores other work left idle when this was
+    measured (None: it was not).
+    """
 
     cores: int
     isa: tuple[str, ...] = ()
     numa_nodes: int = 1
     name: str = ""
+    physical: int | None = None
+    idle: float | None = None
 
     @property
     def fast_bfloat16(self) -> bool:
@@ -68,7 +76,7 @@ class Hardware:
         total, free = memory_bytes()
         existing = next(p for p in [folder.resolve(), *folder.resolve().parents] if p.exists())
         return Hardware(
-            cpu=detect_cpu(),
+            cpu=replace(detect_cpu(), idle=idle_cores()),
             ram_gib=round(total / GIB, 2),
             ram_free_gib=round(free / GIB, 2),
             compiler=any(map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))),
@@ -84,14 +92,35 @@ def detect_cpu(root: Path = Path("/")) -> Cpu:
     if sys.platform == "darwin" and platform.machine() == "arm64":
         name, isa = platform.processor(), ("neon",)
     nodes = [p for p in (root / "sys/devices/system/node").glob("node[0-9]*") if p.is_dir()]
-    return Cpu(cores=usable_cores(root), isa=isa, numa_nodes=max(1, len(nodes)), name=name)
+    cores, physical = usable_cores(root), psutil.cpu_count(logical=False)
+    return Cpu(cores, isa, max(1, len(nodes)), name, physical and min(cores, physical))
 
 
 def usable_cores(root: Path = Path("/")) -> int:
     """Cores allowed by scheduler affinity and by the cgroup CPU quota (v1 or v2), at least 1."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = [q for folder in _cgroup_folders(root, "cpu") if (q := _cpu_quota(folder)) is not None]
-    return max(1, min([allowed, *(int(q) for q in quotas)]))
+    return max(1, min([len(_allowed()), *(int(q) for q in quotas)]))
+
+
+def idle_cores() -> float:
+    """Of the cores that this process may be scheduled on, how many other work leaves idle.
+
+    The load of the last minute or a look of _WATCHED seconds, whichever finds more: neither a moment's burst nor work that
+    has just ended makes a machine busy.
+    """
+    allowed, load = _allowed(), psutil.getloadavg()[0]
+    if load < _QUIET:
+        return float(len(allowed))
+    busy = psutil.cpu_percent(_WATCHED, percpu=True)
+    seen = sum(1 - busy[core] / 100 for core in allowed if core < len(busy))
+    return round(max(seen, len(allowed) - load), 1)
+
+
+def _allowed() -> set[int]:
+    """Numbers of the cores that the scheduler's affinity allows."""
+    if hasattr(os, "sched_getaffinity"):
+        return set(os.sched_getaffinity(0))
+    return set(range(os.cpu_count() or 1))
 
 
 def memory_bytes(root: Path = Path("/")) -> tuple[int, int]:

@@ -80,8 +80,10 @@ def from_json(value: Any, source: str) -> Hardware:
     if not isinstance(gpus, list):
         raise InputError(f"{source}: gpus is not a list")
     cores, numa_nodes = int(cpu.number("cores", low=1)), int(cpu.number("numa_nodes", 1, low=1))
+    physical = int(cpu.number("physical", low=1, high=cores)) if cpu.get("physical") is not None else None
+    idle = cpu.number("idle", low=0) if cpu.get("idle") is not None else None
     return Hardware(
-        cpu=Cpu(cores, _isa(cpu.get("isa", []), source), numa_nodes, str(cpu.get("name", ""))),
+        cpu=Cpu(cores, _isa(cpu.get("isa", []), source), numa_nodes, str(cpu.get("name", "")), physical, idle),
         ram_gib=ram,
         ram_free_gib=top.number("ram_free_gib", round(ram * 0.9, 2), high=ram),
         disk_free_gib=top.number("disk_free_gib", _DISK_GIB, low=0),

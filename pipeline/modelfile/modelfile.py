@@ -11,6 +11,7 @@ from pipeline.errors import InputError, ModelError
 from pipeline.model.gguf import read_gguf_header
 from pipeline.modelfile.grammar import Modelfile, parse_modelfile, quoted, writable
 from pipeline.modelfile.template import derive, kept_system, prove
+from pipeline.net.chat import SAMPLING
 from pipeline.prompts.chat import ChatTemplate
 from pipeline.runs.files import read_json, read_utf8, write_atomic
 from pipeline.runs.folder import RunFolder
@@ -63,7 +64,7 @@ def build_modelfile(
     if system and not writable(system):  # into TEMPLATE, where escapes exist
         derived, system = derive(template, system), None
     end = template.variables.get("eos_token", "<|end_of_text|>")
-    wanted: dict[str, Parameter] = {"temperature": 0, "top_p": 1, "stop": [end], **(parameters or {})}
+    wanted: dict[str, Parameter] = {**SAMPLING, "stop": [end], **(parameters or {})}
     if "num_ctx" not in wanted:
         raise InputError("a Modelfile needs num_ctx: Ollama's default context cuts longer prompts without a word")
     # what Ollama takes for a file: a path without a folder could be a model name, and ``~`` would be expanded

@@ -13,6 +13,24 @@ from pipeline.net.client import json_of, post, post_async, product_errors
 
 PATH = "/v1/chat/completions"
 _Object = Mapping[str, Any]
+# a run's sampling settings: what its reference answers were made with, every backend is verified with, its Modelfile says, and
+# what clients have to send, because engines have defaults of their own (``Engine.defaults``)
+SAMPLING: Mapping[str, float] = {"temperature": 0, "top_p": 1}
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a server samples with where a request to ``/v1`` names no settings, and where that is written; None: not known."""
+
+    source: str
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+
+    def __str__(self) -> str:
+        known = (f"{name} {getattr(self, name):g}" for name in SAMPLING if getattr(self, name) is not None)
+        return " and ".join(known) or "settings of its own"
 
 
 @dataclass(frozen=True)
@@ -65,8 +83,13 @@ class Streamed:
 
 
 def greedy(model: str, messages: Sequence[_Object], max_tokens: int) -> dict[str, Any]:
-    """The body of a greedy chat request."""
-    return {"model": model, "messages": list(messages), "max_tokens": max_tokens, "temperature": 0}
+    """The body of a greedy chat request. Only the temperature is said: top_p does nothing beside 0, and some servers refuse both."""
+    return {"model": model, "messages": list(messages), "max_tokens": max_tokens, "temperature": SAMPLING["temperature"]}
+
+
+def plain(body: _Object) -> dict[str, Any]:
+    """A chat request as a client sends it that names no sampling settings."""
+    return {key: value for key, value in body.items() if key not in SAMPLING}
 
 
 def hello(model: str) -> dict[str, Any]:

@@ -4,16 +4,21 @@ agents:
   triage: {run: generic}                                  # that run, on the backend in LLM_BACKEND
   triage-gpu: {run: generic, backend: vllm, model: granite-soc-specialist}
 prices: {openai: 0.60}                                    # per million tokens; backends not named cost nothing
+sampling: {openai: {}}                                    # what a request that names none is given; default: the run's settings
 allow_fallback: {granite-soc-specialist: [gpt-oss-20b]}   # models that are not the same fine-tune, allowed by name
 """
 
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.config import Backend
 from pipeline.errors import InputError
 from pipeline.runs.folder import RunFolder
+
+# settings of OpenAI's API that a request may leave out
+Sampling = dict[Annotated[str, Field(pattern=r"^(temperature|top_p)$")], Annotated[float, Field(ge=0, le=2)]]
 
 
 class Agent(BaseModel):
@@ -31,6 +36,7 @@ class Agents(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     agents: dict[str, Agent] = Field(default_factory=dict)
     prices: dict[Backend, float] = Field(default_factory=dict)
+    sampling: dict[Backend, Sampling] = Field(default_factory=dict)
     allow_fallback: dict[str, list[str]] = Field(default_factory=dict)
 
     @classmethod

@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse
 
 from pipeline import config
 from pipeline.config import Strategy
+from pipeline.net.chat import SAMPLING
 from pipeline.net.loopback import from_here, spare_loopback
 from pipeline.operate.observer import Observer
 from pipeline.operate.routing import REQUEST_TIMEOUT, Router, write_config
@@ -130,6 +131,10 @@ def routing_hook(router: Router) -> Any:
                 raise HTTPException(404, {"error": {"message": message, "type": "model_not_found", "code": 404}})
             for word in _FORBIDDEN:
                 data.pop(word, None)
+            for word in SAMPLING:
+                # null means left out, and would go before what the deployment fills in
+                if data.get(word, "") is None:
+                    del data[word]
             data["model"] = route.order[0].id
             if route.order[1:]:
                 data["fallbacks"] = [deployment.id for deployment in route.order[1:]]

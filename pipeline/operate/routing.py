@@ -2,8 +2,8 @@
 
 import contextlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -28,13 +28,17 @@ REQUEST_TIMEOUT = 300.0
 
 @dataclass(frozen=True)
 class Deployment:
-    """One model at one backend; ``id`` is ``model@backend``, ``price`` per million tokens."""
+    """One model at one backend; ``id`` is ``model@backend``, ``price`` per million tokens.
+
+    ``sampling`` is what a request that leaves it out is given: engines have defaults of their own, and another one each.
+    """
 
     backend: str
     model: str
     url: str
     local: bool
     price: float
+    sampling: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def id(self) -> str:
@@ -165,7 +169,8 @@ def deployments(settings: Settings, agents: Agents) -> list[Deployment]:
         named = [a.model for a in agents.agents.values() if a.model and (a.backend or settings.llm_backend) == backend]
         for model in dict.fromkeys(filter(None, [address.model, address.orchestrator_model, *named])):
             local = engine.serves != "url" or is_local(address.root)
-            found.append(Deployment(backend, model, address.v1, local, agents.prices.get(backend, 0.0)))
+            sampling = agents.sampling.get(backend, engine.sampling)
+            found.append(Deployment(backend, model, address.v1, local, agents.prices.get(backend, 0.0), sampling))
     return found
 
 
@@ -177,7 +182,9 @@ def litellm_config(found: Sequence[Deployment], timeout: float = REQUEST_TIMEOUT
         place = {"model": f"openai/{d.model}", "api_base": d.url, "api_key": key}
         limits = {"timeout": timeout, "stream_timeout": timeout, "max_retries": 0}
         costs = dict.fromkeys(("input_cost_per_token", "output_cost_per_token"), d.price / 1e6)
-        entries.append({"model_name": d.id, "litellm_params": {**place, **limits, **costs}, "model_info": {"id": d.id}})
+        # what a client says goes before these
+        said = {**place, **limits, **costs, **d.sampling}
+        entries.append({"model_name": d.id, "litellm_params": said, "model_info": {"id": d.id}})
     quiet = {"disable_spend_logs": True, "disable_error_logs": True}
     return {
         "model_list": entries,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.machine.gpus import GIB
-from pipeline.machine.hardware import Hardware
+from pipeline.machine.hardware import Cpu, Hardware
 from pipeline.model.model import Model
 from pipeline.model.shape import SHAPES
 from pipeline.planning.memory import LLAMACPP_MARGIN, compute_gib, kv_gib, mamba_gib
@@ -20,11 +20,7 @@ _LEAST_CONTEXT = 2048
 _KV_SHARE, _SMALL_KV = 0.25, 2.0
 # bytes of one KV element by llama.cpp's cache type
 _KV_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
-# libgomp's own count when there are more threads than cores. Measured on 2 shared cores, tokens/s at 1, 8 and 32 requests:
-# sleeping at once 40, 59, 76; 1000 spins 81, 104, 91; 100,000 spins 106, 9, 13 (benchmarks/serve.py --sweep)
-_SPIN = "threads spin shortly at barriers, then sleep"
-_WHY_SPIN = f"{_SPIN}: sleeping at once halves the speed, long spins stall a machine that is shared"
-SHORT_SPIN = Setting("GOMP_SPINCOUNT", "1000", _WHY_SPIN)
+_BARRIER = "at each barrier all threads wait for the slowest"
 
 
 def gguf_gib(model: Model, kind: str = "Q8_0") -> float:
@@ -32,6 +28,19 @@ def gguf_gib(model: Model, kind: str = "Q8_0") -> float:
     if model.format == "gguf":
         return model.weight_bytes / GIB
     return model.parameters * BITS[kind] / 8 / GIB
+
+
+def barrier_threads(cpu: Cpu) -> tuple[int, str]:
+    """How many threads a llama.cpp without OpenMP should have on this CPU, at least 1, and why.
+
+    Its threads never sleep at a barrier, so that one whose core is taken holds up all. Measured on 2 cores, tokens/s with one
+    and with two threads: 40 and 61-70 on a quiet machine, 37 and 1-9 on a busy one.
+    """
+    physical = min(cpu.physical or cpu.cores, cpu.cores)
+    idle = physical if cpu.idle is None else max(1, int(cpu.idle + 0.5))
+    if idle < physical:
+        return idle, f"about {cpu.idle:g} cores are idle now, of {physical}: {_BARRIER}, so one too many costs most of the speed"
+    return physical, f"the physical cores this process may use: {_BARRIER}"
 
 
 @dataclass(frozen=True)

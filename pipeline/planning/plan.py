@@ -24,7 +24,10 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be served, on what, for what; ``overrides`` are the user's own settings and win."""
+    """What is to be served, on what, for what; ``overrides`` are the user's own settings and win.
+
+    ``sampling`` is what the server is to sample with where a client names nothing; empty: as its engine likes.
+    """
 
     model: Model
     hardware: Hardware
@@ -32,6 +35,7 @@ class Request:
     served_name: str = ""
     overrides: Mapping[str, str] = field(default_factory=dict)
     adapters: tuple[Adapter, ...] = ()
+    sampling: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

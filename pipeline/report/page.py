@@ -214,6 +214,7 @@ def _backend_table(backends: Sequence[Backend]) -> dict[str, Any]:
         "Version": [b.engine_version or NONE for b in backends],
         "Same answers": [f"{b.prompts.passed} of {b.prompts.total}" if b.prompts.total else NONE for b in backends],
         "Exact": [percent(b.exact) for b in backends],
+        "Plain client": [plain_client(b) for b in backends],
         "Prompt parity": [{True: "equal", False: "differs", None: NONE}[b.prompt_parity] for b in backends],
         "Stops": [percent(b.finish_stop) for b in backends],
         "Raw control tokens": [injection(b) for b in backends],
@@ -233,6 +234,15 @@ def injection(backend: Backend) -> str:
     """What raw control tokens in a user's text do on this engine, in a word."""
     found = backend.injection
     return {True: "work", False: "stay text", None: NONE}[found.raw if found else None]
+
+
+def plain_client(backend: Backend) -> str:
+    """Exact of the rows that were asked without sampling settings, and of the same rows with them where that is another figure."""
+    found = backend.plain_client
+    if found is None:
+        return NONE
+    got, greedy = percent(found.exact), percent(found.exact_greedy)
+    return got if got == greedy and found.same == found.rows else f"{got} ({greedy})"
 
 
 def feature(tried: Feature | None) -> str:

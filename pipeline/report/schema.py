@@ -142,6 +142,16 @@ class Feature(_Open):
     detail: str = ""
 
 
+class PlainClient(_Open):
+    """The first rows asked without sampling settings: exact, exact of the same rows with them, and how many answers are the same."""
+
+    rows: int
+    exact: Share
+    exact_greedy: Share
+    same: int
+    detail: str = ""
+
+
 class Backend(_Open):
     """One engine: how it was started and what it answered."""
 
@@ -168,6 +178,7 @@ class Backend(_Open):
     injection: Injection | None = None
     structured_output: Feature | None = None
     tool_calls: Feature | None = None
+    plain_client: PlainClient | None = None
     sha256: str | None = None
 
     @property

@@ -93,6 +93,8 @@ def _probe_lines(run: Result) -> list[str]:
         parts = [f"{name}: {page.feature(tried)}" for name, tried in tried if tried]
         if backend.injection:
             parts.insert(0, backend.injection.detail)
+        if backend.plain_client:
+            parts.append(f"a client without sampling settings: {backend.plain_client.detail}")
         if parts:
             found.append(visible(f"{backend.shown}: {'; '.join(parts)}"))
     return found

@@ -14,7 +14,7 @@ from pipeline.errors import EngineError, InputError, MissingDependency, Pipeline
 from pipeline.machine.hardware import Hardware
 from pipeline.model.model import Model
 from pipeline.modelfile.modelfile import read_modelfile, to_create_request
-from pipeline.net.chat import PATH, hello
+from pipeline.net.chat import PATH, SAMPLING, hello
 from pipeline.net.client import Refused, Unanswered, open_client, post, status_of
 from pipeline.net.loopback import claim
 from pipeline.planning.plan import Adapter, Plan, Purpose, Request
@@ -101,7 +101,10 @@ class Endpoint:
 def request_for(target: Target, options: Options, hardware: Hardware | None = None) -> Request:
     """The planning request for a target on this machine (or on the one given)."""
     machine = hardware or Hardware.detect(target.folder)
-    return Request(Model.open(target.model), machine, options.purpose, target.name, options.overrides, options.adapters)
+    # another model than a run's is sampled as its engine likes
+    sampling = SAMPLING if target.manifest.is_file() else {}
+    said = (options.purpose, target.name, options.overrides, options.adapters, sampling)
+    return Request(Model.open(target.model), machine, *said)
 
 
 def serve(engine_name: str, target: Target, options: Options, progress: Progress) -> Endpoint:
@@ -242,7 +245,7 @@ def attach(engine_name: str, target: Target) -> Endpoint | None:
 def create_model(endpoint: Endpoint, target: Target, progress: Progress, plan: Plan | None = None) -> None:
     """Make the model in a running server (Ollama's) from the target's GGUF and Modelfile.
 
-    The plan's parameters (num_ctx, num_gpu) are for this machine and replace the Modelfile's.
+    The plan's parameters (num_ctx, num_gpu, num_thread) are for this machine and replace the Modelfile's.
     """
     engine = engines.get(endpoint.engine)
     if target.modelfile is None:

@@ -17,11 +17,11 @@ from pipeline.report.check import Check, held, skipped
 from pipeline.report.schema import Backend, Evaluation, Result
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest, TrainingRecord
-from pipeline.verify.evidence import Evidence
+from pipeline.verify.evidence import PLAIN, Evidence
 from pipeline.verify.files import run_checks
 from pipeline.verify.material import Material
 from pipeline.verify.prober import as_answer
-from pipeline.verify.score import Answer, HeldOut, same, score
+from pipeline.verify.score import Answer, HeldOut, fields_of, is_exact, same, score
 from pipeline.verify.sheets import examples, told
 
 # an embedded-base run on the built-in data is expected to learn the task; a user's own run decides for itself
@@ -76,6 +76,7 @@ def judged(evidence: Evidence, material: Material) -> Outcome:
     again = seen.streamed or range(len(seen.streams))
     whole = seen.alone or [answers[i] for i in again]
     scores, reference, count = score(material.rows, answers), material.tuned_score, len(material.rows)
+    plain = [plain_client(evidence, material)] if seen.plain else []
     found = (
         listed(name, evidence.model, seen.listed),
         chat(name, told(material.rows[0], seen.first), told(material.rows[0], material.tuned[0])),
@@ -84,6 +85,7 @@ def judged(evidence: Evidence, material: Material) -> Outcome:
         streamed(name, seen.streams, [(material.rows[i], one) for i, one in zip(again, whole, strict=True)]),
         exact(name, scores["exact"], reference["exact"], count),
         finish(name, scores["finish_stop"], reference["finish_stop"], count),
+        *plain,
     )
     failed = [check for check in found if check.status == "failed"]
     alike = sum(map(same, material.rows, answers, material.tuned))
@@ -105,6 +107,7 @@ def judged(evidence: Evidence, material: Material) -> Outcome:
         injection=schema.Injection(**injection.data, detail=injection.figure),
         structured_output=schema.Feature(**structured.data, detail=structured.figure),
         tool_calls=schema.Feature(**tools.data, detail=tools.figure),
+        plain_client=schema.PlainClient(**plain[0].data, detail=plain[0].figure) if plain else None,
         checks=list(found),
     )
     return Outcome(entry, found, answers)
@@ -157,6 +160,25 @@ def finish(engine: str, served: float, reference: float, count: int) -> Check:
     """Answers end by themselves as often as they do in process, within FINISH_TOLERANCE or one of ``count`` answers."""
     detail = f"{served:.1%} of answers ended with stop, {reference:.1%} in process"
     return held(f"{engine}.finish_stop", served >= reference - allowed(FINISH_TOLERANCE, count) - 1e-4, detail)
+
+
+def plain_client(evidence: Evidence, material: Material) -> Check:
+    """What a client gets that names no sampling settings, beside the same rows asked with them; a warning when it is something else.
+
+    One answer of PLAIN may differ: in another batch a near-tie may tip.
+    """
+    assert evidence.features
+    engine, plain, keys = engines.get(evidence.engine), evidence.features.plain, fields_of(material.rows)
+    triples = [(material.rows[i], answer, evidence.answers[i]) for i, answer in plain.items()]
+    count, alike = len(triples), sum(same(row, answer, other) for row, answer, other in triples)
+    got = sum(is_exact(row, answer, keys) for row, answer, _ in triples) / count
+    greedy = sum(is_exact(row, other, keys) for row, _, other in triples) / count
+    facts = {"rows": count, "exact": round(got, 4), "exact_greedy": round(greedy, 4), "same": alike}
+    said = f"exact {got:.3f} of {count} rows without sampling settings, {greedy:.3f} with; {alike} answers are the same"
+    if count - alike <= count // PLAIN:
+        return Check(f"{engine.name}.plain_client", "passed", said, data=facts)
+    told = f"{said}. {engine.to_clients()}"
+    return Check(f"{engine.name}.plain_client", "warning", told, data=facts)
 
 
 def assemble(run: RunFolder, material: Material, outcomes: Mapping[str, Outcome]) -> Result:

@@ -8,7 +8,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ from pipeline.verify.score import Answer
 
 _CONCURRENCY = 32
 _STREAMED = 4
+# rows that are asked once more as a client asks that names no sampling settings
+PLAIN = 16
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Features:
     """What verify asks beside the held-out prompts: listing, a first answer, attacks, schemas, tool calls, streams.
 
     ``streamed`` are the numbers of the rows whose answers were streamed (empty: the first ones), ``alone`` their answers unstreamed and
-    asked alone too: another batch may tip a near-tie (empty: an older version did not ask).
+    asked alone too: another batch may tip a near-tie (empty: an older version did not ask). ``plain`` are answers to requests
+    without sampling settings, by the number of their row.
     """
 
     listed: tuple[str, ...]
@@ -60,6 +63,7 @@ class Features:
     streams: tuple[Streamed, ...]
     streamed: tuple[int, ...] = ()
     alone: tuple[Answer, ...] = ()
+    plain: Mapping[int, Answer] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -227,7 +231,12 @@ async def _chats(
         same = await parity(prober, rows, [material.prompts[i] for i in numbers]) if rows else None
         same = same and await opened(same, prober, system)
         planned = int((endpoint.plan or {}).get("max_num_seqs") or _CONCURRENCY)
-        answers, speed = await ask_all(prober, rows, max(1, min(_CONCURRENCY, planned)), done)
+        together = max(1, min(_CONCURRENCY, planned))
+        answers, speed = await ask_all(prober.chat, rows, together, done)
+        if features:
+            asked = [number for number in numbers if not prober.obstacle(material.rows[number])][:PLAIN]
+            plain, _ = await ask_all(prober.plain, [material.rows[i] for i in asked], together, lambda: None)
+            features = replace(features, plain=dict(zip(asked, plain, strict=True)))
         same = same and with_reasons(same, prober)
     return {"answers": tuple(answers), "parity": same, "features": features, "tokens_per_second": speed}
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -72,6 +72,11 @@ class Prober:
                 self._note(row, refused)
         self.reasons.setdefault(self.obstacle(row), set()).add(id(row))
         return self._answer(await self._completed(row), told=False)
+
+    async def plain(self, row: HeldOut) -> tuple[Answer, int]:
+        """As :meth:`chat`, for a row that a chat is asked with, by a client that names no sampling settings."""
+        reply = await chat.chat_async(self._client, chat.plain(self._body(row)), self._who)
+        return self._answer(reply, told=bool(row.tools))
 
     def _note(self, row: HeldOut, refused: Refused) -> None:
         """Remember what a server that is not ours to configure refuses; any other refusal is raised."""
@@ -148,14 +153,14 @@ def as_answer(reply: Reply | Streamed, ended: str, *, told: bool) -> Answer:
 
 
 async def ask_all(
-    prober: Prober, rows: Sequence[HeldOut], concurrency: int, done: Callable[[], None]
+    ask: Callable[[HeldOut], Awaitable[tuple[Answer, int]]], rows: Sequence[HeldOut], concurrency: int, done: Callable[[], None]
 ) -> tuple[list[Answer], float]:
     """Answers in the rows' order, ``concurrency`` at a time, and the tokens per second of the whole load."""
     gate, begun = asyncio.Semaphore(concurrency), time.perf_counter()
 
     async def one(row: HeldOut) -> tuple[Answer, int]:
         async with gate:
-            answer = await prober.chat(row)
+            answer = await ask(row)
             done()
             return answer
 

@@ -17,6 +17,8 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 PORT, NAME, MODE = int(sys.argv[1]), sys.argv[2], (sys.argv[3:] or [""])[0]
 app = FastAPI()
+# the last request's body
+SEEN: dict[str, Any] = {}
 
 
 @app.get("/health")
@@ -34,9 +36,25 @@ async def props() -> dict[str, Any]:
     return {"model_path": os.environ["MODEL_PATH"], "default_generation_settings": {"n_ctx": 512}}
 
 
+@app.get("/seen")
+async def seen() -> dict[str, Any]:
+    return SEEN
+
+
+@app.post("/v1/completions")
+async def complete(request: Request) -> dict[str, Any]:
+    SEEN.clear()
+    SEEN.update(await request.json())
+    choice = {"index": 0, "text": NAME, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+    return {"id": "x", "created": 1, "model": NAME, "object": "text_completion", "choices": [choice], "usage": usage}
+
+
 @app.post("/v1/chat/completions", response_model=None)
 async def chat(request: Request) -> JSONResponse | StreamingResponse:
     body = await request.json()
+    SEEN.clear()
+    SEEN.update(body)
     if MODE == "hang":
         await asyncio.sleep(600)
     if MODE == "refuse":

@@ -18,9 +18,10 @@ from pipeline.engines.listing import Listing, openai_listing
 from pipeline.engines.vllm import cpu, gpu, lora
 from pipeline.machine.hardware import Hardware
 from pipeline.model.toolcalls import Call
+from pipeline.net.chat import Defaults
 from pipeline.net.client import ask
 from pipeline.net.reach import get_json
-from pipeline.planning.plan import Plan, Request
+from pipeline.planning.plan import Plan, Request, Setting
 from pipeline.prompts.conversation import Conversation, Prompt, openai_body
 
 _VERSION_CODE = (
@@ -63,6 +64,8 @@ class Vllm(Engine):
     renderers = ("vllm",)
     serves_adapters = True
     flags = listed_flags("vllm")
+    # after the model's generation_config.json (a base's own, which the export keeps), unless --generation-config vllm is given
+    defaults = Defaults("vLLM's OpenAI-compatible server", temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0)
     eager_flag = "--enforce-eager"
     sequences_flag = "--max-num-seqs"
     container = Container(
@@ -109,6 +112,10 @@ class Vllm(Engine):
     def plan(self, request: Request) -> Plan:
         """Flags for this model, machine and purpose."""
         return lora.with_adapters(gpu.plan(request) if request.hardware.gpus else cpu.plan(request), request)
+
+    def default_flags(self, sampling: Mapping[str, float]) -> list[Setting]:
+        """``--override-generation-config``."""
+        return gpu.default_flags(sampling)
 
     def program(self) -> Sequence[str]:
         """The server's module."""

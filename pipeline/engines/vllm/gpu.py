@@ -4,9 +4,11 @@
 its name, tool calling, environment.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from pipeline.engines.base import WHY_DEFAULT
 from pipeline.engines.flags import listed_flags
 from pipeline.errors import InputError
 from pipeline.machine.gpus import Gpu
@@ -195,7 +197,12 @@ def with_common(request: Request, planned: Sequence[Setting]) -> list[Setting]:
     ]
     if model.path is not None:
         settings.append(Setting("HF_HUB_OFFLINE", "1", "the model is a local folder: no hub look-ups at start"))
-    return settings
+    return settings + default_flags(request.sampling)
+
+
+def default_flags(sampling: Mapping[str, float]) -> list[Setting]:
+    """The flag with which vLLM samples so where a client names nothing: over its own defaults and the folder's."""
+    return [Setting("--override-generation-config", json.dumps(dict(sampling)), WHY_DEFAULT)] if sampling else []
 
 
 def template_warning(request: Request) -> list[str]:

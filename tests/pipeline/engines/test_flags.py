@@ -11,6 +11,7 @@ from pipeline.engines.llamacpp_server import parser as xllamacpp_parser
 from pipeline.errors import EngineError, InputError
 from pipeline.machine.named import hardware_from
 from pipeline.model.model import Model
+from pipeline.net.chat import SAMPLING
 from pipeline.planning.plan import Plan, Request, Setting
 
 
@@ -24,7 +25,7 @@ def llamacpp(monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 
 def _plan(engine: Engine) -> Plan:
-    return engine.plan(Request(Model.from_shape("granite-4.0-350m"), hardware_from("cpu-2c-24g")))
+    return engine.plan(Request(Model.from_shape("granite-4.0-350m"), hardware_from("cpu-2c-24g"), sampling=SAMPLING))
 
 
 def test_our_server_knows_every_flag_a_plan_may_have(llamacpp: Engine, tmp_path: Path) -> None:
@@ -44,6 +45,18 @@ def test_the_answer_is_kept_by_version(llamacpp: Engine, tmp_path: Path, monkeyp
     monkeypatch.setattr(flags, "_ask", lambda question: frozenset())
     assert flags.installed_flags(llamacpp, tmp_path) == first
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_our_own_server_is_asked_again_when_its_code_changed(
+    llamacpp: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its flags are those of this product's version, not of the wheel's."""
+    monkeypatch.setattr(flags, "_our_code", lambda _: "as it was")
+    monkeypatch.setattr(flags, "_ask", lambda _: frozenset({"--model"}))
+    assert flags.installed_flags(llamacpp, tmp_path) == {"--model"}
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    flags.require_known_flags(llamacpp, _plan(llamacpp), tmp_path)
 
 
 def test_engines_without_flags_are_not_asked(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from pipeline.verify.score import read_held_out, read_reference, score
 
 # answers a held-out "Say N." with N, and anything that wants JSON with the colour that verify asks for
 SERVER = """
-import json, sys
+import json, os, sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
@@ -42,6 +42,8 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text = asked["messages"][-1]["content"].removeprefix("Say ").rstrip(".")
         text = json.dumps({"colour": "red", "count": 1}) if "response_format" in asked else text
+        # as an engine that samples where it is told nothing
+        text += "" if "temperature" in asked else os.environ.get("SAMPLED", "")
         usage, end = {"completion_tokens": 2}, {"finish_reason": "stop"}
         if not asked.get("stream"):
             return self.answer({"choices": [{"message": {"content": text}, **end}], "usage": usage})
@@ -173,9 +175,28 @@ def test_it_is_verified_and_drawn(run: RunFolder) -> None:
     entry = report["backends"][0]
     assert (entry["name"], entry["status"], entry["prompts"]) == ("madeup", "passed", {"total": 8, "passed": 8})
     assert entry["prompt_parity"] is None
+    assert entry["plain_client"]["same"] == entry["plain_client"]["rows"] == 8
     parity = next(check for check in report["checks"] if check["id"] == "madeup.prompt_parity")
     assert (parity["status"], parity["detail"].startswith("MadeUp <1> does not tell")) == ("skipped", True)
     assert "MadeUp &lt;1&gt;" in (run.report / "report.html").read_text()
+
+
+def test_an_engine_that_samples_where_it_is_told_nothing_is_warned_of_and_not_failed(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAMPLED", "0")
+    _call("verify", "--run", run.name, "--output", run.output, "--backends", "madeup")
+    report = json.loads((run.report / "report.json").read_text())
+    entry = report["backends"][0]
+    assert (report["passed"], entry["status"], entry["exact"]) == (True, "passed", 1.0)
+    figures = {key: entry["plain_client"][key] for key in ("rows", "exact", "exact_greedy", "same")}
+    assert figures == {"rows": 8, "exact": 0.0, "exact_greedy": 1.0, "same": 0}
+    check = next(check for check in report["checks"] if check["id"] == "madeup.plain_client")
+    assert check["status"] == "warning"
+    assert check["detail"].endswith(
+        "takes settings of its own where a request names none: send temperature 0 and top_p 1; the gateway fills it in"
+    )
+    assert "send temperature 0 and top_p 1" in (run.report / "report.html").read_text()
 
 
 def test_it_runs_in_containers() -> None:

@@ -14,6 +14,7 @@ from pipeline import engines
 from pipeline.engines.base import UNNAMED
 from pipeline.engines.ollama import Ollama
 from pipeline.errors import EngineError, InputError
+from pipeline.machine.hardware import Cpu
 from pipeline.machine.named import hardware_from
 from pipeline.model.model import Model
 from pipeline.model.tokenizer import Tokenizer
@@ -33,9 +34,38 @@ def test_a_cpu_machine() -> None:
         "OLLAMA_MAX_LOADED_MODELS": "1",
         "OLLAMA_KEEP_ALIVE": "30m",
         "OLLAMA_CONTEXT_LENGTH": "8192",
-        "GOMP_SPINCOUNT": "1000",
     }
-    assert {p.name: p.value for p in plan.parameters} == {"num_ctx": "8192", "num_gpu": "0"}
+    assert {p.name: p.value for p in plan.parameters} == {"num_ctx": "8192", "num_gpu": "0", "num_thread": "2"}
+
+
+@pytest.mark.parametrize(
+    ("cpu", "threads", "why"),
+    [
+        (Cpu(2), 2, "physical cores"),
+        (Cpu(2, idle=2.0), 2, "physical cores"),
+        (Cpu(2, idle=1.5), 2, "physical cores"),
+        (Cpu(2, idle=1.1), 1, "about 1.1 cores are idle now, of 2"),
+        (Cpu(2, idle=0.0), 1, "about 0 cores are idle now, of 2"),
+        # hyperthreads do not compute more; the quota of a container, which Ollama does not see, counts
+        (Cpu(16, physical=8, idle=15.8), 8, "physical cores"),
+        (Cpu(16, physical=8, idle=5.2), 5, "about 5.2 cores"),
+        (Cpu(2, physical=32, idle=60.0), 2, "physical cores"),
+    ],
+)
+def test_threads_are_the_cores_that_other_work_leaves_idle(cpu: Cpu, threads: int, why: str) -> None:
+    machine = replace(hardware_from("cpu-2c-24g"), cpu=cpu)
+    plan = Ollama().plan(Request(Model.from_shape("granite-4.0-350m"), machine, "serve", "m"))
+    planned = next(p for p in plan.parameters if p.name == "num_thread")
+    assert (planned.value, planned.source) == (str(threads), "planned")
+    assert why in planned.reason
+
+
+def test_threads_given_by_the_user_win_and_variables_of_openmp_are_refused() -> None:
+    plan = _plan("cpu-2c-24g", "granite-4.0-350m", **{"num-thread": "7"})
+    assert [(p.value, p.source) for p in plan.parameters if p.name == "num_thread"] == [("7", "user")]
+    for wrong in ({"num_thread": "0"}, {"GOMP_SPINCOUNT": "1000"}, {"OMP_WAIT_POLICY": "passive"}):
+        with pytest.raises(InputError):
+            _plan("cpu-2c-24g", "granite-4.0-350m", **wrong)
 
 
 def test_a_gpu_machine_leaves_the_layers_to_ollama() -> None:

@@ -1,10 +1,16 @@
 import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
 import pytest
 
-from pipeline.machine.hardware import Cpu, Hardware, detect_cpu, memory_bytes, usable_cores
+from pipeline.machine.hardware import Cpu, Hardware, detect_cpu, idle_cores, memory_bytes, usable_cores
 
 
 def _write(root: Path, name: str, text: str) -> None:
@@ -68,6 +74,38 @@ def test_cgroup_v2_quota_of_any_ancestor_limits_the_cores(tmp_path: Path, files:
     assert usable_cores(tmp_path) == (cores or usable_cores(tmp_path / "empty"))
 
 
+@pytest.fixture
+def _all_cores_busy() -> Iterator[None]:
+    spin = [sys.executable, "-c", "while True: pass"]
+    with ExitStack() as stack:
+        for _ in range(2 * len(os.sched_getaffinity(0))):
+            stack.callback(stack.enter_context(subprocess.Popen(spin)).kill)
+        time.sleep(0.5)
+        yield
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux only")
+@pytest.mark.usefixtures("_all_cores_busy")
+def test_cores_that_other_work_uses_are_not_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    # the load of the last minute takes a minute to rise
+    monkeypatch.setattr(psutil, "getloadavg", lambda: (2.0 * os.cpu_count(), 1.0, 1.0))  # type: ignore[operator]
+    cores = len(os.sched_getaffinity(0))
+    assert idle_cores() <= 0.5 * cores
+    # a moment's burst on a quiet machine
+    monkeypatch.setattr(psutil, "getloadavg", lambda: (0.1, 0.1, 0.1))
+    assert idle_cores() == cores
+    detected = Hardware.detect().cpu
+    assert (detected.idle, detected.physical is None or 1 <= detected.physical <= detected.cores) == (cores, True)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux only")
+def test_work_that_just_ended_and_cores_of_others_do_not_make_a_machine_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3})
+    monkeypatch.setattr(psutil, "getloadavg", lambda: (4.0, 1.0, 1.0))
+    monkeypatch.setattr(psutil, "cpu_percent", lambda *_, percpu: [100.0, 0.0, 100.0, 10.0])
+    assert idle_cores() == 1.9
+
+
 def test_cgroup_v1_quota_limits_the_cores(tmp_path: Path) -> None:
     _write(tmp_path, "proc/self/cgroup", "3:cpu,cpuacct:/docker/x\n0::/\n")
     _write(tmp_path, "sys/fs/cgroup/cpu/cpu.cfs_quota_us", "100000\n")
@@ -102,5 +140,6 @@ def test_an_unlimited_cgroup_leaves_the_machine_s_memory(tmp_path: Path, limit: 
 def test_to_json_is_what_a_machine_description_reads() -> None:
     from pipeline.machine.named import from_json
 
-    here = Hardware(Cpu(2, ("avx2",)), 24.0, 20.0, 70.0, compiler=False)
-    assert from_json(json.loads(json.dumps(here.to_json())), "x") == here
+    for cpu in (Cpu(2, ("avx2",)), Cpu(2, ("avx2",), physical=1, idle=0.0), detect_cpu()):
+        here = Hardware(cpu, 24.0, 20.0, 70.0, compiler=False)
+        assert from_json(json.loads(json.dumps(here.to_json())), "x") == here

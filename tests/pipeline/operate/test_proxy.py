@@ -79,6 +79,11 @@ class Scene:
             time.sleep(0.1)
         return time.monotonic() - begun
 
+    def seen(self, place: str) -> dict[str, Any]:
+        """The last request that a backend was sent."""
+        body: dict[str, Any] = httpx.get(f"http://127.0.0.1:{self.ports[place]}/seen", timeout=5).json()
+        return body
+
     def chat(self, model: str = "primary", **more: Any) -> httpx.Response:
         body = {"model": model, "messages": [{"role": "user", "content": "Hello"}], **more}
         headers = {"Authorization": f"Bearer {PLANTED[0]}"}
@@ -141,6 +146,37 @@ def test_the_primary_dies_and_the_same_fine_tune_answers_and_the_primary_returns
     assert scene.until("vllm", False) < 5
     scene.start("vllm")
     assert scene.chat("triage").headers["x-granite-backend"] == "vllm"
+
+
+@pytest.mark.parametrize(
+    ("sent", "received"),
+    [
+        ({}, (0, 1)),
+        ({"temperature": None, "top_p": None}, (0, 1)),
+        ({"temperature": 0.7}, (0.7, 1)),
+        ({"top_p": 0.5}, (0, 0.5)),
+        ({"temperature": 1, "top_p": 0.9}, (1, 0.9)),
+        ({"stream": True}, (0, 1)),
+    ],
+)
+def test_sampling_settings_are_filled_in_where_they_are_left_out_and_never_changed(
+    scene: Scene, sent: dict[str, Any], received: tuple[float, float]
+) -> None:
+    assert scene.chat("triage", **sent).status_code == 200
+    seen = scene.seen("vllm")
+    assert (seen["temperature"], seen["top_p"]) == received
+    body = {"model": "second@llamacpp", "prompt": "Hello", **{key: value for key, value in sent.items() if key != "stream"}}
+    headers = {"Authorization": f"Bearer {PLANTED[0]}"}
+    assert httpx.post(f"{scene.url}/v1/completions", json=body, headers=headers, timeout=30).status_code == 200
+    seen = scene.seen("llamacpp")
+    assert (seen["prompt"], seen["temperature"], seen["top_p"]) == ("Hello", *received)
+
+
+def test_a_fallback_is_filled_in_too(scene: Scene) -> None:
+    scene.stop("vllm")
+    assert scene.chat("triage").headers["x-granite-backend"] == "llamacpp"
+    seen = scene.seen("llamacpp")
+    assert (seen["temperature"], seen["top_p"]) == (0, 1)
 
 
 def test_a_stream_that_is_cut_ends_with_an_error_event(scene: Scene) -> None:

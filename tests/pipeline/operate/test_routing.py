@@ -230,6 +230,28 @@ def test_a_password_in_a_url_does_not_reach_litellms_file(tmp_path: Path) -> Non
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+def _filled(settings: Settings) -> dict[str, dict[str, float]]:
+    """What LiteLLM fills into a request that names no sampling settings, by deployment."""
+    entries = litellm_config(_router(settings, {}).deployments)["model_list"]
+    given = [(entry["model_name"], entry["litellm_params"]) for entry in entries]
+    return {name: {key: params[key] for key in ("temperature", "top_p") if key in params} for name, params in given}
+
+
+def test_every_backend_is_given_the_runs_sampling_settings_unless_agents_yaml_says_others(tmp_path: Path) -> None:
+    both = {"temperature": 0, "top_p": 1}
+    ours = {"soc@vllm": both, "soc-gguf@llamacpp": both, "soc:latest@ollama": both, "granite-soc@sglang": both}
+    assert _filled(_settings(tmp_path)) == {**ours, "big@openai": {"temperature": 0}}
+    agents = "sampling: {openai: {}, vllm: {temperature: 0.5}}"
+    assert _filled(_settings(tmp_path, agents=agents)) == {**ours, "big@openai": {}, "soc@vllm": {"temperature": 0.5}}
+
+
+@pytest.mark.parametrize("wrong", ["{vllm: {top_k: 3}}", "{vllm: {temperature: hot}}", "{vllm: {temperature: -1}}", "{x: {}}"])
+def test_sampling_settings_that_no_request_has_are_refused(tmp_path: Path, wrong: str) -> None:
+    with pytest.raises(InputError, match="entries that do not fit") as caught:
+        _router(_settings(tmp_path, agents=f"sampling: {wrong}"), {})
+    assert "sampling." in str(caught.value)
+
+
 def test_an_ipv6_address_is_refused_with_a_reason(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="::1 is an IPv6 address, which nothing here binds"):
         services.gateway_launch(_settings(tmp_path), "::1", 0, tmp_path)

@@ -80,8 +80,12 @@ def test_the_plans_parameters_reach_ollama_and_replace_the_modelfiles(fake: Fake
     said: list[str] = []
     endpoint = Endpoint("ollama", fake.url, "soc")
     start.create_model(endpoint, Target(gguf, "soc", tmp_path, modelfile), said.append, Ollama().plan(request))
-    assert fake.seen["/api/create"]["parameters"] == {"num_ctx": 3000, "temperature": 0.0, "num_gpu": 0}
-    assert said == ["creating soc in Ollama with num_ctx 3000, num_gpu 0"]
+    planned = {"num_ctx": 3000, "num_gpu": 0, "num_thread": 16}
+    assert fake.seen["/api/create"]["parameters"] == {**planned, "temperature": 0.0}
+    assert said == ["creating soc in Ollama with num_ctx 3000, num_gpu 0, num_thread 16"]
+    # the Modelfile travels to other machines
+    assert "num_gpu" not in modelfile.read_text()
+    assert "num_thread" not in modelfile.read_text()
 
 
 def test_a_refused_first_token_is_classified_by_its_words(fake: Fake) -> None:

@@ -74,6 +74,40 @@ def _judged(*answers: Answer, streams: tuple[Streamed, ...] = (), numbers: tuple
     return assemble.judged(said, material)
 
 
+def _plain(engine: str, *texts: str, rows: int = 16) -> tuple[Check, Evidence]:
+    """The check of what a client gets without sampling settings, whose first answers are ``texts`` and the others right."""
+    held = [HeldOut(ASKED, f"answer {n}") for n in range(rows)]
+    right = [Answer(row.expected, "stop") for row in held]
+    plain = dict(enumerate([*[Answer(text, "stop") for text in texts], *right[len(texts) :]]))
+    features = Features((), right[0], (), (), plain=plain)
+    said = Evidence(engine, "1", "Q8_0", tuple(range(rows)), tuple(right), features=features)
+    assert restored(stored({engine: said})) == {engine: said}
+    return assemble.plain_client(said, Material(held, [], right, right, {}, 8, None)), said  # type: ignore[arg-type]
+
+
+def test_a_plain_client_that_gets_the_same_answers_passes_and_one_near_tie_may_tip() -> None:
+    check, _ = _plain("vllm")
+    assert (check.id, check.status) == ("vllm.plain_client", "passed")
+    assert check.data == {"rows": 16, "exact": 1.0, "exact_greedy": 1.0, "same": 16}
+    assert _plain("vllm", "another")[0].status == "passed"
+    assert _plain("vllm", "another", rows=15)[0].status == "warning"
+
+
+@pytest.mark.parametrize(
+    ("engine", "told"),
+    [
+        ("ollama", "Ollama takes temperature 1 and top_p 1 where a request names none: send temperature 0 and top_p 1; the gateway fills it in"),
+        ("llamacpp", "temperature 0.8 and top_p 0.95 where a request names none: send temperature 0 and top_p 1; the gateway fills it in, or granite-pipeline serve llamacpp sets it"),
+        ("openai", "OpenAI-compatible takes settings of its own where a request names none: send temperature 0; the gateway fills it in"),
+    ],
+)  # fmt: skip
+def test_other_answers_for_a_plain_client_are_a_warning_with_the_remedy(engine: str, told: str) -> None:
+    check, _ = _plain(engine, "x", "y")
+    assert check.status == "warning"
+    assert check.figure.startswith("exact 0.875 of 16 rows without sampling settings, 1.000 with; 14 answers are the same. ")
+    assert check.figure.endswith(told)
+
+
 def test_a_backend_is_judged_by_what_it_said_however_it_said_it() -> None:
     stream = Streamed("", 0.1, 0.2, 2, ({"name": "look", "arguments": '{"host": "a", "depth": 1}'},))
     right = _judged(Answer("", "stop", (LOOK,)), Answer("Ada", "stop", thought="b"), streams=(stream,), numbers=(0,))

@@ -176,6 +176,20 @@ def test_a_streamed_call_is_put_together(yardstick: Yardstick) -> None:
         wait_for(stream(stub.url, TOOLS))
 
 
+def test_a_plain_client_names_no_sampling_settings_and_everything_else(yardstick: Yardstick) -> None:
+    async def ask(url: str) -> Answer:
+        async with Prober(Endpoint("vllm", url, "m"), 9, yardstick) as prober:
+            return (await prober.plain(HISTORY))[0]
+
+    with serving({PATH: _chat("tool_calls", tool_calls=[_call()])}) as stub:
+        assert _ask(stub, HISTORY, yardstick)[0] == Answer("", "stop", (LOOK,))
+        greedy = stub.bodies[PATH]
+        assert wait_for(ask(stub.url)) == Answer("", "stop", (LOOK,))
+        plain = stub.bodies[PATH]
+    assert greedy == plain | {"temperature": 0}
+    assert not {"temperature", "top_p"} & set(plain)
+
+
 def _parity(stub: Stub, engine: str, rows: list[HeldOut], yardstick: Yardstick) -> Check:
     async def compare() -> Check:
         async with Prober(Endpoint(engine, stub.url, "m"), 9, yardstick) as prober:

@@ -73,7 +73,7 @@ async def _asked(endpoint: Endpoint, yardstick: Yardstick) -> tuple[Check, list[
     rows = _rows(yardstick.template.source)
     async with Prober(endpoint, 6, yardstick) as prober:
         check = await parity(prober, rows, [yardstick.prompt(row) for row in rows])
-        answers, _ = await ask_all(prober, rows, 2, lambda: None)
+        answers, _ = await ask_all(prober.chat, rows, 2, lambda: None)
         streams = [await prober.stream(row) for row in rows]
     streamed = [stream and as_answer(stream, "", told=True) for stream in streams]
     return with_reasons(check, prober), answers, streamed
