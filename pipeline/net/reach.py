@@ -47,6 +47,8 @@ async def get_json(root: str, path: str, api_key: str = "", timeout: float = TIM
         proxy = proxy_of(root)
     except PipelineError as error:
         return _failed("proxy", f"{error.message}: {error.remedy}", begun)
+    except ValueError:
+        return _failed("url", f"{shown!r} is not a URL: write http://host:port/v1", begun)
     if proxy:
         shown = f"{shown} through {proxy}"
     try:
