@@ -30,14 +30,23 @@ class Need:
     made_of: str
 
 
-def finetune_need(base: Path, params: FinetuneParameters, longest: int) -> Need:
-    """Weights, gradients and optimizer, and the activations of one batch of the longest row."""
+def finetune_need(base: Path, params: FinetuneParameters, longest: int, *, pieces: bool = False) -> Need:
+    """Weights, gradients and optimizer, and the activations of one batch of the longest row.
+
+    ``pieces``: each layer is computed again in the backward pass and the loss piece by piece, as unsloth does on a GPU.
+    """
     config = read_json(base / "config.json")
     weights = sum(t.elements for t in read_folder(base))
     per_weight = {"full": 16.0, "lora": 2.0, "qlora": 0.6}[params.method]  # full: float32 weight, gradient, two moments
     layers, hidden = int(config.get("num_hidden_layers", 0)), int(config.get("hidden_size", 0))
-    tokens = params.batch_size * longest
-    activations = tokens * (layers * hidden * _KEPT_PER_LAYER * 2 + int(config.get("vocab_size", 0)) * 4 * 2)
+    tokens, layer, logits = params.batch_size * longest, hidden * _KEPT_PER_LAYER * 2, int(config.get("vocab_size", 0)) * 4 * 2
+    if pieces:
+        kept = layer
+    elif params.method == "qlora":  # PEFT's preparation for 4 bits keeps what goes into each layer and computes the rest again
+        kept = layers * hidden * 2 + logits
+    else:
+        kept = layers * layer + logits
+    activations = tokens * kept
     fixed, moving = weights * per_weight / GIB, activations / GIB
     return Need(_LIBRARIES + fixed + moving, f"{fixed:.2f} weights and optimizer, {moving:.2f} for {tokens} tokens a batch")
 

@@ -59,6 +59,7 @@ class Job:
     rows: Prepared
     held_out: Prepared
     noted: dict[str, Any]
+    trainer: tuple[str, str]  # which, and why
 
     def counts(self) -> dict[str, Any]:
         """Rows and tokens, as the manifest keeps them."""
@@ -119,9 +120,11 @@ def finetune(run: RunFolder, params: FinetuneParameters, *, force: Force = False
             log.info("data: %s", line)
         said = (len(rows.examples), rows.tokens, rows.trained_tokens, len(rows.too_long))
         log.info("finetune: %d rows, %d tokens (%d trained), %d rows too long and left out", *said)
-        need = finetune_need(base.folder, params, max(len(e.input_ids) for e in rows.examples))
+        trainer = trainers.choose(params, base.folder)
+        longest, pieces = max(len(e.input_ids) for e in rows.examples), trainers.in_pieces(trainer[0])
+        need = finetune_need(base.folder, params, longest, pieces=pieces)
         require_memory("fine-tuning", need, "lower --batch-size (and raise --gradient-accumulation) or --max-length")
-        result = _train(Job(run, params, base, rows, held_out, noted))
+        result = _train(Job(run, params, base, rows, held_out, noted, trainer))
         write_atomic(run.heldout, "".join(held_out_line(row, example, preparer) for row, example in held_out.pairs))
         # what a hub gave is found again without asking it
         kept = {"base_folder": str(base.folder.resolve())} if base.revision else {}
@@ -149,7 +152,7 @@ def _shared_system(rows: Sequence[Row]) -> str | None:
 def _train(job: Job) -> dict[str, Any]:
     """Train, or go on from a checkpoint; leaves the adapter and returns what came of it."""
     run, params = job.run, job.params
-    backend, reason = trainers.choose(params, job.base.folder)
+    backend, reason = job.trainer
     dtype = trainers.training_dtype()
     log.info("trainer: %s (%s), dtype %s", backend, reason, dtype)
     model = trainers.trainable(job.base.folder, params, backend, dtype)

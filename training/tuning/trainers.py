@@ -96,10 +96,15 @@ def _unsloth(folder: Path, params: FinetuneParameters, dtype: Any) -> Any:
         model, _ = loader.from_pretrained(str(folder), max_seq_length=params.max_length, dtype=dtype, **loading)
     if params.method == "full":
         return model
-    sparing = "unsloth" if _on_gpu() else False
+    sparing = "unsloth" if in_pieces("unsloth") else False
     options = {**_lora(params), "target_modules": list(_UNSLOTH_TARGETS), "use_gradient_checkpointing": sparing}
     with runlog.unheard(log):
         return loader.get_peft_model(model, **options, random_state=params.seed)
+
+
+def in_pieces(backend: str) -> bool:
+    """Whether layers are computed again in the backward pass and the loss in pieces: unsloth's way on a GPU."""
+    return backend == "unsloth" and _on_gpu()
 
 
 def _hf(folder: Path, params: FinetuneParameters, dtype: Any) -> Any:
