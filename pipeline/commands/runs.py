@@ -58,7 +58,8 @@ def stop(
     names = [engines.get(engine).name] if engine else list(engines.NAMES)
     folders = [RunFolder(run, output).path]
     if every:
-        folders = sorted({output / entry.run for entry in services.listing(output) if entry.run != "-"})
+        made = {path.parents[2] for path in output.glob("*/servers/private/*.json")}  # in an Ollama that is not ours
+        folders = sorted({output / entry.run for entry in services.listing(output) if entry.run != "-"} | made)
     stopped = [f"{name} of {folder.name}" for folder in folders for name in names if start.stop(folder, name)]
     if every and not engine:
         stopped += [name for name in services.NAMES if services.stop(name, output)]

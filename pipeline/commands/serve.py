@@ -13,7 +13,7 @@ from pipeline import config, engines
 from pipeline.commands import options, show
 from pipeline.engines.base import Engine
 from pipeline.engines.vllm.lora import base_folder, parse
-from pipeline.errors import InputError
+from pipeline.errors import EnvironmentFailure, InputError
 from pipeline.planning.plan import Purpose
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 from pipeline.serve import backends, records, server, start
@@ -75,8 +75,18 @@ def serve(
     how = replace(how, replace=replace_model, remote_ok=settings.remote_ok(chosen.name))
     # on Linux Ollama is a system service that holds its port; one that runs is used, unless another port is asked for
     mine = not chosen.creates_model or port is not None or host != start.LOOPBACK
-    there, _ = (None, None) if mine else backends.look(chosen, settings)
+    there = None if mine else _there(chosen, settings)
     run_server(chosen.name, target, how, there, detach=detach)
+
+
+def _there(engine: Engine, settings: config.Settings) -> Endpoint | None:
+    """The server to make the model in, if one runs; EnvironmentFailure when one that is meant cannot be used, and none be started."""
+    there, seen = backends.look(engine, settings)
+    if there is None and (seen.there or settings.named_servers(engine.name)):
+        if not engine.available().usable:
+            raise EnvironmentFailure(seen.reason, remedy=seen.remedy)
+        show.line(f"{seen.reason}; one is started from here", err=True, style="yellow")
+    return there
 
 
 def run_server(engine: str, target: Target, how: Options, there: Endpoint | None = None, *, detach: bool) -> None:

@@ -80,7 +80,12 @@ def contradictions(settings: Settings) -> Iterator[Finding]:
         if any(not same_place(usable[0], url) for url in usable[1:]):
             said = " and ".join(f"{name}={without_password(url)}" for name, url in named.items())
             yield _about(f"{said} name two servers: {variable} is used; unset one of them")
-        variable = next(iter(named), variable)
+        elif named and variable not in named and variable.lower() in settings.model_fields_set:
+            used, there = next(iter(named.items()))
+            if not same_place(url := engine.url(), there):
+                words = f"{variable}={url} is the default and counts as unset: {used}={without_password(there)} is used"
+                yield _about(words, "warn")
+        url, variable = settings.address(engine.name).base_url, next(iter(named), variable)
         if url and not _is_url(url):
             yield _about(f"{variable}={without_password(url)} is not a URL: write http://host:port/v1")
         other = first_at.setdefault(root_url(url), engine)

@@ -221,6 +221,10 @@ class Engine(ABC):
         """An address as the variables hold it, as a URL; one that cannot be read stays as it is."""
         return address
 
+    def canonical(self, name: str) -> str:
+        """A model's name as its server tells names apart; two that are equal here are one model there."""
+        return name
+
     def variables(self) -> list[str]:
         """The variables that configure it."""
         common = (f"{self.prefix}_{word}" for word in ("BASE_URL", "MODEL", "ORCHESTRATOR_MODEL"))

@@ -11,9 +11,10 @@ import shutil
 import subprocess
 from asyncio import gather
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -36,7 +37,7 @@ from pipeline.engines.base import (
 )
 from pipeline.engines.flags import listed_flags
 from pipeline.engines.listing import Listed, Listing, entries, integer
-from pipeline.errors import EngineError, ModelError
+from pipeline.errors import EngineError, MissingDependency, ModelError
 from pipeline.model.tokenizer import Tokenizer
 from pipeline.model.toolcalls import Call
 from pipeline.net.chat import Defaults
@@ -63,6 +64,7 @@ OLDEST = Version("0.12.11")
 _UPGRADE = f"upgrade Ollama to {OLDEST} or later"
 # between two words of Ollama: it is silent while it copies a large model
 _SILENT_SECONDS = 1800.0
+_DELETE_SECONDS = 30.0
 # what would make the import of its client fail, which makes a client of its own for whatever they say
 _READ_AT_IMPORT = ("OLLAMA_HOST", *(f"{name}_proxy" for name in ("http", "https", "all")))
 _INSTALL = "curl -fsSL https://ollama.com/install.sh | sh (macOS: brew install ollama), or set OLLAMA_BASE_URL to a running one"
@@ -133,6 +135,8 @@ class Ollama(Engine):
     def as_url(self, address: str) -> str:
         """As Ollama reads OLLAMA_HOST: with or without scheme and port; the address that means all of a machine's is this one."""
         text = address.strip().strip("\"'").strip()
+        with suppress(ValueError):  # an address of IPv6 without brackets
+            text = f"[{ip_address(text)}]" if ":" in text else text
         scheme, given, rest = text.partition("://") if "://" in text else ("http", "", text)
         try:
             parts = urlsplit(f"{scheme}://{rest}")
@@ -250,9 +254,14 @@ class Ollama(Engine):
         if said[-1:] != ["success"]:
             raise EngineError(f"{self.title} could not create {name}", evidence=f"its last word: {(said or ['none'])[-1]}")
 
+    def canonical(self, name: str) -> str:
+        """Without what Ollama takes for granted: its own registry, ``library/`` and ``:latest``; case makes no difference."""
+        short = name.casefold().removeprefix("registry.ollama.ai/").removeprefix("library/")
+        return short if ":" in short.rpartition("/")[2] else f"{short}:latest"
+
     def remove(self, root: str, name: str) -> None:
         """``DELETE /api/delete``."""
-        with _asking(root, f"could not delete {name}", known=(httpx.codes.NOT_FOUND,)) as ollama:
+        with _asking(root, f"could not delete {name}", known=(httpx.codes.NOT_FOUND,), seconds=_DELETE_SECONDS) as ollama:
             ollama.delete(name)
 
     def schema_requests(self, body: Body, schema: Body) -> list[tuple[str, Body]]:
@@ -325,13 +334,13 @@ def _judged(which: str, version: str) -> Availability:
 
 
 @contextmanager
-def _asking(root: str, failed: str, known: Sequence[int] = ()) -> Iterator[Any]:
+def _asking(root: str, failed: str, known: Sequence[int] = (), seconds: float = _SILENT_SECONDS) -> Iterator[Any]:
     """Ollama's own client for the server at a URL; EngineError with Ollama's words, Unanswered where it breaks off.
 
     A refusal with a status in ``known`` is passed over. OLLAMA_API_KEY is for Ollama's own service and goes to no other host.
     """
     package = _package()
-    settings = client_settings(root, "", httpx.Timeout(_SILENT_SECONDS, connect=10))
+    settings = client_settings(root, "", httpx.Timeout(seconds, connect=10))
     settings |= {"host": settings.pop("base_url"), "follow_redirects": False, "event_hooks": {"request": [_without_key]}}
     try:
         with product_errors(f"Ollama at {root}"), package.Client(**settings) as client:
@@ -355,6 +364,8 @@ def _package() -> Any:
     hidden = {name: os.environ.pop(name) for name in names}
     try:
         import ollama
+    except ImportError:
+        raise MissingDependency("Ollama's client for Python is not installed", remedy="make setup") from None
     finally:
         os.environ.update(hidden)
     return ollama

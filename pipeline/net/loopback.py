@@ -34,7 +34,9 @@ def is_here(url: str) -> bool:
 
 def same_place(url: str, other: str) -> bool:
     """True for two URLs of one server: the names of this machine, and the address that means all of them, are equal."""
-    return _place(url) == _place(other)
+    with contextlib.suppress(ValueError):  # what is no URL is no place
+        return _place(url) == _place(other)
+    return False
 
 
 def _place(url: str) -> tuple[str, str, int | None, str]:

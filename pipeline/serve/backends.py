@@ -4,6 +4,7 @@ An Ollama that already runs, as the system service it is on Linux, is used as it
 no model in it that was not made from here is replaced. What is only asked there gets a name of its own and is deleted again.
 """
 
+import contextlib
 import logging
 import os
 import platform
@@ -18,7 +19,7 @@ from pipeline.config import Settings
 from pipeline.engines.base import Availability, Engine, require_feasible
 from pipeline.errors import EngineError, InputError, PipelineError
 from pipeline.net.client import wait_for
-from pipeline.net.loopback import is_local
+from pipeline.net.loopback import is_local, same_place
 from pipeline.planning.plan import Plan
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import sha256_json
@@ -68,7 +69,7 @@ def find(run: RunFolder, name: str, settings: Settings) -> Endpoint | None:
     engine, there = engines.get(name), settings.address(name)
     if engine.serves != "url":
         target = Target.of_run(run, name, key=settings.key(name))
-        return serving.attach(name, target) or _made_there(engine, target)
+        return serving.attach(name, target) or _made_there(engine, target, there.root)
     if not there.base_url:
         raise InputError(f"{name}: no endpoint given", remedy=f"set {engine.prefix}_BASE_URL and {engine.prefix}_MODEL")
     return Endpoint(name, there.root, there.model, api_key=settings.key(name))
@@ -103,7 +104,13 @@ def start(run: RunFolder, name: str, settings: Settings, options: Options) -> St
             return _not_here(name, available, seen, asked=bool(settings.named_servers(name)))
         elif seen.there:
             log.warning("%s: %s; one is started from here", name, seen.reason)
-        return Started(name, "ready", endpoint=bring_up(name, target, wanted, lambda text: log.info("%s", text[:160]), there))
+        try:
+            endpoint = bring_up(name, target, wanted, lambda text: log.info("%s", text[:160]), there)
+        except BaseException:
+            if target.private:  # made, and did not answer
+                serving.stop(run.path, name)
+            raise
+        return Started(name, "ready", endpoint=endpoint)
     except InputError:
         raise
     except PipelineError as error:
@@ -177,46 +184,33 @@ def _serve_there(there: Endpoint, target: Target, options: Options, progress: Pr
         raise InputError(words, remedy=f"--remote-ok allows it, and so does {engine.prefix}_REMOTE_OK=1")
     plan = _parameters(engine, target, options) if is_local(there.url) else None
     if not target.private and not options.replace:
-        _require_ours(engine, there.url, target)
+        serving.require_ours(engine, there.url, target)
     endpoint = replace(there, model=target.name, plan=plan.to_json([]) if plan else None)
     progress(f"{engine.title} already runs at {there.url}: the model is made there")
     if target.private:  # noted before it is there, so that it is deleted also where this process is killed in between
         serving.note_ready(endpoint, target, begun)
     serving.create_model(endpoint, target, progress, plan)
+    digest = serving.digest_of(engine, there.url, target.name)
+    # it is there from now on, also when it does not answer
+    serving.note_ready(endpoint, target, begun, digest)
     serving.first_token(endpoint)
-    # the digest of the model changes when someone makes another one of the same name
-    digest = _digest(engine, there.url, target.name)
     return serving.note_ready(endpoint, target, begun, digest)
 
 
-def _digest(engine: Engine, url: str, name: str) -> str:
-    """The server's digest of a model; empty where it has none of that name, or does not answer."""
-    listing = wait_for(engine.listing(url, "", _ASK_SECONDS))
-    return next((one.digest for one in listing.models or () if records.same_name(one.name, name)), "")
-
-
-def _require_ours(engine: Engine, url: str, target: Target) -> None:
-    """Raise InputError when the server has a model of the target's name that no run here is known to have made."""
-    digest = _digest(engine, url, target.name)
-    if digest and not any(record.about(url, target.name, digest) for record in records.every(target.folder.parent)):
-        words = (
-            f"{engine.title} at {url} already has a model {target.name}, which was not made from a run in {target.folder.parent}"
-        )
-        raise InputError(words, remedy="choose another name with --served-model-name, or replace it with --replace")
-
-
-def _made_there(engine: Engine, target: Target) -> Endpoint | None:
-    """The model of this very file that was made earlier in a server that is not ours, while it is still there."""
+def _made_there(engine: Engine, target: Target, root: str) -> Endpoint | None:
+    """The model of this very file and Modelfile that was made earlier in the configured server, while it is still there."""
     if not engine.creates_model or not target.manifest.is_file():
         return None
-    now = Manifest(target.manifest).sha256(target.model)
+    now = (Manifest(target.manifest).sha256(target.model), target.modelfile_hash)
     for made in (replace(target, private=True), target):
         record = records.read(made.servers, engine.name)
-        served = (record.ready, *record.earlier) if record else ()
-        for ready in filter(None, served):
-            if ready.digest and ready.sha256 == now and ready.digest == _digest(engine, ready.url, ready.model):
-                known = {name: getattr(ready, name) for name in ("version", "plan", "ready_seconds", "sha256")}
-                return Endpoint(engine.name, ready.url, ready.model, **known)
+        for ready in filter(None, (record.ready, *record.earlier) if record else ()):
+            same = (ready.sha256, ready.modelfile) == now and same_place(ready.url, root)
+            # one that does not answer now is not there
+            with contextlib.suppress(EngineError):
+                if same and ready.digest and ready.digest == serving.digest_of(engine, ready.url, ready.model, _ASK_SECONDS):
+                    known = {name: getattr(ready, name) for name in ("version", "plan", "ready_seconds", "sha256")}
+                    return Endpoint(engine.name, ready.url, ready.model, **known)
     return None
 
 

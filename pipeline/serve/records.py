@@ -7,7 +7,7 @@ place or under another name, stays in ``earlier``: the model may still be there.
 
 import contextlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ _MOST_EARLIER = 16
 class Ready:
     """What is known of a server since its first token: ``artefact`` and its file's ``sha256`` as they were loaded then.
 
-    ``digest`` is Ollama's for the model it made.
+    ``digest`` is Ollama's for the model it made, ``modelfile`` the hash of the Modelfile that this was made from.
     """
 
     url: str
@@ -40,6 +40,7 @@ class Ready:
     sha256: str | None = None
     artefact: Artefact | None = None
     digest: str = ""
+    modelfile: str = ""
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Ready":
@@ -206,16 +207,24 @@ def forget(process: Server, folder: Path) -> None:
             return
         if process.store and Path(process.store).resolve().is_relative_to(folder.resolve()):
             shutil.rmtree(process.store, ignore_errors=True)
-        if served := _served(record):
+        served = _served(record)
+        if process.store:  # what was made in it is gone; a model in a server that is not ours may be there
+            served = tuple(sorted(served, key=lambda ready: not ready.digest))
+        if served:
             save(folder, Record(record.engine, None, served[0], served[1:]))
         else:
             (folder / f"{process.engine}.json").unlink(missing_ok=True)
 
 
-def forget_served(folder: Path, engine: str) -> None:
-    """Remove what is noted of models made in servers that are not ours."""
+def forget_served(folder: Path, engine: str, gone: Collection[Ready]) -> None:
+    """Remove what is noted of models made in a server that is not ours, those that are gone."""
     with lock.guarded(folder.parent):
-        (folder / f"{engine}.json").unlink(missing_ok=True)
+        record = read(folder, engine)
+        left = tuple(ready for ready in _served(record) if ready not in gone) if record else ()
+        if left:
+            save(folder, Record(engine, None, left[0], left[1:]))
+        else:
+            (folder / f"{engine}.json").unlink(missing_ok=True)
 
 
 def of_run(run: RunFolder, engine: str) -> Record | None:

@@ -15,10 +15,11 @@ from pipeline.machine.hardware import Hardware
 from pipeline.model.model import Model
 from pipeline.modelfile.modelfile import read_modelfile, to_create_request
 from pipeline.net.chat import PATH, SAMPLING, hello
-from pipeline.net.client import Refused, Unanswered, open_client, post, status_of
+from pipeline.net.client import Refused, Unanswered, open_client, post, status_of, wait_for
 from pipeline.net.loopback import claim
 from pipeline.planning.plan import Adapter, Plan, Purpose, Request
 from pipeline.runs.folder import RunFolder
+from pipeline.runs.hashes import sha256_file
 from pipeline.runs.manifest import Manifest
 from pipeline.serve import records, server
 from pipeline.serve.artefacts import of_file
@@ -29,6 +30,7 @@ from pipeline.serve.server import Progress, Server, classify
 log = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
 _DEATH_SECONDS = 5.0
+_LIST_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class Target:
     def servers(self) -> Path:
         """Records of the servers started for this target, or of what was made for it in a server that is not ours."""
         return _private(self.folder) if self.private else self.folder / "servers"
+
+    @property
+    def modelfile_hash(self) -> str:
+        """SHA-256 of the Modelfile; empty without one."""
+        return sha256_file(self.modelfile) if self.modelfile and self.modelfile.is_file() else ""
 
     @property
     def manifest(self) -> Path:
@@ -188,7 +195,8 @@ class _Start:
             attempt |= {"seconds": round(time.monotonic() - begun, 1), "failed": str(getattr(error, "message", repr(error)))}
             attempt |= {"kind": error.kind} if isinstance(error, StartFailure) else {}
             raise
-        endpoint = note_ready(endpoint, target, begun)
+        theirs = self.engine.creates_model and not launch.store
+        endpoint = note_ready(endpoint, target, begun, digest_of(self.engine, endpoint.url, endpoint.model) if theirs else "")
         attempt["seconds"] = endpoint.ready_seconds
         return endpoint
 
@@ -199,6 +207,8 @@ class _Start:
         version = self.engine.available().version
         endpoint = Endpoint(process.engine, launch.url, launch.model, version, process, described, api_key=self.target.key)
         if self.engine.creates_model:
+            if not launch.store and not self.options.replace:  # the user's own models are there
+                require_ours(self.engine, launch.url, self.target)
             try:
                 create_model(endpoint, self.target, self.progress, plan)
             except Unanswered as silent:
@@ -222,7 +232,7 @@ def note_ready(endpoint: Endpoint, target: Target, begun: float, digest: str = "
     sha256 = Manifest(target.manifest).sha256(target.model) if sealed else None
     done = replace(endpoint, ready_seconds=round(time.monotonic() - begun, 1), sha256=sha256)
     said = {name: getattr(done, name) for name in ("url", "model", "version", "plan", "ready_seconds", "sha256")}
-    ready = Ready(**said, artefact=of_file(target.model), digest=digest)
+    ready = Ready(**said, artefact=of_file(target.model), digest=digest, modelfile=target.modelfile_hash)
     records.mark_ready(target.servers, done.engine, done.server, ready)
     return done
 
@@ -259,6 +269,26 @@ def create_model(endpoint: Endpoint, target: Target, progress: Progress, plan: P
     said = ", ".join(f"{name} {value}" for name, value in planned.items())
     progress(f"creating {endpoint.model} in {engine.title}{f' with {said}' if said else ''}")
     engine.create(endpoint.url, endpoint.model, target.model, parts)
+
+
+def digest_of(engine: Engine, url: str, name: str, timeout: float = _LIST_SECONDS) -> str:
+    """The server's digest of a model, which changes when someone makes another one of that name; empty where there is none.
+
+    Raises EngineError when the server does not list its models in time: then nobody knows.
+    """
+    listing = wait_for(engine.listing(url, "", timeout))
+    if listing.models is None:
+        raise EngineError(f"{engine.title} at {url} does not list its models: {listing.reached.detail}")
+    wanted = engine.canonical(name)
+    return next((one.digest for one in listing.models if engine.canonical(one.name) == wanted), "")
+
+
+def require_ours(engine: Engine, url: str, target: Target) -> None:
+    """Raise InputError when the server has a model of the target's name that no run here is known to have made."""
+    digest, output = digest_of(engine, url, target.name), target.folder.parent
+    if digest and not any(record.ready and record.ready.digest == digest for record in records.every(output)):
+        words = f"{engine.title} at {url} already has a model {target.name}, which was not made from a run in {output}"
+        raise InputError(words, remedy="choose another name with --served-model-name, or replace it with --replace")
 
 
 def first_token(endpoint: Endpoint, timeout: float = 300) -> None:
@@ -324,14 +354,15 @@ def _remove_private(folder: Path, engine: str) -> bool:
     record = records.read(_private(folder), engine)
     if record is None or record.ready is None:
         return False
+    gone = list[Ready]()
     for made in (record.ready, *record.earlier):
         try:
             engines.get(engine).remove(made.url, made.model)
+            gone.append(made)
         except EngineError as error:
             log.warning("%s: model %s could not be deleted from %s: %s", engine, made.model, made.url, error.message)
-            return False
-    records.forget_served(_private(folder), engine)
-    return True
+    records.forget_served(_private(folder), engine, gone)
+    return bool(gone)
 
 
 def reachable(url: str) -> bool:

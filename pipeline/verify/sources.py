@@ -30,6 +30,7 @@ from pipeline.prompts.parity import DEVIATIONS, Matrix, Reference, compare
 from pipeline.prompts.renderers import GoRenderer, JinjaRenderer, Renderer, TransformersRenderer, find_go
 from pipeline.runs.folder import DEFAULT_NAME, RunFolder
 from pipeline.serve import backends, records
+from pipeline.serve import start as serving
 from pipeline.serve.start import Options
 from pipeline.verify.files import prompt_problems, trained_template
 
@@ -300,7 +301,7 @@ def run_servers(run: RunFolder, names: Sequence[str], settings: Settings, *, sta
         yield found, absent
     finally:
         for name in mine:
-            records.stop(run.servers, name)
+            serving.stop(run.path, name)
 
 
 def print_matrix(matrix: Matrix, absent: Mapping[str, str], problems: Sequence[str] = (), console: Console | None = None) -> None:

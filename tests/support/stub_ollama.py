@@ -2,7 +2,7 @@
 """``ollama`` as its documentation describes it, without a model: ``serve`` and ``--version``; state in OLLAMA_MODELS.
 
 Faults on demand: STUB_VERSION, STUB_HANG (accepts connections and says nothing), STUB_DIES=create or chat (after so many chats
-with chat:N), STUB_SAYS (the answer to a chat). It is also imported, to put it on a PATH or to run one as a service.
+with chat:N), STUB_REFUSES (every chat), STUB_SLOW (seconds before the list of models), STUB_SAYS (the answer to a chat). It is also imported, to put it on a PATH or to run one as a service.
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ class Store:
         return self.blobs / digest.replace(":", "-")
 
     def model(self, name: str) -> Path:
-        return self.manifests / (name if ":" in name else f"{name}:latest")
+        """The model's file: the registry and ``library/`` may be left out, and one that is there has its own case."""
+        short = name.casefold().removeprefix("registry.ollama.ai/").removeprefix("library/")
+        wanted = short if ":" in short else f"{short}:latest"
+        there = (path for path in self.manifests.iterdir() if path.name.casefold() == wanted)
+        return next(there, self.manifests / (name if ":" in name else f"{name}:latest").rpartition("/")[2])
 
     def models(self) -> list[dict[str, Any]]:
         return [json.loads(path.read_text()) for path in sorted(self.manifests.iterdir())]
@@ -75,6 +79,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/api/version":
             return self._send(200, {"version": VERSION})
         if self.path == "/api/tags":
+            time.sleep(float(os.environ.get("STUB_SLOW", "0")))
             return self._send(
                 200, {"models": [{k: m[k] for k in ("name", "model", "digest", "size")} for m in self.store.models()]}
             )
@@ -116,6 +121,8 @@ class Handler(BaseHTTPRequestHandler):
             return self._send(200, {"modelfile": text, "template": made.get("template", ""), "system": made.get("system", "")})
         if self.path in ("/v1/chat/completions", "/api/chat"):
             Handler.chats += 1
+            if os.environ.get("STUB_REFUSES"):
+                return self._send(500, {"error": "model requires more system memory than is available"})
             if DIES == "chat" and Handler.chats > int(AFTER or 0):
                 print("fatal error: the stub was told to die", flush=True)
                 os._exit(2)
@@ -138,6 +145,7 @@ class Handler(BaseHTTPRequestHandler):
         known = {key: body[key] for key in ("files", "template", "system", "parameters", "license") if key in body}
         digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
         size = sum(self.store.blob(digest).stat().st_size for digest in body["files"].values())
+        name = self.store.model(name).name
         self.store.model(name).write_text(json.dumps({**known, "name": name, "model": name, "digest": digest, "size": size}))
         said = [{"status": "using existing layer"}, {"status": "writing manifest"}, {"status": "success"}]
         lines = said if body.get("stream", True) else said[-1:]

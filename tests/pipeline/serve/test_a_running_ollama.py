@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,15 @@ from typer.testing import CliRunner
 
 from pipeline import config, engines
 from pipeline.cli import app
-from pipeline.errors import EngineError, InputError
+from pipeline.engines import ollama as engine
+from pipeline.errors import EngineError, InputError, MissingDependency
 from pipeline.net.loopback import claim, listening
 from pipeline.operate.registry import check_ollama_models
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
 from pipeline.serve import artefacts, backends, records, start
 from pipeline.serve.start import Options, Target
+from pipeline.verify.sources import run_servers
 
 SHAPE = {
     "general.architecture": "granite", "granite.block_count": 2, "granite.attention.head_count": 4, "granite.vocab_size": 64,
@@ -118,6 +121,90 @@ def test_nobody_s_model_is_replaced_unless_asked(mine: RunFolder, service: str) 
     assert models(service) != before
 
 
+def test_a_slow_list_or_another_spelling_does_not_make_a_name_free(
+    mine: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slow").mkdir()
+    with servers.stub_ollama(tmp_path / "slow", STUB_SLOW="2.5") as server:
+        monkeypatch.setenv("OLLAMA_HOST", url := server.url(20, "/api/version"))
+        make(url, "soc")
+        before, words = models(url), ["--run", "mine", "--output", str(mine.output), "--served-model-name"]
+        for name in ("soc", "SOC", "library/soc", "registry.ollama.ai/library/Soc:latest"):
+            assert "already has a model" in str(served(*words, name).exception)
+        assert models(url) == before
+
+
+def test_what_did_not_answer_its_first_token_is_deleted_or_known(
+    mine: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "refuses").mkdir()
+    with servers.stub_ollama(tmp_path / "refuses", STUB_REFUSES="1") as server:
+        monkeypatch.setenv("OLLAMA_HOST", url := server.url(20, "/api/version"))
+        found = begin(mine)
+        assert found.status == "failed" and "more system memory" in found.reason
+        assert models(url) == [] and not start.private_models(mine.path)
+        words = ["--run", "mine", "--output", str(mine.output), "--served-model-name", "soc"]
+        for _ in range(2):  # the second finds the model of the first, and knows that it is ours
+            assert "refuses a chat" in str(served(*words).exception)
+
+
+def test_parity_deletes_what_it_made(mine: RunFolder, service: str) -> None:
+    with run_servers(mine, ["ollama"], config.load(), start=True) as (found, _):
+        assert found["ollama"].model.startswith("gp-verify-") and len(models(service)) == 1
+    assert models(service) == []
+
+
+def test_another_modelfile_or_another_server_is_another_model(
+    mine: RunFolder, service: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--run", "mine", "--output", str(mine.output), "--served-model-name", "soc"]
+    assert served(*words).exception is None
+    assert backends.find(mine, "ollama", config.load())
+    text = mine.modelfile.read_text()
+    mine.modelfile.write_text(text + "SYSTEM Be brief.\n")
+    assert backends.find(mine, "ollama", config.load()) is None
+    mine.modelfile.write_text(text)
+    (tmp_path / "second").mkdir()
+    with servers.stub_ollama(tmp_path / "second") as second:
+        monkeypatch.setenv("OLLAMA_HOST", second.url(20, "/api/version"))
+        assert backends.find(mine, "ollama", config.load()) is None
+
+
+def test_a_store_that_the_user_names_keeps_the_user_s_models(
+    mine: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with servers.stub_ollama(tmp_path) as server:  # its store is tmp_path / "service"
+        make(server.url(20, "/api/version"), "mine")
+    monkeypatch.setenv("PATH", f"{stub_ollama.put_on_path(tmp_path / 'bin')}:/usr/bin:/bin")
+    options = Options(owner=os.getpid(), overrides={"OLLAMA_MODELS": str(tmp_path / "service")})
+    manifest = tmp_path / "service" / "manifests" / "mine:latest"
+    before, target = manifest.read_text(), Target.of_run(mine, "ollama")
+    with pytest.raises(InputError, match="already has a model mine"):
+        start.serve("ollama", target, options, lambda _: None)
+    assert manifest.read_text() == before
+    for once in (replace(options, replace=True), options):  # then it is known to be ours
+        start.serve("ollama", target, once, lambda _: None)
+        assert start.stop(mine.path, "ollama") and manifest.read_text() != before
+
+
+def test_serve_says_what_is_wrong_with_the_server_that_is_meant(
+    mine: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--run", "mine", "--output", str(mine.output)]
+    with servers.stub_ollama(tmp_path, STUB_VERSION="0.11.4") as server:
+        monkeypatch.setenv("OLLAMA_HOST", server.url(20, "/api/version"))
+        assert "is version 0.11.4, and 0.12.11 or later is needed" in str(served(*words).exception)
+    assert "nothing listens at" in str(served(*words).exception)
+
+
+def test_a_client_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ollama", None)
+    engine._package.cache_clear()
+    with pytest.raises(MissingDependency, match="client for Python is not installed"):
+        engine._package()
+    engine._package.cache_clear()
+
+
 def test_what_is_only_asked_gets_a_private_name_and_is_deleted(mine: RunFolder, service: str) -> None:
     make(service, "mine")
     make(service, "granite-soc")
@@ -136,11 +223,12 @@ def test_what_is_only_asked_gets_a_private_name_and_is_deleted(mine: RunFolder, 
 
 def test_one_left_by_a_killed_process_is_deleted_by_stop(mine: RunFolder, service: str) -> None:
     before = models(service)
-    assert begin(mine).status == "ready"
-    assert models(service) != before
-    done = CliRunner().invoke(app, ["stop", "--run", "mine", "--output", str(mine.output)])
-    assert done.exception is None and "stopped: ollama of mine" in done.output
-    assert models(service) == before
+    for words in (["--run", "mine"], ["--all"]):
+        assert begin(mine).status == "ready"
+        assert models(service) != before
+        done = CliRunner().invoke(app, ["stop", *words, "--output", str(mine.output)])
+        assert done.exception is None and "stopped: ollama of mine" in done.output
+        assert models(service) == before
 
 
 def test_another_gguf_is_made_anew(mine: RunFolder, service: str) -> None:
@@ -306,6 +394,8 @@ def test_a_file_changed_in_place_is_not_the_one_that_was_trained(mine: RunFolder
         ("0.0.0.0:1234", "http://127.0.0.1:1234"),
         ("[::]:1234", "http://127.0.0.1:1234"),
         ("[::1]", "http://[::1]:11434"),
+        ("::1", "http://[::1]:11434"),
+        ("::", "http://127.0.0.1:11434"),
         (":4321", "http://127.0.0.1:4321"),
         ('"127.0.0.1:11434"', "http://127.0.0.1:11434"),
     ],
