@@ -165,7 +165,8 @@ def _temporary() -> Path:
     """A folder of this user's own below the temporary one; EnvironmentFailure where there is none."""
     try:
         folder = Path(tempfile.gettempdir()) / f"granite-pipeline-{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
         seen = folder.lstat()
         if not stat.S_ISDIR(seen.st_mode) or seen.st_uid != os.getuid():  # put there by someone else
             folder = Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))

@@ -23,7 +23,7 @@ from pipeline.model.gguf import GgufComparison, compare_gguf
 from pipeline.model.tokenizer import Tokenizer
 from pipeline.modelfile.modelfile import own_system, read_modelfile
 from pipeline.net.chat import Streamed
-from pipeline.net.client import open_client
+from pipeline.net.client import Refused, open_client
 from pipeline.net.loopback import is_local
 from pipeline.prompts.chat import ChatTemplate
 from pipeline.prompts.conversation import Prompt, load_suite
@@ -40,7 +40,7 @@ from pipeline.verify.distributions import Reference, fold
 from pipeline.verify.material import Material
 from pipeline.verify.prober import Prober, ask_all, opened, parity, with_reasons
 from pipeline.verify.probes import injection, structured_output, tool_call
-from pipeline.verify.score import Answer
+from pipeline.verify.score import Answer, HeldOut
 
 _CONCURRENCY = 32
 _STREAMED = 4
@@ -235,10 +235,18 @@ async def _chats(
         answers, speed = await ask_all(prober.chat, rows, together, done)
         if features:
             asked = [number for number in numbers if not prober.obstacle(material.rows[number])][:PLAIN]
-            plain, _ = await ask_all(prober.plain, [material.rows[i] for i in asked], together, lambda: None)
-            features = replace(features, plain=dict(zip(asked, plain, strict=True)))
+            # sampled, a call may come out that the engine itself cannot read: such a row is left out
+            plain = {number: said for number in asked if (said := await _sampled(prober, material.rows[number]))}
+            features = replace(features, plain=plain)
         same = same and with_reasons(same, prober)
     return {"answers": tuple(answers), "parity": same, "features": features, "tokens_per_second": speed}
+
+
+async def _sampled(prober: Prober, row: HeldOut) -> Answer | None:
+    """The answer to a client without sampling settings; None where the server refuses what it has itself sampled."""
+    with contextlib.suppress(Refused):
+        return (await prober.plain(row))[0]
+    return None
 
 
 async def _streams(prober: Prober, material: Material, numbers: Sequence[int]) -> dict[int, Streamed]:

@@ -53,7 +53,7 @@ def verify(
     # backends that are not asked now keep what they answered, as long as the same was asked
     same = before is not None and {**before.inputs, "backends": None} == {**inputs, "backends": None}
     kept = read_evidence(run) if same else {}
-    wanted = {**inputs, "backends": list(dict.fromkeys([*(before.inputs["backends"] if before and same else ()), *names]))}
+    wanted = {**inputs, "backends": sorted({*kept, *names})}
     passed = before is not None and before.result["passed"] and run.report_file.is_file()
     again = forced(force, STAGE) or not passed or any(backends.find(run, name, settings) for name in names)
     run_stage(run, STAGE, wanted, [run.evidence], work, force=again)

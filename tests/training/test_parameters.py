@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import math
+import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import typer
 
+from pipeline.commands.train import train
 from pipeline.errors import InputError
-from training.parameters import FinetuneParameters
+from training.export.merge import _same_training
+from training.parameters import FinetuneParameters, content
 
 _WHOLE = ("rank", "alpha", "batch_size", "gradient_accumulation", "max_length", "save_steps", "max_rows", "max_steps")
 _WRONG: list[tuple[str, Any]] = [
@@ -46,3 +53,49 @@ def test_a_local_path_is_the_same_however_it_is_typed(tmp_path: Path, monkeypatc
     assert typed == FinetuneParameters(base=str(tmp_path / "base"), data=there, eval_data=there)
     kept = FinetuneParameters(base="owner/name", data="soc")
     assert (kept.base, kept.data, kept.eval_data) == ("owner/name", "soc", None)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        {},
+        {"method": "full", "epochs": 3.0, "max_steps": 7, "save_steps": 5, "revision": "main"},
+        {"data": "my rows.jsonl", "eval_data": "held out.jsonl", "rank": 4, "learning_rate": 5e-4, "seed": 1},
+        {
+            "ignore": ("label", "a,b"),
+            "columns": "prompt=q,completion=a",
+            "greeting": "drop",
+            "repeated": "join",
+            "skip_bad": True,
+        },
+        {"base": "embedded"},
+    ],
+)
+def test_the_command_for_a_base_that_was_moved_is_the_same_training(made: dict[str, Any], tmp_path: Path) -> None:
+    before = FinetuneParameters(**{"base": str(tmp_path / "old"), **made})
+    recorded = SimpleNamespace(parameters=json.loads(json.dumps(before.to_json())))
+    words = shlex.split(_same_training("mine", recorded))  # type: ignore[arg-type]
+    assert words[:6] == ["granite-pipeline", "train", "--name", "mine", "--base", "FOLDER"]
+    read = inspect.signature(train).parameters
+    asked, said, left = _options(train), dict[str, Any](), words[6:]
+    while left:
+        name = asked[left.pop(0)]
+        assert name in read
+        if name == "skip_bad":
+            said[name] = True
+        elif name == "ignore":
+            said[name] = (*said.get(name, ()), left.pop(0))
+        else:
+            said[name] = _TYPES.get(name, str)(left.pop(0))
+    after = FinetuneParameters(base=str(tmp_path / "new"), **said)
+    assert content({"parameters": after.to_json()}) == content({"parameters": before.to_json()})
+
+
+_TYPES = {**dict.fromkeys(("rank", "alpha", "max_steps", "seed"), int), **dict.fromkeys(("epochs", "learning_rate"), float)}
+
+
+def _options(verb: Any) -> dict[str, str]:
+    """The parameter of each option of a verb."""
+    app = typer.Typer()
+    app.command()(verb)
+    return {option: one.name for one in typer.main.get_command(app).params for option in one.opts if one.name}

@@ -264,3 +264,26 @@ def test_the_constraints_can_be_met_for_every_python(device: str, python: str, t
         pytest.skip("no index can be reached")
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "all.txt").read_text().splitlines()) > 300
+
+
+def test_another_python_beside_an_activated_conda_environment_is_not_inside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(set_up.sys, "prefix", set_up.sys.base_prefix)
+    monkeypatch.setenv("CONDA_DEFAULT_ENV", "work")
+    for prefix, inside in ((tmp_path, False), (Path(set_up.sys.base_prefix), True)):
+        monkeypatch.setenv("CONDA_PREFIX", str(prefix))
+        assert set_up.inside() is inside
+
+
+def test_a_complete_environment_needs_no_room_for_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vllm").mkdir()
+    asked = list[float]()
+    monkeypatch.setattr(set_up.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(set_up, "has_torch", lambda _: "2.13.0")
+    monkeypatch.setattr(set_up, "room", lambda gib, _: asked.append(gib))
+    for name in ("half_installed", "have_pip", "steps", "run"):
+        monkeypatch.setattr(set_up, name, lambda *_, **__: None)
+    monkeypatch.setattr(set_up, "sources", dict)
+    set_up.install("cpu")
+    assert asked == [1]

@@ -1,5 +1,6 @@
 """Merge: base + adapter -> ``merged_fp16/``, with every loss of range to float16 reported."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from pipeline.runs.manifest import Manifest, TrainingRecord
 from pipeline.runs.stages import Force, StageResult, run_stage
 from training.base import BaseModel
 from training.export.weights import merge_folder
+from training.parameters import FinetuneParameters
 
 _RECIPE = 1
 
@@ -29,7 +31,7 @@ def merge(run: RunFolder, *, force: Force = False) -> StageResult:
 def trained_base(run: RunFolder) -> Path:
     """Folder of the base that the run was trained on; ModelError when it cannot be found or is another one by now."""
     training = Manifest(run.manifest).require_training()
-    remedy = f"granite-pipeline train --name {run.name} --base FOLDER says where it lies now, and trains nothing again"
+    remedy = f"{_same_training(run.name, training)} says where it lies now, and trains nothing again"
     try:
         base = BaseModel.of_run(run)
     except ModelError as error:
@@ -38,6 +40,20 @@ def trained_base(run: RunFolder) -> Path:
         what = f"base {base.id} has changed since run {run.name} was trained on it"
         raise ModelError(what, remedy=f"train again; or, if it was moved: {remedy}")
     return base.folder
+
+
+def _same_training(name: str, training: TrainingRecord) -> str:
+    """The command that trains just so on a base that lies elsewhere; an option that is left out would make it another training."""
+    usual = FinetuneParameters(base=str(Path.cwd()), method=training.parameters["method"]).to_json() | {"method": "lora"}
+    words = ["granite-pipeline", "train", "--name", name, "--base", "FOLDER"]
+    for key, value in training.parameters.items():
+        # where and at which revision the base was, and how often it was saved, make no other training
+        if key in ("base", "revision", "save_steps") or value == usual.get(key):
+            continue
+        option = f"--{key.replace('_', '-')}"
+        values = [""] if value is True else value if isinstance(value, list | tuple) else [value]
+        words += [word for one in values for word in (option, str(one)) if word]
+    return shlex.join(words)
 
 
 def require_trained(run: RunFolder) -> TrainingRecord:

@@ -126,7 +126,9 @@ def suitable() -> None:
 
 def inside() -> bool:
     """True in an environment of its own, made by venv, virtualenv, uv or conda."""
-    return sys.prefix != sys.base_prefix or os.environ.get("CONDA_DEFAULT_ENV", "base") != "base"
+    conda = os.environ.get("CONDA_PREFIX") if os.environ.get("CONDA_DEFAULT_ENV", "base") != "base" else None
+    # another Python may be run while an environment of conda is activated
+    return sys.prefix != sys.base_prefix or bool(conda and Path(conda).resolve() == Path(sys.prefix).resolve())
 
 
 def elsewhere(folder: Path, args: argparse.Namespace) -> int:
@@ -205,7 +207,9 @@ def install(device: str, *, keep: bool = True) -> None:
     if os.environ.get("PYTHONPATH"):
         say("PYTHONPATH is left out while installing: what stands there is no part of this environment")
     half_installed(site)
-    room(max(DISK[device] - size(site), 1), site)
+    # what is there already needs no room, and an environment with the two largest needs little more
+    complete = has_torch(device) and (site / "vllm").is_dir()
+    room(1 if complete else max(DISK[device] - size(site), 1), site)
     scratch = site / ".set-up"  # pip unpacks here: the system's temporary folder is often small, or memory
     scratch.mkdir(exist_ok=True)
     try:

@@ -137,3 +137,12 @@ def test_verbs_work_without_a_home_a_name_or_a_folder_to_write(words: list[str],
     assert "Traceback" not in done.stderr, done.stderr
     assert done.returncode == (3 if words[0] == "doctor" and "fail" in done.stdout else 0), done.stderr
     assert "getpwuid" not in done.stdout and "could not be made" not in done.stdout
+
+
+def test_a_file_in_the_place_of_the_temporary_folder_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder.tempfile, "tempdir", str(tmp_path))
+    (tmp_path / f"granite-pipeline-{os.getuid()}").write_text("somebody's")
+    folder._temporary.cache_clear()
+    found = folder._temporary()
+    folder._temporary.cache_clear()
+    assert found.is_dir() and found.parent == tmp_path

@@ -145,3 +145,12 @@ def test_backends_that_are_not_asked_keep_what_they_answered(verify: Verify, ask
     verify("llamacpp", force=True)
     assert sorted(restored(json.loads(run.evidence.read_text()))) == ["llamacpp"]
     assert sorted(Manifest(run.manifest).served) == ["llamacpp"]
+
+
+def test_a_backend_that_gave_no_answers_is_asked_again(verify: Verify, asked: list[str]) -> None:
+    verify("vllm", failing=("vllm",))
+    verify("llamacpp")
+    verify("vllm", "llamacpp")
+    assert asked == ["vllm", "llamacpp", "vllm", "llamacpp"]
+    verify("llamacpp", "vllm")  # whatever their order
+    assert len(asked) == 4
