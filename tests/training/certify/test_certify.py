@@ -167,7 +167,12 @@ def test_damage_is_named_by_its_link_and_raises_nothing(run: RunFolder, name: st
 
 def test_a_dataset_on_a_hub_that_does_not_answer_is_skipped(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    tamper.change_json(run.manifest, lambda d: d["stages"]["finetune"]["inputs"]["parameters"].update(data="hub:nobody/nothing"))
+
+    def on_a_hub(data: dict[str, Any]) -> None:
+        data["stages"]["finetune"]["inputs"]["parameters"].update(data="hub:nobody/nothing")
+        data["stages"]["finetune"]["inputs"].get("beside", {}).pop("data", None)
+
+    tamper.change_json(run.manifest, on_a_hub)
     found = {finding.id: finding.status for link in certify_offline(run).links for finding in link.findings}
     assert found["custody.dataset"] == found["adapter.held_out_unseen"] == "skipped"
 
