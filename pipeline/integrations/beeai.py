@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pipeline import engines
 from pipeline.config import Settings
 from pipeline.errors import InputError, MissingDependency
+from pipeline.operate.agents import Agents
 from pipeline.operate.registry import address_for
 
 if TYPE_CHECKING:
@@ -29,8 +30,12 @@ def chat_model(config: Settings, agent_name: str | None = None) -> ChatModel:
         from beeai_framework.backend import ChatModelParameters
     except ImportError as error:
         raise MissingDependency(f"BeeAI cannot be imported ({error})", remedy="pip install 'granite-pipeline[beeai]'") from None
-    # the run's sampling settings, since engines have defaults of their own
-    sampling = ChatModelParameters(**engines.get(address.backend).sampling)
+    # the run's sampling settings, since engines have defaults of their own, unless agents.yaml says otherwise, as in the gateway
+    sampling = Agents.load(config.agents_file).sampling.get(address.backend, engines.get(address.backend).sampling)
     # a key is always given: without one, BeeAI would send OPENAI_API_KEY to this server
-    model: ChatModel = OpenAIChatModel(address.model, api_key=address.key, base_url=address.v1, parameters=sampling)
+    model: ChatModel = OpenAIChatModel(
+        address.model, api_key=address.key, base_url=address.v1, parameters=ChatModelParameters(**sampling)
+    )
+    if "temperature" not in sampling:  # BeeAI's own default is 0
+        model.parameters.temperature = None  # type: ignore[assignment]
     return model

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from pipeline import engines
 from pipeline.engines.base import Engine
-from pipeline.errors import ModelError, PipelineError
+from pipeline.errors import Interrupted, ModelError, PipelineError
 from pipeline.model.gguf import GgufComparison, compare_gguf
 from pipeline.model.tokenizer import Tokenizer
 from pipeline.modelfile.modelfile import own_system, read_modelfile
@@ -40,7 +40,7 @@ from pipeline.verify.distributions import Reference, fold
 from pipeline.verify.material import Material
 from pipeline.verify.prober import Prober, ask_all, opened, parity, with_reasons
 from pipeline.verify.probes import injection, structured_output, tool_call
-from pipeline.verify.score import Answer
+from pipeline.verify.score import Answer, HeldOut
 
 _CONCURRENCY = 32
 _STREAMED = 4
@@ -54,7 +54,7 @@ class Features:
 
     ``streamed`` are the numbers of the rows whose answers were streamed (empty: the first ones), ``alone`` their answers unstreamed and
     asked alone too: another batch may tip a near-tie (empty: an older version did not ask). ``plain`` are answers to requests
-    without sampling settings, by the number of their row.
+    without sampling settings, by the number of their row; ``plain_refused`` says of the other rows asked so why they have none.
     """
 
     listed: tuple[str, ...]
@@ -64,6 +64,7 @@ class Features:
     streamed: tuple[int, ...] = ()
     alone: tuple[Answer, ...] = ()
     plain: Mapping[int, Answer] = field(default_factory=dict)
+    plain_refused: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -235,10 +236,28 @@ async def _chats(
         answers, speed = await ask_all(prober.chat, rows, together, done)
         if features:
             asked = [number for number in numbers if not prober.obstacle(material.rows[number])][:PLAIN]
-            plain, _ = await ask_all(prober.plain, [material.rows[i] for i in asked], together, lambda: None)
-            features = replace(features, plain=dict(zip(asked, plain, strict=True)))
+            plain, refused = await _plain(prober, material, asked, together)
+            features = replace(features, plain=plain, plain_refused=refused)
         same = same and with_reasons(same, prober)
     return {"answers": tuple(answers), "parity": same, "features": features, "tokens_per_second": speed}
+
+
+async def _plain(
+    prober: Prober, material: Material, numbers: Sequence[int], together: int
+) -> tuple[dict[int, Answer], dict[int, str]]:
+    """Answers to requests without sampling settings by the number of their row, and of rows without one why: no failure."""
+
+    async def ask(row: HeldOut) -> tuple[Answer | str, int]:
+        try:
+            return await prober.plain(row)
+        except Interrupted:
+            raise
+        except PipelineError as error:  # a sampled tool call that its engine cannot read is a 500
+            return str(error), 0
+
+    said, _ = await ask_all(ask, [material.rows[i] for i in numbers], together, lambda: None)
+    every = list(zip(numbers, said, strict=True))
+    return {i: one for i, one in every if isinstance(one, Answer)}, {i: one for i, one in every if isinstance(one, str)}
 
 
 async def _streams(prober: Prober, material: Material, numbers: Sequence[int]) -> dict[int, Streamed]:

@@ -1,12 +1,14 @@
 """Verify: put every held-out prompt to every backend and judge the answers against the in-process reference."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from pipeline import engines
 from pipeline.config import Settings
 from pipeline.errors import PipelineError, VerificationFailed
 from pipeline.net.client import wait_for
+from pipeline.report.schema import parse
 from pipeline.report.write import write_report
 from pipeline.runs import interrupt
 from pipeline.runs.files import read_json, write_json
@@ -38,24 +40,30 @@ def verify(
 
     A backend that already runs for this run is asked in any case; one that does not is started and stopped again. With none up
     and nothing changed since a verification that passed, nothing is done. ``keep`` leaves running what was running. A
-    backend that cannot be had here is skipped with its reason, never passed.
+    backend that cannot be had here is skipped with its reason, never passed. One that is not asked now stays in the report as it
+    was, failed or skipped too, as long as the same is asked.
     """
     material, inputs = read_material(run, limit), inputs_of(run, settings, limit)
 
     def work() -> dict[str, Any]:
         # whichever backends were asked for then
         partial = Partial(run.report / "verify.part", sha256_json(inputs))
-        report = _verify(run, names, settings, material, partial, keep=keep, kept=kept)
+        report = _verify(run, names, settings, material, partial, keep=keep, kept=kept, left=left)
         partial.remove()
         return report
 
-    before = Manifest(run.manifest).stage(STAGE)
+    manifest = Manifest(run.manifest)
+    before = manifest.stage(STAGE)
     # backends that are not asked now keep what they answered, as long as the same was asked
     same = before is not None and {**before.inputs, "backends": None} == {**inputs, "backends": None}
     kept = read_evidence(run) if same else {}
-    wanted = {**inputs, "backends": list(dict.fromkeys([*(before.inputs["backends"] if before and same else ()), *names]))}
+    left = _without_answers(run, {*names, *kept}) if same else {}
+    then = before.inputs if before and same else {"backends": []}
     passed = before is not None and before.result["passed"] and run.report_file.is_file()
     again = forced(force, STAGE) or not passed or any(backends.find(run, name, settings) for name in names)
+    # those that were asked then, if that is still so; what is asked anew vouches only for itself and for what has answers
+    unchanged = not again and {*names} <= {*then["backends"]} and manifest.holds(before, then)
+    wanted = then if unchanged else {**inputs, "backends": list(dict.fromkeys([*kept, *names]))}
     run_stage(run, STAGE, wanted, [run.evidence], work, force=again)
     report: dict[str, Any] = read_json(run.report_file)
     return report
@@ -80,12 +88,17 @@ def _verify(
     *,
     keep: bool,
     kept: Mapping[str, Evidence],
+    left: Mapping[str, Outcome],
 ) -> dict[str, Any]:
     collected, outcomes = restored(partial.done), dict[str, Outcome]()
     others = {name: evidence for name, evidence in kept.items() if name not in names}
     for name, said in others.items():
         log.info("%s: not asked now, its answers of %s stay in the report", name, said.at)
         outcomes[name] = judged(said, material)
+    for name, outcome in left.items():
+        again = f"granite-pipeline verify --backends {name}"
+        log.warning("%s: not asked now, and %s before; %s asks it again", name, outcome.entry.status, again)
+        outcomes[name] = outcome
     for name in names:
         if name in collected:
             log.info("%s: passed before the interruption, not asked again", name)
@@ -103,6 +116,24 @@ def _verify(
     served = {name: ServedRecord.from_json(outcome.entry.model_dump()) for name, outcome in outcomes.items()}
     Manifest(run.manifest).record_served(served)
     return {"passed": report.passed}
+
+
+def _without_answers(run: RunFolder, others: Collection[str]) -> dict[str, Outcome]:
+    """Backends but the ``others`` that failed or were skipped in the run's last verification, as its report has them."""
+    try:
+        entries = {entry.name: entry for entry in parse(read_json(run.report_file)).backends}
+    except (PipelineError, OSError, ValueError):
+        entries = {}
+    found = {}
+    for name, record in Manifest(run.manifest).served.items():
+        if name in others or name not in engines.NAMES:
+            continue
+        entry = entries.get(name)
+        if entry is None or entry.status == "passed":
+            status = "skipped" if record.status == "skipped" else "failed"
+            entry = absent(name, status, "what it answered in an earlier verification is gone").entry
+        found[name] = Outcome(entry, tuple(entry.checks))
+    return found
 
 
 def _backend(run: RunFolder, name: str, settings: Settings, material: Material, *, keep: bool) -> tuple[Outcome, Evidence | None]:
@@ -132,4 +163,7 @@ def require_passed(report: Mapping[str, Any]) -> None:
     """Raise VerificationFailed with the failed checks when the report did not pass."""
     failed = [f"{check['id']}: {check['detail']}" for check in report["checks"] if check["status"] == "failed"]
     if failed:
-        raise VerificationFailed("verification failed", evidence="\n".join(failed), remedy="open the run's report/report.html")
+        broken = [str(entry["name"]) for entry in report["backends"] if entry["status"] == "failed"]
+        again = f"; `granite-pipeline verify --backends {','.join(broken)}` asks again" if broken else ""
+        remedy = f"open the run's report/report.html{again}"
+        raise VerificationFailed("verification failed", evidence="\n".join(failed), remedy=remedy)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import Settings
-from pipeline.errors import InputError, Interrupted, RunLocked
+from pipeline.errors import InputError, Interrupted, RunLocked, VerificationFailed
 from pipeline.report.check import Check
 from pipeline.report.schema import Result, parse
 from pipeline.runs.folder import RunFolder
@@ -62,7 +62,19 @@ def verify(run: RunFolder, asked: list[str], monkeypatch: pytest.MonkeyPatch) ->
 
         monkeypatch.setattr(verifying, "_backend", backend)
         monkeypatch.setattr(verifying, "judged", judged)
-        monkeypatch.setattr(verifying, "assemble", lambda *_: made)
+
+        def assemble(_: object, __: object, outcomes: dict[str, Outcome]) -> Result:
+            entries = [outcome.entry for outcome in outcomes.values()]
+            ok = all(entry.status != "failed" for entry in entries)
+            return made.model_copy(
+                update={
+                    "backends": entries,
+                    "checks": [*made.checks, *(c for o in outcomes.values() for c in o.checks)],
+                    "passed": ok,
+                }
+            )
+
+        monkeypatch.setattr(verifying, "assemble", assemble)
         monkeypatch.setattr(verifying, "read_material", lambda *_: None)
         monkeypatch.setattr(verifying.backends, "find", lambda *_: None)
         return verifying.verify(run, names, Settings(), **given)
@@ -145,3 +157,25 @@ def test_backends_that_are_not_asked_keep_what_they_answered(verify: Verify, ask
     verify("llamacpp", force=True)
     assert sorted(restored(json.loads(run.evidence.read_text()))) == ["llamacpp"]
     assert sorted(Manifest(run.manifest).served) == ["llamacpp"]
+
+
+def test_a_backend_that_failed_and_is_not_asked_now_stays_failed(verify: Verify, asked: list[str], run: RunFolder) -> None:
+    verify("vllm", "llamacpp", failing=("vllm",))
+    report = verify("llamacpp")
+    assert (report["passed"], {e["name"]: e["status"] for e in report["backends"]}) == (
+        False,
+        {"vllm": "failed", "llamacpp": "passed"},
+    )
+    stage = Manifest(run.manifest).stage("verify")
+    assert stage is not None and stage.inputs["backends"] == ["llamacpp"]
+    with pytest.raises(VerificationFailed, match="verification failed") as told:
+        verifying.require_passed(report)
+    assert "vllm.serving: no answer" in told.value.evidence
+    assert "granite-pipeline verify --backends vllm" in told.value.remedy
+    run.report_file.unlink()  # the manifest knows it too
+    assert not verify("llamacpp")["passed"]
+    asked.clear()
+    assert verify("vllm", "llamacpp")["passed"]
+    assert asked == ["vllm", "llamacpp"]
+    verify("llamacpp")
+    assert asked == ["vllm", "llamacpp"]
