@@ -37,5 +37,5 @@ def chat_model(config: Settings, agent_name: str | None = None) -> ChatModel:
         address.model, api_key=address.key, base_url=address.v1, parameters=ChatModelParameters(**sampling)
     )
     if "temperature" not in sampling:  # BeeAI's own default is 0
-        model.parameters.temperature = None  # type: ignore[assignment]
+        model.parameters.temperature = None
     return model
