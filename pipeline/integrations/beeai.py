@@ -30,9 +30,12 @@ def chat_model(config: Settings, agent_name: str | None = None) -> ChatModel:
         from beeai_framework.backend import ChatModelParameters
     except ImportError as error:
         raise MissingDependency(f"BeeAI cannot be imported ({error})", remedy="pip install 'granite-pipeline[beeai]'") from None
-    # the run's sampling settings, since engines have defaults of their own, or what agents.yaml says of this backend
-    chosen = Agents.load(config.agents_file).sampling.get(address.backend, engines.get(address.backend).sampling)
-    sampling = ChatModelParameters(**chosen)
+    # the run's sampling settings, since engines have defaults of their own, unless agents.yaml says otherwise, as in the gateway
+    sampling = Agents.load(config.agents_file).sampling.get(address.backend, engines.get(address.backend).sampling)
     # a key is always given: without one, BeeAI would send OPENAI_API_KEY to this server
-    model: ChatModel = OpenAIChatModel(address.model, api_key=address.key, base_url=address.v1, parameters=sampling)
+    model: ChatModel = OpenAIChatModel(
+        address.model, api_key=address.key, base_url=address.v1, parameters=ChatModelParameters(**sampling)
+    )
+    if "temperature" not in sampling:  # BeeAI's own default is 0
+        model.parameters.temperature = None
     return model

@@ -29,6 +29,8 @@ DEMO_MIN_EXACT = 0.8
 # served answers may differ from the reference by rounding (Q8_0, another kernel); this much of ``exact`` is allowed
 EXACT_TOLERANCE = 0.05
 FINISH_TOLERANCE = 0.05
+# characters of a refusal
+_SHOWN = 300
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def judged(evidence: Evidence, material: Material) -> Outcome:
     again = seen.streamed or range(len(seen.streams))
     whole = seen.alone or [answers[i] for i in again]
     scores, reference, count = score(material.rows, answers), material.tuned_score, len(material.rows)
-    plain = [plain_client(evidence, material)] if seen.plain else []
+    plain = [plain_client(evidence, material)] if seen.plain or seen.plain_refused else []
     found = (
         listed(name, evidence.model, seen.listed),
         chat(name, told(material.rows[0], seen.first), told(material.rows[0], material.tuned[0])),
@@ -107,7 +109,7 @@ def judged(evidence: Evidence, material: Material) -> Outcome:
         injection=schema.Injection(**injection.data, detail=injection.figure),
         structured_output=schema.Feature(**structured.data, detail=structured.figure),
         tool_calls=schema.Feature(**tools.data, detail=tools.figure),
-        plain_client=schema.PlainClient(**plain[0].data, detail=plain[0].figure) if plain else None,
+        plain_client=schema.PlainClient(**plain[0].data, detail=plain[0].figure) if seen.plain else None,
         checks=list(found),
     )
     return Outcome(entry, found, answers)
@@ -165,17 +167,26 @@ def finish(engine: str, served: float, reference: float, count: int) -> Check:
 def plain_client(evidence: Evidence, material: Material) -> Check:
     """What a client gets that names no sampling settings, beside the same rows asked with them; a warning when it is something else.
 
-    One answer of PLAIN may differ: in another batch a near-tie may tip.
+    One answer of PLAIN may differ: in another batch a near-tie may tip. Refused rows count as different and are in no share;
+    skipped where all are.
     """
     assert evidence.features
     engine, plain, keys = engines.get(evidence.engine), evidence.features.plain, fields_of(material.rows)
+    refused = list(evidence.features.plain_refused.values())
+    why = (
+        f"{len(refused)} of {len(plain) + len(refused)} rows got no answer ({' '.join(refused[0].split())[:_SHOWN]})"
+        if refused
+        else ""
+    )
+    if not plain:
+        return skipped(f"{engine.name}.plain_client", f"without sampling settings {why}")
     triples = [(material.rows[i], answer, evidence.answers[i]) for i, answer in plain.items()]
     count, alike = len(triples), sum(same(row, answer, other) for row, answer, other in triples)
     got = sum(is_exact(row, answer, keys) for row, answer, _ in triples) / count
     greedy = sum(is_exact(row, other, keys) for row, _, other in triples) / count
     facts = {"rows": count, "exact": round(got, 4), "exact_greedy": round(greedy, 4), "same": alike}
-    said = f"exact {got:.3f} of {count} rows without sampling settings, {greedy:.3f} with; {alike} answers are the same"
-    if count - alike <= count // PLAIN:
+    said = f"exact {got:.3f} of {count} rows without sampling settings, {greedy:.3f} with; {alike} answers are the same{why and f'; {why}'}"
+    if count + len(refused) - alike <= (count + len(refused)) // PLAIN:
         return Check(f"{engine.name}.plain_client", "passed", said, data=facts)
     told = f"{said}. {engine.to_clients()}"
     return Check(f"{engine.name}.plain_client", "warning", told, data=facts)

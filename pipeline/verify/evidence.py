@@ -18,12 +18,12 @@ from pydantic import TypeAdapter
 
 from pipeline import engines
 from pipeline.engines.base import Engine
-from pipeline.errors import ModelError, PipelineError
+from pipeline.errors import Interrupted, ModelError, PipelineError
 from pipeline.model.gguf import GgufComparison, compare_gguf
 from pipeline.model.tokenizer import Tokenizer
 from pipeline.modelfile.modelfile import own_system, read_modelfile
 from pipeline.net.chat import Streamed
-from pipeline.net.client import Refused, open_client
+from pipeline.net.client import open_client
 from pipeline.net.loopback import is_local
 from pipeline.prompts.chat import ChatTemplate
 from pipeline.prompts.conversation import Prompt, load_suite
@@ -54,7 +54,7 @@ class Features:
 
     ``streamed`` are the numbers of the rows whose answers were streamed (empty: the first ones), ``alone`` their answers unstreamed and
     asked alone too: another batch may tip a near-tie (empty: an older version did not ask). ``plain`` are answers to requests
-    without sampling settings, by the number of their row.
+    without sampling settings, by the number of their row; ``plain_refused`` says of the other rows asked so why they have none.
     """
 
     listed: tuple[str, ...]
@@ -64,6 +64,7 @@ class Features:
     streamed: tuple[int, ...] = ()
     alone: tuple[Answer, ...] = ()
     plain: Mapping[int, Answer] = field(default_factory=dict)
+    plain_refused: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -235,18 +236,28 @@ async def _chats(
         answers, speed = await ask_all(prober.chat, rows, together, done)
         if features:
             asked = [number for number in numbers if not prober.obstacle(material.rows[number])][:PLAIN]
-            # sampled, a call may come out that the engine itself cannot read: such a row is left out
-            plain = {number: said for number in asked if (said := await _sampled(prober, material.rows[number]))}
-            features = replace(features, plain=plain)
+            plain, refused = await _plain(prober, material, asked, together)
+            features = replace(features, plain=plain, plain_refused=refused)
         same = same and with_reasons(same, prober)
     return {"answers": tuple(answers), "parity": same, "features": features, "tokens_per_second": speed}
 
 
-async def _sampled(prober: Prober, row: HeldOut) -> Answer | None:
-    """The answer to a client without sampling settings; None where the server refuses what it has itself sampled."""
-    with contextlib.suppress(Refused):
-        return (await prober.plain(row))[0]
-    return None
+async def _plain(
+    prober: Prober, material: Material, numbers: Sequence[int], together: int
+) -> tuple[dict[int, Answer], dict[int, str]]:
+    """Answers to requests without sampling settings by the number of their row, and of rows without one why: no failure."""
+
+    async def ask(row: HeldOut) -> tuple[Answer | str, int]:
+        try:
+            return await prober.plain(row)
+        except Interrupted:
+            raise
+        except PipelineError as error:  # a sampled tool call that its engine cannot read is a 500
+            return str(error), 0
+
+    said, _ = await ask_all(ask, [material.rows[i] for i in numbers], together, lambda: None)
+    every = list(zip(numbers, said, strict=True))
+    return {i: one for i, one in every if isinstance(one, Answer)}, {i: one for i, one in every if isinstance(one, str)}
 
 
 async def _streams(prober: Prober, material: Material, numbers: Sequence[int]) -> dict[int, Streamed]:

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline import engines
 from pipeline.engines import Prompt
@@ -22,6 +22,7 @@ from pipeline.serve.start import Endpoint
 from pipeline.verify.material import Yardstick
 from pipeline.verify.score import Answer, HeldOut, read_held_out
 
+T = TypeVar("T")
 # row numbers named in a figure
 _NAMED = 5
 # characters of a refusal
@@ -153,12 +154,12 @@ def as_answer(reply: Reply | Streamed, ended: str, *, told: bool) -> Answer:
 
 
 async def ask_all(
-    ask: Callable[[HeldOut], Awaitable[tuple[Answer, int]]], rows: Sequence[HeldOut], concurrency: int, done: Callable[[], None]
-) -> tuple[list[Answer], float]:
+    ask: Callable[[HeldOut], Awaitable[tuple[T, int]]], rows: Sequence[HeldOut], concurrency: int, done: Callable[[], None]
+) -> tuple[list[T], float]:
     """Answers in the rows' order, ``concurrency`` at a time, and the tokens per second of the whole load."""
     gate, begun = asyncio.Semaphore(concurrency), time.perf_counter()
 
-    async def one(row: HeldOut) -> tuple[Answer, int]:
+    async def one(row: HeldOut) -> tuple[T, int]:
         async with gate:
             answer = await ask(row)
             done()

@@ -104,3 +104,13 @@ def test_a_backend_without_url_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("LLM_BACKEND", "openai")
     with pytest.raises(InputError, match="openai has no base URL"):
         chat_model(load(tmp_path / "none"))
+
+
+@pytest.mark.slow
+def test_beeai_sends_what_agents_yaml_says_of_the_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("beeai_framework", reason="the beeai extra is not installed")
+    monkeypatch.setenv("LLM_BACKEND", "llamacpp")
+    file = tmp_path / "agents.yaml"
+    for text, sent in (("", 0), ("sampling: {llamacpp: {temperature: 0.5}}", 0.5), ("sampling: {llamacpp: {}}", None)):
+        file.write_text(text)
+        assert chat_model(load(tmp_path / "none")).parameters.temperature == sent

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from pipeline.engines.llamacpp import LlamaCpp
-from pipeline.net.client import wait_for
+from pipeline.net.client import Refused, wait_for
 from pipeline.report.check import Check
 from pipeline.runs.files import write_json
 from pipeline.runs.folder import RunFolder
@@ -18,7 +18,8 @@ from pipeline.runs.manifest import Manifest
 from pipeline.serve.server import Server
 from pipeline.serve.start import Endpoint
 from pipeline.verify import evidence as module
-from pipeline.verify.evidence import Evidence, Plan, interrogate, read_evidence, restored, stored
+from pipeline.verify.assemble import plain_client
+from pipeline.verify.evidence import Evidence, Features, Plan, interrogate, read_evidence, restored, stored
 from pipeline.verify.material import Material
 from pipeline.verify.score import Answer, HeldOut
 
@@ -126,3 +127,25 @@ def test_evidence_is_read_only_as_it_was_written_down(run: RunFolder, endpoint: 
     assert read_evidence(run) == {"llamacpp": said}
     run.evidence.write_text(run.evidence.read_text().replace('"0"', '"1"'))
     assert read_evidence(run) == {}
+
+
+class _Sampling:
+    """A server whose sampled tool call of row 1 cannot be read."""
+
+    async def plain(self, row: HeldOut) -> tuple[Answer, int]:
+        if row.prompt == "1":
+            raise Refused("ollama: answered 500", 500, "invalid tool call")
+        return Answer(row.prompt, "stop"), 1
+
+
+def test_a_refused_row_of_a_plain_client_is_counted_and_fails_nothing(asked: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    plain, refused = wait_for(module._plain(_Sampling(), _material(), range(3), 2))  # type: ignore[arg-type]
+    assert (list(plain), list(refused)) == ([0, 2], [1])
+    right = tuple(Answer(str(i), "stop") for i in range(3))
+    for rows, status, words in ((plain, "warning", "1 of 3 rows got no answer"), ({}, "skipped", "invalid tool call")):
+        features = Features((), right[0], (), (), plain=rows, plain_refused=refused)
+        said = Evidence("ollama", "1", "Q8_0", (0, 1, 2), right, features=features)
+        assert restored(stored({"ollama": said})) == {"ollama": said}
+        check = plain_client(said, _material())
+        assert check.status == status and words in check.figure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,6 @@ from pipeline.net.client import Refused, wait_for
 from pipeline.prompts.chat import ChatTemplate
 from pipeline.report.check import Check
 from pipeline.serve.start import Endpoint
-from pipeline.verify.evidence import _sampled
 from pipeline.verify.material import Yardstick
 from pipeline.verify.prober import Prober, as_answer, parity, with_reasons
 from pipeline.verify.score import Answer, HeldOut, same
@@ -232,12 +230,3 @@ def test_what_a_row_says_is_neutral_except_the_assistants_own(yardstick: Yardsti
     assert bad not in clean and row.messages[1]["content"] == bad
     assert row.tools == ({"function": {"name": clean}},) and row.documents == ({"text": clean},)
     assert yardstick.neutral(row) == row
-
-
-def test_what_a_server_cannot_read_of_its_own_sampling_is_left_out(yardstick: Yardstick) -> None:
-    async def ask(url: str) -> Any:
-        async with Prober(Endpoint("ollama", url, "m"), 8, yardstick) as prober:
-            return await _sampled(prober, HISTORY)
-
-    with serving({PATH: (500, {}, {"error": "error parsing tool call"})}) as stub:
-        assert asyncio.run(ask(stub.url)) is None
