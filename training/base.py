@@ -17,11 +17,11 @@ import httpx
 
 from pipeline.errors import EnvironmentFailure, MissingDependency, ModelError, PipelineError
 from pipeline.model.gguf import GgufHeader, checkpoint_tensor, read_gguf_header
-from pipeline.net.client import product_errors, route
+from pipeline.net.client import Unanswered, product_errors, route
 from pipeline.prompts.chat import EMBEDDED_TEMPLATE
 from pipeline.runs import lock
 from pipeline.runs.files import leftovers, read_object, remove, require_free_space, staged
-from pipeline.runs.folder import RunFolder, cached
+from pipeline.runs.folder import OLD_HUB_CACHE, RunFolder, cached
 from pipeline.runs.hashes import HashCache
 from pipeline.runs.manifest import Manifest
 from training import base_adapter, base_check
@@ -136,20 +136,23 @@ def _build(folder: Path) -> None:
 
 
 def _download(model_id: str, revision: str | None) -> tuple[Path, str]:
-    """The snapshot of a hub model and its commit: from the hub or, where that cannot be reached, at once from its local cache."""
-    from huggingface_hub import constants, errors, snapshot_download
+    """The snapshot of a hub model and its commit: from the hub or, where that cannot be reached, at once from a local cache.
+
+    A hub that is merely slow is waited for when the model is in no cache.
+    """
+    from huggingface_hub import constants, errors
 
     silent = None if constants.HF_HUB_OFFLINE else _silent_hub(constants.ENDPOINT)
     local = constants.HF_HUB_OFFLINE or silent is not None
-    asked = {"revision": revision, "token": os.environ.get("HF_TOKEN") or None, "local_files_only": local}
     try:
-        # the small files first: a quantised model is refused before its gigabytes come
-        folder = Path(snapshot_download(model_id, allow_patterns=_SMALL_PATTERNS, **asked))
-        base_check.require_unquantized(folder, model_id)
-        asked["revision"] = folder.name
-        folder = Path(snapshot_download(model_id, allow_patterns=["*.safetensors", *_SMALL_PATTERNS], **asked))
-        if local and not any(folder.glob("*.safetensors")):
-            raise errors.LocalEntryNotFoundError("an interrupted download")
+        try:
+            folder = _snapshot(model_id, revision, local=local)
+        except errors.LocalEntryNotFoundError:
+            if silent is None or not _slow(silent):
+                raise
+            log.warning("base: %s; %s is in no local cache, so the hub is waited for", silent.message, model_id)
+            silent = None
+            folder = _snapshot(model_id, revision, local=False)
     except errors.GatedRepoError:
         raise ModelError(f"{model_id} is gated", remedy="accept its terms on its hub page and set HF_TOKEN") from None
     except errors.RevisionNotFoundError:
@@ -170,6 +173,37 @@ def _download(model_id: str, revision: str | None) -> tuple[Path, str]:
     return folder, folder.name
 
 
+def _snapshot(model_id: str, revision: str | None, *, local: bool) -> Path:
+    """A model's snapshot: what an old cache holds is not fetched again. Raises what the hub's client does."""
+    from huggingface_hub import errors, snapshot_download
+
+    asked = {"revision": revision, "token": os.environ.get("HF_TOKEN") or None, "local_files_only": local}
+    if local and (kept := _kept(model_id, revision)):
+        return kept
+    # the small files first: a quantised model is refused before its gigabytes come
+    folder = Path(snapshot_download(model_id, allow_patterns=_SMALL_PATTERNS, **asked))
+    base_check.require_unquantized(folder, model_id)
+    asked["revision"] = folder.name
+    if kept := _kept(model_id, folder.name):
+        return kept
+    folder = Path(snapshot_download(model_id, allow_patterns=["*.safetensors", *_SMALL_PATTERNS], **asked))
+    if local and not any(folder.glob("*.safetensors")):
+        raise errors.LocalEntryNotFoundError("an interrupted download")
+    return folder
+
+
+def _kept(model_id: str, revision: str | None) -> Path | None:
+    """The whole snapshot in the hub's cache below a home folder that cannot be written."""
+    from huggingface_hub import errors, snapshot_download
+
+    if old := os.environ.get(OLD_HUB_CACHE):
+        with contextlib.suppress(errors.LocalEntryNotFoundError, OSError, ModelError):
+            folder = Path(snapshot_download(model_id, revision=revision, cache_dir=old, local_files_only=True))
+            base_check.require_files(folder)
+            return folder
+    return None
+
+
 def _silent_hub(hub: str) -> PipelineError | None:
     """Why the hub does not answer; None when it does. The hub's own client tries for minutes."""
     try:
@@ -178,6 +212,13 @@ def _silent_hub(hub: str) -> PipelineError | None:
     except PipelineError as error:
         return error
     return None
+
+
+def _slow(silent: PipelineError) -> bool:
+    """Whether a hub that did not answer may yet: nothing refused the connection, and no name or proxy is wrong."""
+    definite = httpx.ConnectError | httpx.ProxyError | httpx.UnsupportedProtocol
+    cause = silent.cause if isinstance(silent, Unanswered) else None
+    return isinstance(cause, httpx.TransportError) and not isinstance(cause, definite)
 
 
 def build_embedded(folder: Path) -> None:

@@ -20,6 +20,8 @@ from pipeline.errors import EnvironmentFailure, InputError
 log = logging.getLogger(__name__)
 DEFAULT_OUTPUT = Path("training/output")
 DEFAULT_NAME = "generic"
+# the hub's cache below a home folder that cannot be written: what is there is used, and nothing new can be put there
+OLD_HUB_CACHE = "GRANITE_PIPELINE_OLD_HUB_CACHE"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -122,7 +124,9 @@ def writable_home() -> None:
     if user_caches() != before and "HF_HOME" not in os.environ:
         for variable, part in (("HF_HUB_CACHE", "hub"), ("HF_TOKEN_PATH", "token")):
             if os.access(kept := before / "huggingface" / part, os.R_OK):
-                os.environ.setdefault(variable, str(kept))
+                # into a cache that cannot be written nothing new could be fetched
+                readable_only = kept.is_dir() and not writable(kept)
+                os.environ.setdefault(OLD_HUB_CACHE if readable_only else variable, str(kept))
     if not _name():
         os.environ["USER"] = f"uid-{os.getuid()}"
 

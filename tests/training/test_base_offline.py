@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -100,3 +108,80 @@ Manifest(Path(sys.argv[2]) / "manifest.json").record("finetune", inputs, [], {"b
     time.sleep(0.01)
     done = offline("-c", RESOLVE, ID, str(tmp_path / "out"), cwd=tmp_path, HF_HOME=str(tmp_path / "empty"))
     assert json.loads(done.stdout)[0] == "EnvironmentFailure"
+
+
+@contextmanager
+def _hub(model: Path, slow: float = 0) -> Iterator[tuple[str, list[str]]]:
+    """A hub with one model, which answers a HEAD of its first page after ``slow`` seconds; its URL and the files it sent."""
+    files, sent = {path.name: path.read_bytes() for path in model.iterdir()}, list[str]()
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            if self.path == "/":
+                time.sleep(slow)
+            self._answer(body=False)
+
+        def do_GET(self) -> None:
+            self._answer(body=True)
+
+        def _answer(self, *, body: bool) -> None:
+            name, given = self.path.rpartition("/")[2], b"{}"
+            if self.path.startswith("/api/models/owner/tiny/tree"):
+                given = json.dumps([{"type": "file", "path": n, "size": len(c), "oid": "0"} for n, c in files.items()]).encode()
+            elif self.path.startswith("/api/models/owner/tiny"):
+                given = json.dumps({"id": ID, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}).encode()
+            elif "/resolve/" in self.path:
+                given = files[name]
+                sent.extend([name] if body else [])
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(given)))
+            self.send_header("ETag", f'"{hashlib.sha256(given).hexdigest()}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.end_headers()
+            if body:
+                self.wfile.write(given)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", sent
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def _resolve(cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    given = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "GRANITE_"))} | env
+    return subprocess.run([sys.executable, "-c", RESOLVE, ID], capture_output=True, text=True, timeout=120, env=given, cwd=cwd, check=False)  # fmt: skip
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_slow_hub_is_waited_for_where_the_base_is_in_no_cache(cached: bool, tmp_path: Path) -> None:
+    if cached:
+        _cached(tmp_path / "hf")
+    model = tiny.published_base("3.3", tmp_path / "published")
+    with _hub(model, slow=7) as (url, sent):
+        done = _resolve(tmp_path, HF_HOME=str(tmp_path / "hf"), HF_ENDPOINT=url)
+    folder, revision, *_ = json.loads(done.stdout)
+    assert revision == COMMIT, done.stdout + done.stderr
+    assert (Path(folder) / "model.safetensors").is_file()
+    assert ("model.safetensors" in sent) is not cached
+    assert ("is waited for" in done.stderr, "is taken from the local cache" in done.stderr) == (not cached, cached)
+
+
+@pytest.mark.parametrize("connected", [False, True])
+def test_an_old_cache_that_cannot_be_written_is_read_and_what_is_new_goes_elsewhere(connected: bool, tmp_path: Path) -> None:
+    snapshot = _cached(tmp_path / "old")
+    env = {"HF_HOME": str(tmp_path / "new"), "GRANITE_PIPELINE_OLD_HUB_CACHE": str(tmp_path / "old" / "hub")}
+    with _hub(snapshot) as (url, sent):
+        done = _resolve(tmp_path, HF_ENDPOINT=url if connected else "http://127.0.0.1:9", **env)
+        assert json.loads(done.stdout)[:2] == [str(snapshot), COMMIT], done.stderr
+        assert "model.safetensors" not in sent
+        if connected:  # what the old cache lacks is downloaded to the new one
+            (snapshot / "model.safetensors").unlink()
+            done = _resolve(tmp_path, HF_ENDPOINT=url, **env)
+            assert json.loads(done.stdout)[0].startswith(str(tmp_path / "new")), done.stdout + done.stderr
+            assert "model.safetensors" in sent

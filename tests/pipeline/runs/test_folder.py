@@ -53,8 +53,9 @@ home = Path.home()
 kept = folder.cache_folder() / "kept"
 kept.parent.mkdir(parents=True, exist_ok=True)
 kept.write_text("x")
-hub = os.environ.get("HF_HUB_CACHE")
-print(json.dumps({"home": str(home), "user": getpass.getuser(), "caches": os.environ.get("XDG_CACHE_HOME"), "hub": hub}))
+hub, old = os.environ.get("HF_HUB_CACHE"), os.environ.get("GRANITE_PIPELINE_OLD_HUB_CACHE")
+asked = {"home": str(home), "user": getpass.getuser(), "caches": os.environ.get("XDG_CACHE_HOME"), "hub": hub, "old": old}
+print(json.dumps(asked))
 """
 
 
@@ -76,15 +77,21 @@ def test_a_user_without_a_usable_home_or_name_gets_a_temporary_one(home: str | N
     done = as_nobody("-c", ASKED, cwd=open_tmp, **env)
     assert done.returncode == 0, done.stderr
     given = f"{open_tmp}/tmp/granite-pipeline-{NOBODY}"
-    assert json.loads(done.stdout) == {"home": given, "user": f"uid-{NOBODY}", "caches": None, "hub": None}
+    assert json.loads(done.stdout) == {"home": given, "user": f"uid-{NOBODY}", "caches": None, "hub": None, "old": None}
     assert done.stderr.count("\n") == 1 and done.stderr.endswith(f"caches and settings of libraries go to {given}\n")
     assert (open_tmp / "tmp" / f"granite-pipeline-{NOBODY}").stat().st_mode & 0o777 == 0o700
 
 
-def test_the_hubs_cache_below_a_home_that_cannot_be_written_stays_in_reach(open_tmp: Path) -> None:
-    (open_tmp / ".cache" / "huggingface" / "hub").mkdir(parents=True)
+@pytest.mark.parametrize("own", [False, True])
+def test_the_hubs_cache_below_a_home_that_cannot_be_written_stays_in_reach(own: bool, open_tmp: Path) -> None:
+    hub = open_tmp / ".cache" / "huggingface" / "hub"
+    hub.mkdir(parents=True)
+    if own:
+        os.chown(hub, NOBODY, NOBODY)
     done = as_nobody("-c", ASKED, cwd=open_tmp, HOME=str(open_tmp), TMPDIR=str(open_tmp / "tmp"))
-    assert json.loads(done.stdout)["hub"] == str(open_tmp / ".cache" / "huggingface" / "hub"), done.stderr
+    found, kept = json.loads(done.stdout), str(open_tmp / ".cache" / "huggingface" / "hub")
+    # downloads go to the temporary one
+    assert (found["hub"], found["old"]) == ((kept, None) if own else (None, kept)), done.stderr
 
 
 def test_a_cache_folder_that_belongs_to_root_is_not_used_though_the_home_is_ones_own(open_tmp: Path) -> None:
@@ -95,12 +102,19 @@ def test_a_cache_folder_that_belongs_to_root_is_not_used_though_the_home_is_ones
     done = as_nobody("-c", ASKED, cwd=open_tmp, HOME=str(home), TMPDIR=str(open_tmp / "tmp"))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert (found["home"], found["hub"]) == (str(home), str(home / ".cache" / "huggingface" / "hub"))
+    assert (found["home"], found["hub"], found["old"]) == (str(home), None, str(home / ".cache" / "huggingface" / "hub"))
     assert found["caches"].startswith(str(open_tmp / "tmp"))
 
 
-def test_a_temporary_folder_that_someone_else_laid_there_is_not_used(open_tmp: Path) -> None:
-    (open_tmp / "tmp" / f"granite-pipeline-{NOBODY}").mkdir(mode=0o777)
+@pytest.mark.parametrize("kind", ["folder", "file", "link to nothing"])
+def test_what_someone_else_laid_in_the_temporary_folder_s_place_is_not_used(kind: str, open_tmp: Path) -> None:
+    there = open_tmp / "tmp" / f"granite-pipeline-{NOBODY}"
+    if kind == "folder":
+        there.mkdir(mode=0o777)
+    elif kind == "file":
+        there.touch()
+    else:
+        there.symlink_to("/nowhere/at/all")
     done = as_nobody("-c", ASKED, cwd=open_tmp, TMPDIR=str(open_tmp / "tmp"))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["home"].startswith(f"{open_tmp}/tmp/granite-pipeline-{NOBODY}-")
