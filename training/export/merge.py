@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ModelError, PipelineError
-from pipeline.runs.folder import RunFolder
+from pipeline.runs.folder import DEFAULT_OUTPUT, RunFolder
 from pipeline.runs.manifest import Manifest, TrainingRecord
 from pipeline.runs.stages import Force, StageResult, run_stage
 from training.base import BaseModel
@@ -31,7 +31,8 @@ def merge(run: RunFolder, *, force: Force = False) -> StageResult:
 def trained_base(run: RunFolder) -> Path:
     """Folder of the base that the run was trained on; ModelError when it cannot be found or is another one by now."""
     training = Manifest(run.manifest).require_training()
-    remedy = f"{_same_training(run.name, training)} says where it lies now, and trains nothing again"
+    place = "" if run.output == DEFAULT_OUTPUT else f" --output {shlex.quote(str(run.output))}"
+    remedy = f"{_same_training(run.name, training)}{place} says where it lies now, and trains nothing again"
     try:
         base = BaseModel.of_run(run)
     except ModelError as error:
