@@ -204,7 +204,7 @@ def _made_there(engine: Engine, target: Target, root: str) -> Endpoint | None:
     now = (Manifest(target.manifest).sha256(target.model), target.modelfile_hash)
     for made in (replace(target, private=True), target):
         record = records.read(made.servers, engine.name)
-        for ready in filter(None, (record.ready, *record.earlier) if record else ()):
+        for ready in record.served if record else ():
             same = (ready.sha256, ready.modelfile) == now and same_place(ready.url, root)
             # one that does not answer now is not there
             with contextlib.suppress(EngineError):

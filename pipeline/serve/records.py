@@ -65,6 +65,11 @@ class Record:
         return self.process if self.process is not None and self.process.alive else None
 
     @property
+    def served(self) -> tuple[Ready, ...]:
+        """All that is known to have been served, the last one first."""
+        return tuple(filter(None, (self.ready, *self.earlier)))
+
+    @property
     def artefact(self) -> Artefact | None:
         """What was loaded, where that is known to be ours."""
         return self.ready.artefact if self.ready else None
@@ -123,7 +128,7 @@ def begin(launch: Launch, log: Path, folder: Path, *, owner: int | None, remedy:
             shutil.rmtree(launch.store, ignore_errors=True)
         process = server.start(launch, log, owner=owner)
         try:
-            save(folder, Record(launch.engine, process, None, _served(before) if before else ()))
+            save(folder, Record(launch.engine, process, None, before.served if before else ()))
         except BaseException:
             server.stop(process)
             raise
@@ -139,14 +144,9 @@ def mark_ready(folder: Path, engine: str, process: Server | None, ready: Ready) 
     with lock.guarded(folder.parent):
         there = read(folder, engine) or Record(engine)
         if there.process in (None, process) or not there.running:
-            save(folder, Record(engine, process, ready, _others(ready, _served(there))))
+            save(folder, Record(engine, process, ready, _others(ready, there.served)))
         elif process is None:
             save(folder, replace(there, earlier=(ready, *_others(ready, there.earlier))))
-
-
-def _served(record: Record) -> tuple[Ready, ...]:
-    """All that a record knows to have been served, the last one first."""
-    return tuple(filter(None, (record.ready, *record.earlier)))
 
 
 def _others(ready: Ready, known: Iterable[Ready]) -> tuple[Ready, ...]:
@@ -207,7 +207,7 @@ def forget(process: Server, folder: Path) -> None:
             return
         if process.store and Path(process.store).resolve().is_relative_to(folder.resolve()):
             shutil.rmtree(process.store, ignore_errors=True)
-        served = _served(record)
+        served = record.served
         if process.store:  # what was made in it is gone; a model in a server that is not ours may be there
             served = tuple(sorted(served, key=lambda ready: not ready.digest))
         if served:
@@ -220,7 +220,7 @@ def forget_served(folder: Path, engine: str, gone: Collection[Ready]) -> None:
     """Remove what is noted of models made in a server that is not ours, those that are gone."""
     with lock.guarded(folder.parent):
         record = read(folder, engine)
-        left = tuple(ready for ready in _served(record) if ready not in gone) if record else ()
+        left = tuple(ready for ready in record.served if ready not in gone) if record else ()
         if left:
             save(folder, Record(engine, None, left[0], left[1:]))
         else:

@@ -352,10 +352,10 @@ def _private(folder: Path) -> Path:
 def _remove_private(folder: Path, engine: str) -> bool:
     """Delete the models made to be asked; one whose server is gone is kept in mind, since it is still there."""
     record = records.read(_private(folder), engine)
-    if record is None or record.ready is None:
+    if record is None:
         return False
     gone = list[Ready]()
-    for made in (record.ready, *record.earlier):
+    for made in record.served:
         try:
             engines.get(engine).remove(made.url, made.model)
             gone.append(made)
