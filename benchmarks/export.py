@@ -1,6 +1,6 @@
 """Merge and GGUF: this version's way against another checkout's, same machine and model, in turn, in one go.
 
-    python -m benchmarks.export --make FOLDER --parameters 1.9e9
+python -m benchmarks.export --make FOLDER --parameters 1.9e9
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def make(folder: Path, parameters: float) -> Path:
     """
     shapes = _shapes(parameters)
     shards: list[list[str]] = [[]]
-    for name, shape in shapes.items():
+    for name in shapes:
         if shards[-1] and 2 * sum(math.prod(shapes[other]) for other in (*shards[-1], name)) > SHARD_BYTES:
             shards.append([])
         shards[-1].append(name)
