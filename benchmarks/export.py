@@ -153,7 +153,7 @@ def measure(stage: str, code: Path, *paths: Path) -> Cost:
     largest = 0
     while process.poll() is None:
         largest = max(largest, _resident(process.pid))
-        time.sleep(0.02)
+        time.sleep(0.2)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
     after, wall = os.times(), time.monotonic() - started
