@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline.config import Settings
@@ -68,11 +70,28 @@ def empty_gguf(tmp_path: Path) -> Path:
     return path
 
 
+# they start vLLM and plan with the memory that is free: one after another, and before all else, for they take longest
+ON_VLLM = tuple(f"tests/{name}.py" for name in ("e2e/test_agents", "e2e/test_line", "e2e/test_faults_vllm", "pipeline/integrations/test_frameworks"))  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what takes many minutes unless it is asked for by its marker."""
-    if "long" in config.option.markexpr:
+    """Leave out what takes many minutes unless it is asked for by its marker; several workers share the rest by files."""
+    if "long" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("long")]
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+    if config.getoption("dist", "no") != "loadgroup":
         return
-    left_out = [item for item in items if item.get_closest_marker("long")]
-    items[:] = [item for item in items if not item.get_closest_marker("long")]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
+    items.sort(key=lambda item: (not item.nodeid.startswith(ON_VLLM), not item.get_closest_marker("slow")))
+    for item in items:
+        # what a module's fixtures train or start is made once
+        item.add_marker(pytest.mark.xdist_group("vllm" if item.nodeid.startswith(ON_VLLM) else item.nodeid.partition("::")[0]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Workers of ``-n auto``: a process for each core, and 4 GiB for each, for some load PyTorch, a model or an engine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, 4, int(psutil.virtual_memory().available // (4 * 2**30))))
