@@ -86,8 +86,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     items.sort(key=lambda item: (not item.nodeid.startswith(ON_VLLM), not item.get_closest_marker("slow")))
     for item in items:
-        # what a module's fixtures train or start is made once
-        item.add_marker(pytest.mark.xdist_group("vllm" if item.nodeid.startswith(ON_VLLM) else item.nodeid.partition("::")[0]))
+        item.add_marker(pytest.mark.xdist_group(_worker(item)))
+
+
+def _worker(item: pytest.Item) -> str:
+    """Tests of one name are one worker's: what a file's fixtures train or start, and what a session makes, is made once."""
+    if item.nodeid.startswith(ON_VLLM):
+        return "vllm"
+    shared = {"gguf", "vllm_renderer"} & set(getattr(item, "fixturenames", ()))
+    return "gguf" if shared else item.nodeid.partition("::")[0]
 
 
 @pytest.hookimpl(optionalhook=True)
