@@ -77,6 +77,8 @@ ON_VLLM = tuple(f"tests/{name}.py" for name in ("e2e/test_agents", "e2e/test_lin
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what takes many minutes unless it is asked for by its marker; several workers share the rest by files."""
+    if fast := [item.nodeid for item in items if item.get_closest_marker("wide") and not item.get_closest_marker("slow")]:
+        raise pytest.UsageError(f"marked wide, yet not slow, so that 'make check' runs them: {', '.join(fast)}")
     if "long" not in config.option.markexpr:
         left_out = [item for item in items if item.get_closest_marker("long")]
         items[:] = [item for item in items if not item.get_closest_marker("long")]
