@@ -44,8 +44,8 @@ doctor: $(STAMP) ## check machine, packages, ports and the run's files, then the
 run: $(STAMP) ## fine-tune, export, serve and verify; open the report it names at the end
 	$(PIPELINE) run $(RUN) $(TRAIN_OPTIONS) $(call opt,BACKENDS,--backends)
 
-# a worker a core (tests/conftest.py), each with whole files; ARGS='-n 0' runs one test at a time
-PYTEST = $(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder
+# a worker a core, each with whole files (tests/conftest.py); ARGS='-n 0' runs one test at a time
+PYTEST = $(BIN)/python -m pytest -n auto
 
 test: $(STAMP) ## the tests of each part, with one small end-to-end run on the real vLLM and llama.cpp
 	$(PYTEST) -m "not wide" $(ARGS)
