@@ -73,8 +73,15 @@ def empty_gguf(tmp_path: Path) -> Path:
 
 # files that one worker has to itself where several share the suite (pytest -n auto), in this order before all others
 TOGETHER = {
-    # they start vLLM and plan with the memory that is free: never two at once; and they take longest
-    "vllm": ("e2e/test_agents", "e2e/test_line", "e2e/test_faults_vllm", "pipeline/integrations/test_frameworks"),
+    # they start vLLM and plan with the memory that is free, or need a quick answer of two servers under load: never two at
+    # once; and they take longest
+    "vllm": (
+        "e2e/test_failover",
+        "e2e/test_agents",
+        "e2e/test_line",
+        "e2e/test_faults_vllm",
+        "pipeline/integrations/test_frameworks",
+    ),
     # they ask one converted model and one vLLM that renders
     "gguf": (
         "pipeline/prompts/test_parity_engines",
