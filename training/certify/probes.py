@@ -209,7 +209,7 @@ class _Model:
             mask = torch.tensor([[1] * len(one.ids) + [0] * (width - len(one.ids)) for one in batch], device=self.device)
             with torch.inference_mode(), self._asked_at([one.positions for one in batch]):
                 logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            values = torch.log_softmax(logits.float(), dim=-1).cpu()
+            values: Any = torch.log_softmax(logits.float(), dim=-1).cpu()
             found |= zip(chosen, values.split([len(one.positions) for one in batch]), strict=True)
         return torch.cat([found[i] for i in range(len(sequences))])
 
