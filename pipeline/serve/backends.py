@@ -190,7 +190,8 @@ def meanwhile(
             with contextlib.suppress(PipelineError):
                 if not stopped.is_set():
                     begun = start(run, name, settings, replace(options, port=(ports or {}).get(name, options.port)))
-                    log.info("%s: %s%s", name, begun.status, f": {begun.reason}" if begun.reason else "")
+                    if not stopped.is_set():  # what was ended on purpose is no news
+                        log.info("%s: %s%s", name, begun.status, f": {begun.reason}" if begun.reason else "")
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
