@@ -203,7 +203,7 @@ def test_rows_are_read_with_their_tools_documents_calls_and_written_answer(tmp_p
         (),
     )
     path.write_text('{"text": "old", "finish_reason": "stop"}\n')
-    assert read_reference(path) == [Answer("old", "stop")]
+    assert read_reference(path) == {0: Answer("old", "stop")}
 
 
 def test_calls_have_little_room_and_thoughts_much() -> None:
