@@ -19,7 +19,7 @@ from training.parameters import FinetuneParameters
 log = logging.getLogger(__name__)
 GIB = 2**30
 _LIBRARIES = 0.6  # GiB that torch and transformers take before any weight
-_ANSWERING = 0.6  # the same with the tokenizer, and what the matrix products keep
+_ANSWERING = 0.5  # the same with the tokenizer, and what the matrix products keep
 # tokens of prompts that are computed at a time: enough for a CPU's matrix products
 PREFILL_TOKENS = 2048
 FILLED = 0.85

@@ -165,9 +165,9 @@ class _Line:
 
     def _most_tokens(self) -> tuple[int, int]:
         """Tokens and rows of the largest batch, where memory allows it."""
-        longest = max(map(len, self.prompts)) + self.budget
-        rows = max(1, min(len(self.rows), _BATCH_ROWS, _BATCH_TOKENS // longest))
-        return rows * longest, rows
+        batches = self._batches(range(len(self.rows)))
+        sizes = [(len(rows) * (max(len(self.prompts[i]) for i in rows) + self.budget), len(rows)) for rows in batches]
+        return max(sizes)
 
     def _long(self, model: Any) -> bool:
         """Whether float32 would take minutes that bfloat16 may save."""
