@@ -4,9 +4,11 @@ Estimates, on purpose on the low side: a stage that surely does not fit is refus
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import OutOfMemory
 from pipeline.machine.hardware import Hardware
@@ -17,8 +19,11 @@ from training.parameters import FinetuneParameters
 log = logging.getLogger(__name__)
 GIB = 2**30
 _LIBRARIES = 0.6  # GiB that torch and transformers take before any weight
-_ROWS = 0.1
-_TIGHT = 0.85
+_MERGING = 0.1  # GiB of the rows at work in a merge
+_ANSWERING = 0.5  # the same with the tokenizer, and what the matrix products keep
+# tokens of prompts that are computed at a time: enough for a CPU's matrix products
+PREFILL_TOKENS = 2048
+FILLED = 0.85
 # values a layer keeps for the backward pass, in multiples of batch x length x hidden, with fused attention
 _KEPT_PER_LAYER = 14
 
@@ -54,13 +59,33 @@ def finetune_need(base: Path, params: FinetuneParameters, longest: int, *, piece
 
 def merge_need() -> Need:
     """A few rows a core: base and adapter are mapped, not read."""
-    return Need(_LIBRARIES + _ROWS, f"{_ROWS:.2f} for the rows at work")
+    return Need(_LIBRARIES + _MERGING, f"{_MERGING:.2f} for the rows at work")
 
 
-def evaluate_need(folder: Path, on_gpu: bool) -> Need:
-    """The weights in float32 on a CPU, float16 on a GPU."""
-    size = sum(t.elements for t in read_folder(folder)) * (2 if on_gpu else 4) / GIB
-    return Need(_LIBRARIES + size, f"{size:.2f} weights")
+def evaluate_need(folder: Path, on_gpu: bool, tokens: int = 1, rows: int = 1, *, mapped: bool = False) -> Need:
+    """Answering in float32 on a CPU, float16 on a GPU: weights, keys and values of ``tokens`` in ``rows``, and one pass.
+
+    ``mapped``: the weights stay as they are stored, and the largest module's are converted when they are used.
+    """
+    config, tensors = read_json(folder / "config.json"), read_folder(folder)
+    size = 2 if on_gpu else 4
+    weights = sum(t.nbytes if mapped else t.elements * size for t in tensors)
+    weights += size * max((t.elements for t in tensors), default=0) if mapped else 0
+    hidden, vocabulary = (int(config.get(name) or 0) for name in ("hidden_size", "vocab_size"))
+    inner = max(int(config.get(name) or 0) for name in ("intermediate_size", "shared_intermediate_size"))
+    passed = min(tokens, PREFILL_TOKENS) * size * (6 * hidden + 3 * inner) + rows * size * 2 * vocabulary
+    kept = tokens * kept_bytes(config, size)
+    made_of = f"{weights / GIB:.2f} weights, {kept / GIB:.2f} keys and values of {tokens} tokens, {passed / GIB:.2f} for a pass"
+    return Need(_ANSWERING + (weights + kept + passed) / GIB, made_of)
+
+
+def kept_bytes(config: Mapping[str, Any], size: int) -> int:
+    """Bytes of keys and values of one token, in a model whose layers all attend to all tokens."""
+    layers, hidden, heads = (int(config.get(name) or 0) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    head = int(config.get("head_dim") or 0) or hidden // max(heads, 1)
+    types = config.get("layer_types")
+    layers = types.count("attention") + types.count("full_attention") if isinstance(types, list) else layers
+    return 2 * layers * int(config.get("num_key_value_heads") or heads) * head * size
 
 
 def gguf_need(base: Path) -> Need:
@@ -80,4 +105,4 @@ def require_memory(stage: str, need: Need, lower: str, free: float | None = None
     said = f"{stage} needs about {need.gib:.1f} GiB of {where} ({need.made_of}), {free:.1f} GiB are free"
     if need.gib > free:
         raise OutOfMemory(said, remedy=lower)
-    log.log(logging.WARNING if need.gib > _TIGHT * free else logging.INFO, "%s", said)
+    log.log(logging.WARNING if need.gib > FILLED * free else logging.INFO, "%s", said)

@@ -74,7 +74,7 @@ def memory_needs(base: Path, params: FinetuneParameters, on_gpu: bool) -> list[S
         Stage("fine-tuning", memory.finetune_need(base, params, 1), lower),
         Stage("merge", memory.merge_need(), _SMALLER),
         Stage("GGUF conversion", memory.gguf_need(base), _SMALLER),
-        Stage("answering the held-out prompts", memory.evaluate_need(base, on_gpu), _SMALLER),
+        Stage("answering the held-out prompts", memory.evaluate_need(base, on_gpu, mapped=not on_gpu), _SMALLER),
         Stage("certify", memory.evaluate_need(base, on_gpu=False), "certify --offline loads no model", optional=True),
     ]
 

@@ -77,6 +77,8 @@ def export(
     output: options.Output = DEFAULT_OUTPUT,
     force: options.Force = "",
     agent: options.Agent = None,
+    base_answers: Annotated[int, Option(help="Held-out rows the base is asked, evenly spread; 0: all.")] = 64,
+    tuned_answers: Annotated[int, Option(help="Held-out rows the merged model is asked at most; 0: all.")] = 1000,
     as_json: options.AsJson = False,
 ) -> None:
     """Merge the adapter to FP16, convert to Q8_0 GGUF, write the Modelfile, and record reference answers.
@@ -93,7 +95,7 @@ def export(
     merge.require_trained(this)
     with lock.held(this, "export"):
         done = [merge.merge(this, force=force), gguf.export_gguf(this, force=force), gguf.package(this, force=force)]
-        done += evaluate.evaluate(this, force=force).values()
+        done += evaluate.evaluate(this, force=force, base_answers=base_answers, tuned_answers=tuned_answers).values()
     _show(done, as_json)
 
 

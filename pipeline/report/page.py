@@ -130,10 +130,14 @@ def check_title(check: Check, result: Result) -> str:
     return words(check.id)
 
 
+def _rows_of(base: int, tuned: int) -> str:
+    return f"of {tuned} held-out rows" if base == tuned else f"of {base} → {tuned} held-out rows"
+
+
 def figures(result: Result) -> list[Figure]:
     """The row of key figures under the verdict."""
     base, tuned = result.evaluation.base, result.evaluation.tuned
-    found = [Figure("Exact, before → after", f"{percent(base.exact)} → {percent(tuned.exact)}", f"of {tuned.n} held-out rows")]
+    found = [Figure("Exact, before → after", f"{percent(base.exact)} → {percent(tuned.exact)}", _rows_of(base.n, tuned.n))]
     for backend in result.backends:
         if backend.exact is not None:
             note = f"{points(backend.exact - tuned.exact)} the trained model"

@@ -21,7 +21,7 @@ from pipeline.verify.evidence import PLAIN, Evidence
 from pipeline.verify.files import run_checks
 from pipeline.verify.material import Material
 from pipeline.verify.prober import as_answer
-from pipeline.verify.score import Answer, HeldOut, fields_of, is_exact, same, score
+from pipeline.verify.score import Answer, HeldOut, fields_of, is_exact, rows_asked, same, score, wilson
 from pipeline.verify.sheets import examples, told
 
 # an embedded-base run on the built-in data is expected to learn the task; a user's own run decides for itself
@@ -196,9 +196,15 @@ def assemble(run: RunFolder, material: Material, outcomes: Mapping[str, Outcome]
     """The report: the run's own checks and those of its backends, with everything they are judged by."""
     manifest = Manifest(run.manifest)
     training = manifest.require_training()
-    before, after = schema.Scores(**score(material.rows, material.base)), schema.Scores(**material.tuned_score)
+    asked = {i: answer for i, answer in enumerate(material.base) if answer is not None}
+    before, after = (
+        schema.Scores(**score(*rows_asked(material.rows, asked), material.rows)),
+        schema.Scores(**material.tuned_score),
+    )
+    # the same rows of both, where the base was asked a sample
+    again = score(*rows_asked(material.rows, {i: material.tuned[i] for i in asked}), material.rows)["exact"]
     evaluation, kept = Evaluation(base=before, tuned=after), ("artefacts", "seconds", "finished_at")
-    found = [*_line_checks(training, evaluation), *run_checks(run), *(c for o in outcomes.values() for c in o.checks)]
+    found = [*_line_checks(training, evaluation, again), *run_checks(run), *(c for o in outcomes.values() for c in o.checks)]
     if all(outcome.entry.status == "skipped" for outcome in outcomes.values()):
         found.append(Check("backends", "failed", "no backend could be started on this machine"))
     hardware = Hardware.detect()
@@ -229,12 +235,15 @@ def assemble(run: RunFolder, material: Material, outcomes: Mapping[str, Outcome]
     )
 
 
-def _line_checks(training: TrainingRecord, evaluation: Evaluation) -> list[Check]:
+def _line_checks(training: TrainingRecord, evaluation: Evaluation, same_rows: float) -> list[Check]:
+    """``same_rows``: exact of the tuned model in the rows that the base was asked."""
     loss, base, tuned, asked = training.eval_loss, evaluation.base, evaluation.tuned, training.parameters
     fell = f"held-out loss {loss['before']:.3f} before, {loss['after']:.3f} after"
-    gain = f"exact {base.exact:.3f} before, {tuned.exact:.3f} after, {tuned.n} rows"
+    low, high = wilson(base.exact, base.n)
+    gain = f"exact {base.exact:.3f} before ({low:.3f} to {high:.3f}), {same_rows:.3f} after, {base.n} rows asked of both"
+    gain += "" if base.n == tuned.n else f"; {tuned.exact:.3f} after in {tuned.n} rows"
     found = [held("training.learned", loss["after"] < loss["before"], fell)]
-    found.append(held("eval.not_worse", tuned.exact >= base.exact, gain))
+    found.append(held("eval.not_worse", same_rows >= base.exact, gain))
     # a run cut short on purpose (a test, a try-out) is not held to what the whole one reaches
     if asked["base"] == "embedded" and asked["data"] == "soc" and not training.cut_short:
         expected = f"exact {tuned.exact:.3f}, at least {DEMO_MIN_EXACT} expected"

@@ -10,7 +10,7 @@ from pipeline.model.tokenizer import Tokenizer
 from pipeline.prompts.chat import ChatTemplate
 from pipeline.prompts.neutralise import control_tokens, neutralise_all, neutralise_message
 from pipeline.runs.folder import RunFolder
-from pipeline.verify.score import Answer, HeldOut, answer_budget, read_held_out, read_reference, score
+from pipeline.verify.score import Answer, HeldOut, answer_budget, read_held_out, read_reference, score, whole
 
 
 def user_message(text: str) -> dict[str, str]:
@@ -54,11 +54,14 @@ class Yardstick:
 
 @dataclass(frozen=True)
 class Material:
-    """What a run is verified with: held-out rows, their prompts as the tokenizer makes them, reference answers."""
+    """What a run is verified with: held-out rows, their prompts as the tokenizer makes them, reference answers.
+
+    ``rows`` are those that the tuned model was asked in process; None in ``base``: the base was not asked that one.
+    """
 
     rows: list[HeldOut]
     prompts: list[tuple[str, list[int]]]
-    base: list[Answer]
+    base: list[Answer | None]
     tuned: list[Answer]
     tuned_score: dict[str, Any]
     max_tokens: int
@@ -66,17 +69,18 @@ class Material:
 
 
 def read_material(run: RunFolder, limit: int | None = None) -> Material:
-    """Held-out rows (the first ``limit``), prompts and reference answers; InputError when a stage is missing."""
-    yardstick = Yardstick.of_folder(run.merged)
-    rows = [yardstick.neutral(row) for row in read_held_out(run.heldout)[:limit]]
-    references = {which: read_reference(run.reference(which))[:limit] for which in ("base", "tuned")}
-    if any(len(answers) != len(rows) for answers in references.values()):
+    """Held-out rows asked (the first ``limit``), prompts and reference answers; InputError when a stage is missing."""
+    yardstick, every = Yardstick.of_folder(run.merged), read_held_out(run.heldout)
+    base, tuned = (read_reference(run.reference(which)) for which in ("base", "tuned"))
+    if not (whole(every, base) and whole(every, tuned)):
         remedy = f"granite-pipeline export --run {run.name}"
         raise InputError("the reference answers do not match the held-out rows", remedy=remedy)
-    budget = answer_budget(rows, [len(yardstick.tokenizer.encode(row.expected)) for row in rows])
+    # of all rows, as they were answered in process
+    budget = answer_budget(every, [len(yardstick.tokenizer.encode(yardstick.neutral(row).expected)) for row in every])
+    numbers = sorted(tuned)[:limit]
+    rows, answers = [yardstick.neutral(every[i]) for i in numbers], [tuned[i] for i in numbers]
     prompts = []
-    for number, row in enumerate(rows, 1):
-        with at(f"{run.heldout}:{number}"):
+    for number, row in zip(numbers, rows, strict=True):
+        with at(f"{run.heldout}:{number + 1}"):
             prompts.append(yardstick.prompt(row))
-    tuned_score = score(rows, references["tuned"])
-    return Material(rows, prompts, references["base"], references["tuned"], tuned_score, budget, yardstick)
+    return Material(rows, prompts, [base.get(i) for i in numbers], answers, score(rows, answers), budget, yardstick)

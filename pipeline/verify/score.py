@@ -1,6 +1,7 @@
 """How answers to held-out rows are scored: each row for what its answer is - tool calls, JSON, text, or what follows a thought."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +20,8 @@ SPARE_TOKENS = 12
 _FREE_TEXT, _THOUGHT = 256, 1024
 # marks that a model sets around calls; where they are special tokens, they must not be left out of an answer that may have calls
 CALL_MARKS = (*MARKS.values(), "</tool_call>")
+# why an answer ended that was not asked to go on, since it could no longer be right
+CUT = "cut"
 _T = TypeVar("_T")
 _Object = Mapping[str, Any]
 
@@ -33,7 +36,7 @@ class Said(NamedTuple):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said and why it ended (``stop``, ``length``, or the engine's word).
+    """What a model said and why it ended (``stop``, ``length``, :data:`CUT`, or the engine's word).
 
     ``calls`` and ``thought`` are what an API returned beside the text; None: not told apart, they are in the text.
     """
@@ -100,7 +103,13 @@ def said(row: HeldOut, answer: Answer) -> Said:
 
 
 def same(row: HeldOut, one: Answer, other: Answer) -> bool:
-    """Whether two answers to a row say the same: the final text, and the calls in any order."""
+    """Whether two answers to a row say the same: the final text, and the calls in any order.
+
+    One that was cut may have gone on as the other does, if that begins so.
+    """
+    if CUT in (one.finish_reason, other.finish_reason):
+        cut, whole = (one, other) if one.finish_reason == CUT else (other, one)
+        return whole.text.startswith(cut.text)
     ours, theirs = said(row, one), said(row, other)
     return ours.text.strip() == theirs.text.strip() and same_calls(ours.calls, theirs.calls)
 
@@ -142,15 +151,47 @@ def read_held_out(path: Path) -> list[HeldOut]:
     return _each_line(path, row, "a held-out row", "train again to rewrite it")
 
 
-def read_reference(path: Path) -> list[Answer]:
-    """Answers recorded in process; InputError when there are none."""
+def read_reference(path: Path) -> dict[int, Answer]:
+    """Answers recorded in process, by held-out row counted from 0; InputError when there are none.
+
+    A line without a row's number is that of the row in its place: then all rows were asked.
+    """
     if not path.is_file():
         raise InputError(f"{path}: no reference answers", remedy="granite-pipeline export makes them after the merge")
 
-    def answer(entry: Any) -> Answer:
-        return Answer(str(entry["text"]), str(entry["finish_reason"]))
+    def answer(entry: Any) -> tuple[int | None, Answer]:
+        return entry.get("row"), Answer(str(entry["text"]), str(entry["finish_reason"]))
 
-    return _each_line(path, answer, "an answer", "granite-pipeline export --force writes it anew")
+    found = _each_line(path, answer, "an answer", "granite-pipeline export --force writes it anew")
+    return {place if row is None else int(row) - 1: one for place, (row, one) in enumerate(found)}
+
+
+def whole(rows: Sequence[HeldOut], answers: Mapping[int, Answer]) -> bool:
+    """Whether these can be all answers to a set of rows, or to a sample of it, which has the first and the last row."""
+    numbers = sorted(answers)
+    return bool(numbers) and numbers[0] == 0 and numbers[-1] == len(rows) - 1
+
+
+def rows_asked(rows: Sequence[HeldOut], answers: Mapping[int, Answer]) -> tuple[list[HeldOut], list[Answer]]:
+    """The rows that were asked, in their order, and the answers to them."""
+    return [rows[i] for i in sorted(answers)], [answers[i] for i in sorted(answers)]
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """At most ``wanted`` numbers below ``count``, evenly spread, the first and (of two or more) the last among them."""
+    if count <= wanted:
+        return list(range(count))
+    if wanted == 1:
+        return [0]
+    return sorted({round(i * (count - 1) / (wanted - 1)) for i in range(wanted)})
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval (Wilson's) of a share that was seen in ``count`` rows."""
+    z = 1.959964
+    middle, half = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    low, high = ((middle + side) / (1 + z * z / count) for side in (-half, half))
+    return max(0.0, round(low, 4)), min(1.0, round(high, 4))
 
 
 def _each_line(path: Path, made: Callable[[Any], _T], what: str, remedy: str) -> list[_T]:
@@ -173,6 +214,20 @@ def parse(text: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def may_parse(text: str) -> bool:
+    """Whether a text may still become a JSON object, as far as its beginning, or what follows a whole one, tells."""
+    text = text.lstrip(" \t\r\n")
+    if not text:
+        return True
+    if text[0] != "{" or text[1:].lstrip(" \t\r\n")[:1] not in ("", '"', "}"):
+        return False
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return True
+    return not text[end:].strip(" \t\r\n")
 
 
 def fields_of(rows: Sequence[HeldOut]) -> tuple[str, ...]:
@@ -225,30 +280,32 @@ def calls_right(rows: Sequence[HeldOut], answers: Sequence[Answer]) -> list[bool
     return [is_exact(row, answer, ()) for row, answer in pairs]
 
 
-def exactly(rows: Sequence[HeldOut], answers: Sequence[Answer]) -> list[bool]:
-    """:func:`is_exact` row by row."""
-    fields = fields_of(rows)
+def exactly(rows: Sequence[HeldOut], answers: Sequence[Answer], among: Sequence[HeldOut] | None = None) -> list[bool]:
+    """:func:`is_exact` row by row, of rows that are a sample of ``among``, where given."""
+    fields = fields_of(among or rows)
     return [is_exact(row, answer, fields) for row, answer in zip(rows, answers, strict=True)]
 
 
-def score(rows: Sequence[HeldOut], answers: Sequence[Answer]) -> dict[str, Any]:
+def score(rows: Sequence[HeldOut], answers: Sequence[Answer], among: Sequence[HeldOut] | None = None) -> dict[str, Any]:
     """Shares of rows: JSON valid, each field right, calls right, exact, ended by itself; ``n`` is the number of rows.
 
     Fields are shares of the rows without expected calls, ``calls`` of those with. ``severity``, ``technique`` and ``calls`` are
-    None for data whose answers have none. A call is JSON too.
+    None for data whose answers have none, ``finish_stop`` where an answer was cut. A call is JSON too. ``among`` are the rows that
+    these are a sample of: a sample is scored as the whole is.
     """
 
     def share(right: Sequence[bool]) -> float:
         return round(sum(right) / len(right), 4)
 
+    ends = [answer.finish_reason for answer in answers]
     called, every = calls_right(rows, answers), [said(row, answer) for row, answer in zip(rows, answers, strict=True)]
     return {
         "n": len(rows),
         "json_valid": share([bool(calls) or parse(text) is not None for text, calls, _ in every]),
         "severity": None,
         "technique": None,
-        **{name: share(field_right(name, rows, answers)) for name in fields_of(rows)},
+        **{name: share(field_right(name, rows, answers)) for name in fields_of(among or rows)},
         "calls": share(called) if called else None,
-        "exact": share(exactly(rows, answers)),
-        "finish_stop": share([answer.finish_reason == "stop" for answer in answers]),
+        "exact": share(exactly(rows, answers, among)),
+        "finish_stop": None if CUT in ends else share([end == "stop" for end in ends]),
     }

@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.report.answers import THOUGHT
 from pipeline.report.schema import Example
 from pipeline.verify.material import Material
-from pipeline.verify.score import Answer, HeldOut, call_key, parse, said, same
+from pipeline.verify.score import CUT, Answer, HeldOut, call_key, parse, said, same
 
 _EXAMPLES = 12
 # characters shown of each document
@@ -27,12 +27,19 @@ def examples(material: Material, answered: Mapping[str, Sequence[Answer]]) -> li
         Example(
             prompt=asked(rows[i]),
             expected=told(rows[i], _expected(rows[i])),
-            base=told(rows[i], material.base[i]),
+            base=_cut_marked(rows[i], material.base[i]),
             tuned=told(rows[i], material.tuned[i]),
             answers={name: told(rows[i], answers[i]) for name, answers in answered.items()},
         )
         for i in chosen
     ]
+
+
+def _cut_marked(row: HeldOut, answer: Answer | None) -> str | None:
+    """What the base said (None: it was not asked), with a mark where it was not asked to go on."""
+    if answer is None:
+        return None
+    return f"{answer.text} …" if answer.finish_reason == CUT else told(row, answer)
 
 
 def _expected(row: HeldOut) -> Answer:

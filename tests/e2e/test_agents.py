@@ -61,7 +61,7 @@ def test_each_backend_is_fed_tools_and_documents_and_calls_as_in_process(report:
 
 
 def test_calls_are_recorded_as_calls_and_documents_stand_in_the_prompts(run: Path) -> None:
-    rows, answers = read_held_out(run / "heldout.jsonl"), read_reference(run / "reference" / "tuned.jsonl")
+    rows, answers = read_held_out(run / "heldout.jsonl"), list(read_reference(run / "reference" / "tuned.jsonl").values())
     calls = [said(row, answer).calls for row, answer in zip(rows, answers, strict=True)]
     assert any(calls)
     assert all(call["name"] in ("block_ip", "isolate_host", "lookup_ioc") for each in calls for call in each)

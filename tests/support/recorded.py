@@ -12,7 +12,7 @@ from pipeline.report.check import Check
 from pipeline.runs.files import write_json
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest, sealed
-from pipeline.verify.score import read_held_out, read_reference, score
+from pipeline.verify.score import read_held_out, read_reference, rows_asked, score
 
 
 def make(run: RunFolder) -> RunFolder:
@@ -32,7 +32,7 @@ def make(run: RunFolder) -> RunFolder:
     manifest.record("gguf", {"merged": seen["merged_fp16"]}, [run.gguf], {}, 1.0)
     manifest.record("modelfile", {"gguf": seen[run.gguf.name]}, [run.modelfile], {}, 1.0)
     for which, model in (("base", "b"), ("tuned", seen["merged_fp16"])):
-        result = score(read_held_out(run.heldout), read_reference(run.reference(which)))
+        result = score(*rows_asked(read_held_out(run.heldout), read_reference(run.reference(which))))
         inputs = {"heldout": seen["heldout.jsonl"], "model": model}
         manifest.record(f"evaluate_{which}", inputs, [run.reference(which)], result, 1.0)
     entry = {"engine_version": "1", "argv": ["llama-server", "--model", str(run.gguf)], "env": {}, "status": "passed"}

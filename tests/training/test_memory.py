@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import OutOfMemory
-from training.memory import GIB, Need, finetune_need, gguf_need, merge_need, require_memory
+from training.memory import GIB, Need, evaluate_need, finetune_need, gguf_need, merge_need, require_memory
 from training.parameters import FinetuneParameters
 
 
@@ -79,3 +79,22 @@ def test_what_is_tight_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
         require_memory("merge", Need(9, "a shard"), "", free=10)
         require_memory("merge", Need(5, "a shard"), "", free=10)
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+
+
+def test_answering_an_8b_model_fits_24_gib_with_weights_as_they_are_stored(tmp_path: Path) -> None:
+    tmp_path.joinpath("config.json").write_text(
+        json.dumps({
+            "hidden_size": 4096, "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 8,
+            "vocab_size": 49_155, "intermediate_size": 12_800,
+        })
+    )  # fmt: skip
+    size = 204_000_000
+    tensors = {f"w{i}": {"dtype": "F16", "shape": [size], "data_offsets": [2 * size * i, 2 * size * (i + 1)]} for i in range(40)}
+    header = json.dumps(tensors).encode()
+    with (tmp_path / "model.safetensors").open("wb") as out:
+        out.write(struct.pack("<Q", len(header)) + header)
+        out.truncate(8 + len(header) + 80 * size)
+    assert evaluate_need(tmp_path, on_gpu=False).gib > 24
+    # preflight asks for this; and a batch of 64 rows of 100 tokens
+    assert evaluate_need(tmp_path, on_gpu=False, mapped=True).gib < 17
+    assert 17 < evaluate_need(tmp_path, False, 6400, 64, mapped=True).gib < 20

@@ -22,6 +22,7 @@ from pipeline.serve.start import Endpoint
 from pipeline.verify.distributions import ROWS, Reference
 from pipeline.verify.evidence import Evidence, Plan, interrogate, read_evidence, stored
 from pipeline.verify.material import Material, read_material
+from pipeline.verify.score import spread
 from training.certify import probes
 from training.certify.offline import described, offline_findings, read_subject
 
@@ -101,7 +102,7 @@ def _models(subject: Subject, scope: Scope) -> tuple[list[Check], Asked | None]:
         chosen = sorted({probe.row for probe in reference.held_out})
         if scope.prompts > ROWS:
             log.warning("certify: %d prompts have a reference in process and are asked, not %d", len(chosen), scope.prompts)
-        rows = tuple(chosen[i] for i in probes.spread(len(chosen), scope.prompts))
+        rows = tuple(chosen[i] for i in spread(len(chosen), scope.prompts))
         asked = Asked(read_material(subject.run), rows, reference, read_evidence(subject.run))
         return in_process(reference)
 

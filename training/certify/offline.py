@@ -15,7 +15,7 @@ from pipeline.report.check import Check, guarded, held, skipped
 from pipeline.runs import lock
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
-from pipeline.verify.score import read_held_out, read_reference
+from pipeline.verify.score import read_held_out, read_reference, rows_asked, whole
 from training.base import BaseModel
 from training.datasets.dataset import Row, overlap
 from training.parameters import FinetuneParameters
@@ -88,6 +88,11 @@ def described(subject: Subject) -> dict[str, object]:
     """What the certificate says it is about."""
     training = subject.training
     made = {"artefacts": dict(subject.sha256), "parameters": training.parameters}
+    stages = {which: subject.manifest.stage(f"evaluate_{which}") for which in ("base", "tuned")}
+    # what answered in process, and in which dtype; a manifest of an older version says neither
+    made["reference"] = {
+        which: stage.result["reference"] for which, stage in stages.items() if stage and "reference" in stage.result
+    }
     return {"base": asdict(training.base), "data": training.data, **made}
 
 
@@ -141,11 +146,13 @@ def _answers(subject: Subject) -> list[Check]:
     run = subject.run
     rows = read_held_out(run.heldout)
     base, after = (read_reference(run.reference(which)) for which in ("base", "tuned"))
-    if not len(rows) == len(base) == len(after):
+    if not (whole(rows, base) and whole(rows, after)):
         return [Check("tuned.scores", "failed", f"{len(base)} and {len(after)} reference answers to {len(rows)} held-out rows")]
+    asked, answers = rows_asked(rows, after)
+    before = [base.get(i) for i in sorted(after)]
     return [
-        tuned.check_canaries(rows, base, after),
-        *tuned.check_scores(rows, base, after),
+        tuned.check_canaries(asked, before, answers),
+        *tuned.check_scores(asked, before, answers),
         *guarded("stops.turns", lambda: [stops.check_turns(run, rows)]),
-        stops.check_answers("in_process", stops.share_stopped(after), len(after), cut_short=subject.training.cut_short),
+        stops.check_answers("in_process", stops.share_stopped(answers), len(answers), cut_short=subject.training.cut_short),
     ]

@@ -24,7 +24,7 @@ from pipeline.runs.manifest import Manifest
 from pipeline.runs.stages import StageResult, run_stage
 from pipeline.verify.distributions import ROWS, Probe, Reference
 from pipeline.verify.material import Yardstick
-from pipeline.verify.score import read_held_out, read_reference
+from pipeline.verify.score import read_held_out, read_reference, rows_asked, spread
 from training.base import BaseModel
 from training.export.weights import Adapter, merged_weights, read_adapter
 from training.memory import evaluate_need, require_memory
@@ -113,12 +113,14 @@ def seen_by(run: RunFolder, folder: Path) -> tuple[Probe, ...]:
 
 def _held_out(run: RunFolder) -> list[Passage]:
     """Evenly spread held-out rows, each followed by the tuned model's own answer."""
-    rows, answers = read_held_out(run.heldout), read_reference(run.reference("tuned"))
+    every, given = read_held_out(run.heldout), read_reference(run.reference("tuned"))
+    rows, answers = rows_asked(every, given)
+    numbers = sorted(given)
     yardstick = Yardstick.of_folder(run.merged)
     end = turn_end(yardstick.template, special_ids(run.merged)).id
     found = []
     for i in spread(len(rows), ROWS):
-        with at(f"{run.heldout}:{i + 1}"):
+        with at(f"{run.heldout}:{numbers[i] + 1}"):
             _, prompt = yardstick.prompt(yardstick.neutral(rows[i]))
         # the marks of calls are in the text, and become the tokens that the model wrote
         answer = [*yardstick.tokenizer.encode(answers[i].text), end]
@@ -131,15 +133,6 @@ def _controls(run: RunFolder) -> list[Passage]:
     template, tokenizer = ChatTemplate.from_folder(run.merged), Tokenizer(run.merged)
     texts = [template.render([{"role": "user", "content": prompt}], add_generation_prompt=True) for prompt in prompts]
     return [Passage(i, tokenizer.encode(text), []) for i, text in enumerate(texts)]
-
-
-def spread(count: int, wanted: int) -> list[int]:
-    """At most ``wanted`` numbers below ``count``, evenly spread, the first and (of two or more) the last among them."""
-    if count <= wanted:
-        return list(range(count))
-    if wanted == 1:
-        return [0]
-    return sorted({round(i * (count - 1) / (wanted - 1)) for i in range(wanted)})
 
 
 class _Model:

@@ -9,7 +9,7 @@ from pipeline.report.check import Check, Status, guarded, held, skipped
 from pipeline.runs.hashes import sha256_json
 from pipeline.runs.manifest import ServedRecord
 from pipeline.runs.stages import LOOKING
-from pipeline.verify.score import read_held_out, read_reference, score
+from pipeline.verify.score import read_held_out, read_reference, rows_asked, score, whole
 
 _SHA = "SHA-256, taken again now"
 # (stage whose input it is, input, artefact that it must be)
@@ -113,10 +113,10 @@ def _scores(subject: Subject) -> Check:
         if stage and stage.result and subject.run.reference(which).is_file():
             compared += 1
             rows, answers = read_held_out(subject.run.heldout), read_reference(subject.run.reference(which))
-            if len(rows) != len(answers):
+            if not whole(rows, answers):
                 problems.append(f"{which}: {len(answers)} answers to {len(rows)} held-out rows")
                 continue
-            again = {name: (stage.result.get(name), value) for name, value in score(rows, answers).items()}
+            again = {name: (stage.result.get(name), value) for name, value in score(*rows_asked(rows, answers), rows).items()}
             problems += [f"{which}: {name} {was} recorded, {now} now" for name, (was, now) in again.items() if was != now]
     if not compared:
         return skipped("custody.scores", "no recorded scores with their answers to compare")

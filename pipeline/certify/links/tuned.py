@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.report.check import Check, held, skipped
-from pipeline.verify.score import Answer, HeldOut, calls_right, exactly, field_right, fields_of, parse, same
+from pipeline.verify.score import Answer, HeldOut, calls_right, exactly, field_right, fields_of, parse, same, wilson
 
 _RESAMPLES = 2000
 _LEVEL = 0.95
@@ -43,24 +43,31 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(float(sample.mean()), float(low), float(high))
 
 
-def check_scores(rows: Sequence[HeldOut], base: Sequence[Answer], tuned: Sequence[Answer]) -> list[Check]:
-    """Scores before and after, by field and by class; a class that got worse is named."""
+def check_scores(rows: Sequence[HeldOut], base: Sequence[Answer | None], tuned: Sequence[Answer]) -> list[Check]:
+    """Scores before and after, by field and by class, in the rows that both were asked (None: the base was not); a class that
+    got worse is named.
+    """
     if not rows:
         return [skipped("tuned.scores", "no held-out rows")]
+    every, both = (rows, tuned), [i for i, answer in enumerate(base) if answer is not None]
     fields = fields_of(rows)
-    measures = {name: [field_right(name, rows, answers) for answers in (base, tuned)] for name in fields}
+    rows, sides = [rows[i] for i in both], ([one for one in base if one is not None], [tuned[i] for i in both])
+    measures = {name: [field_right(name, rows, answers) for answers in sides] for name in fields}
     called = any(row.calls for row in rows)
     if called:
-        measures["calls"] = [calls_right(rows, answers) for answers in (base, tuned)]
-    measures["exact"] = [exactly(rows, answers) for answers in (base, tuned)]
+        measures["calls"] = [calls_right(rows, answers) for answers in sides]
+    measures["exact"] = [exactly(rows, answers, every[0]) for answers in sides]
     if not fields and not called and not any(map(any, measures["exact"])):
         reason = "no score for free text: no answer is the expected one word for word, before or after; see the distributions"
         return [skipped("tuned.scores", reason), _classes(rows, measures, fields)]
     before, after = map(interval, measures["exact"])
     gain = interval([b - a for a, b in zip(*measures["exact"], strict=True)])
-    table = {name: _sides(*sides) for name, sides in measures.items()}
+    table = {name: _sides(*pair) for name, pair in measures.items()}
     figure, bound = f"exact {before} before, {after} after, {len(rows)} rows", "not worse: the interval of the gain reaches 0"
-    scores = held("tuned.scores", gain.high >= 0, figure, bound, _BOOTSTRAP, fields=table)
+    wilson_base, asked = wilson(before.mean, len(rows)), {"before": len(rows), "after": len(every[0])}
+    if len(rows) < len(every[0]):
+        figure += f", a sample that both answered; {interval(exactly(*every))} after in all {len(every[0])}"
+    scores = held("tuned.scores", gain.high >= 0, figure, bound, _BOOTSTRAP, fields=table, asked=asked, before_wilson=wilson_base)
     return [scores, _classes(rows, measures, fields)]
 
 
@@ -92,27 +99,28 @@ def _classes(rows: Sequence[HeldOut], measures: dict[str, list[list[bool]]], fie
     return held("tuned.classes", not worse, figure, bound, _BOOTSTRAP, classes=table)
 
 
-def canaries(rows: Sequence[HeldOut], base: Sequence[Answer], tuned: Sequence[Answer]) -> list[int]:
+def canaries(rows: Sequence[HeldOut], base: Sequence[Answer | None], tuned: Sequence[Answer]) -> list[int]:
     """Prompts to which the base and the tuned model say different things in process: they tell the two apart."""
-    return [i for i, (row, a, b) in enumerate(zip(rows, base, tuned, strict=True)) if not same(row, a, b)]
+    return [i for i, (row, a, b) in enumerate(zip(rows, base, tuned, strict=True)) if a is not None and not same(row, a, b)]
 
 
-def check_canaries(rows: Sequence[HeldOut], base: Sequence[Answer], tuned: Sequence[Answer]) -> Check:
+def check_canaries(rows: Sequence[HeldOut], base: Sequence[Answer | None], tuned: Sequence[Answer]) -> Check:
     """There are prompts that tell base and tuned apart."""
     found = canaries(rows, base, tuned)
-    figure = f"{len(found)} of {len(base)} held-out prompts answered differently from the base"
+    asked = sum(answer is not None for answer in base)
+    figure = f"{len(found)} of {asked} held-out prompts answered differently from the base"
     return held("tuned.canaries", bool(found), figure, "at least 1", "an identical model was not tuned")
 
 
 def check_served_canaries(
-    engine: str, rows: Sequence[HeldOut], base: Sequence[Answer], tuned: Sequence[Answer], answers: Sequence[Answer | None]
+    engine: str, rows: Sequence[HeldOut], base: Sequence[Answer | None], tuned: Sequence[Answer], answers: Sequence[Answer | None]
 ) -> Check:
     """On the canary prompts among those that it was asked (None: not asked), a backend answers as the tuned model, not as the base."""
     asked = {i: said for i in canaries(rows, base, tuned) if (said := answers[i]) is not None}
     if not asked:
         return skipped(f"tuned.{engine}", "no canary prompt was asked")
     like_tuned = sum(same(rows[i], said, tuned[i]) for i, said in asked.items())
-    like_base = sum(same(rows[i], said, base[i]) for i, said in asked.items())
+    like_base = sum(same(rows[i], said, before) for i, said in asked.items() if (before := base[i]) is not None)
     most = max(1, math.floor(_BASE_SHARE * len(asked)))  # among few short labels a tipped near-tie lands on the base's
     ok = like_base <= most and like_base < len(asked) and like_tuned >= _CANARY_SHARE * len(asked)
     figure = f"of {len(asked)} canary prompts {like_tuned} answered as the tuned model in process, {like_base} as the base"

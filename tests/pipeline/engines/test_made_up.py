@@ -24,7 +24,7 @@ from pipeline.planning.plan import Memory, Plan, Request, Setting
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
 from pipeline.serve import start
-from pipeline.verify.score import read_held_out, read_reference, score
+from pipeline.verify.score import read_held_out, read_reference, rows_asked, score
 
 # answers a held-out "Say N." with N, and anything that wants JSON with the colour that verify asks for
 SERVER = """
@@ -120,7 +120,9 @@ def run(base: Path, tmp_path: Path) -> RunFolder:
         path.parent.mkdir(parents=True, exist_ok=True)
         answers = [{"text": text or row[1]["content"], "finish_reason": "stop"} for row in rows]
         path.write_text("".join(json.dumps(answer) + "\n" for answer in answers))
-        manifest.record(f"evaluate_{which}", {}, [path], score(read_held_out(made.heldout), read_reference(path)), 1.0)
+        manifest.record(
+            f"evaluate_{which}", {}, [path], score(*rows_asked(read_held_out(made.heldout), read_reference(path))), 1.0
+        )
     return made
 
 

@@ -41,7 +41,7 @@ def refused(run: RunFolder, tokenizer_folder: Path) -> RunFolder:
 def _evaluate(run: RunFolder) -> None:
     from training.export import evaluate
 
-    evaluate.answer_all(run.merged, read_held_out(run.heldout), Partial(run.path / "x.part", ""), None)
+    evaluate.answer_all(run.merged, evaluate.Asked(read_held_out(run.heldout)), Partial(run.path / "x.part", ""))
 
 
 def _probes(run: RunFolder) -> None:
@@ -65,7 +65,7 @@ def test_the_row_is_named(
 ) -> None:
     if work in (_evaluate, _probes):
         pytest.importorskip("torch")
-        monkeypatch.setattr("training.export.evaluate._model", lambda folder: None)
+        monkeypatch.setattr("training.export.evaluate._model", lambda *_: None)
     with pytest.raises(ModelError) as caught:
         work(refused)
     assert caught.value.message.startswith(where.format(heldout=refused.heldout))

@@ -7,16 +7,21 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.verify.score import (
+    CUT,
     Answer,
     HeldOut,
     answer_budget,
     fields_of,
     is_exact,
+    may_parse,
     read_held_out,
     read_reference,
+    rows_asked,
     said,
     same,
     score,
+    whole,
+    wilson,
 )
 
 WANT = '{"severity":"high","technique":"T1486","verdict":"malicious","action":"isolate_host"}'
@@ -203,7 +208,7 @@ def test_rows_are_read_with_their_tools_documents_calls_and_written_answer(tmp_p
         (),
     )
     path.write_text('{"text": "old", "finish_reason": "stop"}\n')
-    assert read_reference(path) == [Answer("old", "stop")]
+    assert read_reference(path) == {0: Answer("old", "stop")}
 
 
 def test_calls_have_little_room_and_thoughts_much() -> None:
@@ -212,3 +217,37 @@ def test_calls_have_little_room_and_thoughts_much() -> None:
     assert answer_budget([_calls(), _row("text")], [40, 30]) == 144
     thought = HeldOut(ASKED, f"<think>a</think>{WANT}")
     assert [answer_budget([thought, _row()], [longest, 9]) for longest in (100, 800, 2000)] == [264, 1024, 2012]
+
+
+def test_a_sample_says_which_rows_were_asked(tmp_path: Path) -> None:
+    path, rows = tmp_path / "base.jsonl", [_row() for _ in range(5)]
+    path.write_text("".join(f'{{"row": {row}, "text": "{row}", "finish_reason": "cut"}}\n' for row in (1, 3, 5)))
+    answers = read_reference(path)
+    assert {row: answer.text for row, answer in answers.items()} == {0: "1", 2: "3", 4: "5"}
+    assert whole(rows, answers)
+    assert not whole(rows, {0: answers[0], 2: answers[2]})  # the last line is gone
+    asked, said_by_base = rows_asked(rows, answers)
+    assert score(asked, said_by_base, rows)["n"] == 3
+    assert score(asked, said_by_base, rows)["finish_stop"] is None
+
+
+def test_the_interval_of_a_share() -> None:
+    assert wilson(0.0, 64) == (0.0, 0.0566)
+    assert wilson(0.5, 10) == (0.2366, 0.7634)
+
+
+@pytest.mark.parametrize("text", ["", " ", "{", '{"a', '{"a":1', '{"a":1}', '{ "a":1}\n', "{}"])
+def test_what_may_still_be_json(text: str) -> None:
+    assert may_parse(text)
+
+
+@pytest.mark.parametrize("text", ["The", '"a"', "{a", "[1]", '{"a":1} and', "```json\n{"])
+def test_what_is_json_no_more(text: str) -> None:
+    assert not may_parse(text)
+
+
+def test_an_answer_that_was_cut_is_told_from_others_only_by_its_beginning() -> None:
+    cut = Answer("The app is", CUT)
+    assert same(_row(), cut, Answer("The app is on.", "stop"))
+    assert same(_row(), Answer("The app is on.", "stop"), cut)
+    assert not same(_row(), cut, Answer(WANT, "stop"))

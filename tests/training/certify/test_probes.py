@@ -8,6 +8,7 @@ import pytest
 import tiny
 
 from pipeline.errors import OutOfMemory
+from pipeline.verify.score import spread
 from training.certify import probes
 from training.memory import Need
 
@@ -16,7 +17,7 @@ from training.memory import Need
     ("count", "wanted", "found"), [(204, 1, [0]), (1, 1, [0]), (3, 5, [0, 1, 2]), (9, 3, [0, 4, 8]), (204, 2, [0, 203])]
 )
 def test_rows_are_evenly_spread(count: int, wanted: int, found: list[int]) -> None:
-    assert probes.spread(count, wanted) == found
+    assert spread(count, wanted) == found
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,17 +84,18 @@ def test_rows_are_asked_with_their_documents_and_tools(run: RunFolder, monkeypat
     write_tokenizer(run.merged)
     yardstick, text = Yardstick.of_folder(run.merged), '<tool_call>\n{"name": "look", "arguments": {}}\n</tool_call>'
     model = Repeats([*yardstick.tokenizer.encode(text), yardstick.tokenizer.encode("<|end_of_text|>")[0], 5])
-    monkeypatch.setattr(evaluate, "_model", lambda _: model)
+    monkeypatch.setattr(evaluate, "_model", lambda *_: (model, "cpu", False, 16384))
     called = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": {"a": 1}}}]}
     rows = [
         HeldOut(ASKED, "x", documents=({"doc_id": "1", "text": "d" * 40},)),
         HeldOut((*ASKED, called, {"role": "tool", "content": "r"}), text, (TOOL,), calls=({"name": "look", "arguments": {}},)),
         HeldOut(ASKED, "x"),
     ]
-    answers = evaluate.answer_all(run.merged, rows, Partial(run.path / "x.part", "k"), None)
+    answers, how = evaluate.answer_all(run.merged, evaluate.Asked(rows), Partial(run.path / "x.part", "k"))
     prompts = [yardstick.prompt(row)[1] for row in rows]
     assert sorted(model.asked) == sorted(prompts) and len({tuple(ids) for ids in prompts}) == 3
     assert answers == [Answer(text, "stop")] * 3
+    assert how == {"engine": "transformers", "dtype": "float32", "decoder": "generate"}
     lines = [evaluate._written(answer) for answer in answers]
     assert all(list(line) == ["text", "finish_reason"] for line in lines)
     # the certificate's positions are those of the same prompts, each with the answer as the model wrote it

@@ -108,3 +108,14 @@ def test_calls_are_scored_beside_fields() -> None:
     assert check_served_canaries("vllm", rows, base, after, served).figure.startswith(
         "of 10 canary prompts 10 answered as the tuned"
     )
+
+
+def test_base_and_tuned_are_compared_in_the_rows_that_both_were_asked() -> None:
+    asked = [answer if i % 4 == 0 or i == 39 else None for i, answer in enumerate(WRONG)]
+    scores, _ = check_scores(ROWS, asked, RIGHT)
+    assert scores.data["asked"] == {"before": 11, "after": 40}
+    assert "11 rows, a sample that both answered" in scores.figure
+    assert canaries(ROWS, asked, RIGHT) == [*range(0, 40, 4), 39]
+    assert check_canaries(ROWS, asked, RIGHT).figure.startswith("11 of 11 held-out prompts")
+    assert check_served_canaries("vllm", ROWS, asked, RIGHT, RIGHT).status == "passed"
+    assert check_served_canaries("vllm", ROWS, asked, RIGHT, WRONG).status == "failed"
