@@ -157,7 +157,10 @@ def _train(job: Job) -> dict[str, Any]:
     log.info("trainer: %s (%s), dtype %s", backend, reason, dtype)
     model = trainers.trainable(job.base.folder, params, backend, dtype)
     require_free_space(run.path, _disk_need(model), "fine-tuning (adapter and checkpoints)")
-    trainer = trainers.make_trainer(model, run.checkpoints, params, dtype, job.rows.examples, job.held_out.examples[:_EVAL_ROWS])
+    batches = trainers.batching(model, backend, params, job.rows.examples)
+    log.info("finetune: batches are %s%s", batches.kind, f" ({batches.reason})" if batches.reason else "")
+    sets = (job.rows.examples, job.held_out.examples[:_EVAL_ROWS])
+    trainer = trainers.make_trainer(model, run.checkpoints, params, dtype, *sets, batches)
     log.info("finetune: model loaded; the held-out rows are scored before the first step")
     before = trainer.evaluate()["eval_loss"]
     started = time.monotonic()
@@ -176,6 +179,8 @@ def _train(job: Job) -> dict[str, Any]:
     return {
         "trainer": backend,
         "trainer_reason": reason,
+        "batches": batches.kind,
+        "batches_reason": batches.reason,
         "method": params.method,
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(model.device),
