@@ -13,6 +13,7 @@ from typing import Any
 
 from training.tuning.prepare import IGNORED, Example
 
+_LOOKED_AT = 50  # batches
 ATTENTION = "packed"  # this attention's name in transformers' registry
 # layers that carry a state from token to token cannot begin twice in one sequence
 _RECURRENT = ("linear_attention", "mamba", "conv", "recurrent")
@@ -85,6 +86,14 @@ def groups(rows: Sequence[Sequence[int]]) -> list[tuple[list[int], int]]:
         divided.append((order[start:end], common))
         end = start
     return divided[::-1]
+
+
+def saved(rows: Sequence[Example], size: int, seed: int) -> float:
+    """The share of tokens that need not be computed in batches of ``size``, as the first of an epoch's show."""
+    order = list(Batches([row.head for row in rows], size, seed))[: size * _LOOKED_AT]
+    batches = [[rows[i].input_ids for i in order[k : k + size]] for k in range(0, len(order), size)]
+    shared = sum(common * (len(members) - 1) for batch in batches for members, common in groups(batch))
+    return shared / sum(len(ids) for batch in batches for ids in batch)
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -17,6 +17,7 @@ from pipeline.machine.hardware import Hardware
 from pipeline.runs import interrupt
 from pipeline.runs import log as runlog
 from pipeline.runs.files import read_json
+from training.memory import finetune_need
 from training.parameters import FinetuneParameters
 from training.tuning import checkpoints, fused, packing
 from training.tuning.prepare import Example
@@ -26,11 +27,16 @@ _EVERY_SECONDS = 10.0
 # rows that both kinds of batches are tried on, and how far the losses may be apart, relative, by the weights' type
 _TRIED = 3
 _CLOSE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 2e-2}
+# on a GPU: the share of tokens saved from which on packed rows are faster than unsloth, and how much of the estimated memory is kept free
+_MOSTLY, _ROOM = 0.5, 3.0
 _UNSLOTH_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def choose(params: FinetuneParameters, folder: Path) -> tuple[str, str]:
-    """Pick ``unsloth`` or ``hf`` for this model, with the reason; raises when unsloth is demanded but cannot be had."""
+def choose(params: FinetuneParameters, folder: Path, rows: Sequence[Example]) -> tuple[str, str]:
+    """Pick ``unsloth`` or ``hf`` for this model and these rows, with the reason; raises when unsloth is demanded but cannot be had.
+
+    ``auto`` goes by what ``benchmarks/train.py`` measured: ``hf`` on a CPU, and on a GPU where most tokens are common beginnings.
+    """
     model_type = read_json(folder / "config.json").get("model_type")
     if params.trainer == "hf":
         return "hf", "asked for"
@@ -41,6 +47,8 @@ def choose(params: FinetuneParameters, folder: Path) -> tuple[str, str]:
     elif importlib.util.find_spec("unsloth") is None:
         problem = "unsloth is not installed"
     elif params.trainer == "auto":
+        if faster := _faster_packed(params, folder, rows):
+            return "hf", faster
         try:
             import_unsloth()
         except Exception as error:  # whatever unsloth's import-time checks raise, the other trainer works
@@ -50,6 +58,19 @@ def choose(params: FinetuneParameters, folder: Path) -> tuple[str, str]:
     if params.trainer == "unsloth":
         raise MissingDependency(f"trainer unsloth was asked for, but {problem}", remedy="use --trainer auto, or make setup")
     return "hf", problem
+
+
+def _faster_packed(params: FinetuneParameters, folder: Path, rows: Sequence[Example]) -> str:
+    """Why rows packed into one sequence train faster here than unsloth does; empty where they do not."""
+    if not _on_gpu():
+        return "on a CPU it is the faster one: rows lie in one sequence, without padding"
+    saved = 0.0 if params.dropout else packing.saved(rows, params.batch_size, params.seed)
+    if params.method == "qlora" or saved < _MOSTLY:
+        return ""
+    # unsloth computes layers again in the backward pass and needs a fraction of the memory
+    need = finetune_need(folder, params, max(len(row.input_ids) for row in rows)).gib
+    free = max(gpu.free_gib for gpu in Hardware.detect().gpus)
+    return f"{saved:.0%} of the tokens are beginnings that are computed once" if _ROOM * need < free else ""
 
 
 def import_unsloth() -> Any:
@@ -146,11 +167,14 @@ def _on_gpu() -> bool:
 
 @dataclass(frozen=True)
 class Batching:
-    """How rows become batches: ``packed`` (see :mod:`training.tuning.packing`) or ``padded``, why, and what makes a batch of rows."""
+    """How rows become batches: ``packed`` (see :mod:`training.tuning.packing`) or ``padded``, why, what makes a batch of rows, and
+    the share of tokens that are not computed because rows have them in common.
+    """
 
     kind: str
     reason: str
     collate: Callable[[Sequence[Example]], dict[str, Any]]
+    saved: float = 0.0
 
 
 def batching(model: Any, backend: str, params: FinetuneParameters, rows: Sequence[Example]) -> Batching:
@@ -172,7 +196,8 @@ def batching(model: Any, backend: str, params: FinetuneParameters, rows: Sequenc
     if why := _differs(model, padded, packed, sorted(rows, key=lambda row: len(row.input_ids))[:_TRIED]):
         inner.set_attn_implementation(before)
         return Batching("padded", why, padded)
-    return Batching("packed", "" if share else "nothing is shared: there is dropout", packed)
+    saved = packing.saved(rows, params.batch_size, params.seed) if share else 0.0
+    return Batching("packed", "" if share else "nothing is shared, because there is dropout", packed, saved)
 
 
 def _differs(model: Any, padded: Any, packed: Any, rows: Sequence[Example]) -> str:
