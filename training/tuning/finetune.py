@@ -120,7 +120,7 @@ def finetune(run: RunFolder, params: FinetuneParameters, *, force: Force = False
             log.info("data: %s", line)
         said = (len(rows.examples), rows.tokens, rows.trained_tokens, len(rows.too_long))
         log.info("finetune: %d rows, %d tokens (%d trained), %d rows too long and left out", *said)
-        trainer = trainers.choose(params, base.folder)
+        trainer = trainers.choose(params, base.folder, rows.examples)
         longest, pieces = max(len(e.input_ids) for e in rows.examples), trainers.in_pieces(trainer[0])
         need = finetune_need(base.folder, params, longest, pieces=pieces)
         require_memory("fine-tuning", need, "lower --batch-size (and raise --gradient-accumulation) or --max-length")
@@ -157,7 +157,11 @@ def _train(job: Job) -> dict[str, Any]:
     log.info("trainer: %s (%s), dtype %s", backend, reason, dtype)
     model = trainers.trainable(job.base.folder, params, backend, dtype)
     require_free_space(run.path, _disk_need(model), "fine-tuning (adapter and checkpoints)")
-    trainer = trainers.make_trainer(model, run.checkpoints, params, dtype, job.rows.examples, job.held_out.examples[:_EVAL_ROWS])
+    batches = trainers.batching(model, backend, params, job.rows.examples)
+    said = batches.reason or f"{batches.saved:.0%} of the tokens are beginnings that are computed once"
+    log.info("finetune: batches are %s: %s", batches.kind, said)
+    sets = (job.rows.examples, job.held_out.examples[:_EVAL_ROWS])
+    trainer = trainers.make_trainer(model, run.checkpoints, params, dtype, *sets, batches)
     log.info("finetune: model loaded; the held-out rows are scored before the first step")
     before = trainer.evaluate()["eval_loss"]
     started = time.monotonic()
@@ -176,6 +180,9 @@ def _train(job: Job) -> dict[str, Any]:
     return {
         "trainer": backend,
         "trainer_reason": reason,
+        "batches": batches.kind,
+        "batches_reason": batches.reason,
+        "tokens_saved": round(batches.saved, 3),
         "method": params.method,
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(model.device),

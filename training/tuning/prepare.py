@@ -23,6 +23,7 @@ from pipeline.model.toolcalls import (
 from pipeline.prompts.chat import END, MIDDLE, START, ChatTemplate, assistant_spans
 from pipeline.prompts.neutralise import control_tokens, neutralise_all, neutralise_message
 from pipeline.prompts.stops import special_ids, turn_end
+from pipeline.runs.hashes import sha256_json
 from training.datasets.dataset import Refusal, Row, bad_rows, showable
 from training.tuning.receipt import Chat, unused
 
@@ -38,7 +39,8 @@ _ASKED = {"role": "user", "content": "q"}
 class Example:
     """One training row: ``input_ids`` and ``labels`` have the same length; labels are IGNORED outside what is learned.
 
-    ``spans`` are the characters of ``text`` that are learned, ``unused`` what of the row the template has no place for.
+    ``spans`` are the characters of ``text`` that are learned, ``unused`` what of the row the template has no place for. Rows of one
+    ``head`` have the same system message, tools and documents.
     """
 
     input_ids: tuple[int, ...]
@@ -47,6 +49,7 @@ class Example:
     text: str = ""
     spans: tuple[tuple[int, int], ...] = ()
     unused: tuple[str, ...] = ()
+    head: str = ""
 
     @property
     def trained(self) -> list[str]:
@@ -168,7 +171,9 @@ class Preparer:
             raise DataError(f"{ends} trained end-of-text tokens for {len(learned)} assistant turns", remedy=remedy)
         if lost := self._lost(text, encoding.ids):
             left_out = (*left_out, f"characters the tokenizer has no tokens for ({lost!r})")
-        return Example(tuple(encoding.ids), tuple(labels), row.where, text, learned, tuple(sorted({*row.unused, *left_out})))
+        head = sha256_json([turns[0]["content"] if turns[0]["role"] == "system" else None, row.tools, row.documents])
+        left_out = tuple(sorted({*row.unused, *left_out}))
+        return Example(tuple(encoding.ids), tuple(labels), row.where, text, learned, left_out, head)
 
     def _rendered(self, chat: Chat) -> str:
         return self.template.render(chat.messages, tools=chat.tools, documents=chat.documents, now=self.now)

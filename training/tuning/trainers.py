@@ -6,7 +6,8 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,26 @@ from pipeline.machine.hardware import Hardware
 from pipeline.runs import interrupt
 from pipeline.runs import log as runlog
 from pipeline.runs.files import read_json
+from training.memory import finetune_need
 from training.parameters import FinetuneParameters
-from training.tuning import checkpoints
-from training.tuning.prepare import IGNORED, Example
+from training.tuning import checkpoints, fused, packing
+from training.tuning.prepare import Example
 
 log = logging.getLogger(__name__)
 _EVERY_SECONDS = 10.0
+# rows that both kinds of batches are tried on, and how far the losses may be apart, relative, by the weights' type
+_TRIED = 3
+_CLOSE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 2e-2}
+# on a GPU: the share of tokens saved from which on packed rows are faster than unsloth, and how much of the estimated memory is kept free
+_MOSTLY, _ROOM = 0.5, 3.0
 _UNSLOTH_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def choose(params: FinetuneParameters, folder: Path) -> tuple[str, str]:
-    """Pick ``unsloth`` or ``hf`` for this model, with the reason; raises when unsloth is demanded but cannot be had."""
+def choose(params: FinetuneParameters, folder: Path, rows: Sequence[Example]) -> tuple[str, str]:
+    """Pick ``unsloth`` or ``hf`` for this model and these rows, with the reason; raises when unsloth is demanded but cannot be had.
+
+    ``auto`` goes by what ``benchmarks/train.py`` measured: ``hf`` on a CPU, and on a GPU where most tokens are common beginnings.
+    """
     model_type = read_json(folder / "config.json").get("model_type")
     if params.trainer == "hf":
         return "hf", "asked for"
@@ -37,6 +47,8 @@ def choose(params: FinetuneParameters, folder: Path) -> tuple[str, str]:
     elif importlib.util.find_spec("unsloth") is None:
         problem = "unsloth is not installed"
     elif params.trainer == "auto":
+        if faster := _faster_packed(params, folder, rows):
+            return "hf", faster
         try:
             import_unsloth()
         except Exception as error:  # whatever unsloth's import-time checks raise, the other trainer works
@@ -46,6 +58,19 @@ def choose(params: FinetuneParameters, folder: Path) -> tuple[str, str]:
     if params.trainer == "unsloth":
         raise MissingDependency(f"trainer unsloth was asked for, but {problem}", remedy="use --trainer auto, or make setup")
     return "hf", problem
+
+
+def _faster_packed(params: FinetuneParameters, folder: Path, rows: Sequence[Example]) -> str:
+    """Why rows packed into one sequence train faster here than unsloth does; empty where they do not."""
+    if not _on_gpu():
+        return "on a CPU it is the faster one: rows lie in one sequence, without padding"
+    saved = 0.0 if params.dropout else packing.saved(rows, params.batch_size, params.seed)
+    if params.method == "qlora" or saved < _MOSTLY:
+        return ""
+    # unsloth computes layers again in the backward pass and needs a fraction of the memory
+    need = finetune_need(folder, params, max(len(row.input_ids) for row in rows)).gib
+    free = max(gpu.free_gib for gpu in Hardware.detect().gpus)
+    return f"{saved:.0%} of the tokens are beginnings that are computed once" if _ROOM * need < free else ""
 
 
 def import_unsloth() -> Any:
@@ -125,7 +150,9 @@ def _hf(folder: Path, params: FinetuneParameters, dtype: Any) -> Any:
     # full names; expert tensors are not linear layers and stay as they are
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     targets = [name for name in linear if "router" not in name and not name.endswith("lm_head")]
-    return get_peft_model(model, LoraConfig(**_lora(params), target_modules=targets, task_type="CAUSAL_LM"))
+    model = get_peft_model(model, LoraConfig(**_lora(params), target_modules=targets, task_type="CAUSAL_LM"))
+    fused.fuse(model)
+    return model
 
 
 def _lora(params: FinetuneParameters) -> dict[str, Any]:
@@ -138,17 +165,93 @@ def _on_gpu() -> bool:
     return bool(torch.cuda.is_available())
 
 
+@dataclass(frozen=True)
+class Batching:
+    """How rows become batches: ``packed`` (see :mod:`training.tuning.packing`) or ``padded``, why, what makes a batch of rows, and
+    the share of tokens that are not computed because rows have them in common.
+    """
+
+    kind: str
+    reason: str
+    collate: Callable[[Sequence[Example]], dict[str, Any]]
+    saved: float = 0.0
+
+
+def batching(model: Any, backend: str, params: FinetuneParameters, rows: Sequence[Example]) -> Batching:
+    """Packed where the model computes the same loss so, which is tried on a few rows; else padded, with the reason."""
+    inner, pad_id = model.get_base_model() if hasattr(model, "peft_config") else model, model.config.pad_token_id or 0
+    if backend == "unsloth":
+        return Batching(
+            "padded", "unsloth's attention has no place for rows that share a beginning", partial(packing.pad, pad_id)
+        )
+    padded = partial(packing.pad, pad_id, keep=True)
+    if why := packing.obstacle(inner.config):
+        return Batching("padded", why, padded)
+    # a mask drawn once for what rows share would not be the one that each would have had
+    share = not params.dropout and not getattr(inner.config, "attention_dropout", 0.0)
+    packed = partial(packing.pack, share=share)
+    packing.register()
+    before = inner.config._attn_implementation
+    inner.set_attn_implementation(packing.ATTENTION)
+    if why := _differs(model, padded, packed, sorted(rows, key=lambda row: len(row.input_ids))[:_TRIED]):
+        inner.set_attn_implementation(before)
+        return Batching("padded", why, padded)
+    saved = packing.saved(rows, params.batch_size, params.seed) if share else 0.0
+    return Batching("packed", "" if share else "nothing is shared, because there is dropout", packed, saved)
+
+
+def _differs(model: Any, padded: Any, packed: Any, rows: Sequence[Example]) -> str:
+    """Why a packed batch of these rows is not the padded one to this model; empty when it has the same loss."""
+    import torch
+
+    kind = model.device.type
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(kind, enabled=False):
+            ours, theirs = (_loss(model, batch(rows)) for batch in (packed, padded))
+    except Exception as error:  # whatever a model raises that takes no such batch, it trains on padded ones
+        return f"the model takes no rows in one sequence ({type(error).__name__}: {str(error).splitlines()[0][:100]})"
+    finally:
+        model.train(training)
+    close = _CLOSE[str(next(model.parameters()).dtype).removeprefix("torch.")]
+    return (
+        ""
+        if abs(ours - theirs) <= close * abs(theirs)
+        else f"the model's loss is another one there ({ours:.6g}, not {theirs:.6g})"
+    )
+
+
+def _loss(model: Any, batch: dict[str, Any]) -> float:
+    def there(value: Any) -> Any:
+        return {name: there(one) for name, one in value.items()} if isinstance(value, dict) else value.to(model.device)
+
+    return float(model(**there(batch), use_cache=False).loss)
+
+
 def make_trainer(
-    model: Any, folder: Path, params: FinetuneParameters, dtype: Any, rows: Sequence[Example], held_out: Sequence[Example]
+    model: Any,
+    folder: Path,
+    params: FinetuneParameters,
+    dtype: Any,
+    rows: Sequence[Example],
+    held_out: Sequence[Example],
+    batches: Batching,
 ) -> Any:
     """A Trainer that leaves its checkpoints in ``folder``, sealed, and logs to stderr alone: --json is on stdout."""
     from transformers import PrinterCallback, ProgressCallback, Trainer
 
+    class Ordered(Trainer):  # type: ignore[misc,unused-ignore]
+        """Rows come in the order of :class:`training.tuning.packing.Batches`."""
+
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            lengths = None if batches.kind == "packed" else [len(row.input_ids) for row in rows]
+            return packing.Batches([row.head for row in rows], params.batch_size, params.seed, lengths)
+
     steps_per_epoch = math.ceil(len(rows) / (params.batch_size * params.gradient_accumulation))
     total = params.max_steps or math.ceil(steps_per_epoch * params.epochs)
-    collate = partial(_collate, model.config.pad_token_id or 0)
-    sets = {"train_dataset": list(rows), "eval_dataset": list(held_out), "data_collator": collate}
-    trainer = Trainer(model=model, args=_arguments(folder, params, dtype, total), callbacks=[_callback()], **sets)
+    sets = {"train_dataset": list(rows), "eval_dataset": list(held_out), "data_collator": batches.collate}
+    trainer = Ordered(model=model, args=_arguments(folder, params, dtype, total), callbacks=[_callback()], **sets)
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
     return trainer
@@ -185,19 +288,6 @@ def _arguments(folder: Path, params: FinetuneParameters, dtype: Any, total: int)
         remove_unused_columns=False,
         dataloader_pin_memory=_on_gpu(),
     )
-
-
-def _collate(pad_id: int, batch: Sequence[Example]) -> dict[str, Any]:
-    """Right-pad a batch; padding carries no loss and no attention, so any id will do."""
-    import torch
-
-    width = max(len(e.input_ids) for e in batch)
-    rows = [(e, width - len(e.input_ids)) for e in batch]
-    return {
-        "input_ids": torch.tensor([[*e.input_ids, *[pad_id] * gap] for e, gap in rows]),
-        "attention_mask": torch.tensor([[1] * len(e.input_ids) + [0] * gap for e, gap in rows]),
-        "labels": torch.tensor([[*e.labels, *[IGNORED] * gap] for e, gap in rows]),
-    }
 
 
 def _callback() -> Any:

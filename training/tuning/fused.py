@@ -1,0 +1,133 @@
+"""Layers with a backward pass of their own: the same values and gradients, with fewer passes over memory and less kept.
+
+LoRA: one product forward and one back with the frozen weight. RMS norm with a frozen weight, and the gated unit of a feed-forward
+block: what they need again is computed again, not kept.
+"""
+
+from functools import cache
+from typing import Any
+
+
+def fuse(model: Any) -> int:
+    """Let a PEFT model's plain LoRA layers, frozen RMS norms and SiLU-gated blocks compute so; returns how many LoRA layers do.
+
+    LoRA layers with dropout, a bias of their own, several adapters, DoRA, or a quantised weight stay as PEFT has them.
+    """
+    from torch import nn
+
+    fused = 0
+    for module in model.modules():
+        if _is_plain_lora(module):
+            module.forward = _lora_forward(module, module.forward)
+            fused += 1
+        elif type(module).__name__.endswith("RMSNorm") and _frozen(module) and _names(module) == {"weight"}:
+            module.forward = _norm_forward(module)
+        elif {"gate_proj", "up_proj", "down_proj", "act_fn"} <= set(dir(module)) and isinstance(module.act_fn, nn.SiLU):
+            module.forward = _gated_forward(module)
+    return fused
+
+
+def _is_plain_lora(module: Any) -> bool:
+    from peft.tuners.lora import Linear
+    from torch import nn
+
+    if type(module) is not Linear or type(module.base_layer) is not nn.Linear or len(module.active_adapters) != 1:
+        return False
+    name = module.active_adapters[0]
+    plain = list(module.lora_A) == [name] and not module.lora_variant and not any(module.lora_bias.values())
+    return plain and isinstance(module.lora_dropout[name], nn.Identity)
+
+
+def _frozen(module: Any) -> bool:
+    return hasattr(module, "variance_epsilon") and not any(p.requires_grad for p in module.parameters())
+
+
+def _names(module: Any) -> set[str]:
+    return {name for name, _ in module.named_parameters()}
+
+
+def _lora_forward(layer: Any, plain: Any) -> Any:
+    """The layer's new ``forward``; ``plain`` is PEFT's, for when the adapter is switched off or another type is computed in."""
+    import torch
+
+    name, base = layer.active_adapters[0], layer.base_layer
+    apply = functions()["lora"]
+
+    def forward(x: Any, *args: Any, **more: Any) -> Any:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        if args or more or layer.disable_adapters or layer.merged or base.weight.dtype != dtype:
+            return plain(x, *args, **more)
+        a, b = layer.lora_A[name].weight.to(dtype), layer.lora_B[name].weight.to(dtype)
+        out = apply(x.to(dtype), base.weight, a, b, layer.scaling[name])
+        return out if base.bias is None else out + base.bias
+
+    return forward
+
+
+def _norm_forward(layer: Any) -> Any:
+    apply = functions()["norm"]
+    return lambda x: apply(x, layer.weight, layer.variance_epsilon)
+
+
+def _gated_forward(block: Any) -> Any:
+    apply = functions()["gated"]
+    return lambda x: block.down_proj(apply(block.gate_proj(x), block.up_proj(x)))
+
+
+@cache
+def functions() -> dict[str, Any]:
+    """``lora(x, W, A, B, s)`` = x Wᵀ + s (x Aᵀ) Bᵀ for x (..., in), W (out, in) frozen, A (r, in), B (out, r);
+    ``norm(x, w, e)`` = w x / sqrt(mean(x²) + e), in float32 but for w, w frozen; ``gated(g, u)`` = silu(g) u.
+
+    Backward, for rows x and dy of shape (tokens, ·): dx = dy W + s (dy B) A; dA = s (dy B)ᵀ x; dB = s dyᵀ (x Aᵀ). With n the
+    normed x, i the inverse root and g = dy w: dx = i (g - n mean(g n)). du = dy silu(g); dg = dy u silu'(g).
+    """
+    import torch
+    from torch.nn.functional import silu
+
+    class Lora(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any, weight: Any, a: Any, b: Any, scale: float) -> Any:
+            rows = x.reshape(-1, x.shape[-1])
+            low = rows @ a.t()
+            ctx.save_for_backward(rows, weight, a, b, low)
+            ctx.scale, ctx.shape = scale, x.shape
+            return (rows @ weight.t()).addmm_(low, b.t(), alpha=scale).view(*x.shape[:-1], -1)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            rows, weight, a, b, low = ctx.saved_tensors
+            out = grads[0].reshape(-1, grads[0].shape[-1])
+            back = out @ b
+            into = (out @ weight).addmm_(back, a, alpha=ctx.scale).view(ctx.shape) if ctx.needs_input_grad[0] else None
+            return into, None, (back.t() @ rows) * ctx.scale, (out.t() @ low) * ctx.scale, None
+
+    class Norm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any, weight: Any, epsilon: float) -> Any:
+            wide = x.float()
+            inverse = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+            ctx.save_for_backward(x, weight, inverse)
+            return weight * (wide * inverse).to(x.dtype)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            x, weight, inverse = ctx.saved_tensors
+            normed, grad = x.float() * inverse, (grads[0] * weight).float()
+            along = (grad * normed).mean(-1, keepdim=True)
+            return torch.addcmul(grad, normed, along, value=-1).mul_(inverse).to(x.dtype), None, None
+
+    class Gated(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, gate: Any, up: Any) -> Any:
+            ctx.save_for_backward(gate, up)
+            return silu(gate).mul_(up)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            gate, up = ctx.saved_tensors
+            grad = grads[0]
+            return torch.ops.aten.silu_backward(grad * up, gate), silu(gate).mul_(grad)
+
+    return {"lora": Lora.apply, "norm": Norm.apply, "gated": Gated.apply}
