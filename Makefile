@@ -13,7 +13,7 @@ opt = $(if $($(1)),$(2) '$($(1))')
 TRAIN_OPTIONS = $(call opt,BASE,--base) $(call opt,DATA,--data) $(call opt,EVAL_DATA,--eval-data) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor run test check lab train export modelfile parity verify certify report runs prune long status ps logs stop bench clean \
+.PHONY: help setup doctor run test test-all check lab train export modelfile parity verify certify report runs prune long status ps logs stop bench clean \
         config gateway status-api compose \
         train-serve-ollama train-serve-vllm train-serve-llamacpp
 
@@ -44,14 +44,20 @@ doctor: $(STAMP) ## check machine, packages, ports and the run's files, then the
 run: $(STAMP) ## fine-tune, export, serve and verify; open the report it names at the end
 	$(PIPELINE) run $(RUN) $(TRAIN_OPTIONS) $(call opt,BACKENDS,--backends)
 
-test: $(STAMP) ## all tests, with one small end-to-end run on the real vLLM and llama.cpp
-	$(BIN)/python -m pytest
+# a worker a core, each with whole files (tests/conftest.py); ARGS='-n 0' runs one test at a time
+PYTEST = $(BIN)/python -m pytest -n auto
+
+test: $(STAMP) ## the tests of each part, with one small end-to-end run on the real vLLM and llama.cpp
+	$(PYTEST) -m "not wide" $(ARGS)
+
+test-all: $(STAMP) ## every test but the long ones (ARGS='-m wide': only what 'make test' leaves out)
+	$(PYTEST) $(ARGS)
 
 check: $(STAMP) ## format, lint, types and the fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -m "not slow and not e2e"
+	$(PYTEST) -q -m "not slow and not e2e"
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	JUPYTER_PATH="$$(cd '$(VENV)' && pwd)/share/jupyter$${JUPYTER_PATH:+:$$JUPYTER_PATH}" $(BIN)/jupyter lab notebooks

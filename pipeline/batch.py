@@ -106,7 +106,9 @@ def run_notebooks(run: RunFolder, stages: Sequence[str], parameters: Mapping[str
         for stage in stages:
             copy, begun = run.notebooks / f"{stage}.ipynb", time.monotonic()
             log.info("notebook %s -> %s", stage, copy)
-            wanted = {name: value for name, value in parameters.items() if name in declared[stage]}
+            wanted = {name: value for name, value in parameters.items() if name in declared[stage]} | _ahead(
+                stage, declared, parameters
+            )
             running = run.notebooks / f".{stage}.running.ipynb"
             try:
                 _execute(FOLDER / f"{stage}.ipynb", running, wanted)
@@ -119,6 +121,14 @@ def run_notebooks(run: RunFolder, stages: Sequence[str], parameters: Mapping[str
             done.append(Executed(stage, copy, time.monotonic() - begun))
             interrupt.leave_if_asked(f"notebook {stage} is finished, what it made is kept")
     return done
+
+
+def _ahead(stage: str, declared: Mapping[str, Mapping[str, str]], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What a notebook before the one that serves is told to start for it."""
+    following = declared.get("03_serve", {})
+    if "SERVE" not in declared[stage] or "SERVE" in parameters or not following:
+        return {}
+    return {"SERVE": parameters.get("BACKENDS", ast.literal_eval(following["BACKENDS"]))}
 
 
 def _execute(notebook: Path, copy: Path, parameters: Mapping[str, Any]) -> None:

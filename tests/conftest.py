@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from pipeline.config import Settings
@@ -68,11 +71,64 @@ def empty_gguf(tmp_path: Path) -> Path:
     return path
 
 
+# files that one worker has to itself where several share the suite (pytest -n auto), in this order before all others
+TOGETHER = {
+    # they start vLLM and plan with the memory that is free, or need a quick answer of two servers under load: never two at
+    # once; and they take longest
+    "vllm": (
+        "e2e/test_failover",
+        "e2e/test_agents",
+        "e2e/test_line",
+        "e2e/test_faults_vllm",
+        "pipeline/integrations/test_frameworks",
+    ),
+    # they ask one converted model and one vLLM that renders
+    "gguf": (
+        "pipeline/prompts/test_parity_engines",
+        "pipeline/verify/test_rows_engines",
+        "pipeline/verify/test_probes_engines",
+        "pipeline/commands/test_parity_mutations",
+    ),
+}
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what takes many minutes unless it is asked for by its marker."""
-    if "long" in config.option.markexpr:
-        return
-    left_out = [item for item in items if item.get_closest_marker("long")]
-    items[:] = [item for item in items if not item.get_closest_marker("long")]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
+    """Leave out what takes many minutes unless it is asked for by its marker; where workers share, begin with the slow ones."""
+    if fast := [item.nodeid for item in items if item.get_closest_marker("wide") and not item.get_closest_marker("slow")]:
+        raise pytest.UsageError(f"marked wide, yet not slow, so that 'make check' runs them: {', '.join(fast)}")
+    if "long" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("long")]
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+    if hasattr(config, "workerinput"):
+        order = list(TOGETHER)
+        slow = {_part(item.nodeid) for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: (order.index(part) if (part := _part(item.nodeid)) in order else 9, part not in slow))
+
+
+def _part(nodeid: str) -> str:
+    """What is one worker's: a file, so that what its fixtures train or start is made once, or some files."""
+    file = nodeid.partition("::")[0]
+    return next((name for name, files in TOGETHER.items() if file.removeprefix("tests/").removesuffix(".py") in files), file)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand out the suite by parts, in the order in which they were collected."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByParts(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _part(nodeid)
+
+    config.option.loadscopereorder = False
+    return ByParts(config, log)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Workers of ``-n auto``: a process for each core, and 4 GiB for each, for some load PyTorch, a model or an engine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, 4, int(psutil.virtual_memory().available // (4 * 2**30))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -73,6 +74,21 @@ def test_a_python_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     done = _make("setup", f"VENV={tmp_path}", "PYTHON=python3.99")
     assert done.returncode != 0
     assert "there is no python3.99: install Python 3.11, 3.12 or 3.13" in done.stdout + done.stderr
+
+
+def test_ci_runs_every_test_and_nothing_of_make_test_twice() -> None:
+    """The third command of CI is the rest of the second: one marker, once refused and once asked for."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    ci = re.findall(r"^make ([a-z-]+)(.*)$", (ROOT / ".ci" / "run").read_text(), re.M)
+    assert [target for target, _ in ci] == ["check", "test", "test-all"]
+    asked = [_make("-n", target, *shlex.split(words)).stdout.split("-m pytest", 1)[1] for target, words in ci]
+    assert [re.findall(r"-m ('[^']+'|\"[^\"]+\"|\w+)", words) for words in asked] == [
+        ['"not slow and not e2e"'],
+        ['"not wide"'],
+        ["wide"],
+    ]
+    assert " -m " not in _make("-n", "test-all").stdout.split("-m pytest", 1)[1]
 
 
 def _make(*words: str, **more: str) -> subprocess.CompletedProcess[str]:

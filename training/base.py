@@ -24,7 +24,8 @@ from pipeline.runs.files import leftovers, read_object, remove, require_free_spa
 from pipeline.runs.folder import OLD_HUB_CACHE, RunFolder, cached
 from pipeline.runs.hashes import HashCache
 from pipeline.runs.manifest import Manifest
-from training import base_adapter, base_check
+from training import base_check
+from training.export import weights
 
 log = logging.getLogger(__name__)
 EMBEDDED = "embedded"
@@ -109,14 +110,14 @@ def resolve(base: str, cache: Path, revision: str | None = None) -> BaseModel:
 def _with_adapter(base: str, cache: Path) -> BaseModel:
     """The sum of a LoRA adapter folder and the base that it names, made once in the cache."""
     folder, hashes = Path(base), HashCache(cache)
-    wanted = base_adapter.read_wanted(folder)
+    wanted = weights.read_wanted(folder)
     if Path(wanted.base).is_dir() and base_check.is_adapter_alone(Path(wanted.base)):
-        raise base_adapter.refused(folder, wanted, "it is an adapter too")
+        raise weights.refused(folder, wanted, "it is an adapter too")
     try:
         below = resolve(wanted.base, cache, wanted.revision)
     except PipelineError as error:
-        raise base_adapter.refused(folder, wanted, str(error.message)) from None
-    summed = base_adapter.summed(folder, below.folder, below.sha256, cache)
+        raise weights.refused(folder, wanted, str(error.message)) from None
+    summed = weights.summed(folder, below.folder, below.sha256, cache)
     log.info("base: %s is an adapter; it is merged onto %s, and the sum in %s is trained", folder, wanted, summed)
     # may become the Modelfile's LICENSE: no paths of this machine
     note = f"{folder.name} merged onto {wanted.name}" + (f": {below.note}" if below.note else ", whose licence holds")

@@ -23,6 +23,7 @@ _ANSWERING = 0.5  # the same with the tokenizer, and what the matrix products ke
 # tokens of prompts that are computed at a time: enough for a CPU's matrix products
 PREFILL_TOKENS = 2048
 FILLED = 0.85
+_ROWS = 0.1
 # values a layer keeps for the backward pass, in multiples of batch x length x hidden, with fused attention
 _KEPT_PER_LAYER = 14
 
@@ -56,12 +57,9 @@ def finetune_need(base: Path, params: FinetuneParameters, longest: int, *, piece
     return Need(_LIBRARIES + fixed + moving, f"{fixed:.2f} weights and optimizer, {moving:.2f} for {tokens} tokens a batch")
 
 
-def merge_need(base: Path, shard_bytes: int) -> Need:
-    """One shard of float16, and the largest weight in float32 twice."""
-    tensors = read_folder(base)
-    shard = min(shard_bytes, 2 * sum(t.elements for t in tensors)) / GIB
-    largest = 8 * max((prod(t.shape) for t in tensors), default=0) / GIB
-    return Need(_LIBRARIES + shard + largest, f"{shard:.2f} for a shard, {largest:.2f} for the largest weight")
+def merge_need() -> Need:
+    """A few rows a core: base and adapter are mapped, not read."""
+    return Need(_LIBRARIES + _ROWS, f"{_ROWS:.2f} for the rows at work")
 
 
 def evaluate_need(folder: Path, on_gpu: bool, tokens: int = 1, rows: int = 1, *, mapped: bool = False) -> Need:
@@ -91,8 +89,9 @@ def kept_bytes(config: Mapping[str, Any], size: int) -> int:
 
 
 def gguf_need(base: Path) -> Need:
-    """The largest weight in float32, twice: the converter holds one tensor at a time."""
-    return merge_need(base, 0)
+    """The largest weight in float32: the converter holds one tensor at a time, in float16 and converted."""
+    largest = 4 * max((prod(t.shape) for t in read_folder(base)), default=0) / GIB
+    return Need(_LIBRARIES + largest, f"{largest:.2f} for the largest weight")
 
 
 def require_memory(stage: str, need: Need, lower: str, free: float | None = None) -> None:

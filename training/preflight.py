@@ -17,7 +17,7 @@ from pipeline.runs.hashes import sha256_json, sha256_tree
 from training import base_check, memory
 from training.base import BaseModel
 from training.export import gguf
-from training.export.weights import SHARD_BYTES, save_config, save_tokenizer
+from training.export.weights import save_config, save_tokenizer
 from training.memory import GIB, Need
 from training.parameters import FinetuneParameters
 
@@ -72,7 +72,7 @@ def memory_needs(base: Path, params: FinetuneParameters, on_gpu: bool) -> list[S
     lower = "lower --batch-size (and raise --gradient-accumulation) or --max-length, or use a smaller base"
     return [
         Stage("fine-tuning", memory.finetune_need(base, params, 1), lower),
-        Stage("merge", memory.merge_need(base, SHARD_BYTES), _SMALLER),
+        Stage("merge", memory.merge_need(), _SMALLER),
         Stage("GGUF conversion", memory.gguf_need(base), _SMALLER),
         Stage("answering the held-out prompts", memory.evaluate_need(base, on_gpu, mapped=not on_gpu), _SMALLER),
         Stage("certify", memory.evaluate_need(base, on_gpu=False), "certify --offline loads no model", optional=True),

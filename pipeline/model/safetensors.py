@@ -6,6 +6,7 @@ Format: 8 bytes little-endian header length, a JSON object of that length, then 
 
 import json
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -69,6 +70,20 @@ def read_header(path: Path) -> list[TensorInfo]:
     if 8 + length + end > size:
         raise _broken(path, f"the tensors need {8 + length + end} bytes, the file has {size}")
     return tensors
+
+
+def file_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
+    """What a file of these tensors (dtype and shape by name) begins with, and at which byte each one's data begins.
+
+    Laid out as the reference implementation does it: wide types first, then by name.
+    """
+    entries, end = dict[str, Any](), 0
+    for name, (dtype, shape) in sorted(tensors.items(), key=lambda one: (-_BITS[one[1][0]], one[0])):
+        begin, end = end, end + prod(shape) * _BITS[dtype] // 8
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, {name: 8 + len(text) + one["data_offsets"][0] for name, one in entries.items()}
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -8,16 +8,18 @@ import contextlib
 import logging
 import os
 import platform
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline import engines
+from pipeline import config, engines
 from pipeline.config import Settings
 from pipeline.engines.base import Availability, Engine, require_feasible
 from pipeline.errors import EngineError, InputError, PipelineError
+from pipeline.machine.hardware import Hardware
 from pipeline.net.client import wait_for
 from pipeline.net.loopback import is_local, same_place
 from pipeline.planning.plan import Plan
@@ -31,6 +33,9 @@ from pipeline.serve.start import Endpoint, Options, Target
 
 log = logging.getLogger(__name__)
 _ASK_SECONDS = 2.0
+_LOOK_SECONDS = 0.2
+# of the free memory, what engines and the work beside them may take together
+_SHARE = 0.8
 # a model under such a name is this project's, and is deleted when it has been asked
 PRIVATE = "gp-verify-"
 
@@ -162,6 +167,69 @@ def start_backends(
     for name in names:
         engines.get(name)
     return [start(run, name, settings, replace(options, port=(ports or {}).get(name, options.port))) for name in names]
+
+
+@contextmanager
+def meanwhile(
+    run: RunFolder, names: Sequence[str], options: Options, need_gib: float, ports: Mapping[str, int] | None = None
+) -> Iterator[None]:
+    """Start backends in the background of other work, which needs ``need_gib``, where memory holds all of it; else only work.
+
+    Left behind are those that came up. One that did not is started again, and then reported, by who asks for it next. When the
+    work fails nothing that was started here is left.
+    """
+    if not names:
+        yield
+        return
+    settings = config.load()
+    wanted = _fitting(run, names, settings, options, need_gib)
+    before, stopped = {process.pid for process in records.running(run.servers)}, threading.Event()
+
+    def work() -> None:
+        for name in wanted:
+            with contextlib.suppress(PipelineError):
+                if not stopped.is_set():
+                    begun = start(run, name, settings, replace(options, port=(ports or {}).get(name, options.port)))
+                    if not stopped.is_set():  # what was ended on purpose is no news
+                        log.info("%s: %s%s", name, begun.status, f": {begun.reason}" if begun.reason else "")
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+        thread.join()
+    except BaseException:
+        stopped.set()
+        alive = True
+        while alive:  # what it is about to start comes up after the first look
+            alive = thread.is_alive()
+            for process in records.running(run.servers):
+                if process.pid not in before:
+                    records.end(process, run.servers)
+            thread.join(_LOOK_SECONDS)
+        raise
+
+
+def _fitting(run: RunFolder, names: Sequence[str], settings: Settings, options: Options, need_gib: float) -> list[str]:
+    """The backends that can be started beside work on a CPU that needs so much memory; none when it does not hold all of them."""
+    machine, chosen = Hardware.detect(run.path), list[str]()
+    if machine.gpus:  # the work and each engine want all of its memory
+        return []
+    try:
+        for name in names:
+            engine = engines.get(name)
+            if engine.serves == "url" or engine.creates_model or not engine.available().usable:
+                continue
+            overrides = {**settings.overrides(name), **options.overrides}
+            plan = engine.plan(serving.request_for(Target.of_run(run, name), replace(options, overrides=overrides), machine))
+            chosen, need_gib = [*chosen, name], need_gib + plan.memory.total
+    except PipelineError:  # said by who asks for it
+        return []
+    if need_gib > _SHARE * machine.ram_free_gib:
+        words = "engines are not started beside this: together %.1f GiB of memory, %.1f are free"
+        log.info(words, need_gib, machine.ram_free_gib)
+        return []
+    return chosen
 
 
 def require_any(started: Sequence[Started]) -> None:

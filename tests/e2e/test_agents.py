@@ -14,7 +14,7 @@ from benchmarks.agent_data import generate
 from pipeline.engines.vllm.engine import Vllm
 from pipeline.verify.score import read_held_out, read_reference, said
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.wide]
 BUDGET = ["-p", "BATCH_SIZE=4", "-p", "MAX_STEPS=50", "-p", "LEARNING_RATE=0.002"]
 
 

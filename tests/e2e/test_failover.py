@@ -29,6 +29,7 @@ def _scenario(*words: str, timeout: float) -> dict[str, object]:
 
 
 @pytest.mark.slow
+@pytest.mark.wide
 @needs_gateway
 def test_two_llamacpp_servers_stand_in_for_each_other(tmp_path: Path) -> None:
     run = make_servable_run(RunFolder("generic", tmp_path))

@@ -176,7 +176,7 @@ def test_a_server_killed_while_loading_is_not_started_again(target: Target, said
     nothing_left(target.folder, _ports(engine))
 
 
-@pytest.mark.parametrize("victim", ["server", "guard"])
+@pytest.mark.parametrize("victim", ["server", pytest.param("guard", marks=pytest.mark.wide)])
 def test_a_server_killed_while_serving_is_noticed_and_swept_up(victim: str, target: Target, said: list[str]) -> None:
     engine = Watched()
     process = _start(engine, target, said).server

@@ -60,6 +60,7 @@ def _start(engine: Vllm, target: Target, said: list[str]) -> start.Endpoint:
     return start.start_planned(engine, request_of(target), target, Options(owner=os.getpid()), said.append)
 
 
+@pytest.mark.wide
 def test_wrong_context_and_cache_are_mended_and_a_killed_engine_is_noticed(target: Target) -> None:
     said: list[str] = []
     endpoint = _start(Misjudging(), target, said)
@@ -110,7 +111,7 @@ def _corrupt_shard(folder: Path) -> None:
     ("spoil", "kind"),
     [
         (_no_tokenizer, "no-tokenizer"),
-        (_unknown_architecture, "unknown-architecture"),
+        pytest.param(_unknown_architecture, "unknown-architecture", marks=pytest.mark.wide),
         pytest.param(_corrupt_shard, "corrupt-weights", marks=pytest.mark.long),
     ],
 )

@@ -79,7 +79,9 @@ def _results(run: RunFolder) -> dict[str, str]:
     return {p.name: sha256_tree(p) for p in (run.adapter, run.merged, run.gguf, run.report, run.heldout)}
 
 
-@pytest.mark.parametrize("checked", [True, False], ids=["said before", "met on the way"])
+@pytest.mark.parametrize(
+    "checked", [pytest.param(True, id="said before", marks=pytest.mark.wide), pytest.param(False, id="met on the way")]
+)
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_full_disk_is_said_and_costs_nothing(
     stage: str, checked: bool, disk: Path, run: RunFolder, parameters: FinetuneParameters, monkeypatch: pytest.MonkeyPatch

@@ -100,7 +100,7 @@ def test_many_kills(seed: int, line: Line, request_: dict[str, Any], reference: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("presses", [1, 2])
+@pytest.mark.parametrize("presses", [1, pytest.param(2, marks=pytest.mark.wide)])
 def test_ctrl_c_keeps_what_is_done(
     presses: int, line: Line, request_: dict[str, Any], reference: dict[str, Any], tmp_path: Path
 ) -> None:

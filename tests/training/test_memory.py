@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import OutOfMemory
-from training.memory import GIB, Need, evaluate_need, finetune_need, merge_need, require_memory
+from training.memory import GIB, Need, evaluate_need, finetune_need, gguf_need, merge_need, require_memory
 from training.parameters import FinetuneParameters
 
 
@@ -60,9 +60,10 @@ def test_what_was_measured_on_a_gpu_would_not_have_been_refused_with_that_much_m
     assert seen / 2 - 0.3 < need.gib <= seen
 
 
-def test_a_merge_needs_a_shard_and_its_largest_weight(tmp_path: Path) -> None:
+def test_a_merge_needs_the_rows_at_work_and_a_conversion_its_largest_weight(tmp_path: Path) -> None:
     base = _base(tmp_path / "base", 1_000_000_000)
-    assert merge_need(base, GIB).gib == pytest.approx(0.6 + 1 + 8e9 / GIB)
+    assert merge_need().gib == pytest.approx(0.7)
+    assert gguf_need(base).gib == pytest.approx(0.6 + 4e9 / GIB)
 
 
 def test_what_does_not_fit_is_said_with_numbers_and_the_setting_to_lower() -> None:

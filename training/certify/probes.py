@@ -5,7 +5,8 @@ weights and not a kernel's rounding.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def _of_base(run: RunFolder, base: Path, chosen: Sequence[Passage], *, full: boo
     model = _loaded(base, None if full else run.adapter)
     adapted = None if full else model.log_probabilities(chosen)
     with model.without_adapter():
-        controls = [model.continued(one, _CONTROL_TOKENS) for one in _controls(run)]
+        controls = model.continued(_controls(run), _CONTROL_TOKENS)
         return controls, model.log_probabilities(controls), adapted
 
 
@@ -166,34 +167,56 @@ class _Model:
                 if name in known:
                     known[name].copy_(tensor)
 
-    def continued(self, one: Passage, count: int) -> Passage:
-        """The prompt with a greedy continuation, asked at a few of its positions."""
+    def continued(self, prompts: Sequence[Passage], count: int) -> list[Passage]:
+        """The prompts, all at once, each with its greedy continuation, asked at a few positions of that."""
         import torch
 
-        start = torch.tensor([one.ids], device=self.device)
-        out = self.model.generate(input_ids=start, attention_mask=torch.ones_like(start), max_new_tokens=count, do_sample=False)
-        ids = out[0].tolist()
-        return Passage(one.row, ids, [len(one.ids) - 1 + j for j in spread(len(ids) - len(one.ids), _POSITIONS)])
+        width, ends = max(len(one.ids) for one in prompts), self._ends()
+        ids = torch.tensor([[0] * (width - len(one.ids)) + one.ids for one in prompts], device=self.device)
+        mask = torch.tensor([[0] * (width - len(one.ids)) + [1] * len(one.ids) for one in prompts], device=self.device)
+        out = self.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=count, do_sample=False)
+        found = []
+        for one, new in zip(prompts, out[:, width:].tolist(), strict=True):
+            # after its end a continuation is padded to the others' length
+            length = next((i for i, token in enumerate(new, 1) if token in ends), len(new))
+            asked = [len(one.ids) - 1 + j for j in spread(length, _POSITIONS)]
+            found.append(Passage(one.row, one.ids + new[:length], asked))
+        return found
+
+    def _ends(self) -> set[int]:
+        """The tokens that end a continuation."""
+        known = self.model.generation_config.eos_token_id
+        return set(known) if isinstance(known, list) else {known}
 
     def log_probabilities(self, sequences: Sequence[Passage]) -> Any:
         """Log-probabilities of every token at each asked position: (positions, vocabulary), float32, on the CPU."""
         import torch
 
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))
-        rows: dict[int, Any] = {}
+        found: dict[int, Any] = {}
         for start in range(0, len(order), _BATCH):
-            batch = [sequences[i] for i in order[start : start + _BATCH]]
+            chosen = order[start : start + _BATCH]
+            batch = [sequences[i] for i in chosen]
             width = max(len(one.ids) for one in batch)
             ids = torch.tensor([one.ids + [0] * (width - len(one.ids)) for one in batch], device=self.device)
             mask = torch.tensor([[1] * len(one.ids) + [0] * (width - len(one.ids)) for one in batch], device=self.device)
-            # the output head, a fifth of a small model, is computed only where someone asks
-            asked = sorted({position for one in batch for position in one.positions})
-            keep = torch.tensor(asked, device=self.device)
-            with torch.inference_mode():
-                logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=keep).logits
-            for i, one, row in zip(order[start : start + _BATCH], batch, logits, strict=True):
-                rows[i] = torch.log_softmax(row[[asked.index(position) for position in one.positions]].float(), dim=-1).cpu()
-        return torch.cat([rows[i] for i in range(len(sequences))])
+            with torch.inference_mode(), self._asked_at([one.positions for one in batch]):
+                logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            values: Any = torch.log_softmax(logits.float(), dim=-1).cpu()
+            found |= zip(chosen, values.split([len(one.positions) for one in batch]), strict=True)
+        return torch.cat([found[i] for i in range(len(sequences))])
+
+    @contextmanager
+    def _asked_at(self, positions: Sequence[Sequence[int]]) -> Iterator[None]:
+        """The output head, a fifth of a small model, computes only these positions of each row: (positions, vocabulary)."""
+        rows = [row for row, asked in enumerate(positions) for _ in asked]
+        columns = [position for asked in positions for position in asked]
+        head = self.model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, given: (given[0][rows, columns],))
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 def _probes(sequences: Sequence[Passage], values: Any) -> tuple[Probe, ...]:

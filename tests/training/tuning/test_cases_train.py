@@ -18,6 +18,8 @@ from training.tuning.finetune import finetune
 
 CASES = Path(__file__).parents[4] / "shared/cases"
 VERSIONS = ["embedded", "3.3", "4.0", "4.1"]
+# each base costs a start of the converter; 3.3 and 4.1 write calls and documents differently
+OLD_AND_NEW = [pytest.param(v, marks=() if v in ("3.3", "4.1") else pytest.mark.wide) for v in VERSIONS]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not CASES.is_dir() or not tiny.TEMPLATES.is_dir(), reason="the cases are not beside the project"),
@@ -38,7 +40,7 @@ def _train(base: Path, output: Path, name: str, **parameters: Any) -> tuple[list
     return read_held_out(run.heldout), {row["what"]: row["became"] for row in account["table"]}
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", OLD_AND_NEW)
 def test_calls_are_trained_and_expected(bases: dict[str, Path], tmp_path: Path, version: str) -> None:
     rows, fates = _train(bases[version], tmp_path, "xlam.jsonl")
     assert all(row.calls and row.tools for row in rows)
@@ -46,7 +48,7 @@ def test_calls_are_trained_and_expected(bases: dict[str, Path], tmp_path: Path, 
     assert (fates["tools"], fates["id"]) == ("used", "harmless")
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", OLD_AND_NEW)
 def test_documents_are_trained_and_held_out(bases: dict[str, Path], tmp_path: Path, version: str) -> None:
     rows, fates = _train(bases[version], tmp_path, "documents.jsonl")
     assert all(row.documents and "closed" in row.documents[0]["text"] for row in rows)
@@ -54,7 +56,7 @@ def test_documents_are_trained_and_held_out(bases: dict[str, Path], tmp_path: Pa
     assert ("documents[].title" in fates) == (version == "3.3")
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", OLD_AND_NEW)
 def test_thoughts_stay_as_they_were_written(bases: dict[str, Path], tmp_path: Path, version: str) -> None:
     rows, _ = _train(bases[version], tmp_path, "think_inline.jsonl")
     assert all(row.expected.startswith("<think>\nadd one\n</think>") for row in rows)
@@ -93,6 +95,6 @@ def test_what_is_refused_is_refused_before_anything_is_loaded(
 
 
 def test_the_account_is_in_the_manifest(bases: dict[str, Path], tmp_path: Path) -> None:
-    _train(bases["4.0"], tmp_path, "one_bad_of_many.jsonl", skip_bad=True)
+    _train(bases["4.1"], tmp_path, "one_bad_of_many.jsonl", skip_bad=True)
     account = json.loads((tmp_path / "case" / "manifest.json").read_text())["stages"]["finetune"]["result"]["account"]
     assert (account["refused"], account["refusals"][0][1]) == (1, "turn 2 (assistant) is empty")

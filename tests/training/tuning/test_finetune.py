@@ -95,7 +95,7 @@ def test_qlora_without_a_gpu_says_so(rows: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", ["hf", "unsloth"])
+@pytest.mark.parametrize("trainer", ["hf", pytest.param("unsloth", marks=pytest.mark.wide)])
 def test_full_fine_tuning_moves_the_weights(trainer: str, rows: Path, tmp_path: Path) -> None:
     from training.export import merge
 
@@ -110,6 +110,7 @@ def test_full_fine_tuning_moves_the_weights(trainer: str, rows: Path, tmp_path: 
 
 
 @pytest.mark.slow
+@pytest.mark.wide
 def test_a_killed_training_continues_from_its_checkpoint(rows: Path, tmp_path: Path) -> None:
     base = tiny.make("3.x-dense", tmp_path / "base")
     run = RunFolder("t", tmp_path / "out")

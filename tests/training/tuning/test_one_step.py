@@ -54,7 +54,7 @@ def test_the_warm_up_is_left_out_of_one_step_only(total: int, warmup: int, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", ["hf", "unsloth"])
+@pytest.mark.parametrize("trainer", [pytest.param("hf", marks=pytest.mark.wide), "unsloth"])
 def test_an_old_single_file_is_neither_trained_nor_merged(trainer: str, run: RunFolder, rows: Path, tmp_path: Path) -> None:
     base = tiny.make("3.x-dense", tmp_path / "base")
     new = tiny.put_shards_beside(base)
