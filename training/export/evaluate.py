@@ -20,7 +20,7 @@ from pipeline.runs.manifest import Manifest
 from pipeline.runs.stages import Force, Partial, StageResult, run_stage
 from pipeline.verify.score import CUT, Answer, HeldOut, answer_budget, fields_of, may_parse, read_held_out, score, spread, wilson
 from training.export.merge import trained_base
-from training.memory import FILLED, evaluate_need, require_memory
+from training.memory import FILLED, Need, evaluate_need, require_memory
 
 log = logging.getLogger(__name__)
 _RECIPE = 1
@@ -92,9 +92,9 @@ def evaluate(
     return results
 
 
-def most_memory(folder: Path) -> float:
-    """GiB that answering with a model folder takes at most on a CPU: a full batch."""
-    return evaluate_need(folder, on_gpu=False, tokens=_BATCH_TOKENS, rows=_BATCH_ROWS).gib
+def largest_need(folder: Path) -> Need:
+    """What answering takes with the largest batch that there is, on a CPU: for those who want memory beside it."""
+    return evaluate_need(folder, False, _BATCH_TOKENS, _BATCH_ROWS)
 
 
 @dataclass(frozen=True)

@@ -272,7 +272,7 @@ def _arguments(folder: Path, params: FinetuneParameters, dtype: Any, total: int)
         # the schedule's first step of a warm-up has learning rate 0: a training of that one step would learn nothing
         warmup_steps=min(params.warmup_steps, total) if total > 1 else 0,
         weight_decay=params.weight_decay,
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu=not _on_gpu(),
