@@ -34,7 +34,7 @@ def train(
     ] = _DEFAULT.data,
     eval_data: options.EvalData = None,
     method: Annotated[str, Option(help="lora, qlora (GPU) or full.")] = _DEFAULT.method,
-    trainer: Annotated[str, Option(help="auto, unsloth or hf.")] = _DEFAULT.trainer,
+    trainer: Annotated[str, Option(help="auto (the faster one here), unsloth or hf.")] = _DEFAULT.trainer,
     rank: Annotated[int, Option(help="LoRA rank.")] = _DEFAULT.rank,
     alpha: Annotated[int, Option(help="LoRA alpha; the delta is scaled by alpha / rank.")] = _DEFAULT.alpha,
     learning_rate: Annotated[
