@@ -100,12 +100,19 @@ def swept(engine: str, plan: Plan) -> list[Variant]:
             Variant("1 thread", {"--threads": "1"}),
         ]
         return [Variant("OpenMP default", env=wait), *policies, *spins, *slots, *others]
+    other = "float32" if plan.dtype == "bfloat16" else "bfloat16"
+    kept = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS", "GOMP_SPINCOUNT")
     return [
         Variant("eager", {"--enforce-eager": None}),
         Variant("16 sequences", {"--max-num-seqs": "16"}),
         Variant("64 sequences", {"--max-num-seqs": "64"}),
         Variant("no prefix caching", {"--no-enable-prefix-caching": None}),
-        Variant("bfloat16", {"--dtype": "bfloat16"}),
+        Variant(other, {"--dtype": other}),
+        Variant("8192 tokens a step", {"--max-num-batched-tokens": "8192"}),
+        Variant("512 tokens a step", {"--max-num-batched-tokens": "512"}),
+        Variant("asynchronous scheduling", {"--async-scheduling": None}),
+        *(Variant(f"spin {n}", env={"GOMP_SPINCOUNT": n}) for n in ("1000", "100000")),
+        Variant("vLLM's own threads", env=dict.fromkeys(kept)),
     ]
 
 

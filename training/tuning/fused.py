@@ -1,11 +1,15 @@
 """Layers with a backward pass of their own: the same values and gradients, with fewer passes over memory and less kept.
 
-LoRA: one product forward and one back with the frozen weight. RMS norm with a frozen weight, and the gated unit of a feed-forward
+LoRA: one product forward and one back with the frozen weight, of layers that read the same input (query, key and value; gate and up)
+together. RMS norm with a frozen weight, and the gated unit of a feed-forward
 block: what they need again is computed again, not kept.
 """
 
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, partial
 from typing import Any
+
+_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def fuse(model: Any) -> int:
@@ -15,10 +19,17 @@ def fuse(model: Any) -> int:
     """
     from torch import nn
 
-    fused = 0
+    fused, done = 0, set[Any]()
+    for module in model.modules():
+        for names in _SAME_INPUT:
+            layers = [getattr(module, name, None) for name in names]
+            if all(map(_is_plain_lora, layers)) and _alike(layers):
+                _put_together(layers)
+                done |= set(layers)
     for module in model.modules():
         if _is_plain_lora(module):
-            module.forward = _lora_forward(module, module.forward)
+            if module not in done:
+                _put_together([module])
             fused += 1
         elif type(module).__name__.endswith("RMSNorm") and _frozen(module) and _names(module) == {"weight"}:
             module.forward = _norm_forward(module)
@@ -46,23 +57,49 @@ def _names(module: Any) -> set[str]:
     return {name for name, _ in module.named_parameters()}
 
 
-def _lora_forward(layer: Any, plain: Any) -> Any:
-    """The layer's new ``forward``; ``plain`` is PEFT's, for when the adapter is switched off or another type is computed in."""
+def _alike(layers: Sequence[Any]) -> bool:
+    """Whether LoRA layers can be computed as one: the same rank, scale and type, and no bias."""
+    told = {
+        (layer.scaling[layer.active_adapters[0]], layer.r[layer.active_adapters[0]], layer.base_layer.weight.dtype)
+        for layer in layers
+    }
+    return len(told) == 1 and all(layer.base_layer.bias is None for layer in layers)
+
+
+def _put_together(layers: Sequence[Any]) -> None:
+    """Give LoRA layers that are called with the same input a ``forward`` that computes all of them at the first call.
+
+    Their frozen weights become parts of one; PEFT's own ``forward`` is kept for when the adapter is switched off or another type is
+    computed in.
+    """
     import torch
 
-    name, base = layer.active_adapters[0], layer.base_layer
-    apply = functions()["lora"]
+    block_diagonal: Any = torch.block_diag
+    name, base, apply = layers[0].active_adapters[0], layers[0].base_layer, functions()["lora"]
+    scale, sizes, weight = layers[0].scaling[name], [layer.base_layer.weight.shape[0] for layer in layers], base.weight
+    if len(layers) > 1:
+        weight = torch.cat([layer.base_layer.weight.data for layer in layers])
+        parts: Any = torch.split(weight, sizes)
+        for layer, part in zip(layers, parts, strict=True):
+            layer.base_layer.weight.data = part
+    ready: dict[int, tuple[Any, Any]] = {}  # by layer: the input it was computed from, and the output
 
-    def forward(x: Any, *args: Any, **more: Any) -> Any:
+    def forward(i: int, plain: Any, x: Any, *args: Any, **more: Any) -> Any:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        if args or more or layer.disable_adapters or layer.merged or base.weight.dtype != dtype:
+        if args or more or layers[i].disable_adapters or layers[i].merged or weight.dtype != dtype:
             return plain(x, *args, **more)
-        a, b = layer.lora_A[name].weight.to(dtype), layer.lora_B[name].weight.to(dtype)
-        out = apply(x.to(dtype), base.weight, a, b, layer.scaling[name])
-        return out if base.bias is None else out + base.bias
+        before, out = ready.pop(i, (None, None))
+        if before is x:
+            return out
+        a = torch.cat([layer.lora_A[name].weight for layer in layers]).to(dtype)
+        b = block_diagonal(*(layer.lora_B[name].weight for layer in layers)).to(dtype)
+        outs = apply(x.to(dtype), weight, a, b, scale).split(sizes, -1)
+        ready.update({j: (x, out) for j, out in enumerate(outs) if j != i})
+        return outs[i] if base.bias is None else outs[i] + base.bias
 
-    return forward
+    for i, layer in enumerate(layers):
+        layer.forward = partial(forward, i, layer.forward)
 
 
 def _norm_forward(layer: Any) -> Any:

@@ -200,11 +200,10 @@ def attend(
 
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **other)  # type: ignore[no-any-return]
-    kind = query.dtype
-    if kind == torch.bfloat16 and not query.is_cuda:
-        # a CPU's attention in bfloat16 takes four times as long backward as in float32, and rounds more
-        query, key, value = query.float(), key.float(), value.float()
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, size)
+    kind = value.dtype
+    # a CPU's attention in bfloat16 takes four times as long backward as in float32, and rounds more
+    computed = kind if query.is_cuda else torch.float32
+    q, k, v = (x[0].transpose(0, 1).to(computed) for x in (query, key, value))  # (T, heads, size)
     grouped = query.shape[1] // key.shape[1]
     if grouped > 1 and query.is_cuda:
         # with a mask, CUDA's fast kernels take one key head for each head only
@@ -215,12 +214,14 @@ def attend(
         return x.index_select(0, places.flatten()).view(*places.shape, *x.shape[1:]).transpose(1, 2)
 
     out = []
-    if layout["starts"].numel():
-        among = (at(x, layout["starts"]) for x in (q, k, v))
-        # padded on the right, where no token before sees it
-        out.append(_back(one(*among, is_causal=True), layout["starts_back"]))
-    rest, seen = at(q, layout["rows"]), layout["seen"]
-    out.append(_back(one(rest, at(k, seen), at(v, seen), attn_mask=attention_mask), layout["rows_back"]))
+    # autocast would make bfloat16 of it again
+    with torch.autocast(query.device.type, enabled=False):
+        if layout["starts"].numel():
+            among = (at(x, layout["starts"]) for x in (q, k, v))
+            # padded on the right, where no token before sees it
+            out.append(_back(one(*among, is_causal=True), layout["starts_back"]))
+        rest, seen = at(q, layout["rows"]), layout["seen"]
+        out.append(_back(one(rest, at(k, seen), at(v, seen), attn_mask=attention_mask), layout["rows_back"]))
     return torch.cat(out)[None].to(kind), None
 
 

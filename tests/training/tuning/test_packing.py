@@ -76,6 +76,20 @@ def test_loss_and_gradients_are_those_of_padded_batches(variant: str, method: st
             assert float((gradients - expected).norm() / expected.norm()) <= 1e-5, what
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_under_autocast_the_loss_is_as_near_as_its_rounding(method: str, tmp_path: Path) -> None:
+    base = tiny.make("3.x-dense", tmp_path / "base")
+    params = FinetuneParameters(base=str(base), method=method, trainer="hf")  # type: ignore[arg-type]
+    model = trainers.trainable(base, params, "hf", torch.bfloat16)
+    rows = BATCHES["two beginnings"]
+    chosen = trainers.batching(model, "hf", params, rows)
+    assert chosen.kind == "packed"
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted, loss = (model(**made, use_cache=False).loss for made in (pad(_PAD, rows), chosen.collate(rows)))
+        loss.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=2e-2)
+
+
 def test_a_common_beginning_is_computed_once() -> None:
     batch = pack(_rows(40, [7, 12, 3, 9]))
     assert batch["input_ids"].shape == (1, 40 + 7 + 12 + 3 + 9)
