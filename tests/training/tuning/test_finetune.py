@@ -71,7 +71,7 @@ def test_impossible_parameters_are_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_the_default_learning_rate_follows_base_and_method() -> None:
-    assert FinetuneParameters().peak_learning_rate == 2e-3
+    assert FinetuneParameters().peak_learning_rate == 4e-3
     assert FinetuneParameters(base="x/y").peak_learning_rate == 2e-4
     assert FinetuneParameters(base="x/y", method="full").peak_learning_rate == 2e-5
     assert FinetuneParameters(learning_rate=1e-4).to_json()["learning_rate"] == 1e-4
