@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Sequence
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ log = logging.getLogger(__name__)
 SEAL = "sealed.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _INPUTS = "inputs.json"
+_WAY = "way.json"
 
 
 def seal(checkpoint: Path) -> None:
@@ -53,18 +55,24 @@ def found(folder: Path) -> list[Path]:
     return [p for _, p in sorted(numbered, reverse=True)]
 
 
-def latest(folder: Path, inputs: dict[str, Any]) -> str | None:
-    """The newest whole checkpoint of exactly this fine-tune; damaged ones and those of another are set aside."""
-    note = folder / _INPUTS
-    if not _same(note, inputs):
+def latest(folder: Path, inputs: dict[str, Any], way: Sequence[str] = ()) -> str | None:
+    """The newest whole checkpoint of exactly this fine-tune; damaged ones and those of another are set aside.
+
+    ``way``: the trainer and the kind of batches, whose order of rows a checkpoint goes on in.
+    """
+    note, before = folder / _INPUTS, folder / _WAY
+    if not _same(note, inputs) or _read_way(before) != list(way):
         if kept := found(folder):
             # hours of work end by no change of a parameter unseen: one earlier training is kept
             aside = folder.with_name(f"{folder.name}-of-other-inputs")
             remove(aside)
             folder.rename(aside)
-            log.warning("%s is of a training with other inputs: set aside as %s, training starts over", kept[0].name, aside)
+            log.warning(
+                "%s is of a training with other inputs or batches: set aside as %s, training starts over", kept[0].name, aside
+            )
         remove(folder)
         write_json(note, inputs)
+        write_json(before, {"way": list(way)})
         return None
     for checkpoint in found(folder):
         why = problem(checkpoint)
@@ -93,6 +101,13 @@ def step(checkpoint: str | None) -> int:
     """The step a checkpoint was written at; 0 for none."""
     match = _CHECKPOINT.fullmatch(Path(checkpoint or "").name)
     return int(match[1]) if match else 0
+
+
+def _read_way(path: Path) -> list[str]:
+    try:
+        return list(read_object(path)["way"])
+    except (InputError, KeyError, TypeError):
+        return []
 
 
 def _same(note: Path, inputs: dict[str, Any]) -> bool:

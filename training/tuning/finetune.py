@@ -165,7 +165,7 @@ def _train(job: Job) -> dict[str, Any]:
     log.info("finetune: model loaded; the held-out rows are scored before the first step")
     before = trainer.evaluate()["eval_loss"]
     started = time.monotonic()
-    checkpoint = checkpoints.latest(run.checkpoints, job.noted)
+    checkpoint = checkpoints.latest(run.checkpoints, job.noted, (backend, batches.kind))
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds, state = time.monotonic() - started, trainer.state
     if state.global_step < state.max_steps:

@@ -92,7 +92,7 @@ def test_checkpoints_of_another_training_are_set_aside_and_named(tmp_path: Path,
         assert [p.name for p in folder.iterdir()] == ["inputs.json"]
         assert sorted(p.name for p in aside.iterdir()) == [f"checkpoint-{step}", "inputs.json"]
         assert caplog.messages == [
-            f"checkpoint-{step} is of a training with other inputs: set aside as {aside}, training starts over"
+            f"checkpoint-{step} is of a training with other inputs or batches: set aside as {aside}, training starts over"
         ]
 
 
@@ -100,3 +100,17 @@ def test_a_note_without_checkpoints_is_nothing_to_keep(tmp_path: Path) -> None:
     _made(tmp_path / "checkpoints")
     assert checkpoints.latest(tmp_path / "checkpoints", {"seed": 2}) is None
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_a_checkpoint_of_another_trainer_or_other_batches_is_not_resumed_from(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    checkpoints.latest(folder, _INPUTS, ("unsloth", "padded"))
+    _made(folder, 50)
+    assert checkpoints.latest(folder, _INPUTS, ("unsloth", "padded")) == str(folder / "checkpoint-50")
+    # rows come in another order
+    assert checkpoints.latest(folder, _INPUTS, ("hf", "packed")) is None
+    assert (tmp_path / "checkpoints-of-other-inputs" / "checkpoint-50").is_dir()
+    # one of a release that kept no note of it
+    _made(folder, 60)
+    (folder / "way.json").unlink()
+    assert checkpoints.latest(folder, _INPUTS, ("hf", "packed")) is None
