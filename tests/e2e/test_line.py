@@ -94,8 +94,8 @@ def report(first: subprocess.CompletedProcess[str], output: Path) -> dict[str, A
 def test_the_run_passes_and_keeps_the_contract(report: dict[str, Any]) -> None:
     assert {"schema", "run", "passed", "base_model", "eval", "backends", "checks"} <= set(report)
     assert (report["schema"], report["run"], report["passed"], report["base_model"]["id"]) == (1, "e2e", True, "embedded")
+    assert {name: scores["n"] for name, scores in report["eval"].items()} == {"base": 8, "tuned": HELD_OUT}
     for scores in report["eval"].values():
-        assert scores["n"] == HELD_OUT
         assert {"json_valid", "severity", "technique", "exact"} <= set(scores)
     assert report["eval"]["base"]["exact"] == 0
     assert report["eval"]["tuned"]["json_valid"] > 0.5
@@ -177,6 +177,7 @@ def test_executed_notebooks_run_again_under_nbval(report: dict[str, Any], output
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax", "--nbval-cell-timeout=600", *copies]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, cwd=output)
     assert done.returncode == 0, done.stdout[-4000:]
+    assert _left_over(output) == []
 
 
 def test_a_changed_artefact_fails_verification_with_exit_code_1(report: dict[str, Any], output: Path) -> None:
