@@ -172,6 +172,7 @@ def test_damage_is_named_by_its_link_and_raises_nothing(run: RunFolder, name: st
     assert link in _broken(certify_offline(run))
 
 
+@pytest.mark.wide
 def test_a_dataset_on_a_hub_that_does_not_answer_is_skipped(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 

@@ -27,7 +27,7 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(tmp_path: Path, 
         probes._loaded(tmp_path)
 
 
-@pytest.fixture(scope="module", params=["4.1", "4.0-hybrid"])
+@pytest.fixture(scope="module", params=["4.1", pytest.param("4.0-hybrid", marks=[pytest.mark.slow, pytest.mark.wide])])
 def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> probes._Model:
     """A tiny random Granite, a ninth of whose tokens end an answer."""
     pytest.importorskip("torch")
