@@ -31,7 +31,7 @@ def fuse(model: Any) -> int:
             if module not in done:
                 _put_together([module])
             fused += 1
-        elif type(module).__name__.endswith("RMSNorm") and _frozen(module) and _names(module) == {"weight"}:
+        elif _is_plain_norm(module):
             module.forward = _norm_forward(module)
         elif {"gate_proj", "up_proj", "down_proj", "act_fn"} <= set(dir(module)) and isinstance(module.act_fn, nn.SiLU):
             module.forward = _gated_forward(module)
@@ -49,12 +49,11 @@ def _is_plain_lora(module: Any) -> bool:
     return plain and isinstance(module.lora_dropout[name], nn.Identity)
 
 
-def _frozen(module: Any) -> bool:
-    return hasattr(module, "variance_epsilon") and not any(p.requires_grad for p in module.parameters())
-
-
-def _names(module: Any) -> set[str]:
-    return {name for name, _ in module.named_parameters()}
+def _is_plain_norm(module: Any) -> bool:
+    """An RMS norm that has a frozen weight and nothing else."""
+    if not type(module).__name__.endswith("RMSNorm") or not hasattr(module, "variance_epsilon"):
+        return False
+    return [(name, weight.requires_grad) for name, weight in module.named_parameters()] == [("weight", False)]
 
 
 def _alike(layers: Sequence[Any]) -> bool:
