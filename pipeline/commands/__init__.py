@@ -4,7 +4,7 @@
 PANELS = {
     "The line": ("run", "data", "train", "export"),
     "Serving": ("hardware", "plan", "serve", "status", "ps", "logs", "stop", "warmup"),
-    "Proof": ("verify", "certify", "report", "parity", "render", "modelfile"),
+    "Proof": ("verify", "certify", "check", "report", "parity", "render", "modelfile"),
     "Operating": ("gateway", "status-api", "config", "models", "choose", "doctor", "compose", "systemd"),
     "Runs": ("runs", "prune"),
     "Publishing": ("card", "push"),
@@ -17,6 +17,7 @@ _SHARED = {
     "operate": ("warmup", "config", "models", "choose", "doctor"),
     "verify": ("report",),
     "certify": ("card", "push"),
+    "kubernetes": ("check",),
     "prompts": ("parity", "render", "modelfile"),
     "deploy": ("gateway", "status-api", "compose", "systemd"),
 }

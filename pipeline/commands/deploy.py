@@ -9,10 +9,11 @@ import typer
 from typer import Argument, Option
 
 from pipeline import config, engines
-from pipeline import deploy as files
 from pipeline.commands import options, show
 from pipeline.commands.serve import attend
 from pipeline.config import Strategy
+from pipeline.deploy import compose as files
+from pipeline.deploy import systemd as units
 from pipeline.engines.base import Launch
 from pipeline.errors import MissingDependency
 from pipeline.machine.named import hardware_from
@@ -128,11 +129,11 @@ def systemd(
     elif chosen == "status-api":
         launch = services.status_launch("127.0.0.1", STATUS_PORT, out, free=False)
     else:
-        launch = files.planned_launch(chosen, RunFolder(run, out), settings, name)
+        launch = units.planned_launch(chosen, RunFolder(run, out), settings, name)
     writable, what = [out, user_caches()], f"Granite {chosen}"
     if chosen in engines.NAMES:
         writable, what = writable + engines.get(chosen).folders(), f"{what}, run {run}"
-    typer.echo(files.unit(launch, what, Path.cwd(), writable), nl=False)
+    typer.echo(units.unit(launch, what, Path.cwd(), writable), nl=False)
 
 
 def _serve(launch: Launch, output: Path, *, detach: bool) -> None:

@@ -16,7 +16,7 @@ from dotenv import dotenv_values
 
 from pipeline import engines
 from pipeline.config import ENV_FILE, Settings, root_url
-from pipeline.deploy import PROJECT
+from pipeline.deploy.compose import PROJECT
 from pipeline.doctor.findings import Examiner, Facts, Finding, Status, worst_first
 from pipeline.engines.base import Engine
 from pipeline.net.client import wait_for

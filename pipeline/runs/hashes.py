@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,17 @@ def sha256_file(path: Path) -> str:
 
 def sha256_tree(path: Path, file_hash: Callable[[Path], str] = sha256_file) -> str:
     """Hex SHA-256 of a file, or of a folder: the digest of its sorted (relative path, file digest) lines."""
-    if path.is_file():
-        return file_hash(path)
-    lines = [f"{p.relative_to(path).as_posix()} {file_hash(p)}" for p in sorted(path.rglob("*")) if p.is_file()]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return file_hash(path) if path.is_file() else tree_digest(sha256_files(path, file_hash))
+
+
+def sha256_files(folder: Path, file_hash: Callable[[Path], str] = sha256_file) -> dict[str, str]:
+    """Hex SHA-256 of every file of a folder by its path relative to it, sorted as :func:`sha256_tree` counts them."""
+    return {p.relative_to(folder).as_posix(): file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def tree_digest(files: Mapping[str, str]) -> str:
+    """The digest of a folder from those of its files, as :func:`sha256_files` orders them."""
+    return hashlib.sha256("\n".join(f"{name} {digest}" for name, digest in files.items()).encode()).hexdigest()
 
 
 def sha256_json(value: Any) -> str:
@@ -59,13 +66,22 @@ class HashCache:
     def tree(self, path: Path) -> str:
         """Hex SHA-256 of a file or folder, as :func:`sha256_tree` defines it."""
         digest = sha256_tree(path, self._file)
+        self._keep()
+        return digest
+
+    def files(self, folder: Path) -> dict[str, str]:
+        """Hex SHA-256 of every file of a folder, as :func:`sha256_files` defines them."""
+        found = sha256_files(folder, self._file)
+        self._keep()
+        return found
+
+    def _keep(self) -> None:
         if self._changed:
             with contextlib.suppress(OSError):  # a full disk must not fail what only saves time
                 if self._kept:
                     self._known = {name: entry for name, entry in self._known.items() if Path(name).exists()}
                     write_atomic(self.path, json.dumps(self._known))
             self._changed = False
-        return digest
 
     def _file(self, path: Path) -> str:
         name, before = str(path.resolve()), path.stat()

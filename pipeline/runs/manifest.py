@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.errors import InputError
 from pipeline.runs import lock
 from pipeline.runs.files import read_json, tree_bytes, write_json
-from pipeline.runs.hashes import HashCache, sha256_json
+from pipeline.runs.hashes import HashCache, sha256_json, tree_digest
 from pipeline.runs.text import masked, relative
 
 SCHEMA = 1
@@ -25,10 +25,15 @@ Counts = Callable[[_Json], _Json]
 
 @dataclass(frozen=True)
 class Seal:
-    """An artefact as its stage left it."""
+    """An artefact as its stage left it; ``files`` has the hash of each file of a folder (empty where an older version wrote it)."""
 
     sha256: str
     bytes: int
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest keeps it."""
+        return {name: value for name, value in asdict(self).items() if name != "files" or value}
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,8 @@ class StageRecord:
     @classmethod
     def from_json(cls, raw: _Json) -> "StageRecord":
         """Read what the manifest holds of a stage; KeyError, TypeError or AttributeError when it is something else."""
-        artefacts = {name: Seal(**_known(Seal, seen)) for name, seen in raw["artefacts"].items()}
+        sealed_as = {name: {**seen, "files": {**seen.get("files", {})}} for name, seen in raw["artefacts"].items()}
+        artefacts = {name: Seal(**_known(Seal, seen)) for name, seen in sealed_as.items()}
         inputs, result = {**raw.get("inputs", {})}, {**raw["result"]}
         return cls(raw["key"], inputs, artefacts, result, raw["seconds"], raw["finished_at"], raw)
 
@@ -219,7 +225,7 @@ class Manifest:
         return {
             "key": sha256_json(inputs),
             "inputs": dict(inputs),
-            "artefacts": {p.relative_to(self.path.parent).as_posix(): asdict(self.seal(p)) for p in artefacts if p.exists()},
+            "artefacts": {p.relative_to(self.path.parent).as_posix(): self.seal(p).to_json() for p in artefacts if p.exists()},
             "result": dict(result),
             "seconds": round(seconds, 1),
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -272,7 +278,10 @@ class Manifest:
 
     def seal(self, path: Path) -> Seal:
         """Hash and size of a file or folder as it is now."""
-        return Seal(self.sha256(path), tree_bytes(path))
+        if path.is_file():
+            return Seal(self.sha256(path), tree_bytes(path))
+        files = HashCache(self.path.parent).files(path)
+        return Seal(tree_digest(files), tree_bytes(path), files)
 
 
 def _same(record: StageRecord, inputs: _Json, counts: Counts) -> bool:

@@ -1,6 +1,7 @@
 """Which file or folder of ours is served: an artefact is known by the manifest that vouches for it."""
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from pipeline.errors import InputError
 from pipeline.runs.files import tree_bytes
 from pipeline.runs.folder import DEFAULT_OUTPUT
-from pipeline.runs.hashes import sha256_json
+from pipeline.runs.hashes import sha256_file, sha256_files, sha256_json, tree_digest
 from pipeline.runs.manifest import Manifest
 
 
@@ -70,6 +71,32 @@ def manifest_hash(manifest: Manifest) -> str:
     """
     parts = {"adapter": "finetune", "merged_fp16": "merge"}
     return sha256_json({part: manifest.artefact_sha256(stage, part) for part, stage in parts.items()})
+
+
+def changed_files(manifest: Manifest, name: str, file_hash: Callable[[Path], str] = sha256_file) -> list[str]:
+    """What is wrong with an artefact's bytes, a line a file ("changed", "missing", "not recorded"); every byte is read, nothing is written.
+
+    Unlike :func:`of_file`, nothing that was read earlier is believed. InputError when no stage recorded the artefact.
+    """
+    stage = next((stage for stage in manifest.stages.values() if name in stage.artefacts), None)
+    if stage is None:
+        raise InputError(f"run {manifest.run} has no record of {name}", remedy=f"granite-pipeline export --run {manifest.run}")
+    path, seal = manifest.path.parent / name, stage.artefacts[name]
+    found = ["manifest.json: the record of it was edited"] if stage.intact is False else []
+    if path.suffix == ".gguf" and stage.inputs.get("merged") != manifest.artefact_sha256("merge", "merged_fp16"):
+        found.append(f"{name}: made from other weights than the merged ones")
+    if not path.exists():
+        return [*found, f"{name}: missing"]
+    if path.is_file():
+        return found if file_hash(path) == seal.sha256 else [*found, f"{name}: changed"]
+    files = sha256_files(path, file_hash)
+    if tree_digest(files) == seal.sha256:
+        return found
+    named = [f"{name}/{file}: missing" for file in seal.files if file not in files]
+    named += [f"{name}/{file}: changed" for file, digest in files.items() if seal.files.get(file, digest) != digest]
+    named += [f"{name}/{file}: not recorded" for file in files if seal.files and file not in seal.files]
+    # an older version recorded the folder as one; a list of files that was forged agrees with nothing
+    return found + (named or [f"{name}: changed (which of its files cannot be told)"])
 
 
 def _sealed(manifest: Manifest, path: Path) -> Artefact | None:

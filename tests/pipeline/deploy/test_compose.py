@@ -19,13 +19,13 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from pipeline.config import Settings, load
-from pipeline.deploy import unit
+from pipeline.deploy.systemd import unit
 from pipeline.engines.base import Launch
 from pipeline.operate import services
 from pipeline.operate.agents import Agents
 from pipeline.runs.folder import RunFolder
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FILES = {"docker-compose.yml": ["compose"], "docker-compose.gpu.yml": ["compose", "--gpu"]}
 PORTS = {"local-ollama": 11434, "local-vllm": 8003, "local-sglang": 8004, "local-llamacpp": 8005}
 
@@ -186,7 +186,9 @@ def test_ollamas_unit_may_write_its_models_and_an_engine_has_its_own_packages(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("OLLAMA_MODELS", raising=False)
     make_run(RunFolder("test", tmp_path / "out"))
-    monkeypatch.setattr("pipeline.deploy.planned_launch", lambda *_: Launch("ollama", ("ollama", "serve"), {}, "", "", "m"))
+    monkeypatch.setattr(
+        "pipeline.deploy.systemd.planned_launch", lambda *_: Launch("ollama", ("ollama", "serve"), {}, "", "", "m")
+    )
     text = _printed("systemd", "ollama", "--run", "test", "--output", str(tmp_path / "out"))
     assert f"ReadWritePaths=-{tmp_path}/out -{tmp_path}/.cache -{tmp_path}/.ollama\n" in text
     assert "PYTHONPATH" not in text

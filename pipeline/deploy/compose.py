@@ -1,9 +1,8 @@
-"""What runs the services elsewhere, made from plans: ``docker-compose.yml`` with its GPU overlay, and systemd units.
+"""``docker-compose.yml`` and its GPU overlay, made from plans, with the documented variables in their places.
 
-One copy of every flag, with the documented variables in their places; keys are read from ``.env``, never written.
+Keys are read from ``.env``, never written.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -14,13 +13,13 @@ import yaml
 
 from pipeline import engines
 from pipeline.config import Settings
-from pipeline.engines.base import Container, Engine, Launch, require_feasible
+from pipeline.deploy.container import contained
+from pipeline.engines.base import Container, Engine
 from pipeline.machine.hardware import Hardware
 from pipeline.model.model import Model
 from pipeline.net.chat import SAMPLING
 from pipeline.planning.plan import Request
 from pipeline.runs.folder import RunFolder
-from pipeline.serve.start import LOOPBACK, Options, Target, request_for
 
 # what docker calls the containers of these files by
 PROJECT = "granite"
@@ -37,28 +36,6 @@ COPY pipeline pipeline
 COPY training training
 RUN pip install --no-cache-dir -c constraints/cpu.txt '.[gateway]'
 USER 1000
-"""
-_UNIT = """\
-[Unit]
-Description={what}
-After=network.target
-
-[Service]
-WorkingDirectory={folder}
-EnvironmentFile=-{folder}/.env
-{environment}
-ExecStart={command}
-Restart=on-failure
-RestartSec=5
-TimeoutStartSec={seconds:.0f}
-KillMode=control-group
-NoNewPrivileges=yes
-PrivateTmp=yes
-ProtectSystem=strict
-{paths}
-
-[Install]
-WantedBy=default.target
 """
 
 
@@ -127,21 +104,18 @@ def _contained() -> list[tuple[Engine, Container]]:
 def _service(engine: Engine, facts: Container, model: Model, hardware: Hardware) -> dict[str, Any]:
     """The service with the flags planned for the engine's artefact at its place in the container."""
     artefact = engine.artefact(RunFolder())
-    placed = replace(model, path=Path(_RUN, artefact.name if artefact else ""))
+    path = Path(_RUN, artefact.name if artefact else "")
+    placed = replace(model, path=path)
     if engine.serves == "gguf" and model.format != "gguf":
         placed = replace(placed, format="gguf", quantization="Q8_0", weight_bytes=int(model.q8_0_gib() * 2**30))
     request = Request(placed, hardware, "serve", engine.default_model, sampling=SAMPLING)
-    plan = engine.plan(request)
-    require_feasible(plan)
-    launch = engine.launch(plan, request, host="0.0.0.0", port=engine.default_port)
-    environment = [f"{key}={value}" for key, value in launch.env.items()]
+    inside = contained(engine, request, path)
+    environment = [f"{key}={value}" for key, value in inside.env.items()]
     if engine.creates_model:
         return {**_frame(engine, facts), "environment": sorted(environment)}
-    # the image's own entry point takes the place of the program; ``launch`` ends with the planned flags, host and port
-    flags = launch.argv[-(len(plan.arguments) + 4) :]
-    named = [facts.variables.get(before) for before in ("", *flags)]
+    named = [facts.variables.get(before) for before in ("", *inside.arguments)]
     # the value after each overridable flag becomes ${VARIABLE:-planned}
-    words = [f"${{{name}:-{word}}}" if name else word for name, word in zip(named, flags, strict=False)]
+    words = [f"${{{name}:-{word}}}" if name else word for name, word in zip(named, inside.arguments, strict=False)]
     service = {**_frame(engine, facts), "command": [*facts.entry, *words]}
     return service | ({"environment": environment} if environment else {})
 
@@ -193,39 +167,3 @@ def _ours(port: int, words: list[str], *environment: str) -> dict[str, Any]:
         **_GUARDED,
         "healthcheck": _health(port, start_period="2m"),
     }
-
-
-def planned_launch(engine_name: str, run: RunFolder, settings: Settings, name: str | None = None) -> Launch:
-    """The process that ``serve`` would start for a run on the engine's documented port; nothing is started or checked for."""
-    engine = engines.get(engine_name)
-    target = Target.of_run(run, engine_name, name or settings.address(engine_name).model or None)
-    request = request_for(target, Options("serve", overrides=settings.overrides(engine_name)))
-    return engine.launch(engine.plan(request), request, host=LOOPBACK, port=engine.default_port)
-
-
-def unit(launch: Launch, what: str, folder: Path, writable: Sequence[Path] = ()) -> str:
-    """One unit file: started again when it fails, no new privileges, writing only below ``writable``; keys come from ``.env``."""
-    # our package, where it is ours and not installed for this interpreter
-    environment = {**launch.env, **({"PYTHONPATH": str(Path(__file__).parents[1])} if launch.ours else {})}
-    environment |= {"PYTHONUNBUFFERED": "1", "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"}
-    # one that does not exist yet is passed over: without the dash the unit would not start
-    places = " ".join(_quoted(f"-{path}") for path in writable)
-    return _UNIT.format(
-        what=_text(what),
-        folder=_text(str(folder)),
-        environment="\n".join(f"Environment={_quoted(f'{key}={value}')}" for key, value in sorted(environment.items())),
-        # variables are expanded in this line only
-        command=" ".join(_quoted(word).replace("$", "$$") for word in launch.argv),
-        seconds=launch.start_timeout,
-        paths=f"ReadWritePaths={places}" if places else "ReadOnlyPaths=/",
-    )
-
-
-def _quoted(word: str) -> str:
-    """A word as systemd reads it: specifiers escaped, quoted where it must be."""
-    plain = _text(word).replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{plain}"' if not plain or any(c in plain for c in " \t'\"\\;") else plain
-
-
-def _text(text: str) -> str:
-    return text.replace("%", "%%").replace("\n", " ")
