@@ -28,6 +28,7 @@ _SET = (
 Set = Annotated[list[str] | None, Option("--set", metavar="KEY[=VALUE]", help=_SET)]
 _MACHINES = "Another machine: rtx4060, l4, 2xa10g, h100, cpu-2c-24g, cpu-16c-64g-bf16, ..., a JSON file or inline JSON."
 Hardware = Annotated[str | None, Option("--hardware", metavar="NAME|FILE.json|JSON", help=_MACHINES)]
+Nodes = Annotated[int, Option("--nodes", min=1, help="Hold one model on so many equal machines; --hardware is one of them.")]
 Host = Annotated[str, Option("--host", help="Address to bind; anything but 127.0.0.1 is reachable by others.")]
 Port = Annotated[int, Option("--port", help="Port; 0 picks a free one.")]
 Detach = Annotated[bool, Option("--detach", help="Leave it running and return.")]

@@ -1,20 +1,22 @@
 """``granite-pipeline hardware`` and ``granite-pipeline plan``: what this machine is, and how a model would be served on it."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
 from rich.text import Text
-from typer import Option
+from typer import Argument, Option
 
 from pipeline import config, engines
 from pipeline.commands import options, show
-from pipeline.engines.base import Engine
+from pipeline.engines.base import Engine, Launch
 from pipeline.engines.flags import require_known_flags
 from pipeline.errors import InputError
 from pipeline.machine.named import hardware_from
 from pipeline.model.model import Model
 from pipeline.net.chat import SAMPLING
+from pipeline.planning.nodes import HEAD, placed
 from pipeline.planning.plan import Purpose, Request
 from pipeline.runs.folder import DEFAULT_OUTPUT
 
@@ -49,11 +51,14 @@ def hardware(machine: options.Hardware = None, as_json: options.AsJson = False) 
 
 
 def plan(
-    engine: Annotated[str, Option(help="vllm, llamacpp, ollama, sglang or openai.")],
+    engine: Annotated[str, Argument(help="vllm, llamacpp, ollama, sglang or openai.")] = "",
+    engine_option: Annotated[str, Option("--engine", help="The same.")] = "",
     run: options.SomeRun = None,
     model: options.ModelPath = None,
     model_shape: Annotated[str | None, Option(help="Plan for a published model by name, e.g. granite-4.1-8b.")] = None,
     machine: options.Hardware = None,
+    nodes: options.Nodes = 1,
+    master_addr: Annotated[str, Option(help="With --nodes: address of the first machine.")] = HEAD,
     purpose: options.Purposed = "serve",
     setting: options.Set = None,
     check: Annotated[bool, Option("--check", help="Ask the installed engine whether it knows every flag.")] = False,
@@ -65,16 +70,23 @@ def plan(
 
     Nothing is started. --set takes what serve takes. For a model here, on this machine, the documented variables hold as in serve. A model that does not fit
     is refused with the numbers and the nearest things that do fit.
-    The exit code is 0 for a refusal too: it is in the plan ("feasible").
+    The exit code is 0 for a refusal too: it is in the plan ("feasible"). With --nodes one model is spread over several
+    machines, and "ranks" has the command line and environment of each; refused where one machine holds it.
 
     Examples:
-      granite-pipeline plan --engine vllm --run generic
+      granite-pipeline plan vllm --run generic
       granite-pipeline plan --engine vllm --model-shape granite-4.1-8b --hardware rtx4060
       granite-pipeline plan --engine llamacpp --gguf model.gguf --set parallel=2 --set ctx-size=32k --json
       granite-pipeline plan --engine vllm --run generic --set enforce-eager --set max-model-len=auto
     """
-    run, engine, _ = options.chosen(agent, run, engine)
+    if engine and engine_option not in ("", engine):
+        raise InputError(f"the engine is {engine}, --engine says {engine_option}", remedy="give one of the two")
+    run, engine, _ = options.chosen(agent, run, engine or engine_option)
+    if not engine:
+        raise InputError("no engine is named", remedy=f"granite-pipeline plan ENGINE, one of {', '.join(engines.NAMES)}")
     chosen = engines.get(engine)
+    if nodes > 1:
+        chosen.require_nodes()
     options.require_known("purpose", purpose, get_args(Purpose))
     source, name = _model(chosen, run, model, model_shape, output)
     given = options.overrides(setting)
@@ -84,17 +96,23 @@ def plan(
         name = settings.address(chosen.name).model or name
         given = {**settings.overrides(chosen.name), **given}
     sampling = SAMPLING if model is None and model_shape is None else {}
-    request = Request(source, hardware_from(machine, output), cast(Purpose, purpose), name, given, sampling=sampling)
+    request = Request(source, hardware_from(machine, output), cast(Purpose, purpose), name, given, sampling=sampling, nodes=nodes)
     made = chosen.plan(request)
     if check and made.feasible:
         require_known_flags(chosen, made)
-    launched = made.feasible and chosen.default_port
-    argv = list(chosen.launch(made, request, host="127.0.0.1", port=chosen.default_port).argv) if launched else []
+    launches = list[Launch]()
+    if made.feasible and chosen.default_port:
+        where: dict[str, Any] = {"host": "127.0.0.1", "port": chosen.default_port}
+        launches = [chosen.rank(made, request, node, **where) for node in placed(nodes, master_addr)] if nodes > 1 else []
+        launches = launches or [chosen.launch(made, request, **where)]
+    argv = list(launches[0].argv) if launches else []
     described = made.to_json(argv) | {"model": source.name, "machine": request.hardware.name, "purpose": purpose}
+    if nodes > 1:
+        described["ranks"] = [{"argv": list(launch.argv), "env": dict(launch.env)} for launch in launches]
     if as_json:
         show.as_json(described)
     else:
-        _show(described, argv)
+        _show(described, launches)
 
 
 def _model(engine: Engine, run: str | None, path: Path | None, shape: str | None, output: Path) -> tuple[Model, str]:
@@ -111,9 +129,10 @@ def _model(engine: Engine, run: str | None, path: Path | None, shape: str | None
     return Model.open(artefact), folder.name
 
 
-def _show(plan: dict[str, Any], argv: list[str]) -> None:
+def _show(plan: dict[str, Any], launches: Sequence[Launch]) -> None:
     verdict = "fits" if plan["feasible"] else "does not fit"
-    title = f"{plan['engine']}: {plan['model']} on {plan['machine']}, purpose {plan['purpose']} - {verdict}"
+    machine = plan["machine"] if plan["nodes"] == 1 else f"{plan['nodes']} nodes of {plan['machine']}"
+    title = f"{plan['engine']}: {plan['model']} on {machine}, purpose {plan['purpose']} - {verdict}"
     if plan["feasible"]:
         styles = {"planned": ""}  # what somebody set stands out
         rows = [(r["flag"], r["value"], Text(r["reason"], styles.get(r["source"], "yellow"))) for r in plan["reasons"]]
@@ -123,9 +142,12 @@ def _show(plan: dict[str, Any], argv: list[str]) -> None:
     heads = [name.replace("_", " ") for name in plan["memory_gib"]]
     show.table("predicted memory, GiB per device", heads, [[f"{value:.2f}" for value in plan["memory_gib"].values()]])
     facts = f"dtype {plan['dtype']}, quantization {plan['quantization'] or 'none'}, tensor parallel {plan['tensor_parallel']}"
+    facts += f", pipeline parallel {plan['pipeline_parallel']}" if plan["nodes"] > 1 else ""
     show.line(f"{facts}, context {plan['max_model_len']}, {plan['max_num_seqs']} requests at once")
     for label, style in (("warnings", "yellow"), ("alternatives", "cyan")):
         for text in plan[label]:
             show.line(f"{label.removesuffix('s')}: {text}", style=style)
-    if argv:
-        show.line(" ".join([*(f"{key}={shlex.quote(value)}" for key, value in plan["env"].items()), shlex.join(argv)]))
+    for rank, launch in enumerate(launches):
+        if len(launches) > 1:
+            show.line(f"node {rank}: granite-pipeline serve --nodes starts it, or", style="bold")
+        show.line(" ".join([*(f"{key}={shlex.quote(value)}" for key, value in launch.env.items()), shlex.join(launch.argv)]))

@@ -14,10 +14,15 @@ from pipeline.commands import options, show
 from pipeline.engines.base import Engine
 from pipeline.engines.vllm.lora import base_folder, parse
 from pipeline.errors import EnvironmentFailure, InputError
-from pipeline.planning.plan import Purpose
+from pipeline.machine.hardware import Hardware
+from pipeline.machine.named import hardware_from
+from pipeline.net.loopback import towards
+from pipeline.planning.plan import Node, Purpose
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 from pipeline.serve import backends, records, server, start
 from pipeline.serve.start import Endpoint, Options, Target
+
+_EARLY_SECONDS = 5.0
 
 
 def serve(
@@ -33,6 +38,10 @@ def serve(
     adapters: Annotated[
         str | None, Option(metavar="NAME=RUN,...", help="vLLM only: serve these LoRA adapters on their base model.")
     ] = None,
+    nodes: options.Nodes = 1,
+    node_rank: Annotated[int, Option(min=0, help="With --nodes: which this machine is; 0 answers clients.")] = 0,
+    master_addr: Annotated[str, Option(help="With --nodes: address of machine 0, as all others reach it.")] = "",
+    machine: options.Hardware = None,
     detach: options.Detach = False,
     replace_model: Annotated[
         bool,
@@ -49,11 +58,15 @@ def serve(
     An Ollama that already answers at OLLAMA_BASE_URL or OLLAMA_HOST is used as it is: the model is made in it, unless --port is
     given. One that is started here keeps its models in the run folder, and they go with it.
 
+    With --nodes one model is held by several machines; the same command with another --node-rank starts each one's part, all
+    with the flags planned for the same --hardware. It is refused where one machine holds the model.
+
     Examples:
       granite-pipeline serve vllm
       granite-pipeline serve llamacpp --run mine --port 0 --detach
       granite-pipeline serve vllm --model path/to/merged_fp16 --set max-model-len=32k --set enforce-eager
       granite-pipeline serve vllm --adapters triage=generic,summary=other
+      granite-pipeline serve vllm --nodes 2 --node-rank 1 --master-addr 10.0.0.1 --hardware 2xl4
     """
     options.allow_remote(remote_ok)
     settings = config.load()
@@ -73,10 +86,52 @@ def serve(
     listens = chosen.default_port if port is None else port
     how = Options(cast(Purpose, purpose), host, listens, None if detach else os.getpid(), None, given, loras)
     how = replace(how, replace=replace_model, remote_ok=settings.remote_ok(chosen.name))
+    how = replace(how, node=_node(chosen, nodes, node_rank, master_addr), hardware=_every_node(machine, nodes))
+    if how.node and how.node.rank:
+        _join(chosen.name, target, how, detach=detach)
+        return
     # on Linux Ollama is a system service that holds its port; one that runs is used, unless another port is asked for
     mine = not chosen.creates_model or port is not None or host != start.LOOPBACK
     there = None if mine else _there(chosen, settings)
     run_server(chosen.name, target, how, there, detach=detach)
+
+
+def _node(engine: Engine, nodes: int, rank: int, master: str) -> Node | None:
+    """This machine's place among several; None for one alone."""
+    if nodes == 1:
+        if rank or master:
+            raise InputError("--node-rank and --master-addr are for one model on several machines", remedy="add --nodes")
+        return None
+    engine.require_nodes()
+    if rank >= nodes:
+        raise InputError(f"--node-rank {rank}: {nodes} nodes have ranks 0 to {nodes - 1}")
+    if not master:
+        raise InputError("--nodes needs the address of machine 0", remedy="add --master-addr, the same on every machine")
+    return Node(rank, nodes, master, *towards(master))
+
+
+def _every_node(machine: str | None, nodes: int) -> Hardware | None:
+    """What every node is said to be, so that all plan alike."""
+    if machine is None:
+        return None
+    if nodes == 1:
+        raise InputError("serve plans for this machine", remedy="leave --hardware out, or add --nodes")
+    return hardware_from(machine)
+
+
+def _join(engine: str, target: Target, how: Options, *, detach: bool) -> None:
+    """Run a headless node in the foreground until interrupted, or (``detach``) leave it running once it has not died at once."""
+    with show.progress(f"starting {engine}") as progress:
+        process = start.join(engine, target, how, progress)
+    folder = process.log.parents[1]
+    show.line(f"it is up when machine 0 is; granite-pipeline stop --run {folder.name} ends it", err=True)
+    if not detach:
+        attend(process, folder / "servers")
+        return
+    time.sleep(_EARLY_SECONDS)
+    if not process.alive:
+        records.end(process, folder / "servers")
+        raise server.failure(process, "ended at once")
 
 
 def _there(engine: Engine, settings: config.Settings) -> Endpoint | None:

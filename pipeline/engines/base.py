@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import httpx
 
 from pipeline.engines.listing import Listing, openai_listing
-from pipeline.errors import EngineError
+from pipeline.errors import EngineError, InputError
 from pipeline.machine.hardware import Hardware
 from pipeline.model.tokenizer import Tokenizer
 from pipeline.model.toolcalls import MARKS, Call
@@ -21,7 +21,7 @@ from pipeline.net.chat import SAMPLING, Defaults
 from pipeline.net.client import ask
 from pipeline.net.reach import get_json
 from pipeline.planning.overrides import Known
-from pipeline.planning.plan import Plan, Request, Setting
+from pipeline.planning.plan import Node, Plan, Request, Setting
 from pipeline.prompts.conversation import Conversation, Prompt, openai_body
 from pipeline.runs.folder import RunFolder
 
@@ -154,6 +154,8 @@ class Engine(ABC):
     # the model is made inside a running server, which is started without one
     creates_model: ClassVar[bool] = False
     serves_adapters: ClassVar[bool] = False
+    # one model can be held by several machines: ``plan`` reads Request.nodes
+    spans_nodes: ClassVar[bool] = False
     # whether its program lists its flags with --help
     tells_flags: ClassVar[bool] = False
     # settings known where the engine is not installed
@@ -186,6 +188,20 @@ class Engine(ABC):
         argv = (*self.program(), *plan.arguments, *self.more_words(request), "--host", host, "--port", str(port))
         url = f"http://{host}:{port}"
         return Launch(self.name, argv, plan.environment, url, self.ready_path, request.name, self.start_timeout)
+
+    def rank(self, plan: Plan, request: Request, node: Node, *, host: str, port: int) -> Launch:
+        """The process on one node of a plan over several; rank 0 answers at host and port, for the others they are where it does.
+
+        InputError for an engine whose models stay on one machine.
+        """
+        self.require_nodes()
+        raise NotImplementedError(f"{self.name} spans nodes and says not how")
+
+    def require_nodes(self) -> None:
+        """Raise InputError for an engine that cannot hold one model on several machines."""
+        if not self.spans_nodes:
+            remedy = "use vllm, or start one server a machine: replicas of the whole model"
+            raise InputError(f"{self.title} is not planned over several machines here", remedy=remedy)
 
     def default_flags(self, sampling: Mapping[str, float]) -> list[Setting]:
         """Flags with which its server samples so where a client names nothing; empty where it has none."""

@@ -138,6 +138,23 @@ def listening(host: str, port: int) -> bool:
         return probe.connect_ex((host, port)) == 0
 
 
+def towards(host: str) -> tuple[str, str]:
+    """This machine's address and network interface on the way to a host; nothing is sent. EnvironmentFailure when there is none."""
+    try:
+        family, kind, protocol, _, there = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(there)
+            address = str(probe.getsockname()[0])
+    except OSError as error:
+        remedy = "give an address that this machine reaches"
+        raise EnvironmentFailure(f"no way from here to {host} ({error.strerror or error})", remedy=remedy) from None
+    interfaces = psutil.net_if_addrs().items()
+    found = next((name for name, own in interfaces if any(one.address.partition("%")[0] == address for one in own)), "")
+    if not found:
+        raise EnvironmentFailure(f"no network interface here has the address {address}, from which {host} is reached")
+    return address, found
+
+
 def holder(port: int) -> str:
     """Which process listens on a port, as a person would want to read it; empty when that cannot be seen."""
     with contextlib.suppress(psutil.Error, OSError):

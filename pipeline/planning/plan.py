@@ -26,7 +26,8 @@ class Adapter:
 class Request:
     """What is to be served, on what, for what; ``overrides`` are the user's own settings and win.
 
-    ``sampling`` is what the server is to sample with where a client names nothing; empty: as its engine likes.
+    ``sampling`` is what the server is to sample with where a client names nothing; empty: as its engine likes. ``hardware``
+    is one node where one model is held by several ``nodes``, which are alike.
     """
 
     model: Model
@@ -36,11 +37,26 @@ class Request:
     overrides: Mapping[str, str] = field(default_factory=dict)
     adapters: tuple[Adapter, ...] = ()
     sampling: Mapping[str, float] = field(default_factory=dict)
+    nodes: int = 1
 
     @property
     def name(self) -> str:
         """The name clients ask for."""
         return self.served_name or self.model.name
+
+
+@dataclass(frozen=True)
+class Node:
+    """One machine's place among the ``nodes`` that hold one model: rank 0, at ``master``, answers clients, the others are headless.
+
+    ``address`` and ``interface`` are its own in the network between them.
+    """
+
+    rank: int
+    nodes: int
+    master: str
+    address: str
+    interface: str
 
 
 @dataclass(frozen=True)
@@ -87,6 +103,8 @@ class Plan:
     parameters: tuple[Setting, ...] = ()
     alternatives: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    pipeline_parallel: int = 1
+    nodes: int = 1
 
     @property
     def arguments(self) -> list[str]:
@@ -102,7 +120,7 @@ class Plan:
         """The documented JSON object of ``granite-pipeline plan --json``; ``argv`` is the whole command line where there is one."""
         memory = {**asdict(self.memory), "total": self.memory.total}
         settings = [asdict(setting) for setting in (*self.flags, *self.env, *self.parameters)]
-        as_it_is = ("dtype", "quantization", "tensor_parallel", "max_model_len", "max_num_seqs")
+        as_it_is = ("dtype", "quantization", "tensor_parallel", "pipeline_parallel", "nodes", "max_model_len", "max_num_seqs")
         return {
             "engine": self.engine,
             "feasible": self.feasible,

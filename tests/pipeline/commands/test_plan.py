@@ -25,7 +25,8 @@ def test_plan_json_is_the_documented_contract(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("VLLM_PYTHON", raising=False)
     plan = _json("plan", "--engine", "vllm", "--model-shape", "granite-4.1-8b", "--hardware", "l4", "--set", "max_model_len=4096")
     assert set(plan) == {
-        *("engine", "feasible", "argv", "env", "dtype", "quantization", "tensor_parallel", "max_model_len", "max_num_seqs"),
+        *("engine", "feasible", "argv", "env", "dtype", "quantization", "tensor_parallel", "pipeline_parallel", "nodes"),
+        *("max_model_len", "max_num_seqs"),
         *("memory_gib", "parameters", "reasons", "alternatives", "warnings", "model", "machine", "purpose"),
     }
     assert plan["argv"][:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]  # type: ignore[index]
@@ -124,3 +125,37 @@ def test_a_setting_without_a_value_is_a_switch_as_in_serve() -> None:
     words = ("plan", "--engine", "vllm", "--model-shape", "granite-4.1-8b", "--hardware", "h100", "--set")
     assert _json(*words, "enforce-eager") == _json(*words, "enforce-eager=true")
     assert "--enforce-eager" in _json(*words, "enforce-eager")["argv"]  # type: ignore[operator]
+
+
+def test_a_plan_over_two_nodes_has_the_command_of_each_rank() -> None:
+    words = ("plan", "vllm", "--model-shape", "granite-4.0-h-small", "--hardware", "2xl4", "--nodes", "2")
+    plan = _json(*words, "--master-addr", "10.0.0.1")
+    first, second = plan["ranks"]  # type: ignore[misc]
+    assert plan["argv"] == first["argv"]
+    assert (plan["nodes"], plan["tensor_parallel"], plan["pipeline_parallel"]) == (2, 2, 2)
+    assert first["argv"][-8:] == ["--node-rank", "0", "--master-addr", "10.0.0.1", "--host", "127.0.0.1", "--port", "8003"]
+    assert second["argv"][1:4] == ["-m", "vllm.entrypoints.cli.main", "serve"]
+    assert second["argv"][-5:] == ["--node-rank", "1", "--master-addr", "10.0.0.1", "--headless"]
+    planned = first["argv"][3:-8]
+    assert planned == second["argv"][4:-5]
+    assert planned[-6:] == ["--pipeline-parallel-size", "2", "--distributed-executor-backend", "mp", "--nnodes", "2"]
+    own = {name: value for name, value in second["env"].items() if name not in plan["env"]}  # type: ignore[operator]
+    there = "INTERFACE_OF_NODE_1"
+    assert own == {"VLLM_HOST_IP": "ADDRESS_OF_NODE_1", "GLOO_SOCKET_IFNAME": there, "NCCL_SOCKET_IFNAME": there}
+    text = _run(*words).stdout
+    assert "2 nodes of 2xl4" in text
+    assert "node 1: " in text
+
+
+def test_an_engine_that_stays_on_one_machine_says_so() -> None:
+    result = _run("plan", "llamacpp", "--model-shape", "granite-4.1-8b", "--hardware", "2xl4", "--nodes", "2")
+    assert isinstance(result.exception, InputError)
+    assert "llama.cpp is not planned over several machines" in str(result.exception)
+
+
+def test_the_engine_is_named_once() -> None:
+    words = ("--model-shape", "granite-4.1-8b", "--hardware", "l4")
+    for given, said in (((), "no engine is named"), (("vllm", "--engine", "sglang"), "--engine says sglang")):
+        result = _run("plan", *given, *words)
+        assert isinstance(result.exception, InputError)
+        assert said in str(result.exception)

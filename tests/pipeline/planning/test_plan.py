@@ -35,6 +35,8 @@ def test_json_contract() -> None:
         "dtype": "bfloat16",
         "quantization": None,
         "tensor_parallel": 1,
+        "pipeline_parallel": 1,
+        "nodes": 1,
         "max_model_len": 8192,
         "max_num_seqs": 4,
         "memory_gib": {
