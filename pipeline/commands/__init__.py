@@ -5,7 +5,7 @@ PANELS = {
     "The line": ("run", "data", "train", "export"),
     "Serving": ("hardware", "plan", "serve", "status", "ps", "logs", "stop", "warmup"),
     "Proof": ("verify", "certify", "check", "report", "parity", "render", "modelfile"),
-    "Operating": ("gateway", "status-api", "config", "models", "choose", "doctor", "compose", "systemd"),
+    "Operating": ("gateway", "status-api", "config", "models", "choose", "doctor", "compose", "systemd", "kubernetes"),
     "Runs": ("runs", "prune"),
     "Publishing": ("card", "push"),
 }
@@ -19,7 +19,7 @@ _SHARED = {
     "certify": ("card", "push"),
     "kubernetes": ("check",),
     "prompts": ("parity", "render", "modelfile"),
-    "deploy": ("gateway", "status-api", "compose", "systemd"),
+    "deploy": ("gateway", "status-api", "compose", "systemd", "kubernetes"),
 }
 # verb -> file: its own name, unless it stands in another's
 FILES = {verb: verb for verbs in PANELS.values() for verb in verbs}

@@ -1,26 +1,138 @@
-"""``check``: whether the bytes that are served are those of a fine-tune."""
+"""``kubernetes``: manifests for a cluster. ``check``: whether the bytes that are served are those of a fine-tune."""
 
 import hashlib
+import json
 import re
+import shlex
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+import typer
 from typer import Option
 
-from pipeline import engines
+from pipeline import config, engines
 from pipeline.commands import options, show
+from pipeline.deploy.container import RUNS, Object, Storage, contained
+from pipeline.deploy.flavours import FLAVOURS
+from pipeline.deploy.kubernetes import IMAGE, PROMETHEUS, Options, Served, to_yaml
 from pipeline.errors import InputError, VerificationFailed
-from pipeline.runs.files import tree_bytes
+from pipeline.machine.named import hardware_from
+from pipeline.runs.files import tree_bytes, write_atomic
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 from pipeline.runs.manifest import Manifest
-from pipeline.serve.artefacts import changed_files, manifest_hash
+from pipeline.serve.artefacts import changed_files, manifest_hash, of_file
+from pipeline.serve.start import Options as Start
+from pipeline.serve.start import Target, request_for
 
 _HASH = re.compile(r"[0-9a-f]{64}")
 _CHUNK = 1 << 20
 # between two lines of progress
 _SECONDS = 10.0
+
+
+def kubernetes(
+    run: options.Run = DEFAULT_NAME,
+    engine: Annotated[str, Option("--engine", help="vllm, llamacpp, ollama or sglang; default: LLM_BACKEND.")] = "",
+    flavour: Annotated[str, Option("--flavour", help="deployment, lws (one model over several nodes) or kserve.")] = "",
+    machine: options.Hardware = None,
+    nodes: options.Nodes = 1,
+    replicas: Annotated[int, Option("--replicas", min=1, help="Copies of the whole model.")] = 1,
+    max_replicas: Annotated[int, Option("--max-replicas", help="Let KEDA add copies while requests wait, up to these.")] = 0,
+    storage: Annotated[
+        str, Option("--storage", metavar="pvc://CLAIM[/FOLDER]|image://REF@sha256:...", help="Where the run folder is.")
+    ] = "pvc://granite-runs",
+    image: Annotated[str, Option("--image", help="This product's own image, which reads the bytes first.")] = IMAGE,
+    secret: Annotated[
+        str, Option("--secret", help="A Secret with the engine's key, e.g. VLLM_API_KEY; the server then asks for it.")
+    ] = "",
+    runtime_class: Annotated[str, Option("--runtime-class", help="RuntimeClass of GPU pods, e.g. nvidia on Talos.")] = "",
+    prometheus: Annotated[str, Option("--prometheus", help="Where KEDA asks for the queue.")] = PROMETHEUS,
+    setting: options.Set = None,
+    name: options.ServedName = None,
+    output: options.Output = DEFAULT_OUTPUT,
+    out: Annotated[Path | None, Option("--out", help="Write to this file instead of stdout.")] = None,
+    agent: options.Agent = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Print Kubernetes manifests that serve a run: the planned flags, and a pod that starts only with the bytes of this fine-tune.
+
+    Nothing is sent to a cluster: kubectl apply -f does that. Names and selectors carry the manifest hash, so one address is one
+    fine-tune. A Deployment is what most need (replicas are its scale); lws is refused where one node holds the model. Each pod
+    checks the run folder first (granite-pipeline check). Keys come from a Secret; only pods with the label
+    granite-pipeline.dev/client: "true" reach the server. docs/scale.md says what a cluster must have.
+
+    Examples:
+      granite-pipeline kubernetes --run mine --engine vllm --hardware l4 --replicas 2 > mine.yaml
+      granite-pipeline kubernetes --run mine --hardware 2xl4 --nodes 2 --flavour lws --storage pvc://shared/runs > mine.yaml
+      granite-pipeline kubernetes --run mine --hardware l4 --max-replicas 8 --secret llm-keys --runtime-class nvidia > mine.yaml
+    """
+    run, engine, name = options.chosen(agent, run, engine, name)
+    settings = config.load()
+    chosen, folder = engines.get(engine or settings.llm_backend), RunFolder(run, output)
+    flavour = flavour or ("lws" if nodes > 1 else "deployment")
+    options.require_known("flavour", flavour, list(FLAVOURS))
+    if nodes > 1:
+        chosen.require_nodes()
+    given = options.overrides(setting)
+    if machine is None:  # as plan and serve do on this machine
+        name, given = name or settings.address(chosen.name).model or None, {**settings.overrides(chosen.name), **given}
+    target = Target.of_run(folder, chosen.name, name)
+    hardware = hardware_from(machine, output)
+    request = replace(request_for(target, Start("serve", overrides=given), hardware), nodes=nodes)
+    vouched = of_file(target.model)
+    if vouched is None:
+        what = f"{target.model} is not what the manifest of run {run} recorded: no pod would start with it"
+        raise InputError(what, remedy=f"granite-pipeline export --run {run}")
+    inside = contained(chosen, request, Path(RUNS / run / target.model.name))
+    wanted = Options(replicas, max_replicas, image, secret, runtime_class, prometheus)
+    served = Served(run, vouched.fine_tune, inside, Storage.of(storage), wanted)
+    made = FLAVOURS[flavour](served)
+    said = [("--run", run), ("--engine", chosen.name), ("--flavour", flavour), ("--hardware", machine or "")]
+    said += [("--nodes", str(nodes))] if nodes > 1 else []
+    said += [("--replicas", str(replicas)), ("--storage", storage)]
+    said += [("--set", text) for text in setting or ()] + ([("--served-model-name", name)] if name else [])
+    command = shlex.join(["granite-pipeline", "kubernetes", *(word for pair in said if pair[1] for word in pair)])
+    head = [f"Made by: {command}", *_needs(served, flavour)]
+    _emit(made, head, out, as_json=as_json)
+
+
+def _needs(served: Served, flavour: str) -> list[str]:
+    """What the file is planned for, and what the cluster must have for it."""
+    inside, storage, wanted = served.inside, served.storage, served.options
+    each = f"{served.gpus} GPU(s) a pod" if served.gpus else "no GPU"
+    lines = [
+        f"{inside.engine.title} planned for {inside.request.hardware.name}, {each}; change flags with --set, nothing here by hand."
+    ]
+    place = (
+        f"the claim {storage.claim}, its folder {'/'.join(filter(None, (storage.path, served.run)))}"
+        if storage.claim
+        else f"the image {storage.image} (image volumes: Kubernetes 1.35 or later)"
+    )
+    lines.append(f"Needs: the run folder in {place}; the image {wanted.image} where its nodes can pull it (--image).")
+    more = {
+        "lws": "LeaderWorkerSet 0.8 or later (leaderworkerset.x-k8s.io/v1)",
+        "kserve": "KServe 0.20 or later (serving.kserve.io/v1alpha2)",
+    }
+    also = [more[flavour]] if flavour in more else []
+    also += [f"the Secret {wanted.secret} with {inside.engine.key_variable}"] if wanted.secret else []
+    also += ["KEDA 2.18 or later, and a Prometheus that scrapes the pods"] if wanted.most else []
+    also += ["a spare pod's worth of GPUs while something is changed"] if served.gpus and flavour != "kserve" else []
+    return [*lines, *([f"Needs too: {'; '.join(also)}."] if also else [])]
+
+
+def _emit(made: list[Object], head: list[str], out: Path | None, *, as_json: bool) -> None:
+    """Manifests as YAML, or as one List in JSON, to stdout or a file; kubectl reads both."""
+    text = to_yaml(made, head)
+    if as_json:
+        text = json.dumps({"apiVersion": "v1", "kind": "List", "items": made}, indent=2) + "\n"
+    if out:
+        write_atomic(out, text)
+        show.line(f"{len(made)} manifests in {out}", err=True)
+    else:
+        typer.echo(text, nl=False)
 
 
 def check(

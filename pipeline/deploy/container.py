@@ -1,12 +1,21 @@
-"""An engine's server in a container: the one place where its words come from, for compose and for Kubernetes."""
+"""An engine's server in a container: the one place where its words come from, for compose and for Kubernetes; and a pod's run folder."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from pipeline.engines.base import Container, Engine, require_feasible
 from pipeline.errors import InputError
 from pipeline.planning.plan import Plan, Request
+
+Object = dict[str, Any]
+# where a pod has the runs
+RUNS = PurePosixPath("/runs")
+DNS_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
+FILE_PATH = re.compile(r"(?!.*(?:^|/)\.{1,2}(?:/|$))[A-Za-z0-9._/-]+")
+_IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]*@sha256:[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -36,3 +45,36 @@ def contained(engine: Engine, request: Request, path: Path, port: int = 0) -> Co
     require_feasible(plan)
     launch = engine.launch(plan, placed, host="0.0.0.0", port=port or engine.default_port)
     return Contained(engine, engine.container, placed, plan, launch.argv[len(engine.program()) :], launch.env)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where a pod has the run folder from: a claim's folder of runs, or an image whose root is the run folder."""
+
+    claim: str = ""
+    path: str = ""
+    image: str = ""
+
+    @classmethod
+    def of(cls, text: str) -> "Storage":
+        """Read ``pvc://CLAIM[/FOLDER]`` or ``image://REFERENCE@sha256:...``; InputError for anything else."""
+        kind, _, rest = text.partition("://")
+        claim, _, path = rest.partition("/")
+        path = path.strip("/")
+        if kind == "pvc" and DNS_NAME.fullmatch(claim) and (not path or FILE_PATH.fullmatch(path)):
+            return cls(claim=claim, path=path)
+        if kind == "image" and _IMAGE.fullmatch(rest):
+            return cls(image=rest)
+        remedy = "pvc://CLAIM or pvc://CLAIM/FOLDER, or image://REGISTRY/NAME@sha256:DIGEST (a tag may be given other bytes)"
+        raise InputError(f"--storage {text!r} is no place for a run folder", remedy=remedy)
+
+    def volume(self, *, read_only: bool = True) -> Object:
+        """The pod's volume."""
+        if self.image:
+            return {"name": "runs", "image": {"reference": self.image, "pullPolicy": "IfNotPresent"}}
+        return {"name": "runs", "persistentVolumeClaim": {"claimName": self.claim, "readOnly": read_only}}
+
+    def mount(self, run: str) -> Object:
+        """The run's folder at its place in a container; of a claim nothing else is seen there."""
+        below = {} if self.image else {"subPath": f"{self.path}/{run}".lstrip("/")}
+        return {"name": "runs", "mountPath": str(RUNS / run), "readOnly": True, **below}

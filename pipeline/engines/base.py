@@ -75,13 +75,14 @@ class Availability:
 
 @dataclass(frozen=True)
 class Container:
-    """How docker compose runs an engine.
+    """How docker compose and Kubernetes run an engine.
 
     ``image`` is empty for an engine that needs a GPU. ``variables`` are documented variables that override a planned flag,
     ``gpu_flags`` flags with a default that the GPU file always has, ``entry`` the words before the flags where the image's
     entry point is not the server, ``health`` the test ("{port}" is filled in; empty: /health asked with the image's Python),
     ``create`` the command that makes a run's model ("{model}") in the server that the variable ``create_at`` names, where the
-    server is started without one.
+    server is started without one. On Kubernetes ``program`` are the words that start the server in its image, ``drain`` flags with
+    which it finishes what it answers before it ends, ``queue`` the Prometheus metric of requests that wait.
     """
 
     gpu_image: str
@@ -95,6 +96,9 @@ class Container:
     gpu_ipc: str = ""
     create: tuple[str, ...] = ()
     create_at: str = ""
+    program: tuple[str, ...] = ()
+    drain: tuple[str, ...] = ()
+    queue: str = ""
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,8 @@ class Engine(ABC):
     serves_adapters: ClassVar[bool] = False
     # one model can be held by several machines: ``plan`` reads Request.nodes
     spans_nodes: ClassVar[bool] = False
+    # the variable that tells a node of such a model its own address
+    address_variable: ClassVar[str] = ""
     # whether its program lists its flags with --help
     tells_flags: ClassVar[bool] = False
     # settings known where the engine is not installed
@@ -196,6 +202,18 @@ class Engine(ABC):
         """
         self.require_nodes()
         raise NotImplementedError(f"{self.name} spans nodes and says not how")
+
+    def rank_flags(self, rank: int | str, master: str) -> list[str]:
+        """The words that tell a node of a plan over several which one it is, and where the first is."""
+        self.require_nodes()
+        raise NotImplementedError(f"{self.name} spans nodes and says not how")
+
+    def kserve_arguments(self, plan: Plan) -> list[str]:
+        """A plan's words for a server that KServe's LLMInferenceService starts, without what that says itself.
+
+        InputError for an engine that it does not start.
+        """
+        raise InputError(f"KServe's LLMInferenceService does not start {self.title}", remedy="use vllm, or --flavour deployment")
 
     def require_nodes(self) -> None:
         """Raise InputError for an engine that cannot hold one model on several machines."""

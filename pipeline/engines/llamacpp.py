@@ -85,6 +85,7 @@ class LlamaCpp(Engine):
         gpu_image="ghcr.io/ggml-org/llama.cpp:server-cuda-b10731",
         variables={"--alias": "LLAMACPP_MODEL", "-c": "LLAMACPP_CTX_SIZE", "--parallel": "LLAMACPP_PARALLEL"},
         health=("CMD", "curl", "-fsS", "http://127.0.0.1:{port}/health"),
+        program=("/app/llama-server",),
     )
 
     def available(self) -> Availability:

@@ -105,6 +105,7 @@ class Ollama(Engine):
         volumes=("ollama:/root/.ollama",),
         create=("ollama", "create", "{model}", "-f", "Modelfile"),
         create_at="OLLAMA_HOST",
+        program=("ollama",),
     )
 
     def available(self) -> Availability:

