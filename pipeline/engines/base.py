@@ -156,6 +156,8 @@ class Engine(ABC):
     serves_adapters: ClassVar[bool] = False
     # one model can be held by several machines: ``plan`` reads Request.nodes
     spans_nodes: ClassVar[bool] = False
+    # what the log of a headless node says once it waits for the others
+    joined: ClassVar[str] = ""
     # whether its program lists its flags with --help
     tells_flags: ClassVar[bool] = False
     # settings known where the engine is not installed
