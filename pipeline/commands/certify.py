@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from pipeline import config
+from pipeline import config, engines
 from pipeline.certify import hub
 from pipeline.certify.certificate import place, require_certified
 from pipeline.certify.publish import publish, table, write_card
@@ -34,6 +34,9 @@ def certify(
     public_key: Annotated[
         Path | None, Option(metavar="KEY.pem", help="With --offline: check the signed certificate too.")
     ] = None,
+    unmerged: Annotated[
+        bool, Option("--unmerged", help="Question the adapter as a server applies it to its base, not the merged model.")
+    ] = False,
     offline: Annotated[bool, Option("--offline", help="Only what files prove: no server, no model in memory.")] = False,
     remote_ok: options.RemoteOk = False,
     agent: options.Agent = None,
@@ -46,6 +49,9 @@ def certify(
     folder (certificate.json, junit.xml), adds it to the report, and writes the model card README.md. Exit code 1 when a link
     is broken or nothing is proven for it; the message names it. --offline passes on what files prove, and says what they do not;
     it writes offline.json where a certificate of served models is there.
+
+    With --unmerged a backend that serves adapters by name is questioned: the one at its configured address that lists this run's
+    adapter (serve --adapters), else one that is started for it. Served is then base + adapter, held to the same bounds.
 
     Your own checks: a YAML list of entries with a prompt (or messages) and a check, one of exact, contains, regex, json_schema; or
     module:function, which gets ask(prompt or messages) and returns names with true, false or a share. See docs/examples.
@@ -60,12 +66,16 @@ def certify(
 
     if public_key is not None and not offline:
         raise InputError("--public-key checks a signed certificate, which only --offline does", remedy="add --offline")
+    if unmerged and offline:
+        raise InputError("--unmerged questions a server, which --offline does not", remedy="leave one of the two out")
+    if unmerged and backends == _DEFAULT:
+        backends = ",".join(engine.name for engine in engines.every() if engine.serves_adapters)
     this = options.folder(agent, run, output)
     options.allow_remote(remote_ok)
     if offline:
         certificate = offline_module.certify_offline(this, public_key)
     else:
-        scope = certify.Scope(tuple(options.listed(backends)), prompts, own=tuple(own or ()), tasks=tasks)
+        scope = certify.Scope(tuple(options.listed(backends)), prompts, own=tuple(own or ()), tasks=tasks, unmerged=unmerged)
         certificate = certify.certify(this, config.load(), scope)
     if sign is not None:
         with lock.held(this, "certify"):

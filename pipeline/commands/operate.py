@@ -17,6 +17,7 @@ from pipeline.errors import EngineError, InputError
 from pipeline.machine.named import hardware_from
 from pipeline.net.client import wait_for
 from pipeline.operate import registry
+from pipeline.operate.agents import Agents, Sharing, sharing
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT
 
 _STYLE = {"ok": "green", "warn": "yellow", "fail": "bold red"}
@@ -96,23 +97,47 @@ def choose(
     users: Annotated[int, Option(min=1, help="People or agents asking at the same time.")] = 1,
     purpose: Annotated[str, Option(help="try, develop, serve or batch.")] = "serve",
     machine: options.Hardware = None,
+    output: options.Output = DEFAULT_OUTPUT,
     as_json: options.AsJson = False,
 ) -> None:
     """Answer "which backend for me?" from the hardware, the number of users and the purpose, with the reasons.
+
+    Agents of agents.yaml whose runs share a base are proposed for one server with their adapters: what that saves and loses.
 
     Examples:
       granite-pipeline choose --users 20
       granite-pipeline choose --hardware 2xa10g --users 200 --purpose batch
     """
     answer = recommend(hardware_from(machine), users, purpose)
+    shared = sharing(Agents.load(settings_file.load().agents_file), output, hardware_from(machine))
     if as_json:
-        show.as_json(answer.to_json())
+        show.as_json(answer.to_json() | {"sharing": [one.to_json() for one in shared]})
         return
     show.line(f"{answer.backend}: {answer.command}", style="bold")
     for reason in answer.reasons:
         show.line(f"- {reason}")
     for name, why in answer.others.items():
         show.line(f"not {name}: {why}", style="dim")
+    for one in shared:
+        _show(one)
+
+
+def _show(one: Sharing) -> None:
+    """One base that several agents share, as said to people."""
+    for name, why in one.left_out.items():
+        show.line(f"agent {name} keeps a server of its own: {why}", style="yellow")
+    if one.refused:
+        show.line(f"its base is shared by several agents, and one server for all is not possible: {one.refused}", style="yellow")
+        return
+    apart, together = one.apart, one.together
+    saved = f"{together.words()}, against {apart.words()} for {apart.servers} servers"
+    twice = f"with a second copy of each {together.words(2)} against {apart.words(2)}"
+    show.line(f"{', '.join(one.agents)} share a base: their adapters on one server take {saved}; {twice}", style="bold")
+    show.line(one.command)
+    for name, entry in one.agents.items():
+        show.line(f"  {name}: {{{', '.join(f'{key}: {value}' for key, value in entry.items())}}}")
+    for words in one.lost:
+        show.line(f"- lost: {words}")
 
 
 def doctor(

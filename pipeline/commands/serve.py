@@ -22,8 +22,6 @@ from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
 from pipeline.serve import backends, records, server, start
 from pipeline.serve.start import Endpoint, Options, Target
 
-_EARLY_SECONDS = 5.0
-
 
 def serve(
     engine: Annotated[str, Argument(help="vllm, llamacpp, ollama or sglang; default: LLM_BACKEND.")] = "",
@@ -120,18 +118,13 @@ def _every_node(machine: str | None, nodes: int) -> Hardware | None:
 
 
 def _join(engine: str, target: Target, how: Options, *, detach: bool) -> None:
-    """Run a headless node in the foreground until interrupted, or (``detach``) leave it running once it has not died at once."""
+    """Run a headless node in the foreground until interrupted, or (``detach``) leave it running."""
     with show.progress(f"starting {engine}") as progress:
         process = start.join(engine, target, how, progress)
     folder = process.log.parents[1]
     show.line(f"it is up when machine 0 is; granite-pipeline stop --run {folder.name} ends it", err=True)
     if not detach:
         attend(process, folder / "servers")
-        return
-    time.sleep(_EARLY_SECONDS)
-    if not process.alive:
-        records.end(process, folder / "servers")
-        raise server.failure(process, "ended at once")
 
 
 def _there(engine: Engine, settings: config.Settings) -> Endpoint | None:

@@ -162,6 +162,8 @@ class Engine(ABC):
     spans_nodes: ClassVar[bool] = False
     # the variable that tells a node of such a model its own address
     address_variable: ClassVar[str] = ""
+    # what the log of a headless node says once it waits for the others
+    joined: ClassVar[str] = ""
     # whether its program lists its flags with --help
     tells_flags: ClassVar[bool] = False
     # settings known where the engine is not installed

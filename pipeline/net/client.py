@@ -7,6 +7,7 @@ import ssl
 from collections.abc import Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -27,6 +28,8 @@ TIMEOUT = httpx.Timeout(300, connect=10)
 _TEMPLATE_REFUSED = (400, 422, 500)
 _EVIDENCE = 2000
 _SOCKS = ("socks5", "socks5h")
+# (host, address) while one of several servers of a name is asked
+_ONE: ContextVar[tuple[str, str] | None] = ContextVar("one of a name's servers", default=None)
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ def proxy_of(url: str) -> Proxy | None:
 
     Raises InputError for a value that is no proxy, MissingDependency where a package for SOCKS is not installed.
     """
+    if address_of(url):  # a proxy would look the name up again
+        return None
     found, scheme = getproxies(), urlsplit(url).scheme
     kind = next((kind for kind in (scheme, "all") if found.get(kind)), None)
     if kind is None or spared(url):
@@ -69,6 +74,51 @@ def proxy_of(url: str) -> Proxy | None:
     if address.startswith(_SOCKS) and find_spec("socksio") is None:
         raise MissingDependency(f"{source} is a SOCKS proxy, and socksio is not installed", remedy="make setup")
     return Proxy(address, source)
+
+
+@contextmanager
+def at_address(url: str, address: str) -> Iterator[None]:
+    """Let clients that are opened inside connect to one address of a URL's host, without a proxy; Host and TLS keep the name."""
+    token = _ONE.set((urlsplit(url).hostname or "", address))
+    try:
+        yield
+    finally:
+        _ONE.reset(token)
+
+
+def address_of(url: str) -> str:
+    """The address that :func:`at_address` chose for a URL's host; empty when it is looked up as usual."""
+    chosen = _ONE.get()
+    return chosen[1] if chosen and chosen[0] == urlsplit(url).hostname else ""
+
+
+def _readdressed(request: httpx.Request, address: str) -> httpx.Request:
+    """The same request, connected elsewhere: its Host header is written already, and TLS asks for the name."""
+    extensions = {**request.extensions, "sni_hostname": request.url.host}
+    url = request.url.copy_with(host=address)
+    return httpx.Request(request.method, url, headers=request.headers, stream=request.stream, extensions=extensions)
+
+
+class _OneAddress(httpx.HTTPTransport):
+    """Connects to an address, whatever the host of the URL."""
+
+    def __init__(self, address: str, settings: Mapping[str, Any]) -> None:
+        super().__init__(verify=settings["verify"], limits=settings["limits"])
+        self.address = address
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        return super().handle_request(_readdressed(request, self.address))
+
+
+class _OneAddressAsync(httpx.AsyncHTTPTransport):
+    """As :class:`_OneAddress`, for asynchronous code."""
+
+    def __init__(self, address: str, settings: Mapping[str, Any]) -> None:
+        super().__init__(verify=settings["verify"], limits=settings["limits"])
+        self.address = address
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        return await super().handle_async_request(_readdressed(request, self.address))
 
 
 class Refused(EngineError):
@@ -109,13 +159,15 @@ def route(url: str) -> dict[str, Any]:
 def open_client(url: str, key: str = "", timeout: float | httpx.Timeout = TIMEOUT) -> httpx.Client:
     """A client for one server (``url`` without ``/v1``), to be closed by the caller; InputError for a URL or key HTTP forbids."""
     with _usable(url):
-        return httpx.Client(**client_settings(url, key, timeout))
+        settings, address = client_settings(url, key, timeout), address_of(url)
+        return httpx.Client(**settings, transport=_OneAddress(address, settings) if address else None)
 
 
 def open_async(url: str, key: str = "", timeout: float | httpx.Timeout = TIMEOUT) -> httpx.AsyncClient:
     """As :func:`open_client`, for asynchronous code."""
     with _usable(url):
-        return httpx.AsyncClient(**client_settings(url, key, timeout))
+        settings, address = client_settings(url, key, timeout), address_of(url)
+        return httpx.AsyncClient(**settings, transport=_OneAddressAsync(address, settings) if address else None)
 
 
 def bearer(key: str) -> dict[str, str]:

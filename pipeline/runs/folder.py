@@ -66,6 +66,7 @@ class RunFolder:
     heldout = Part("heldout.jsonl")  # Held-out conversations, control tokens neutralised, one JSON object a line
     certificate = Part("certificate")  # certificate.json, its JUnit file, and the evidence it was judged on
     certificate_file = Part("certificate", "certificate.json")  # The certificate itself
+    replicas = Part("certificate", "replicas.json")  # What each address behind a name was found to be
     servers = Part("servers")  # Records of the servers that were started for this run
     probes = Part("reference", "probes.json")  # In-process next-token distributions at some positions, for the certificate
 

