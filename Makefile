@@ -13,7 +13,7 @@ opt = $(if $($(1)),$(2) '$($(1))')
 TRAIN_OPTIONS = $(call opt,BASE,--base) $(call opt,DATA,--data) $(call opt,EVAL_DATA,--eval-data) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor run test test-all check lab train export modelfile parity verify certify report runs prune long status ps logs stop bench clean \
+.PHONY: help setup doctor run sweep test test-all check lab train export modelfile parity verify certify report runs prune long status ps logs stop bench clean \
         config gateway status-api compose \
         train-serve-ollama train-serve-vllm train-serve-llamacpp
 
@@ -43,6 +43,10 @@ doctor: $(STAMP) ## check machine, packages, ports and the run's files, then the
 
 run: $(STAMP) ## fine-tune, export, serve and verify; open the report it names at the end
 	$(PIPELINE) run $(RUN) $(TRAIN_OPTIONS) $(call opt,BACKENDS,--backends)
+
+SPEC ?= sweep.yaml
+sweep: $(STAMP) ## the runs of a spec, and one page that compares them (SPEC=sweep.yaml ARGS='--jobs 2')
+	$(PIPELINE) sweep '$(SPEC)' --output '$(OUTPUT)' $(ARGS)
 
 # a worker a core, each with whole files (tests/conftest.py); ARGS='-n 0' runs one test at a time
 PYTEST = $(BIN)/python -m pytest -n auto

@@ -16,7 +16,7 @@ pipeline/modelfile pipeline/engines
 pipeline/config.py
 pipeline/serve
 pipeline/verify pipeline/operate pipeline/deploy.py pipeline/batch.py
-pipeline/certify pipeline/doctor pipeline/integrations
+pipeline/certify pipeline/doctor pipeline/integrations pipeline/sweep
 training
 pipeline/commands
 pipeline/cli.py pipeline/__main__.py

@@ -2,7 +2,7 @@
 
 # panels of the overview, each with its verbs; a verb's function has its name
 PANELS = {
-    "The line": ("run", "data", "train", "export"),
+    "The line": ("run", "sweep", "data", "train", "export"),
     "Serving": ("hardware", "plan", "serve", "status", "ps", "logs", "stop", "warmup"),
     "Proof": ("verify", "certify", "report", "parity", "render", "modelfile"),
     "Operating": ("gateway", "status-api", "config", "models", "choose", "doctor", "compose", "systemd"),
