@@ -34,7 +34,7 @@ from pipeline.runs.files import disk_errors_named, sweep, write_atomic
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.lease import FILES, guarded
 
-__all__ = ["FILES", "VARIABLE", "Holder", "Process", "guarded", "held", "holder"]
+__all__ = ["FILES", "VARIABLE", "Holder", "Process", "guarded", "held", "holder", "place"]
 
 log = logging.getLogger(__name__)
 VARIABLE = "GRANITE_PIPELINE_LOCK"
@@ -268,6 +268,11 @@ def _boot() -> str:
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
+
+
+def place() -> str:
+    """Where the number of a process means the same: boot and PID namespace; empty where the system does not tell them."""
+    return f"{_boot()} {_namespace()}".strip()
 
 
 def _namespace() -> str:

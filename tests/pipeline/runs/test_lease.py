@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -52,7 +53,7 @@ def test_an_owner_that_cannot_be_asked_is_believed_while_it_gives_signs(elsewher
     _silent(run, 3)
     with pytest.raises(RunLocked) as caught, lock.held(run, "export"):
         pass
-    assert "renewed 3 s ago" in caught.value.evidence
+    assert re.search(r"renewed \d+ s ago$", caught.value.evidence)
     assert ("in another container or before a restart" in caught.value.evidence) == ("host" not in elsewhere)
     assert caught.value.remedy.endswith("it is taken over 60 s after the last sign of that machine")
 
@@ -63,7 +64,7 @@ def test_one_without_a_sign_is_taken_over_and_swept(
 ) -> None:
     monkeypatch.setattr(lease, "LEASE", 1.0)
     _record(run, **elsewhere)
-    _silent(run, 61)
+    _silent(run, HOUR)
     (run.path / ".adapter.abcd1234").mkdir()
     (run.path / ".adapter.abcd1234" / "half").write_text("x" * 2**16)
     with caplog.at_level(logging.INFO), lock.held(run, "export"):
@@ -72,19 +73,19 @@ def test_one_without_a_sign_is_taken_over_and_swept(
         assert (there.verb, len(there.owners), leftovers(run.path)) == ("export", 1, [])
     assert "looking whether it gives a sign" in caplog.text
     assert "taken over from train, process" in caplog.text
-    assert "renewed 1.0 min ago, which is gone" in caplog.text
+    assert "renewed 1.0 h ago, which is gone" in caplog.text
 
 
 @pytest.mark.parametrize("hours", [-1, 1])
-@pytest.mark.parametrize("silent", [3, 61])
-def test_the_owners_clock_counts_for_nothing(hours: int, silent: int, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("silent", [3, HOUR])
+def test_the_owners_clock_counts_for_nothing(hours: int, silent: float, run: RunFolder) -> None:
     """What it wrote from its clock is an hour wrong, what the file server stamped is not."""
     _record(run, since=timedelta(hours=hours), host="node-b")
     _silent(run, silent)
     there = lock.holder(run)
     assert there is not None
     assert there.alive == (silent < 60)
-    assert f"renewed {'3 s' if silent == 3 else '1.0 min'} ago" in there.describe()
+    assert re.search(r"renewed \d+ s ago" if silent == 3 else r"renewed 1\.0 h ago", there.describe())
 
 
 class _Renewing:
@@ -108,12 +109,13 @@ class _Renewing:
         self.thread.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skew", [-HOUR, HOUR])
 @pytest.mark.parametrize("wait", [True, False])
 def test_clocks_an_hour_apart_change_nothing_where_clients_stamp_the_files(
     skew: float, wait: bool, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "LEASE", 1.5)
+    monkeypatch.setattr(lease, "LEASE", 4.5)
     _record(run, host="node-b")
     begun = time.monotonic()
     with _Renewing(run, skew, seconds=2.5):
@@ -130,14 +132,13 @@ def test_a_waiting_run_says_so_and_goes_on_when_the_other_ends(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(lock, "_TOLD_SECONDS", 1.0)
-    monkeypatch.setattr(lease, "LEASE", 9.0)
     _record(run, host="node-b")
-    ends = threading.Timer(1.7, (run.path / "lock.json").unlink)
+    ends = threading.Timer(2, (run.path / "lock.json").unlink)
     ends.start()
     with caplog.at_level(logging.WARNING), lock.held(run, "run", wait=True):
         ends.join()
     told = [record.getMessage() for record in caplog.records]
-    assert len(told) == 2  # at once, and each minute
+    assert len(told) >= 2  # at once, and each minute
     assert "run test is held by: train, process" in told[0]
     assert "on node-b, since" in told[0]
     assert "waiting for it; Ctrl-C ends that" in told[0]
@@ -145,7 +146,7 @@ def test_a_waiting_run_says_so_and_goes_on_when_the_other_ends(
 
 def test_ctrl_c_ends_the_waiting(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     _record(run, host="node-b")
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    monkeypatch.setattr(lock.log, "warning", lambda *_: os.kill(os.getpid(), signal.SIGINT))  # while it says that it waits
     with pytest.raises(KeyboardInterrupt), lock.held(run, "run", wait=True):
         pass
     assert json.loads((run.path / "lock.json").read_text())["token"] == "t"
@@ -159,23 +160,21 @@ def test_one_that_can_be_asked_is_not_waited_for(run: RunFolder) -> None:
     assert "taken over" not in caught.value.remedy
 
 
-def _age(run: RunFolder) -> float:
-    return lease.sign(run.path).ago
+def _until(true: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_a_holder_renews_until_it_leaves(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "LEASE", 0.6)
     with lock.held(run, "train"):
-        seen = set()
-        for _ in range(10):
-            time.sleep(0.1)
-            seen.add(lease.sign(run.path).at)
-            assert _age(run) < 0.6
-        assert len(seen) > 5
-    for thread in threading.enumerate():
-        if thread.name == "lease of test":
-            thread.join(1)
-            assert not thread.is_alive()
+        seen = [lease.sign(run.path).at]
+        for _ in range(3):
+            _until(lambda: lease.sign(run.path).at > seen[-1])
+            seen.append(lease.sign(run.path).at)
+    _until(lambda: not any(thread.name == "lease of test" for thread in threading.enumerate()))
 
 
 def test_renewals_that_fail_are_told_and_end_nothing(
@@ -185,18 +184,15 @@ def test_renewals_that_fail_are_told_and_end_nothing(
     away = run.path.with_name("unmounted")
     with caplog.at_level(logging.WARNING), lock.held(run, "train"):
         run.path.rename(away)  # the share is gone for a while
+        _until(lambda: "its lock cannot be renewed (No such file or directory); after 1 s without" in caplog.text)
         time.sleep(0.5)
         with pytest.raises(LeaseLost):
             write_atomic(run.manifest, "{}")
         assert not run.path.exists()  # nothing is written in its place on this machine's own disk
         away.rename(run.path)
-        time.sleep(0.5)
+        _until(lambda: "its lock is renewed again" in caplog.text)
         write_atomic(run.manifest, "{}")
-        assert _age(run) < 0.5
-    told = [record.getMessage() for record in caplog.records]
-    assert len(told) == 2
-    assert "its lock cannot be renewed (No such file or directory); after 1 s without" in told[0]
-    assert "its lock is renewed again" in told[1]
+    assert len(caplog.records) == 2
     assert lock.holder(run) is None
 
 
@@ -317,20 +313,22 @@ from pipeline.runs.hashes import sha256_json
 from pipeline.runs.stages import Partial, run_stage
 import logging
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-output, pause, wait, staging = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3] == "wait", float(sys.argv[4])
-lease.LEASE = 2.0
+output, wait, stands, key = Path(sys.argv[1]), sys.argv[2] == "wait", sys.argv[3], Path(sys.argv[4])
+lease.LEASE = 5.0
+def at(place):
+    print(place, flush=True)
+    while place == stands and not key.exists():
+        time.sleep(0.05)
 run = RunFolder("test", output)
 def work():
     partial = Partial(run.path / "steps.part", "k")
     for step in range(len(partial.done), 8):
-        print("step", step, flush=True)
+        at(f"step {step}")
         partial.add({str(step): sha256_json([step])})
-        time.sleep(pause)
     with staged(run.adapter) as target:
         target.mkdir()
         (target / "w").write_text(json.dumps(partial.done))
-        print("staging", flush=True)
-        time.sleep(staging)
+        at("staging")
     partial.remove()
     return {}
 try:
@@ -343,10 +341,13 @@ except PipelineError as error:
 """
 
 
-def _machine(
-    host: str | None, run: RunFolder, pause: float = 0.0, wait: str = "wait", staging: float = 0.0
-) -> AbstractContextManager[Machine]:
-    return machine(host, WORK, [run.output, pause, wait, staging], PYTHONPATH=str(Path(__file__).parents[3]))
+def _machine(host: str | None, run: RunFolder, stands: str = "", wait: str = "wait") -> AbstractContextManager[Machine]:
+    """A machine that does the run's eight steps; it ``stands`` at one of them until :func:`_go`."""
+    return machine(host, WORK, [run.output, wait, stands, run.output / f"go-{host}"], PYTHONPATH=str(Path(__file__).parents[3]))
+
+
+def _go(host: str | None, run: RunFolder) -> None:
+    (run.output / f"go-{host}").touch()
 
 
 @pytest.fixture(scope="module")
@@ -362,12 +363,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["step 3", pytest.param("staging", marks=pytest.mark.wide)])
 def test_a_run_whose_machine_was_switched_off_goes_on_on_another(when: str, whole: str, run: RunFolder) -> None:
-    with _machine("node-a", run, 0.3, staging=30) as a:
+    with _machine("node-a", run, when) as a:
         a.until(when)
-        with _machine("node-b", run, wait="now") as b:
-            assert b.end() == 3
-        assert "RunLocked run test is in use" in b.said
-        assert "on node-a, since" in b.said
+        with pytest.raises(RunLocked, match="run test is in use") as caught, lock.held(run, "export"):
+            pass
+        assert "on node-a, since" in caught.value.evidence
         a.off()
     with _machine("node-b", run) as b:
         assert b.end() == 0, b.said
@@ -379,13 +379,14 @@ def test_a_run_whose_machine_was_switched_off_goes_on_on_another(when: str, whol
 
 @pytest.mark.slow
 def test_a_living_container_of_the_same_host_name_is_not_taken_over(whole: str, run: RunFolder) -> None:
-    with _machine(None, run, staging=8) as a:
+    with _machine(None, run, "staging") as a:
         a.until("staging")
         with pytest.raises(RunLocked) as caught, lock.held(run, "export"):
             pass
         assert "in another container or before a restart, renewed" in caught.value.evidence
         with _machine(None, run) as b:  # it waits for the end of the first, and has nothing left to do
             b.until("waiting for it")
+            _go(None, run)
             assert (a.end(), b.end()) == (0, 0), (a.said, b.said)
     assert "skipped" in b.said
     assert "step 0" not in b.said
@@ -394,10 +395,11 @@ def test_a_living_container_of_the_same_host_name_is_not_taken_over(whole: str, 
 
 @pytest.fixture
 def suspended(whole: str, run: RunFolder) -> Iterator[Machine]:
-    """A machine that stands still in the middle of its work, for longer than the lease."""
-    with _machine("node-a", run, 0.3) as a:
+    """A machine that stands still in the middle of its work."""
+    with _machine("node-a", run, "step 3") as a:
         a.until("step 3")
         a.send(signal.SIGSTOP)
+        _go("node-a", run)
         yield a
 
 
@@ -406,12 +408,16 @@ def suspended(whole: str, run: RunFolder) -> Iterator[Machine]:
 def test_a_suspended_owner_that_was_taken_over_ends_at_its_next_publication(
     finished: bool, suspended: Machine, whole: str, run: RunFolder
 ) -> None:
-    with _machine("node-b", run, 0.0 if finished else 0.5) as b:
-        b.until("done" if finished else "step 5")
-        assert b.end() == 0 if finished else True
+    with _machine("node-b", run, "" if finished else "step 5") as b:
+        if finished:
+            assert b.end() == 0, b.said
+        else:
+            b.until("step 5")
         suspended.send(signal.SIGCONT)
-        assert suspended.end() == 3
-        assert b.end() == 0 if not finished else True
+        assert suspended.end() == 3, suspended.said
+        if not finished:
+            _go("node-b", run)
+            assert b.end() == 0, b.said
     assert "LeaseLost run test was taken over by another process" in suspended.said
     assert "is left as it is" in suspended.said
     assert "Traceback" not in suspended.said
@@ -423,7 +429,7 @@ def test_a_suspended_owner_that_was_taken_over_ends_at_its_next_publication(
 @pytest.mark.slow
 @pytest.mark.wide
 def test_a_suspended_owner_that_nobody_missed_goes_on(suspended: Machine, whole: str, run: RunFolder) -> None:
-    time.sleep(2.5)
+    time.sleep(5.5)
     suspended.send(signal.SIGCONT)
-    assert suspended.end() == 0
+    assert suspended.end() == 0, suspended.said
     assert sha256_tree(run.adapter) == whole
