@@ -13,8 +13,8 @@ opt = $(if $($(1)),$(2) '$($(1))')
 TRAIN_OPTIONS = $(call opt,BASE,--base) $(call opt,DATA,--data) $(call opt,EVAL_DATA,--eval-data) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor run test test-all check lab train export modelfile parity verify certify report runs prune long status ps logs stop bench clean \
-        config gateway status-api compose \
+.PHONY: help setup doctor run sweep test test-all check lab train export modelfile parity verify certify report runs prune long status ps logs stop bench clean \
+        config gateway status-api compose kubernetes \
         train-serve-ollama train-serve-vllm train-serve-llamacpp
 
 help: ## list the targets
@@ -43,6 +43,10 @@ doctor: $(STAMP) ## check machine, packages, ports and the run's files, then the
 
 run: $(STAMP) ## fine-tune, export, serve and verify; open the report it names at the end
 	$(PIPELINE) run $(RUN) $(TRAIN_OPTIONS) $(call opt,BACKENDS,--backends)
+
+SPEC ?= sweep.yaml
+sweep: $(STAMP) ## the runs of a spec, and one page that compares them (SPEC=sweep.yaml ARGS='--jobs 2')
+	$(PIPELINE) sweep '$(SPEC)' --output '$(OUTPUT)' $(ARGS)
 
 # a worker a core, each with whole files (tests/conftest.py); ARGS='-n 0' runs one test at a time
 PYTEST = $(BIN)/python -m pytest -n auto
@@ -128,6 +132,9 @@ status-api: $(STAMP) ## health of the backends on port 8080 (page, JSON, /metric
 compose: $(STAMP) ## make docker-compose.yml and docker-compose.gpu.yml again from the plans
 	$(PIPELINE) compose > docker-compose.yml.new && mv docker-compose.yml.new docker-compose.yml
 	$(PIPELINE) compose --gpu > docker-compose.gpu.yml.new && mv docker-compose.gpu.yml.new docker-compose.gpu.yml
+
+kubernetes: $(STAMP) ## print the manifests that serve the run on a cluster (ARGS='--engine vllm --hardware l4 --replicas 2')
+	@$(PIPELINE) kubernetes $(RUN) $(ARGS)
 
 clean: ## remove the environment and caches; runs in training/output are kept
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -93,7 +93,7 @@ def declared_by(stages: Sequence[str], parameters: Mapping[str, Any]) -> dict[st
 def run_notebooks(run: RunFolder, stages: Sequence[str], parameters: Mapping[str, Any]) -> list[Executed]:
     """Execute the notebooks; each gets the parameters it declares, and one that none declares is refused.
 
-    Raises the error that a cell raised (with the cell shown), so that the exit code is the stage's own.
+    A run that another machine works on is waited for. Raises the error that a cell raised (with the cell shown), so that the exit code is the stage's own.
     """
     try:
         import papermill
@@ -101,7 +101,7 @@ def run_notebooks(run: RunFolder, stages: Sequence[str], parameters: Mapping[str
         remedy = "make setup, or pip install 'granite-pipeline[notebook]'"
         raise MissingDependency("papermill is not installed", remedy=remedy) from None
     declared, done = declared_by(stages, parameters), []
-    with lock.held(run, "run"), _interrupts_kernel():
+    with lock.held(run, "run", wait=True), _interrupts_kernel(), tempfile.TemporaryDirectory(prefix="granite-") as scratch:
         run.notebooks.mkdir(parents=True, exist_ok=True)
         for stage in stages:
             copy, begun = run.notebooks / f"{stage}.ipynb", time.monotonic()
@@ -109,7 +109,8 @@ def run_notebooks(run: RunFolder, stages: Sequence[str], parameters: Mapping[str
             wanted = {name: value for name, value in parameters.items() if name in declared[stage]} | _ahead(
                 stage, declared, parameters
             )
-            running = run.notebooks / f".{stage}.running.ipynb"
+            # where no other machine can write: whoever takes the run over writes its own
+            running = Path(scratch) / copy.name
             try:
                 _execute(FOLDER / f"{stage}.ipynb", running, wanted)
             except papermill.PapermillExecutionError as error:
@@ -117,7 +118,6 @@ def run_notebooks(run: RunFolder, stages: Sequence[str], parameters: Mapping[str
             finally:
                 if running.is_file():  # a cell may have printed a secret
                     write_atomic(copy, mask(running.read_text(encoding="utf-8")))
-                    running.unlink()
             done.append(Executed(stage, copy, time.monotonic() - begun))
             interrupt.leave_if_asked(f"notebook {stage} is finished, what it made is kept")
     return done

@@ -8,6 +8,7 @@
     ├── Interrupted                    130      the user stopped it; what was done is kept
     └── EnvironmentFailure               3      the machine or an engine is not able to
         ├── RunLocked                           another process works on the run
+        ├── LeaseLost                           another process took the run over from this one
         ├── OutOfMemory                         a stage does not fit this machine's memory
         ├── MissingDependency                   a package or program is not installed
         ├── DiskFull                            not enough space for the next artefact
@@ -69,6 +70,10 @@ class Interrupted(PipelineError):
 
 class RunLocked(EnvironmentFailure):
     """Another process holds the run; the evidence names it."""
+
+
+class LeaseLost(EnvironmentFailure):
+    """Another process took the run over while this one gave no sign of life; what was to be written was not."""
 
 
 class OutOfMemory(EnvironmentFailure):

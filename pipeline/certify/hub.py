@@ -17,6 +17,7 @@ from pipeline.errors import EnvironmentFailure, InputError, MissingDependency
 from pipeline.net.client import proxy_of
 from pipeline.report.certificate import changed_files
 from pipeline.report.check import Check, held
+from pipeline.runs import lease
 from pipeline.runs.files import read_json, tree_bytes, write_json
 from pipeline.runs.folder import RunFolder
 
@@ -124,6 +125,7 @@ def sign(run: RunFolder, private_key: Path) -> Path:
     """Sign ``certificate.json`` with an elliptic-curve key (PEM); returns the signature's path."""
     signing = _library().signing
     certificate, signature = run.certificate_file, run.certificate / _SIGNATURE
+    lease.require_held(signature)
     try:
         signing.Config().use_elliptic_key_signer(private_key=private_key).sign(certificate, signature)
     except (OSError, ValueError, TypeError) as error:

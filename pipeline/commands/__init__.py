@@ -2,7 +2,7 @@
 
 # panels of the overview, each with its verbs; a verb's function has its name
 PANELS = {
-    "The line": ("run", "data", "train", "export"),
+    "The line": ("run", "sweep", "data", "train", "export"),
     "Serving": ("hardware", "plan", "serve", "status", "ps", "logs", "stop", "warmup"),
     "Proof": ("verify", "certify", "check", "report", "parity", "render", "modelfile"),
     "Operating": ("gateway", "status-api", "config", "models", "choose", "doctor", "compose", "systemd", "kubernetes"),
@@ -19,7 +19,7 @@ _SHARED = {
     "certify": ("card", "push"),
     "kubernetes": ("check",),
     "prompts": ("parity", "render", "modelfile"),
-    "deploy": ("gateway", "status-api", "compose", "systemd", "kubernetes"),
+    "deploy": ("gateway", "status-api", "compose", "systemd"),
 }
 # verb -> file: its own name, unless it stands in another's
 FILES = {verb: verb for verbs in PANELS.values() for verb in verbs}

@@ -5,10 +5,10 @@ import json
 import re
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Option
@@ -16,13 +16,17 @@ from typer import Option
 from pipeline import config, engines
 from pipeline.commands import options, show
 from pipeline.deploy.container import RUNS, Object, Storage, contained
-from pipeline.deploy.flavours import FLAVOURS
+from pipeline.deploy.flavours import FLAVOURS, Sweep, sweep_job
 from pipeline.deploy.kubernetes import IMAGE, PROMETHEUS, Options, Served, to_yaml
+from pipeline.engines.base import Engine
 from pipeline.errors import InputError, VerificationFailed
 from pipeline.machine.named import hardware_from
+from pipeline.planning.plan import Request
 from pipeline.runs.files import tree_bytes, write_atomic
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
+from pipeline.runs.hashes import sha256_file
 from pipeline.runs.manifest import Manifest
+from pipeline.runs.text import mask
 from pipeline.serve.artefacts import changed_files, manifest_hash, of_file
 from pipeline.serve.start import Options as Start
 from pipeline.serve.start import Target, request_for
@@ -34,12 +38,16 @@ _SECONDS = 10.0
 
 
 def kubernetes(
+    ctx: typer.Context,
     run: options.Run = DEFAULT_NAME,
     engine: Annotated[str, Option("--engine", help="vllm, llamacpp, ollama or sglang; default: LLM_BACKEND.")] = "",
+    sweep: Annotated[
+        Path | None, Option("--sweep", metavar="SPEC.yaml", help="A Job that does a sweep, a pod a run, instead.")
+    ] = None,
     flavour: Annotated[str, Option("--flavour", help="deployment, lws (one model over several nodes) or kserve.")] = "",
     machine: options.Hardware = None,
     nodes: options.Nodes = 1,
-    replicas: Annotated[int, Option("--replicas", min=1, help="Copies of the whole model.")] = 1,
+    replicas: Annotated[int, Option("--replicas", min=0, help="Copies of the whole model; of a sweep, runs at once.")] = 0,
     max_replicas: Annotated[int, Option("--max-replicas", help="Let KEDA add copies while requests wait, up to these.")] = 0,
     storage: Annotated[
         str, Option("--storage", metavar="pvc://CLAIM[/FOLDER]|image://REF@sha256:...", help="Where the run folder is.")
@@ -50,6 +58,7 @@ def kubernetes(
     ] = "",
     runtime_class: Annotated[str, Option("--runtime-class", help="RuntimeClass of GPU pods, e.g. nvidia on Talos.")] = "",
     prometheus: Annotated[str, Option("--prometheus", help="Where KEDA asks for the queue.")] = PROMETHEUS,
+    queue: Annotated[str, Option("--queue", help="Kueue's queue for a sweep.")] = "",
     setting: options.Set = None,
     name: options.ServedName = None,
     output: options.Output = DEFAULT_OUTPUT,
@@ -67,36 +76,72 @@ def kubernetes(
     Examples:
       granite-pipeline kubernetes --run mine --engine vllm --hardware l4 --replicas 2 > mine.yaml
       granite-pipeline kubernetes --run mine --hardware 2xl4 --nodes 2 --flavour lws --storage pvc://shared/runs > mine.yaml
+      granite-pipeline kubernetes --sweep sweep.yaml --replicas 8 --image REGISTRY/granite:1 > job.yaml
       granite-pipeline kubernetes --run mine --hardware l4 --max-replicas 8 --secret llm-keys --runtime-class nvidia > mine.yaml
     """
-    run, engine, name = options.chosen(agent, run, engine, name)
+    place, wanted = Storage.of(storage), Options(max(1, replicas), max_replicas, image, secret, runtime_class, prometheus)
+    if sweep:
+        made, said = _job(sweep, place, wanted, replicas, queue)
+    else:
+        chosen, target, request = _request(options.chosen(agent, run, engine, name), machine, output, options.overrides(setting))
+        if nodes > 1:
+            chosen.require_nodes()
+        flavour = flavour or ("lws" if nodes > 1 else "deployment")
+        options.require_known("flavour", flavour, list(FLAVOURS))
+        served = _to_serve(chosen, target, replace(request, nodes=nodes), place, wanted)
+        made, said = FLAVOURS[flavour](served), _needs(served, flavour)
+    _emit(made, [f"Made by: {mask(_command(ctx))}", *said], out, as_json=as_json)
+
+
+def _request(
+    meant: options.Chosen[str], machine: str | None, output: Path, given: dict[str, str]
+) -> tuple[Engine, Target, Request]:
+    """The engine, the run's artefact that it serves, and what is asked of a plan: as ``plan`` and ``serve`` ask for this machine."""
     settings = config.load()
-    chosen, folder = engines.get(engine or settings.llm_backend), RunFolder(run, output)
-    flavour = flavour or ("lws" if nodes > 1 else "deployment")
-    options.require_known("flavour", flavour, list(FLAVOURS))
-    if nodes > 1:
-        chosen.require_nodes()
-    given = options.overrides(setting)
-    if machine is None:  # as plan and serve do on this machine
+    chosen, name = engines.get(meant.engine or settings.llm_backend), meant.model
+    if machine is None:
         name, given = name or settings.address(chosen.name).model or None, {**settings.overrides(chosen.name), **given}
-    target = Target.of_run(folder, chosen.name, name)
-    hardware = hardware_from(machine, output)
-    request = replace(request_for(target, Start("serve", overrides=given), hardware), nodes=nodes)
-    vouched = of_file(target.model)
+    target = Target.of_run(RunFolder(meant.run, output), chosen.name, name)
+    return chosen, target, request_for(target, Start("serve", overrides=given), hardware_from(machine, output))
+
+
+def _to_serve(chosen: Engine, target: Target, request: Request, storage: Storage, wanted: Options) -> Served:
+    """The fine-tune with its manifest hash; InputError where the files here are not those on record: no pod would start with them."""
+    run, vouched = target.folder.name, of_file(target.model)
     if vouched is None:
         what = f"{target.model} is not what the manifest of run {run} recorded: no pod would start with it"
         raise InputError(what, remedy=f"granite-pipeline export --run {run}")
-    inside = contained(chosen, request, Path(RUNS / run / target.model.name))
-    wanted = Options(replicas, max_replicas, image, secret, runtime_class, prometheus)
-    served = Served(run, vouched.fine_tune, inside, Storage.of(storage), wanted)
-    made = FLAVOURS[flavour](served)
-    said = [("--run", run), ("--engine", chosen.name), ("--flavour", flavour), ("--hardware", machine or "")]
-    said += [("--nodes", str(nodes))] if nodes > 1 else []
-    said += [("--replicas", str(replicas)), ("--storage", storage)]
-    said += [("--set", text) for text in setting or ()] + ([("--served-model-name", name)] if name else [])
-    command = shlex.join(["granite-pipeline", "kubernetes", *(word for pair in said if pair[1] for word in pair)])
-    head = [f"Made by: {command}", *_needs(served, flavour)]
-    _emit(made, head, out, as_json=as_json)
+    return Served(run, vouched.fine_tune, contained(chosen, request, Path(RUNS / run / target.model.name)), storage, wanted)
+
+
+def _job(file: Path, storage: Storage, wanted: Options, parallel: int, queue: str) -> tuple[list[Object], list[str]]:
+    """The Job of a sweep whose spec is read and checked here, and again in each pod, at the claim's root."""
+    from pipeline.sweep.spec import load
+    from training.parameters import FinetuneParameters
+
+    def check(parameters: Mapping[str, Any]) -> None:
+        FinetuneParameters.from_notebook(parameters)
+
+    found = load(file, check)
+    one = found.resources
+    sweep = Sweep(file.name, sha256_file(file), len(found.runs), one.cpus, one.gpus, one.memory_gib)
+    at = "/".join(filter(None, (storage.claim, storage.path, file.name)))
+    said = [
+        f"Needs: this spec as {at}, with what it names beside it; the image {wanted.image} with what training needs (--image).",
+        "A spec that was changed is another Job: make it again.",
+    ]
+    return [sweep_job(sweep, storage, wanted, parallel, queue)], said
+
+
+def _command(ctx: typer.Context) -> str:
+    """The command that makes the file again, as far as it is not what is taken anyway."""
+    words = ["granite-pipeline", str(ctx.info_name)]
+    for option in ctx.command.params:
+        value = ctx.params.get(str(option.name))
+        if value not in (None, option.get_default(ctx)):
+            each = value if isinstance(value, list | tuple) else [value]
+            words += [word for one in each for word in ([option.opts[0]] if one is True else [option.opts[0], str(one)])]
+    return shlex.join(words)
 
 
 def _needs(served: Served, flavour: str) -> list[str]:

@@ -14,6 +14,7 @@ from pipeline.commands import options, show
 from pipeline.errors import InputError, RunLocked, VerificationFailed
 from pipeline.notebook import OWNER_VARIABLE
 from pipeline.report.write import paths_in, summary_table
+from pipeline.runs import lock
 from pipeline.runs import log as runlog
 from pipeline.runs.files import absolute, read_json
 from pipeline.runs.folder import DEFAULT_NAME, DEFAULT_OUTPUT, RunFolder
@@ -52,7 +53,7 @@ def run(
     """Fine-tune, export, serve and verify, by executing the notebooks in order with papermill.
 
     Executed copies are kept in the run folder, the report in its report/. A stage whose inputs have not changed is skipped,
-    and a whole run that was verified with the same inputs does nothing. Ctrl-C once finishes the step and saves; twice leaves.
+    and a whole run that was verified with the same inputs does nothing. One that another machine works on is waited for. Ctrl-C once finishes the step and saves; twice leaves.
     Exit code: 0 verified, 1 a check failed, 2 bad input, 3 the machine or an engine failed, 130 stopped.
 
     Examples:
@@ -80,13 +81,23 @@ def run(
         with runlog.written(folder, "run"):
             _work(folder, chosen, given)
         return
+    if given.get("FORCE") or not _done(folder, inputs):
+        with lock.held(folder, "run", wait=True):
+            # another machine may have done it, while it was waited for
+            if given.get("FORCE") or not _done(folder, inputs):
+                run_stage(folder, "run", inputs, [folder.evidence], lambda: _work(folder, chosen, given), force=True)
+                return
+    _conclude(folder)
+
+
+def _done(folder: RunFolder, inputs: dict[str, Any]) -> bool:
+    """Whether the whole run was verified with these inputs, and everything is as it was then."""
     manifest = Manifest(folder.manifest)
     before = manifest.stage("run")
-    if before and not given.get("FORCE") and not manifest.changed() and manifest.holds(before, inputs):
-        log.info("run %s: nothing changed since it was verified at %s; --force does it again", name, before.finished_at)
-        _conclude(folder)
-        return
-    run_stage(folder, "run", inputs, [folder.evidence], lambda: _work(folder, chosen, given), force=True)
+    if before is None or manifest.changed() or not manifest.holds(before, inputs):
+        return False
+    log.info("run %s: nothing changed since it was verified at %s; --force does it again", folder.name, before.finished_at)
+    return True
 
 
 def _work(folder: RunFolder, chosen: list[str], given: dict[str, Any]) -> dict[str, Any]:

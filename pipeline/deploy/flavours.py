@@ -26,7 +26,7 @@ from pipeline.deploy.kubernetes import (
     scratch,
     security,
     server,
-    service,
+    services,
     variables,
 )
 from pipeline.errors import InputError
@@ -57,7 +57,7 @@ def deployment(served: Served) -> list[Object]:
     }
     made = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": served.meta, "spec": spec}
     target = {"apiVersion": "apps/v1", "kind": "Deployment", "name": served.name}
-    return [made, service(served), disruption_budget(served), network_policy(served), *scaler(served, target)]
+    return [made, *services(served), disruption_budget(served), network_policy(served), *scaler(served, target)]
 
 
 def lws(served: Served) -> list[Object]:
@@ -87,7 +87,7 @@ def lws(served: Served) -> list[Object]:
     }
     made = {"apiVersion": "leaderworkerset.x-k8s.io/v1", "kind": "LeaderWorkerSet", "metadata": served.meta, "spec": spec}
     target = {"apiVersion": str(made["apiVersion"]), "kind": str(made["kind"]), "name": served.name}
-    around = [service(served, {_ROLE: "leader"}), disruption_budget(served), network_policy(served, peers=True)]
+    around = [*services(served, {_ROLE: "leader"}), disruption_budget(served), network_policy(served, peers=True)]
     return [made, *around, *scaler(served, target)]
 
 

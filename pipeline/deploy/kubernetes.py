@@ -15,7 +15,7 @@ import yaml
 
 from pipeline.deploy.container import DNS_NAME, RUNS, Contained, Object, Storage
 from pipeline.errors import InputError
-from pipeline.runs.text import printable
+from pipeline.runs.text import printable, without_password
 
 # the product's own image, as docker compose builds it; a cluster has it from a registry
 IMAGE = "granite-pipeline:local"
@@ -52,6 +52,10 @@ class Options:
                 raise InputError(
                     f"{option} {value!r} cannot be a name in Kubernetes", remedy="lower-case letters, digits, '-', '.'"
                 )
+        if without_password(self.prometheus) != self.prometheus:
+            raise InputError(
+                "--prometheus has a password in it", remedy="leave it out: KEDA has a TriggerAuthentication for that"
+            )
         if self.most and self.most < self.replicas:
             raise InputError(f"--max-replicas {self.most} is less than --replicas {self.replicas}", remedy="give a larger one")
 
@@ -259,11 +263,13 @@ def resources(served: Served) -> Object:
     return {"requests": {"cpu": cores, "memory": f"{wanted}Gi"}, "limits": {"cpu": cores, "memory": f"{limit}Gi"}}
 
 
-def service(served: Served, more: Mapping[str, str] | None = None) -> Object:
-    """One address for the pods of one fine-tune; ``more`` selects among them."""
+def services(served: Served, more: Mapping[str, str] | None = None) -> list[Object]:
+    """One address for the pods of one fine-tune, and a name that has all their addresses; ``more`` selects among them."""
     ports = [{"name": "http", "port": served.port, "targetPort": "http"}]
     spec = {"selector": {**served.selector, **(more or {})}, "ports": ports}
-    return {"apiVersion": "v1", "kind": "Service", "metadata": served.meta, "spec": spec}
+    one: Object = {"apiVersion": "v1", "kind": "Service", "metadata": served.meta, "spec": spec}
+    every = {**served.meta, "name": f"{served.name}-pods"}
+    return [one, {**one, "metadata": every, "spec": {"clusterIP": "None", **spec}}]
 
 
 def disruption_budget(served: Served) -> Object:

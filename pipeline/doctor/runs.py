@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError, PipelineError
-from pipeline.runs import lock
+from pipeline.runs import lease, lock
 from pipeline.runs.files import leftovers, read_json, remove, tree_bytes
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
@@ -87,6 +87,7 @@ def remove_listed(run: RunFolder, wanted: Sequence[Removal], *, unfinished: bool
         if entirely:
             paths = {path for path in run.path.iterdir() if path.name not in lock.FILES}
         for path in paths:
+            lease.require_held(path)
             remove(path)
     if entirely:
         for name in lock.FILES:

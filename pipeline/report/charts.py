@@ -70,7 +70,7 @@ class Canvas:
                 at, ink = (value, bar.get_y() + height / 2), PALETTE["ink"]
                 said = f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.1f}"
                 self.axes.annotate(said, at, (4, 0), textcoords="offset points", va="center", size=10, color=ink)
-            self.axes.set_yticks(range(len(rows)), [_short(name) for name, _, _ in rows], color=PALETTE["ink"])
+            self.axes.set_yticks(range(len(rows)), [short(name) for name, _, _ in rows], color=PALETTE["ink"])
         self.axes.set_ylim(len(rows) - 0.4, -0.6)
 
     def points(self, points: Sequence[tuple[int, float]], label: str, tooltip: str) -> None:
@@ -280,6 +280,7 @@ def _restyle(element: ElementTree.Element, prefix: str) -> None:
     element.attrib.update(attributes)
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
+    """A name that fits beside a bar."""
     name = re.sub(r"\s+", " ", visible(name))
     return name if len(name) <= 22 else f"{name[:21]}…"

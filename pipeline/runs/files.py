@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DiskFull, InputError
+from pipeline.runs import lease
 
 # what staged() and write_atomic() leave beside a final name when they are killed
 _SCRATCH = re.compile(r"\.[^/]+\.[a-z0-9_]{8}")
@@ -30,7 +31,11 @@ def tree_bytes(path: Path) -> int:
 
 
 def write_atomic(path: Path, data: str | bytes, mode: int | None = None) -> None:
-    """Write a file under a temporary name beside it, flush it, then rename it into place; ``mode`` None: as the umask says."""
+    """Write a file under a temporary name beside it, flush it, then rename it into place; ``mode`` None: as the umask says.
+
+    LeaseLost, and the file stays as it was, when it lies in a run that another process has taken over from this one.
+    """
+    lease.require_held(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     raw = data.encode("utf-8") if isinstance(data, str) else data
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -43,7 +48,8 @@ def write_atomic(path: Path, data: str | bytes, mode: int | None = None) -> None
             open_up(Path(name))
         else:
             os.chmod(name, mode)
-        os.replace(name, path)
+        with lease.publishing(path):
+            os.replace(name, path)
         _sync_folder(path.parent)
     except BaseException:
         Path(name).unlink(missing_ok=True)
@@ -140,8 +146,9 @@ def staged(final: Path) -> Iterator[Path]:
 
     Everything in it is flushed to disk before the rename, and has the permissions that the umask says. A folder that is replaced
     is first renamed aside, so a reader never sees a half-filled one; it is put back when something stops this between the two
-    renames, by :func:`sweep` after a kill.
+    renames, by :func:`sweep` after a kill. LeaseLost, and ``final`` stays as it was, in a run that another process has taken over.
     """
+    lease.require_held(final)
     final.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     target = scratch / final.name
@@ -149,9 +156,10 @@ def staged(final: Path) -> Iterator[Path]:
         yield target
         open_up(target)
         sync_tree(target)
-        if final.is_dir():
-            final.rename(scratch / _PREVIOUS)
-        target.rename(final)
+        with lease.publishing(final):
+            if final.is_dir():
+                final.rename(scratch / _PREVIOUS)
+            target.rename(final)
         _sync_folder(final.parent)
     finally:
         _put_back(scratch, final)

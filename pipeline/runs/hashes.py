@@ -1,7 +1,8 @@
 """SHA-256 of files, folders and JSON values; a file's is remembered, so that a model is read once and not by every stage.
 
-A remembered hash is believed while device, inode, size, modification and change time are those it was made at. A file that changed
-less than two seconds before it was read is read again next time: a second change could fall into the same clock tick.
+A remembered hash is believed while inode, size, modification and change time are those it was made at; not the device number, for a
+shared folder has another one on each machine. A file that changed less than two seconds before it was read is read again next time:
+a second change could fall into the same clock tick.
 """
 
 import contextlib
@@ -85,7 +86,7 @@ class HashCache:
 
     def _file(self, path: Path) -> str:
         name, before = str(path.resolve()), path.stat()
-        seen = [before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns]
+        seen = [before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns]
         entry = self._known.get(name)
         if isinstance(entry, list) and len(entry) == 2 and entry[0] == seen:
             return str(entry[1])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.runs import lock
+from pipeline.runs import lease
 from pipeline.runs.files import read_json, tree_bytes, write_json
 from pipeline.runs.hashes import HashCache, sha256_json, tree_digest
 from pipeline.runs.text import masked, relative
@@ -259,10 +259,11 @@ class Manifest:
     def changing(self) -> Iterator[dict[str, Any]]:
         """The manifest as it is on disk now, to be changed inside; then written atomically, without secrets.
 
-        No other process writes in between: a server may be started beside a training that holds the run.
+        No other process writes in between: a server may be started beside a training that holds the run. LeaseLost, and
+        nothing is changed, when this process held the run and another one has taken it over: no takeover falls in between.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with lock.guarded(self.path.parent):
+        with lease.publishing(self.path), lease.guarded(self.path.parent):
             if self.path.exists():
                 self.data = _checked(read_json(self.path), self.path)
             yield self.data

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.runs import interrupt, lock
+from pipeline.runs import interrupt, lease, lock
 from pipeline.runs import log as runlog
 from pipeline.runs.files import disk_errors_named, write_atomic
 from pipeline.runs.folder import RunFolder
@@ -99,6 +99,7 @@ class Partial:
 
     def add(self, done: Mapping[str, Any]) -> None:
         """Append results by name and flush them to disk."""
+        lease.require_held(self.path)
         self.done |= done
         with self.path.open("a", encoding="utf-8") as out:
             out.write(json.dumps(done) + "\n")
@@ -107,6 +108,7 @@ class Partial:
 
     def remove(self) -> None:
         """Remove the file: the stage is finished."""
+        lease.require_held(self.path)
         self.path.unlink(missing_ok=True)
 
 

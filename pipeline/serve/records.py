@@ -165,12 +165,12 @@ def require_none(engine: str, folder: Path, remedy: str) -> None:
 
 
 def living(folder: Path) -> list[Record]:
-    """The records of a folder whose server runs; those of dead ones are removed, but for what they served."""
+    """The records of a folder whose server runs here; those of dead ones are removed, but for what they served."""
     # one that is removed meanwhile is left out
     records = [record for engine in _engines(folder) if (record := read(folder, engine))]
     alive = [record for record in records if record.running]
     for record in records:
-        if record.process and record not in alive:
+        if record.process and record not in alive and not record.process.elsewhere:
             forget(record.process, folder)
     return alive
 
@@ -181,9 +181,9 @@ def running(folder: Path) -> list[Server]:
 
 
 def stop(folder: Path, engine: str) -> bool:
-    """Stop the server of one engine; False when none runs."""
+    """Stop the server of one engine; False when none runs here."""
     record = read(folder, engine)
-    if record is None or record.process is None:
+    if record is None or record.process is None or record.process.elsewhere:
         return False
     was_alive = record.process.alive
     (end if was_alive else forget)(record.process, folder)

@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from pipeline.config import key_variables
 from pipeline.engines.base import Launch
 from pipeline.errors import StartFailure
 from pipeline.net.client import status_of
+from pipeline.runs import lock
 from pipeline.runs.files import read_json
 
 _POLL_SECONDS = 0.5
@@ -56,10 +58,20 @@ class Server:
     started_at: str
     ready_path: str
     store: str = ""  # a folder of this server's own, which goes with it
+    # where its pid counts: several machines may see the folder of its record; an older version wrote neither
+    host: str = ""
+    place: str = ""
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether another machine started it, which is not to be asked, ended or forgotten from here."""
+        return self.place not in ("", lock.place()) and self.host != socket.gethostname()
 
     @property
     def alive(self) -> bool:
-        """True while the guard runs, and with it the server."""
+        """True while the guard runs here, and with it the server."""
+        if self.place not in ("", lock.place()):
+            return False
         # collected when the guard is our own child, so that it does not stay a zombie
         if self.pid in _children and (code := _children[self.pid].poll()) is not None:
             _codes[self.pid] = code
@@ -122,7 +134,7 @@ def start(launch: Launch, log: Path, *, owner: int | None) -> Server:
     _kills[process.pid] = oom_kills()
     started, now = psutil.Process(process.pid).create_time(), datetime.now(UTC).isoformat(timespec="seconds")
     said = (launch.engine, launch.url, launch.model, launch.argv, dict(launch.env))
-    return Server(*said, process.pid, started, log, now, launch.ready_path, launch.store)
+    return Server(*said, process.pid, started, log, now, launch.ready_path, launch.store, socket.gethostname(), lock.place())
 
 
 def wait_ready(server: Server, timeout: float, progress: Progress) -> float:

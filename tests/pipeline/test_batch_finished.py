@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 
 from pipeline import batch
 from pipeline.commands import run as line
+from pipeline.runs import lock
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.manifest import Manifest
 
@@ -40,6 +43,26 @@ def _run(run: RunFolder, **given: Any) -> None:
 def test_a_verified_run_with_the_same_inputs_needs_nothing(run: RunFolder, executed: list[Any]) -> None:
     _run(run)
     _run(run)
+    assert len(executed) == 1
+
+
+def test_a_run_that_another_machine_finishes_meanwhile_is_not_done_again(run: RunFolder, executed: list[Any]) -> None:
+    _run(run)
+    done = run.manifest.read_text()
+    run.manifest.unlink()
+    with lock.held(run, "run"):
+        record = json.loads((run.path / "lock.json").read_text())
+    record["owners"][0]["host"] = "node-b"
+    (run.path / "lock.json").write_text(json.dumps(record))
+
+    def other() -> None:
+        run.manifest.write_text(done)
+        (run.path / "lock.json").unlink()
+
+    ends = threading.Timer(1, other)
+    ends.start()
+    _run(run)
+    ends.join()
     assert len(executed) == 1
 
 

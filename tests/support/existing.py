@@ -27,6 +27,9 @@ FOREIGN = {
     "docker": {"--profile"},
     "nvidia-smi": {"--query-gpu"},
     "pytest": {"-m"},
+    "#SBATCH": {"--array", "--gpus", "--requeue", "--signal"},
+    "sky": {"-y", "--env"},
+    "ray": {"--head", "--address"},
 }
 # English that follows "make" in some text
 _MADE = {"it", "available"}
@@ -37,6 +40,13 @@ VARIABLES = {
     "VLLM_HOST_IP": "vLLM's own: this machine's address towards the others",
     "GLOO_SOCKET_IFNAME": "gloo's own: the interface towards them",
     "NCCL_SOCKET_IFNAME": "NCCL's own: the interface towards them",
+    "INDEX": "a SkyPilot task's, of the example",
+    "JOB_COMPLETION_INDEX": "Kubernetes' own: the number of an indexed Job's pod",
+    "SLURM_ARRAY_TASK_ID": "Slurm's own: the number of an array's task",
+    "RAY_ADDRESS": "Ray's own: the cluster's head",
+    "RAY_AUTH_MODE": "Ray's own: whether a token is asked for",
+    "RAY_AUTH_TOKEN_PATH": "Ray's own: the file that holds the token",
+    "RAY_USAGE_STATS_ENABLED": "Ray's own: whether it tells its makers that it is used",
     "NO_PROXY": "every HTTP client's: what is asked without a proxy",
     "TMPDIR": "the system's: where temporary files go",
 }
@@ -46,6 +56,16 @@ _TYPES = re.compile(r"(I?Q\d|B?F\d|FP\d|AVX|AMX|MXFP|NVFP)[A-Z0-9_]*")
 FILES = {
     *(
         "agents.yaml",
+        "job.yaml",
+        "lock.json",
+        "mine.yaml",
+        "triage.yaml",
+        "sweep.yaml",
+        "sweep-task.yaml",
+        "triage.jsonl",
+        "phishing.jsonl",
+        "sweep.html",
+        "sweep.json",
         "alerts.jsonl",
         "good.jsonl",
         "train.jsonl",

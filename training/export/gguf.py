@@ -18,6 +18,7 @@ from pipeline.model.gguf import GgufHeader, read_gguf_header
 from pipeline.modelfile.modelfile import base_license, write_modelfile
 from pipeline.prompts.chat import ChatTemplate
 from pipeline.prompts.stops import gguf_problems, special_ids, turn_end
+from pipeline.runs import lease
 from pipeline.runs.files import is_disk_full, read_json, require_free_space, staged, tree_bytes, write_json
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import sha256_file, sha256_tree
@@ -57,6 +58,7 @@ def package(run: RunFolder, *, force: Force = False) -> StageResult:
             write_modelfile(run, system=training.system, license=base_license(training.base))
         except ModelError as error:
             # every other backend can still serve the run
+            lease.require_held(run.modelfile)
             run.modelfile.unlink(missing_ok=True)
             log.warning("modelfile: none written, so Ollama is left out: %s", error)
             return {"refused": str(error)}

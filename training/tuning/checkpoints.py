@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
+from pipeline.runs import lease
 from pipeline.runs.files import open_up, read_json, read_object, remove, sync_tree, write_json
 from pipeline.runs.hashes import sha256_file
 from training.parameters import content
@@ -60,6 +61,7 @@ def latest(folder: Path, inputs: dict[str, Any], way: Sequence[str] = ()) -> str
 
     ``way``: the trainer and the kind of batches, whose order of rows a checkpoint goes on in.
     """
+    lease.require_held(folder)
     note, before = folder / _INPUTS, folder / _WAY
     if not _same(note, inputs) or _read_way(before) != list(way):
         if kept := found(folder):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError, EnvironmentFailure, InputError, PipelineError
-from pipeline.runs import interrupt, lock
+from pipeline.runs import interrupt, lease, lock
 from pipeline.runs.files import read_json, require_free_space, staged, write_atomic, write_json
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.stages import Force, StageResult, run_stage
@@ -132,6 +132,7 @@ def finetune(run: RunFolder, params: FinetuneParameters, *, force: Force = False
 
     with lock.held(run, "train"):
         done = run_stage(run, STAGE, inputs, [run.adapter, run.heldout], work, force=force, counts=content)
+        lease.require_held(run.checkpoints)
         shutil.rmtree(run.checkpoints, ignore_errors=True)
     return done
 

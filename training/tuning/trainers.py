@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.errors import EnvironmentFailure, MissingDependency
 from pipeline.machine.hardware import Hardware
-from pipeline.runs import interrupt
+from pipeline.runs import interrupt, lease
 from pipeline.runs import log as runlog
 from pipeline.runs.files import read_json
 from training.memory import finetune_need
@@ -242,7 +242,11 @@ def make_trainer(
     from transformers import PrinterCallback, ProgressCallback, Trainer
 
     class Ordered(Trainer):  # type: ignore[misc,unused-ignore]
-        """Rows come in the order of :class:`training.tuning.packing.Batches`."""
+        """Rows come in the order of :class:`training.tuning.packing.Batches`; no checkpoint is written into a run that was lost."""
+
+        def _save_checkpoint(self, *args: Any, **named: Any) -> None:
+            lease.require_held(folder)
+            super()._save_checkpoint(*args, **named)
 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             lengths = None if batches.kind == "packed" else [len(row.input_ids) for row in rows]
@@ -313,6 +317,7 @@ def _callback() -> Any:
             if now - self.said < _EVERY_SECONDS and state.global_step < state.max_steps:
                 return
             self.said = now
+            lease.require_held(Path(args.output_dir))
             left = (now - self.begun) / (state.global_step - self.first) * (state.max_steps - state.global_step)
             shown = "" if self.loss is None else f", loss {float(self.loss):.3f}"
             log.info("finetune: step %d of %d%s, %.0f s left", state.global_step, state.max_steps, shown, left)

@@ -93,12 +93,15 @@ def _one_address(flavour: str, served: Served, made: list[dict[str, Any]]) -> No
     """Names and labels fit, and what selects pods selects by the manifest hash."""
     for one in made:
         name, labels = one["metadata"]["name"], one["metadata"]["labels"]
-        assert re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name) and len(name) <= 40
+        assert re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name) and len(name) <= 45
         assert all(re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", value) for value in labels.values())
         assert one["metadata"]["annotations"]["granite-pipeline.dev/manifest-sha256"] == HASH
         assert HASH[:12] in name
+    assert len({(one["kind"], one["metadata"]["name"]) for one in made}) == len(made)
+    if flavour != "kserve":
+        service, every = [one["spec"] for one in made if one["kind"] == "Service"]
+        assert every == {**service, "clusterIP": "None"}
     kinds = {one["kind"]: one["spec"] for one in made}
-    assert len(kinds) == len(made)
     hashed = {"granite-pipeline.dev/manifest": HASH[:63], "app.kubernetes.io/instance": served.name}
     if flavour != "kserve":
         template = (
@@ -199,7 +202,7 @@ def test_whatever_a_model_is_called_arrives_as_one_word(name: str) -> None:
         made = _made("deployment", _served(engine, _request(engine, "l4", name=name)))
         args = [expanded(word, {"HOME": "/root", "X": "x"}) for word in _pods(made)[0]["containers"][0]["args"]]
         assert args[args.index(flag) + 1] == name
-        assert [one["kind"] for one in made] == ["Deployment", "Service", "PodDisruptionBudget", "NetworkPolicy"]
+        assert [one["kind"] for one in made] == ["Deployment", "Service", "Service", "PodDisruptionBudget", "NetworkPolicy"]
 
 
 def test_ollamas_model_is_made_before_the_pod_is_ready_and_its_name_is_no_script() -> None:

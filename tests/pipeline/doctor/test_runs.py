@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,24 @@ def test_a_held_run_says_by_whom_and_is_left_alone(output: Path) -> None:
         assert info.holder is not None
         assert info.holder.startswith("train, process ")
         assert removals(output, ["training"], whole=True) == []
+
+
+def test_an_owner_on_another_machine_is_shown_with_its_last_sign_and_free_without_one(output: Path) -> None:
+    run = RunFolder("training", output)
+    with lock.held(run, "train"):
+        record = json.loads((run.path / "lock.json").read_text())
+    record["owners"][0] |= {"host": "node-b", "boot": "its own"}
+    (run.path / "lock.json").write_text(json.dumps(record))
+    for silent in (4, 61):
+        (run.path / ".lock").touch()
+        then = (run.path / ".lock").stat().st_mtime - silent
+        os.utime(run.path / "lock.json", (then, then))
+        holder = next(info.holder for info in list_runs(output) if info.name == "training")
+        if silent == 4:
+            assert re.search(r" on node-b, since .*, renewed \d+ s ago$", str(holder))
+        else:
+            assert holder is None
+        assert bool(removals(output, ["training"], whole=True)) == (silent == 61)
 
 
 def _paths(output: Path, **options: bool) -> list[str]:

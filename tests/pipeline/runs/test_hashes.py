@@ -81,3 +81,23 @@ def test_of_a_folder_that_cannot_be_written_hashes_are_kept_in_the_users_cache(
     assert not (tmp_path / "run" / ".hashes.json").exists()
     monkeypatch.setattr(hashes, "sha256_file", lambda path: "read again")
     assert HashCache(tmp_path / "run").tree(tmp_path / "run" / "w") == digest
+
+
+def test_another_machines_device_number_of_a_shared_folder_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "w"
+    path.write_text("weights")
+    _settle(tmp_path, monkeypatch)
+    digest = HashCache(tmp_path).tree(path)
+    real = Path.stat
+
+    def elsewhere(self: Path, **options: bool) -> os.stat_result:
+        seen = real(self, **options)
+        named = {name: getattr(seen, name) for name in dir(seen) if name.startswith("st_")}
+        return os.stat_result((*seen[:2], seen.st_dev + 1, *seen[3:]), named)
+
+    monkeypatch.setattr(Path, "stat", elsewhere)
+    assert path.stat().st_dev != os.stat(path).st_dev  # noqa: PTH116
+    monkeypatch.setattr(hashes, "sha256_file", lambda path: "read again")
+    assert HashCache(tmp_path).tree(path) == digest

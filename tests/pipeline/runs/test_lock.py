@@ -68,17 +68,10 @@ def test_a_pid_that_is_used_again_is_not_the_owner(run: RunFolder) -> None:
     _record(run, replace(me, started=me.started - 3600))
     with lock.held(run, "export"):
         pass
-    _record(run, replace(me, boot="before the reboot"))
+    # a record of an older version says nothing of namespaces
+    _record(run, replace(me, started=me.started - 3600, namespace=""))
     with lock.held(run, "export"):
         pass
-
-
-def test_an_owner_on_another_machine_counts_as_alive(run: RunFolder) -> None:
-    _record(run, replace(lock.Process.me(), host="elsewhere", pid=1))
-    with pytest.raises(RunLocked) as caught, lock.held(run, "export"):
-        pass
-    assert "on elsewhere" in caught.value.evidence
-    assert f"if that machine is gone for good, remove {run.path / 'lock.json'}" in caught.value.remedy
 
 
 @pytest.mark.parametrize(
@@ -125,7 +118,8 @@ def test_scratch_of_a_killed_writer_is_removed_when_the_run_is_taken(run: RunFol
 
 
 def test_of_many_that_find_a_stale_lock_one_takes_it(run: RunFolder) -> None:
-    _record(run, replace(lock.Process.me(), boot="gone"))
+    me = lock.Process.me()
+    _record(run, replace(me, started=me.started - 3600))
     others = [_holder(run, seconds=3) for _ in range(4)]
     said = [other.communicate()[0] for other in others]
     assert sorted(other.returncode for other in others) == [0, 1, 1, 1]

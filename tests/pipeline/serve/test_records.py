@@ -47,6 +47,23 @@ def test_a_record_is_read_as_it_was_written(run: RunFolder, process: Server) -> 
     assert records.read(run.servers, "llamacpp") is None
 
 
+@pytest.mark.parametrize("host", ["node-b", None], ids=["another machine", "before a restart of this one"])
+def test_a_server_of_another_machine_is_neither_taken_for_one_here_nor_forgotten(
+    host: str | None, run: RunFolder, process: Server
+) -> None:
+    """Its number may be a process here, which is no server and must not be ended."""
+    there = replace(process, host=host or process.host, place="another boot")
+    records.save(run.servers, Record("vllm", there, READY))
+    assert records.running(run.servers) == []
+    kept = records.read(run.servers, "vllm")
+    assert kept is not None
+    assert kept.process == (there if host else None)
+    assert not records.stop(run.servers, "vllm")
+    assert records.read(run.servers, "vllm") == kept
+    assert process.alive
+    records.require_none("vllm", run.servers, "")  # one may be started here
+
+
 def test_what_was_served_last_is_known_when_the_server_is_gone(run: RunFolder, process: Server) -> None:
     records.save(run.servers, Record("vllm", process))
     assert records.of_run(run, "vllm") is None and not list(records.every(run.output))

@@ -15,11 +15,13 @@ import pytest
 import tiny
 import torch
 
-from pipeline.errors import DataError, EnvironmentFailure, InputError, PipelineError
+from pipeline.errors import DataError, EnvironmentFailure, InputError, LeaseLost, PipelineError
+from pipeline.runs import lock
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.hashes import sha256_tree
 from pipeline.runs.manifest import Manifest
 from training.parameters import FinetuneParameters
+from training.tuning import checkpoints
 from training.tuning import finetune as stage
 from training.tuning.finetune import finetune
 
@@ -107,6 +109,33 @@ def test_full_fine_tuning_moves_the_weights(trainer: str, rows: Path, tmp_path: 
     assert done.result["eval_loss"]["after"] < done.result["eval_loss"]["before"]
     merge.merge(run)
     assert (run.merged / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_training_that_lost_its_lease_touches_no_checkpoint(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny.make("3.x-dense", tmp_path / "base")
+    run = RunFolder("t", tmp_path / "out")
+    seal, found = checkpoints.seal, list[set[str]]()
+
+    def taken_over(checkpoint: Path) -> None:
+        """Another machine takes the run over after the first checkpoint, and writes one of its own."""
+        seal(checkpoint)
+        record = json.loads((run.path / "lock.json").read_text())
+        (run.path / "lock.json").write_text(json.dumps({**record, "token": "the other's"}))
+        (run.checkpoints / "checkpoint-3").mkdir()
+        found.append({path.name for path in run.checkpoints.iterdir()})
+
+    monkeypatch.setattr(checkpoints, "seal", taken_over)
+    params = FinetuneParameters(base=str(base), data=str(rows), trainer="hf", max_steps=8, save_steps=2)
+    with pytest.raises(LeaseLost):
+        finetune(run, params)
+    assert [{path.name for path in run.checkpoints.iterdir()}] == found
+    assert not run.adapter.exists()
+    there = lock.holder(run)
+    assert there is not None
+    assert there.token == "the other's"
 
 
 @pytest.mark.slow
