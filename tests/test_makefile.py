@@ -30,7 +30,7 @@ def test_a_target_runs_verbs_that_exist(target: str) -> None:
     assert shown.returncode == 0, shown.stderr
     used = set(re.findall(r"granite-pipeline ([a-z-]+)", shown.stdout))
     assert used <= VERBS
-    if target in VERBS:
+    if target in VERBS and target != "check":  # the repository's own: lint, types, fast tests
         assert target in used
 
 

@@ -47,8 +47,12 @@ def kubernetes(
     flavour: Annotated[str, Option("--flavour", help="deployment, lws (one model over several nodes) or kserve.")] = "",
     machine: options.Hardware = None,
     nodes: options.Nodes = 1,
-    replicas: Annotated[int, Option("--replicas", min=0, help="Copies of the whole model; of a sweep, runs at once.")] = 0,
-    max_replicas: Annotated[int, Option("--max-replicas", help="Let KEDA add copies while requests wait, up to these.")] = 0,
+    replicas: Annotated[
+        int | None, Option("--replicas", min=1, help="Copies of the whole model (1); of a sweep, runs at once (all).")
+    ] = None,
+    max_replicas: Annotated[
+        int, Option("--max-replicas", min=0, help="Let KEDA add copies while requests wait, up to these.")
+    ] = 0,
     storage: Annotated[
         str, Option("--storage", metavar="pvc://CLAIM[/FOLDER]|image://REF@sha256:...", help="Where the run folder is.")
     ] = "pvc://granite-runs",
@@ -79,9 +83,9 @@ def kubernetes(
       granite-pipeline kubernetes --sweep sweep.yaml --replicas 8 --image REGISTRY/granite:1 > job.yaml
       granite-pipeline kubernetes --run mine --hardware l4 --max-replicas 8 --secret llm-keys --runtime-class nvidia > mine.yaml
     """
-    place, wanted = Storage.of(storage), Options(max(1, replicas), max_replicas, image, secret, runtime_class, prometheus)
+    place, wanted = Storage.of(storage), Options(replicas or 1, max_replicas, image, secret, runtime_class, prometheus)
     if sweep:
-        made, said = _job(sweep, place, wanted, replicas, queue)
+        made, said = _job(sweep, place, wanted, replicas or 0, queue)
     else:
         chosen, target, request = _request(options.chosen(agent, run, engine, name), machine, output, options.overrides(setting))
         if nodes > 1:

@@ -201,7 +201,8 @@ def server(served: Served, arguments: Sequence[str], *, answers: bool = True) ->
         "name": "server",
         "image": inside.facts.gpu_image if served.gpus else inside.facts.image,
         "imagePullPolicy": "IfNotPresent",
-        "command": list(inside.facts.program),
+        # without one, the image's own entry point is the server
+        **({"command": list(words)} if (words := inside.facts.program or inside.facts.entry) else {}),
         "args": list(arguments),
         "env": variables(inside.env, engine.key_variable, served.options.secret),
         "resources": resources(served),

@@ -81,7 +81,7 @@ class Container:
     ``gpu_flags`` flags with a default that the GPU file always has, ``entry`` the words before the flags where the image's
     entry point is not the server, ``health`` the test ("{port}" is filled in; empty: /health asked with the image's Python),
     ``create`` the command that makes a run's model ("{model}") in the server that the variable ``create_at`` names, where the
-    server is started without one. On Kubernetes ``program`` are the words that start the server in its image, ``drain`` flags with
+    server is started without one. On Kubernetes ``program`` are the words that start the server in its image (empty: ``entry``), ``drain`` flags with
     which it finishes what it answers before it ends, ``queue`` the Prometheus metric of requests that wait.
     """
 

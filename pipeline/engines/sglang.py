@@ -39,7 +39,6 @@ class Sglang(Engine):
         gpu_image="lmsysorg/sglang:v0.5.20",
         variables={"--served-model-name": "SGLANG_MODEL", "--context-length": "SGLANG_MAX_MODEL_LEN"},
         entry=("python3", "-m", "sglang.launch_server"),
-        program=("python3", "-m", "sglang.launch_server"),
         gpu_ipc="host",
     )
 
