@@ -9,6 +9,7 @@ allow_fallback: {granite-soc-specialist: [gpt-oss-20b]}   # models that are not 
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -117,9 +118,10 @@ def sharing(agents: Agents, output: Path, hardware: Hardware) -> list[Sharing]:
     engine = next((engine for engine in engines.every() if engine.serves_adapters), None)
     groups: dict[str, dict[str, Agent]] = {}
     for name, agent in agents.agents.items():
-        stage = Manifest(RunFolder(agent.run, output).manifest).training
-        if stage is not None and stage.base.sha256:
-            groups.setdefault(stage.base.sha256, {})[name] = agent
+        with suppress(PipelineError):  # a damaged run is another verb's news
+            training = Manifest(RunFolder(agent.run, output).manifest).training
+            if training is not None and training.base.sha256:
+                groups.setdefault(training.base.sha256, {})[name] = agent
     several = [group for group in groups.values() if len({agent.run for agent in group.values()}) > 1]
     return [_shared(engine, group, output, hardware) for group in several] if engine else []
 

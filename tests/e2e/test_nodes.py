@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(_ROOT_ONLY, reason="network namespaces need root and ip"),
     pytest.mark.skipif(not Vllm().available().usable, reason="vLLM is not installed"),
 ]
-SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "max-model-len": "256", "enforce-eager": ""}
+SETTINGS = {"dtype": "float32", "VLLM_CPU_KVCACHE_SPACE": "1", "max-model-len": "256", "enforce-eager": ""}
 _ASK = """
 import json, sys, httpx
 body = {"model": "m", "prompt": [2, 100, 200, 300], "max_tokens": 16, "temperature": 0, "logprobs": 3}

@@ -87,7 +87,9 @@ def test_other_bases_and_single_runs_are_not_shared(base: Path, tmp_path: Path) 
     output = tmp_path / "output"
     _run(output, "a", base, "a" * 64)
     _run(output, "b", base, "b" * 64)
-    agents = _agents(one={"run": "a"}, same={"run": "a"}, other={"run": "b"}, untrained={"run": "none"})
+    _run(output, "damaged", base, "a" * 64).manifest.write_text("{")
+    runs = {"one": "a", "same": "a", "other": "b", "untrained": "none", "damaged": "damaged"}
+    agents = _agents(**{name: {"run": run} for name, run in runs.items()})
     assert sharing(agents, output, hardware_from("h100")) == []
 
 
