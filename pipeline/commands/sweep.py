@@ -4,8 +4,8 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -102,21 +102,31 @@ def _whole(found: Sweep, output: Path, metric: str, export: str, how: tuple[str,
         try:
             if how:
                 board = Board(found, output, metric, outcomes)
-                with board.shown():
-                    for outcome in _map(found, _jobs(found.runs, found.stages, output), output, *how):
+                jobs = _jobs(found.runs, found.stages, output)
+                # closed also when the user leaves at once: no run goes on
+                with board.shown(), closing(_map(found, jobs, output, *how)) as done:
+                    for outcome in done:
                         board.ended(outcome)
         finally:
-            told = report.record(found, output, entries := report.entries(found, output, outcomes), metric)
-            page = report.write(told, output)
+            told, entries = _written(found, output, metric, outcomes)
         code, stopped = told["exit_code"], interrupt.asked()
         if export and told["best"] and how and not stopped and code in (guarded.DONE, guarded.UNVERIFIED):
             _export(found, output, told["best"], how)
+            told, entries = _written(found, output, metric, outcomes)
     if as_json:
         show.as_json(told)
     else:
         _tell(told)
-    show.line(f"sweep: {page}", err=True)
+    show.line(f"sweep: {output / spec.PAGE}", err=True)
     _leave(found, entries, 130 if stopped else code)
+
+
+def _written(found: Sweep, output: Path, metric: str, outcomes: Mapping[str, Outcome]) -> tuple[dict[str, Any], list[Entry]]:
+    """Write the page; what it says, and the runs it says it of."""
+    entries = report.entries(found, output, outcomes)
+    told = report.record(found, output, entries, metric)
+    report.write(told, output)
+    return told, entries
 
 
 def _jobs(runs: tuple[Run, ...], stages: tuple[str, ...], output: Path) -> list[Job]:
@@ -128,11 +138,13 @@ def _jobs(runs: tuple[Run, ...], stages: tuple[str, ...], output: Path) -> list[
     return jobs
 
 
-def _map(found: Sweep, jobs: list[Job], output: Path, on: str, at_once: int | None) -> Iterator[Outcome]:
+def _map(found: Sweep, jobs: list[Job], output: Path, on: str, at_once: int | None) -> Generator[Outcome, None, None]:
     output.mkdir(parents=True, exist_ok=True)
     if on == _LOCAL:
         return local.map(jobs, found.resources, at_once)
-    raise NotImplementedError
+    from pipeline.sweep import rays
+
+    return rays.map(jobs, found.resources, at_once, aside=output / "sweep-ray.log")
 
 
 def _export(found: Sweep, output: Path, best: str, how: tuple[str, int | None]) -> None:

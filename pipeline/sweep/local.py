@@ -5,7 +5,7 @@ import socket
 import subprocess
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from pipeline.errors import InputError
 from pipeline.machine.hardware import Hardware
@@ -17,7 +17,7 @@ from pipeline.sweep.spec import Resources
 _POLL_SECONDS = 0.2
 
 
-def map(jobs: Sequence[Job], resources: Resources, at_once: int | None = None) -> Iterator[Outcome]:
+def map(jobs: Sequence[Job], resources: Resources, at_once: int | None = None) -> Generator[Outcome, None, None]:
     """Do the runs and yield how each ended, in the order in which they do; InputError when ``at_once`` are more than fit.
 
     A run that the machine failed is tried again after a pause. When the user asks to stop, no more are started, those that

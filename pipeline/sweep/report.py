@@ -245,10 +245,16 @@ def render(told: Mapping[str, Any]) -> str:
             ranked=ranked,
             marks=_MARKS,
             shared=shared,
+            brief=_brief,
             show=lambda score: NONE if score is None else _shown(metric, score),
-            interval=lambda run: f"{percent(run['interval'][0])} to {percent(run['interval'][1])}" if run["interval"] else NONE,
+            interval=lambda run: f"{percent(run['interval'][0])} to {percent(run['interval'][1])}",
         )
     )
+
+
+def _brief(value: Any) -> Any:
+    """A path by its name: where the files lie is the same for all runs, or told by the spec."""
+    return charts.short(Path(value).name or value) if isinstance(value, str) else value
 
 
 def _rank(run: Mapping[str, Any], low: bool) -> tuple[float, float]:
@@ -302,7 +308,7 @@ def _chart(prefix: str, name: str, rows: Sequence[Mapping[str, Any]], metric: st
         label = "mean" if place == 0 else None
         mean = [row["mean"] * scale] * 2
         canvas.axes.plot(mean, [place - 0.36, place + 0.36], color=charts.PALETTE["second"], linewidth=2, label=label)
-    labels = [charts.short(row["value"]) for row in kept]
+    labels = [_brief(row["value"]) for row in kept]
     canvas.axes.set_yticks(range(len(kept)), labels, color=charts.PALETTE["ink"])
     canvas.axes.set_ylim(len(kept) - 0.4, -0.6)
     if share:

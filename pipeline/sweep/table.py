@@ -59,7 +59,14 @@ class Result:
 
 
 def look(run: RunFolder) -> Seen:
-    """How far a run is now."""
+    """How far a run is now; as if nothing were known when the share does not answer."""
+    try:
+        return _look(run)
+    except OSError:
+        return Seen()
+
+
+def _look(run: RunFolder) -> Seen:
     there = lock.holder(run)
     if there is None or not there.alive:
         return Seen(result=read(run))

@@ -231,7 +231,7 @@ def steps(device: str, *, keep: bool, scratch: Path) -> None:
         torch(device, there=bool(build))
         build = has_torch(device)
     say("... the project and its requirements")
-    more, extras = [], "train,serve,notebook,gateway,beeai,dev"
+    more, extras = [], "train,serve,notebook,gateway,beeai,scale,dev"
     if device == "cuda":
         extras += ",serve-vllm-cuda"
     elif sys.platform == "linux":

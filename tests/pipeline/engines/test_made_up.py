@@ -201,6 +201,16 @@ def test_an_engine_that_samples_where_it_is_told_nothing_is_warned_of_and_not_fa
     assert "send temperature 0 and top_p 1" in (run.report / "report.html").read_text()
 
 
+def test_it_runs_on_a_cluster(run: RunFolder) -> None:
+    """By its image's own entry point: it names no program."""
+    words = ["--run", run.name, "--output", run.output, "--engine", "madeup", "--hardware", "cpu-4c-16g", "--json"]
+    deployment = json.loads(_call("kubernetes", *words))["items"][0]
+    server = deployment["spec"]["template"]["spec"]["containers"][0]
+    assert (server["image"], "command" in server) == ("made/up:1", False)
+    assert server["args"][:2] == ["--weights", f"/runs/{run.name}/merged_fp16"]
+    assert server["args"][-4:] == ["--host", "0.0.0.0", "--port", str(MadeUp.default_port)]
+
+
 def test_it_runs_in_containers() -> None:
     import yaml
 
