@@ -92,7 +92,7 @@ def test_folders_stay_small() -> None:
     folders = {Path(file).parent.as_posix() for file in FILES}
     count = {folder: len([f for f in (ROOT / folder).glob("*.py") if f.name != "__init__.py"]) for folder in folders}
     assert {folder: n for folder, n in count.items() if n > (16 if folder == "pipeline/commands" else 12)} == {}
-    assert len([file for file in FILES if not file.endswith("__init__.py")]) <= 153
+    assert len([file for file in FILES if not file.endswith("__init__.py")]) <= 166
 
 
 @pytest.mark.parametrize("page", ["README.md", *(p.relative_to(ROOT).as_posix() for p in sorted((ROOT / "docs").glob("*.md")))])
