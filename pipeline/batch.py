@@ -33,7 +33,7 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 STAGES = ("01_finetune", "02_export", "03_serve", "04_verify")
 _LOCAL = ("BASE", "DATA", "EVAL_DATA")
 _SOCKET_PATH = 80  # characters: the system takes 107 (104 on a Mac) with the file's name
-_ASIDE = ("NAME", "OUTPUT", "FORCE", "SAVE_STEPS")
+_ASIDE = ("NAME", "OUTPUT", "FORCE", "SAVE_STEPS", "PROCESSES")
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,12 @@ class Need:
     made_of: str
 
 
-def finetune_need(base: Path, params: FinetuneParameters, longest: int, *, pieces: bool = False) -> Need:
+def finetune_need(base: Path, params: FinetuneParameters, longest: int, *, pieces: bool = False, parts: int = 1) -> Need:
     """Weights, gradients and optimizer, and the activations of one batch of the longest row.
 
     ``pieces``: each layer is computed again in the backward pass and the loss piece by piece, as unsloth does on a GPU.
+    ``parts``: the weights and what belongs to them are divided over so many processes, of which this is for one; a layer's are
+    together while it computes.
     """
     config = read_json(base / "config.json")
     weights = sum(t.elements for t in read_folder(base))
@@ -53,7 +55,8 @@ def finetune_need(base: Path, params: FinetuneParameters, longest: int, *, piece
     else:
         kept = layers * layer + logits
     activations = tokens * kept
-    fixed, moving = weights * per_weight / GIB, activations / GIB
+    together = weights / max(layers, 1) * (4.0 if params.method == "full" else per_weight) if parts > 1 else 0.0
+    fixed, moving = (weights * per_weight / parts + together) / GIB, activations / GIB
     return Need(_LIBRARIES + fixed + moving, f"{fixed:.2f} weights and optimizer, {moving:.2f} for {tokens} tokens a batch")
 
 
@@ -94,9 +97,8 @@ def gguf_need(base: Path) -> Need:
     return Need(_LIBRARIES + largest, f"{largest:.2f} for the largest weight")
 
 
-def require_memory(stage: str, need: Need, lower: str, free: float | None = None) -> None:
+def require_memory(stage: str, need: Need, lower: str, free: float | None = None, where: str = "memory") -> None:
     """Say what a stage needs and what is free; raise OutOfMemory when it cannot fit. ``lower`` is the advice."""
-    where = "memory"
     if free is None:
         machine = Hardware.detect()
         on_gpu = bool(machine.gpus) and stage != "merge"

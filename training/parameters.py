@@ -59,6 +59,7 @@ class FinetuneParameters:
     max_length: int = 1024
     save_steps: int = 50
     seed: int = 7
+    processes: int | str = "auto"
     columns: str = ""
     ignore: tuple[str, ...] = ()
     greeting: Greeting = "refuse"
@@ -68,6 +69,7 @@ class FinetuneParameters:
     def __post_init__(self) -> None:
         _choice("method", self.method, get_args(Method))
         _choice("trainer", self.trainer, get_args(Trainer))
+        self._divide()
         object.__setattr__(self, "columns", ",".join(_words("columns", self.columns)))
         object.__setattr__(self, "ignore", _words("ignore", self.ignore))
         if not isinstance(self.skip_bad, bool):
@@ -88,6 +90,26 @@ class FinetuneParameters:
         for name in _PATHS:
             if getattr(self, name):
                 object.__setattr__(self, name, absolute(getattr(self, name)))
+
+    def _divide(self) -> None:
+        """``processes`` as a number where it is one; refused when a step's rows cannot be divided over so many."""
+        given = self.processes
+        count = int(given) if isinstance(given, str) and given.isdecimal() else given
+        object.__setattr__(self, "processes", count)
+        if count == "auto":
+            return
+        if not _is(count, int) or int(count) < 1:
+            raise InputError(f"processes={given!r} must be auto or a whole number of at least 1")
+        if int(count) > 1 and self.trainer == "unsloth":
+            raise InputError(f"unsloth trains in one process, not in {count}", remedy="use --trainer hf, or --processes 1")
+        if _is(self.rows_a_step, int) and self.rows_a_step % int(count):
+            said = f"a step's {self.rows_a_step} rows (--batch-size times --gradient-accumulation) cannot be divided over {count}"
+            raise InputError(f"{said} processes", remedy="choose --batch-size or --gradient-accumulation so that they can")
+
+    @property
+    def rows_a_step(self) -> int:
+        """Rows of one optimizer step, over all processes."""
+        return self.batch_size * self.gradient_accumulation
 
     @property
     def peak_learning_rate(self) -> float:
@@ -113,14 +135,14 @@ class FinetuneParameters:
         return reading(self.columns, self.ignore, self.greeting, self.repeated)
 
     def to_json(self) -> dict[str, Any]:
-        """All parameters as a dict, the learning rate as it is in force; how rows are read only where it was chosen."""
-        chosen = {name: value for name, value in asdict(self).items() if name not in _READING or value != _READING[name]}
+        """All parameters as a dict, the learning rate as it is in force; how rows are read, and processes, only where chosen."""
+        chosen = {name: value for name, value in asdict(self).items() if name not in _CHOSEN or value != _CHOSEN[name]}
         return {**chosen, "learning_rate": self.peak_learning_rate}
 
 
 _PATHS = ("base", "data", "eval_data")
-# of a fine-tune's inputs: where base and data lie, for their hashes count, and how often it is saved
-_NOT_CONTENT = {"parameters": (*_PATHS, "revision", "save_steps"), "base": ("id", "revision", "note")}
+# of a fine-tune's inputs: where base and data lie, for their hashes count, how often it is saved, and who computes it
+_NOT_CONTENT = {"parameters": (*_PATHS, "revision", "save_steps", "processes"), "base": ("id", "revision", "note")}
 
 
 def content(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,9 +154,10 @@ def content(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-# how rows are read, and the values under which nothing was chosen: a run from before there was a choice is the same run
-_CHOICES = ("columns", "ignore", "greeting", "repeated", "skip_bad")
-_READING = {field.name: field.default for field in fields(FinetuneParameters) if field.name in _CHOICES}
+# how rows are read and by how many processes, and the values under which nothing was chosen: a run from before there was a
+# choice is the same run
+_CHOICES = ("columns", "ignore", "greeting", "repeated", "skip_bad", "processes")
+_CHOSEN = {field.name: field.default for field in fields(FinetuneParameters) if field.name in _CHOICES}
 
 
 def reading(columns: str = "", ignore: Sequence[str] = (), greeting: str = "refuse", repeated: str = "refuse") -> Reading:

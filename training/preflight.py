@@ -3,7 +3,7 @@
 import logging
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import MissingDependency, ModelError, OutOfMemory
@@ -20,6 +20,7 @@ from training.export import gguf
 from training.export.weights import save_config, save_tokenizer
 from training.memory import GIB, Need
 from training.parameters import FinetuneParameters
+from training.tuning import distributed
 
 log = logging.getLogger(__name__)
 _RECIPE = 1
@@ -89,12 +90,14 @@ def _require_memory(base: Path, params: FinetuneParameters, *, exports: bool) ->
     """Refuse what surely cannot fit: fine-tuning what is free now, later stages what the machine has at all."""
     machine = Hardware.detect()
     on_gpu = bool(machine.gpus)
-    said = []
+    said, plan = [], distributed.planned(params, base, 1, machine)
     for stage in memory_needs(base, params, on_gpu):
+        if stage.name == "fine-tuning":
+            stage = replace(stage, need=plan.need)
         here = on_gpu and stage.name not in ("merge", "GGUF conversion")
         where = "GPU memory" if here else "memory"
         if stage.name == "fine-tuning":
-            had, left = max(gpu.free_gib for gpu in machine.gpus) if here else machine.ram_free_gib, "free"
+            had, left = plan.free, "free"
         else:
             had, left = max(gpu.memory_gib for gpu in machine.gpus) if here else machine.ram_gib, "there"
         said.append(f"{stage.name} {stage.need.gib:.1f}")

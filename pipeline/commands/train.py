@@ -42,10 +42,15 @@ def train(
     ] = None,
     epochs: Annotated[float, Option(help="Passes over the rows.")] = _DEFAULT.epochs,
     max_steps: Annotated[int | None, Option(help="Stop after this many optimizer steps.")] = None,
-    batch_size: Annotated[int, Option(help="Rows a step and device.")] = _DEFAULT.batch_size,
-    gradient_accumulation: Annotated[int, Option(help="Batches a step.")] = _DEFAULT.gradient_accumulation,
+    batch_size: Annotated[int, Option(help="Rows of a batch.")] = _DEFAULT.batch_size,
+    gradient_accumulation: Annotated[
+        int, Option(help="Batches a step; the rows of a step are divided over the processes.")
+    ] = _DEFAULT.gradient_accumulation,
     max_length: Annotated[int, Option(help="Longest row in tokens; longer ones are left out and listed.")] = _DEFAULT.max_length,
     max_rows: Annotated[int | None, Option(help="Train on the first N rows only.")] = None,
+    processes: Annotated[
+        str, Option(help="Processes that train together: auto (one for each GPU), or a number; docs/scale.md.")
+    ] = str(_DEFAULT.processes),
     save_steps: Annotated[int, Option(help="Steps between checkpoints.")] = _DEFAULT.save_steps,
     seed: Annotated[int, Option(help="Seed of everything random.")] = _DEFAULT.seed,
     columns: options.Columns = "",

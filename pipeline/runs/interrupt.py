@@ -26,6 +26,12 @@ def asked() -> bool:
     return _asked
 
 
+def ask() -> None:
+    """Ask to stop, as Ctrl-C does: for a process that learns of it in another way."""
+    global _asked
+    _asked = True
+
+
 def leave_if_asked(kept: str) -> None:
     """Raise Interrupted, saying what was kept, when the user has asked to stop."""
     if _asked:

@@ -49,7 +49,7 @@ def _same_training(name: str, training: TrainingRecord) -> str:
     words = ["granite-pipeline", "train", "--name", name, "--base", "FOLDER"]
     for key, value in training.parameters.items():
         # where and at which revision the base was, and how often it was saved, make no other training
-        if key in ("base", "revision", "save_steps") or value == usual.get(key):
+        if key in ("base", "revision", "save_steps", "processes") or value == usual.get(key):
             continue
         option = f"--{key.replace('_', '-')}"
         values = [""] if value is True else value if isinstance(value, list | tuple) else [value]

@@ -7,7 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,7 +23,8 @@ from training.base import BaseModel, resolve
 from training.datasets.dataset import SOC_EVAL, SOC_TRAIN, Dataset, Row, load, overlap, split
 from training.memory import finetune_need, require_memory
 from training.parameters import FinetuneParameters, content
-from training.tuning import checkpoints, trainers
+from training.tuning import checkpoints, distributed, trainers
+from training.tuning.distributed import Plan
 from training.tuning.prepare import Prepared, Preparer, held_out_line
 from training.tuning.view import account, told
 
@@ -60,6 +61,7 @@ class Job:
     held_out: Prepared
     noted: dict[str, Any]
     trainer: tuple[str, str]  # which, and why
+    plan: Plan
 
     def counts(self) -> dict[str, Any]:
         """Rows and tokens, as the manifest keeps them."""
@@ -120,11 +122,23 @@ def finetune(run: RunFolder, params: FinetuneParameters, *, force: Force = False
             log.info("data: %s", line)
         said = (len(rows.examples), rows.tokens, rows.trained_tokens, len(rows.too_long))
         log.info("finetune: %d rows, %d tokens (%d trained), %d rows too long and left out", *said)
-        trainer = trainers.choose(params, base.folder, rows.examples)
-        longest, pieces = max(len(e.input_ids) for e in rows.examples), trainers.in_pieces(trainer[0])
-        need = finetune_need(base.folder, params, longest, pieces=pieces)
-        require_memory("fine-tuning", need, "lower --batch-size (and raise --gradient-accumulation) or --max-length")
-        result = _train(Job(run, params, base, rows, held_out, noted, trainer))
+        longest = max(len(e.input_ids) for e in rows.examples)
+        plan = distributed.planned(params, base.folder, longest)
+        trainer = trainers.choose(params, base.folder, rows.examples, plan.processes)
+        lower = "lower --batch-size (and raise --gradient-accumulation) or --max-length"
+        # what is only needed here does not travel
+        job = Job(run, params, base, replace(rows, pairs=()), replace(held_out, pairs=()), noted, trainer, plan)
+        if plan.processes == 1:
+            if plan.reason:
+                log.info("finetune: one process: %s", plan.reason)
+            require_memory(
+                "fine-tuning", finetune_need(base.folder, params, longest, pieces=trainers.in_pieces(trainer[0])), lower
+            )
+            result = _train(job)
+        else:
+            log.info("finetune: %s; %s", plan.told(params), plan.reason or "each keeps all weights")
+            require_memory(f"fine-tuning, in each of {plan.processes} processes,", plan.need, lower, plan.free, plan.where)
+            result = distributed.run(_part, job, plan.processes, run.path)
         write_atomic(run.heldout, "".join(held_out_line(row, example, preparer) for row, example in held_out.pairs))
         # what a hub gave is found again without asking it
         kept = {"base_folder": str(base.folder.resolve())} if base.revision else {}
@@ -150,23 +164,30 @@ def _shared_system(rows: Sequence[Row]) -> str | None:
     return first.pop() if len(first) == 1 else None
 
 
+def _part(job: Job) -> dict[str, Any]:
+    """What each of several processes does; the first one, which writes, joins its parent's lock."""
+    with lock.held(job.run, "train") if distributed.rank() == 0 else contextlib.nullcontext():
+        return _train(job)
+
+
 def _train(job: Job) -> dict[str, Any]:
     """Train, or go on from a checkpoint; leaves the adapter and returns what came of it."""
-    run, params = job.run, job.params
+    run, params, plan = job.run, job.params, job.plan
     backend, reason = job.trainer
     dtype = trainers.training_dtype()
     log.info("trainer: %s (%s), dtype %s", backend, reason, dtype)
-    model = trainers.trainable(job.base.folder, params, backend, dtype)
+    model = trainers.trainable(job.base.folder, params, backend, dtype, sharded=plan.sharded)
     require_free_space(run.path, _disk_need(model), "fine-tuning (adapter and checkpoints)")
     batches = trainers.batching(model, backend, params, job.rows.examples)
     said = batches.reason or f"{batches.saved:.0%} of the tokens are beginnings that are computed once"
     log.info("finetune: batches are %s: %s", batches.kind, said)
     sets = (job.rows.examples, job.held_out.examples[:_EVAL_ROWS])
-    trainer = trainers.make_trainer(model, run.checkpoints, params, dtype, *sets, batches)
+    trainer = trainers.make_trainer(model, run.checkpoints, params, dtype, *sets, batches, sharded=plan.sharded)
     log.info("finetune: model loaded; the held-out rows are scored before the first step")
     before = trainer.evaluate()["eval_loss"]
     started = time.monotonic()
-    checkpoint = checkpoints.latest(run.checkpoints, job.noted, (backend, batches.kind))
+    way = (backend, batches.kind, *(["fsdp"] if plan.sharded else []))
+    checkpoint = distributed.once(lambda: checkpoints.latest(run.checkpoints, job.noted, way))
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds, state = time.monotonic() - started, trainer.state
     if state.global_step < state.max_steps:
@@ -174,7 +195,8 @@ def _train(job: Job) -> dict[str, Any]:
     after = trainer.evaluate()["eval_loss"]
     history = _history(state.log_history, before)
     _check_learning(history, model, params)
-    _save(model, run.adapter, params)
+    _save(model, run.adapter, params, plan.sharded)
+    distributed.agreed(False)  # none ends before it is there
     # a resumed training is timed from where it went on
     done = state.global_step - checkpoints.step(checkpoint)
     seen = done * params.batch_size * params.gradient_accumulation * job.rows.tokens / len(job.rows.examples)
@@ -183,6 +205,9 @@ def _train(job: Job) -> dict[str, Any]:
         "trainer_reason": reason,
         "batches": batches.kind,
         "batches_reason": batches.reason,
+        "processes": plan.processes,
+        "parallel": plan.kind,
+        "parallel_reason": plan.reason,
         "tokens_saved": round(batches.saved, 3),
         "method": params.method,
         "dtype": str(dtype).removeprefix("torch."),
@@ -198,9 +223,12 @@ def _train(job: Job) -> dict[str, Any]:
     }
 
 
-def _save(model: Any, adapter: Path, params: FinetuneParameters) -> None:
+def _save(model: Any, adapter: Path, params: FinetuneParameters, sharded: bool = False) -> None:
+    parts = {"state_dict": distributed.trained_weights(model)} if sharded else {}
+    if distributed.rank() > 0:
+        return
     with staged(adapter) as target:
-        model.save_pretrained(str(target))
+        model.save_pretrained(str(target), **parts)
         path = target / "adapter_config.json"
         if path.is_file():
             # PEFT writes these in the order of a Python set, which differs from process to process
@@ -242,6 +270,6 @@ def _check_learning(history: list[dict[str, Any]], model: Any, params: FinetuneP
         raise PipelineError("the loss became infinite or NaN", remedy="lower --learning-rate")
     if params.method == "full":
         return
-    if not any(float(p.detach().abs().max()) for name, p in model.named_parameters() if "lora_B" in name):
+    if not any(float(distributed.whole(p.detach()).abs().max()) for name, p in model.named_parameters() if "lora_B" in name):
         remedy = "try --trainer hf, a higher --learning-rate, or more steps"
         raise EnvironmentFailure("the adapter is all zeros after training", remedy=remedy)

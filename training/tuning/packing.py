@@ -137,12 +137,12 @@ def pack(batch: Sequence[Example], *, share: bool = True) -> dict[str, Any]:
     rows, rows_back = _places(rests, longest)
     starts, starts_back = _places(shared, width)
     seen = torch.cat([_places([begins[i] for i in range(len(batch))], width)[0], rows], dim=1)
-    next_tokens = torch.tensor([targets])
+    next_tokens = torch.tensor([targets], dtype=torch.long)
     return {
         "attention_mask": mask,
         "input_ids": torch.tensor([tokens]),
         "position_ids": torch.tensor([positions]),
-        "logits_to_keep": torch.tensor(kept),
+        "logits_to_keep": torch.tensor(kept, dtype=torch.long),
         "labels": next_tokens,
         "shift_labels": next_tokens,
         "layout": {"rows": rows, "rows_back": rows_back, "seen": seen, "starts": starts, "starts_back": starts_back},

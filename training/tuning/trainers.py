@@ -7,20 +7,20 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import EnvironmentFailure, MissingDependency
 from pipeline.machine.hardware import Hardware
-from pipeline.runs import interrupt, lease
+from pipeline.runs import lease
 from pipeline.runs import log as runlog
 from pipeline.runs.files import read_json
 from training.memory import finetune_need
 from training.parameters import FinetuneParameters
-from training.tuning import checkpoints, fused, packing
-from training.tuning.prepare import Example
+from training.tuning import checkpoints, distributed, fused, packing
+from training.tuning.prepare import IGNORED, Example
 
 log = logging.getLogger(__name__)
 _EVERY_SECONDS = 10.0
@@ -32,7 +32,7 @@ _MOSTLY, _ROOM = 0.5, 3.0
 _UNSLOTH_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def choose(params: FinetuneParameters, folder: Path, rows: Sequence[Example]) -> tuple[str, str]:
+def choose(params: FinetuneParameters, folder: Path, rows: Sequence[Example], processes: int = 1) -> tuple[str, str]:
     """Pick ``unsloth`` or ``hf`` for this model and these rows, with the reason; raises when unsloth is demanded but cannot be had.
 
     ``auto`` goes by what ``benchmarks/train.py`` measured: ``hf`` on a CPU, and on a GPU where most tokens are common beginnings.
@@ -40,6 +40,8 @@ def choose(params: FinetuneParameters, folder: Path, rows: Sequence[Example]) ->
     model_type = read_json(folder / "config.json").get("model_type")
     if params.trainer == "hf":
         return "hf", "asked for"
+    if processes > 1:
+        return "hf", f"{processes} processes train together, and unsloth trains in one"
     problem = ""
     # unsloth patches the dense Granite layers; mixture-of-experts and mamba layers train through PEFT unchanged
     if model_type != "granite":
@@ -104,14 +106,24 @@ def training_dtype() -> Any:
     return torch.bfloat16 if Hardware.detect().cpu.fast_bfloat16 else torch.float32
 
 
-def trainable(folder: Path, params: FinetuneParameters, backend: str, dtype: Any) -> Any:
-    """Load the base and make it trainable: LoRA on every linear layer but the router and head, or all weights; seeded."""
+def trainable(folder: Path, params: FinetuneParameters, backend: str, dtype: Any, *, sharded: bool = False) -> Any:
+    """Load the base and make it trainable: LoRA on every linear layer but the router and head, or all weights; seeded.
+
+    ``sharded``: to be cut into parts, so it is left on the CPU, in the layers that transformers and PEFT made.
+    """
+    import torch
     from transformers import set_seed
 
     set_seed(params.seed)
     if params.method == "qlora" and not _on_gpu():
         raise EnvironmentFailure("qlora needs a CUDA GPU: its 4-bit kernels do not run on a CPU", remedy="use --method lora")
-    return _unsloth(folder, params, dtype) if backend == "unsloth" else _hf(folder, params, dtype)
+    if sharded and dtype == torch.float16:
+        said = "a model in parts (FSDP) is trained in bfloat16, which these GPUs do not compute"
+        raise EnvironmentFailure(said, remedy="use --method qlora, or a smaller base")
+    model = _unsloth(folder, params, dtype) if backend == "unsloth" else _hf(folder, params, dtype, sharded)
+    if sharded:
+        distributed.shard(model)
+    return model
 
 
 def _unsloth(folder: Path, params: FinetuneParameters, dtype: Any) -> Any:
@@ -132,7 +144,7 @@ def in_pieces(backend: str) -> bool:
     return backend == "unsloth" and _on_gpu()
 
 
-def _hf(folder: Path, params: FinetuneParameters, dtype: Any) -> Any:
+def _hf(folder: Path, params: FinetuneParameters, dtype: Any, sharded: bool) -> Any:
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -141,17 +153,21 @@ def _hf(folder: Path, params: FinetuneParameters, dtype: Any) -> Any:
     quantization = BitsAndBytesConfig(load_in_4bit=True, **nf4) if params.method == "qlora" else None
     # float16 weights with a gradient scaler need a float32 master copy; full fine-tuning wants one in any case
     weights = torch.float32 if params.method == "full" or dtype == torch.float16 else dtype
-    loading = {"quantization_config": quantization, "device_map": {"": 0} if _on_gpu() else None, "use_safetensors": True}
+    device = {"": torch.cuda.current_device()} if _on_gpu() and not sharded else None
+    loading = {"quantization_config": quantization, "device_map": device, "use_safetensors": True}
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=weights, trust_remote_code=False, **loading)
     if params.method == "full":
         return model
     if params.method == "qlora":
-        model = prepare_model_for_kbit_training(model)
+        # DDP may look for parameters without a gradient, which the other way of computing layers again does not bear
+        anew = {"use_reentrant": False} if distributed.world() > 1 else None
+        model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs=anew)
     # full names; expert tensors are not linear layers and stay as they are
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     targets = [name for name in linear if "router" not in name and not name.endswith("lm_head")]
     model = get_peft_model(model, LoraConfig(**_lora(params), target_modules=targets, task_type="CAUSAL_LM"))
-    fused.fuse(model)
+    if not sharded:  # fused layers hold their frozen weights together, which would stay whole
+        fused.fuse(model)
     return model
 
 
@@ -237,8 +253,14 @@ def make_trainer(
     rows: Sequence[Example],
     held_out: Sequence[Example],
     batches: Batching,
+    *,
+    sharded: bool = False,
 ) -> Any:
-    """A Trainer that leaves its checkpoints in ``folder``, sealed, and logs to stderr alone: --json is on stdout."""
+    """A Trainer that leaves its checkpoints in ``folder``, sealed, and logs to stderr alone: --json is on stdout.
+
+    Of several processes each trains on its part of a step's rows, and all score all held-out rows: both as one process would.
+    """
+    from torch.utils.data import DataLoader
     from transformers import PrinterCallback, ProgressCallback, Trainer
 
     class Ordered(Trainer):  # type: ignore[misc,unused-ignore]
@@ -252,10 +274,53 @@ def make_trainer(
             lengths = None if batches.kind == "packed" else [len(row.input_ids) for row in rows]
             return packing.Batches([row.head for row in rows], params.batch_size, params.seed, lengths)
 
+        def create_accelerator_and_postprocess(self) -> None:
+            super().create_accelerator_and_postprocess()
+            if distributed.world() > 1:
+                # a model that was prepared for the scoring before training would be left without DDP for good, without a word
+                prepare, parts = self.accelerator.prepare_model, {"device_placement": False, "evaluation_mode": True}
+                self.accelerator.prepare_model = lambda model, **_: prepare(model, **(parts if sharded else {}))
+                self.accelerator.ddp_handler.gradient_as_bucket_view = True  # else gradients are there twice
+
+        def _prepare_for_training(self, *args: Any, **named: Any) -> Any:
+            prepared = super()._prepare_for_training(*args, **named)
+            if distributed.world() > 1 and not distributed.together(prepared[0]):
+                said = "the processes would train apart: this version of accelerate did not put their gradients together"
+                raise EnvironmentFailure(said, remedy="make setup for the pinned versions, or --processes 1")
+            return prepared
+
+        def get_train_dataloader(self) -> Any:
+            if (several := distributed.world()) == 1:
+                return super().get_train_dataloader()
+            size, _ = distributed.batch(params, several)
+            mine = distributed.Share(self._get_train_sampler(), params.rows_a_step, size, distributed.rank(), several)
+            shortest = min(rows, key=lambda row: len(row.input_ids))
+            nothing = replace(shortest, labels=(IGNORED,) * len(shortest.labels))
+            return DataLoader([*rows, nothing], batch_sampler=mine, collate_fn=batches.collate, pin_memory=_on_gpu())  # type: ignore[arg-type]
+
+        def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+            if distributed.world() == 1:
+                return super().get_eval_dataloader(eval_dataset)
+            from accelerate.data_loader import prepare_data_loader
+
+            all_of_it: Any = DataLoader(list(held_out), params.batch_size, collate_fn=batches.collate)  # type: ignore[arg-type]
+            return prepare_data_loader(all_of_it, num_processes=1, process_index=0)
+
+        def evaluation_loop(self, *args: Any, **more: Any) -> Any:
+            if distributed.world() > 1:
+                self.gather_function = self._own
+            return super().evaluation_loop(*args, **more)
+
+        def _own(self, losses: Any) -> Any:
+            """The losses of a batch's rows as one process has them: of the last batch, one for each row it really has."""
+            at = self.accelerator.gradient_state
+            return losses[: at.remainder] if at.end_of_dataloader and at.remainder > 0 else losses
+
     steps_per_epoch = math.ceil(len(rows) / (params.batch_size * params.gradient_accumulation))
     total = params.max_steps or math.ceil(steps_per_epoch * params.epochs)
     sets = {"train_dataset": list(rows), "eval_dataset": list(held_out), "data_collator": batches.collate}
-    trainer = Ordered(model=model, args=_arguments(folder, params, dtype, total), callbacks=[_callback()], **sets)
+    kind = distributed.sharded_trainer(Ordered) if sharded else Ordered
+    trainer = kind(model=model, args=_arguments(folder, params, dtype, total), callbacks=[_callback()], **sets)
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
     return trainer
@@ -265,12 +330,13 @@ def _arguments(folder: Path, params: FinetuneParameters, dtype: Any, total: int)
     import torch
     from transformers import TrainingArguments
 
+    size, accumulation = distributed.batch(params, distributed.world())
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=total,
-        per_device_train_batch_size=params.batch_size,
+        per_device_train_batch_size=size,
         per_device_eval_batch_size=params.batch_size,
-        gradient_accumulation_steps=params.gradient_accumulation,
+        gradient_accumulation_steps=accumulation,
         learning_rate=params.peak_learning_rate,
         lr_scheduler_type="cosine",
         # the schedule's first step of a warm-up has learning rate 0: a training of that one step would learn nothing
@@ -311,7 +377,7 @@ def _callback() -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             """Log one line, now and then; when the user has asked to stop, save a checkpoint and end."""
-            if interrupt.asked() and state.global_step < state.max_steps:
+            if distributed.asked() and state.global_step < state.max_steps:
                 control.should_save = control.should_training_stop = True
             now = time.monotonic()
             if now - self.said < _EVERY_SECONDS and state.global_step < state.max_steps:
@@ -323,6 +389,8 @@ def _callback() -> Any:
             log.info("finetune: step %d of %d%s, %.0f s left", state.global_step, state.max_steps, shown, left)
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            distributed.agreed(False)  # each has written its random numbers' state
+            if distributed.rank() == 0:
+                checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     return Along()
