@@ -34,7 +34,7 @@ BASE_ANSWERS, TUNED_ANSWERS = 64, 1000
 # new tokens of a base's answer that are kept for people to read, before it is seen whether it can still be right
 _SHOWN = 8
 # multiplications from which bfloat16 is tried where the CPU has it: minutes of float32
-_LONG = 1e14
+_LONG = 2e13
 # rows whose answers in bfloat16 must be those in float32
 _PROOF = 8
 
