@@ -44,7 +44,9 @@ def contained(engine: Engine, request: Request, path: Path, port: int = 0) -> Co
     plan = engine.plan(placed)
     require_feasible(plan)
     launch = engine.launch(plan, placed, host="0.0.0.0", port=port or engine.default_port)
-    return Contained(engine, engine.container, placed, plan, launch.argv[len(engine.program()) :], launch.env)
+    # what ends the command line: the planned flags, host and port; a server that is started without a model has words of its own
+    told = len(plan.arguments) + len(engine.more_words(placed)) + 4
+    return Contained(engine, engine.container, placed, plan, launch.argv[1 if engine.creates_model else -told :], launch.env)
 
 
 @dataclass(frozen=True)
