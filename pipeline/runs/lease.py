@@ -109,6 +109,8 @@ def end(folder: Path, ended: threading.Event) -> None:
 
 def lost(path: Path) -> LeaseLost | None:
     """The error for a path in a run that this process held and another one has taken over; None where that is not so."""
+    if not _held:
+        return None
     path = path.parent.resolve() / path.name
     for (pid, folder), token in list(_held.items()):
         inner = path.relative_to(folder).parts if pid == os.getpid() and path.is_relative_to(folder) else None
@@ -116,10 +118,10 @@ def lost(path: Path) -> LeaseLost | None:
             continue
         what = f"run {folder.name} was taken over by another process while this one gave no sign of life"
         evidence = f"{'/'.join(inner)} is left as it is" if inner else "nothing more of it is changed from here"
-        if there:
+        with suppress(LookupError, TypeError):
             owner = there["owners"][0]
             evidence += f"; now held by: {there['verb']}, process {owner['pid']} on {owner['host']}"
-        remedy = "run the same command again: it waits for the other one, or goes on from what that one made"
+        remedy = "run the same command again when the other one has ended: it goes on from what that one made"
         return LeaseLost(what, evidence=evidence, remedy=remedy)
     return None
 

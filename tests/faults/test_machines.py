@@ -16,12 +16,18 @@ from pipeline.runs.folder import RunFolder
 
 STEPS, SAVE = 24, 3
 CODE = """
-import json, sys
-from faults import line
+import json, logging, sys
+from pathlib import Path
 from pipeline.runs import lease
+from pipeline.runs.folder import RunFolder
+from training.export import merge
+from training.parameters import FinetuneParameters
+from training.tuning.finetune import finetune
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 lease.LEASE = 12.0
-line.preload()
-sys.exit(line.child(json.loads(sys.argv[1])))
+run = RunFolder("t", Path(sys.argv[1]))
+finetune(run, FinetuneParameters(**json.loads(sys.argv[2])))
+merge.merge(run)
 """
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
@@ -33,10 +39,11 @@ def request_(tmp_path: Path) -> dict[str, object]:
     rows = [{"prompt": f"alert {i}", "completion": "ok" if i % 2 else "bad"} for i in range(60)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     base = tiny.make("3.x-dense", tmp_path / "base")
-    return {"base": str(base), "data": str(tmp_path / "rows.jsonl"), "steps": STEPS, "save": SAVE, "gguf": False}
+    given = {"trainer": "hf", "max_steps": STEPS, "save_steps": SAVE, "rank": 4}
+    return {"base": str(base), "data": str(tmp_path / "rows.jsonl"), **given}
 
 
-def _checkpoints(run: RunFolder, step: int, on: Machine, seconds: float = 240) -> None:
+def _checkpoints(run: RunFolder, step: int, on: Machine, seconds: float = 900) -> None:
     """Wait for a sealed checkpoint of that step or a later one."""
     deadline = time.monotonic() + seconds
     while newest_checkpoint(run) < step or not list(run.checkpoints.glob("*/sealed.json")):
@@ -47,23 +54,21 @@ def _checkpoints(run: RunFolder, step: int, on: Machine, seconds: float = 240) -
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_three_machines_one_after_another_make_what_one_makes(request_: dict[str, object], tmp_path: Path) -> None:
-    environment = {**ENVIRONMENT, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'support'}"}
+def test_two_machines_one_after_another_make_what_one_makes(request_: dict[str, object], tmp_path: Path) -> None:
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
     whole, run = RunFolder("t", tmp_path / "whole"), RunFolder("t", tmp_path / "shared")
-    with machine("node-a", CODE, [json.dumps({**request_, "output": str(whole.output)})], **environment) as a:
+    with machine("node-a", CODE, [run.output, json.dumps(request_)], **environment) as a:
+        _checkpoints(run, 6, a)
+        a.off()
+    there = lock.holder(run)
+    assert there is not None
+    assert there.owners[0].host == "node-a"
+    time.sleep(12)  # a verb that does not wait finds the lease over
+    with machine("node-b", CODE, [run.output, json.dumps(request_)], **environment) as b:
+        assert b.end() == 0, b.said
+    assert "which is gone" in b.said
+    assert "resuming from checkpoint-" in b.said
+    with machine("node-a", CODE, [whole.output, json.dumps(request_)], **environment) as a:
         assert a.end() == 0, a.said
-    asked = [json.dumps({**request_, "output": str(run.output)})]
-    for host, step in (("node-a", 6), ("node-b", 15)):
-        with machine(host, CODE, asked, **environment) as cut:
-            _checkpoints(run, step, cut)
-            cut.off()
-        there = lock.holder(run)
-        assert there is not None
-        assert there.owners[0].host == host
-        time.sleep(12)  # the verb that is asked does not wait: it finds the lease over
-    with machine("node-c", CODE, asked, **environment) as c:
-        assert c.end() == 0, c.said
-    assert "which is gone" in c.said
-    assert "resuming from checkpoint-" in c.said
-    assert artefacts(run) == artefacts(whole)
+    assert artefacts(run) == artefacts(whole) != {}
     require_tidy(run)

@@ -16,6 +16,7 @@ from advice import HOLE, ROOT, VERBS, Text
 from pipeline import engines
 from pipeline.config import Settings
 from pipeline.runs.folder import Part, RunFolder
+from pipeline.runs.lease import RECORD
 
 OPTIONS = {verb: {word for p in command.params for word in p.opts} | {"--help", "-h"} for verb, command in VERBS.items()}
 OURS = set().union(*OPTIONS.values())
@@ -79,6 +80,7 @@ FILES = {
         "report/report.html",
         "junit.xml",
         "offline.json",
+        RECORD,
     ),
 }
 

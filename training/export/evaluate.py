@@ -230,7 +230,7 @@ class _Line:
         for i in wanted:
             row = self.rows[i]
             system = [message for message in row.messages[:1] if message["role"] == "system"]
-            groups.setdefault(json.dumps([system, row.tools], sort_keys=True, default=str), []).append(i)
+            groups.setdefault(json.dumps([system, row.tools, row.documents], sort_keys=True, default=str), []).append(i)
         alike = [group for group in groups.values() if len(group) >= _ALIKE]
         others = [i for group in groups.values() if len(group) < _ALIKE for i in group]
         found: list[list[int]] = []

@@ -282,7 +282,7 @@ def _arguments(folder: Path, params: FinetuneParameters, dtype: Any, total: int)
         use_cpu=not _on_gpu(),
         logging_steps=max(1, total // 50),
         eval_strategy="steps",
-        eval_steps=max(1, total // 2),
+        eval_steps=total // 2 + 1,  # one more time, in the middle: after the last step they are scored anyway
         save_steps=params.save_steps,
         save_total_limit=2,
         prediction_loss_only=True,
