@@ -85,6 +85,8 @@ def _outcome(ray: Any, reference: Any, job: Job, tries: int, *, stopping: bool) 
 
 def _attempt(job: Job) -> tuple[int, str, float, str]:
     """One try of a run, in a worker of Ray: exit code, machine, seconds, last words. Cancelling the task lets the run save."""
+    # Ray cancels by a KeyboardInterrupt, which Python does not raise where SIGINT was ignored when the machine's Ray was started
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     begun, stopping = time.monotonic(), False
     process = guarded.start(job, {})
     try:

@@ -27,6 +27,7 @@ print("up", flush=True)
 while True:
     time.sleep(3600)
 """
+_STARTS = 4
 _HEAD, _OTHER = "10.213.0.1", "10.213.0.2"
 
 
@@ -104,14 +105,14 @@ def _join(one: Node, other: Node) -> None:
 
 
 def start_ray(node: Node, *words: str, cpus: int) -> None:
-    """Start a machine's part of the cluster; a busy machine may need a second try."""
+    """Start a machine's part of the cluster: Ray gives it 30 s, which a busy machine may need several times."""
     fixed = [f"--node-ip-address={node.address}", f"--num-cpus={cpus}", "--object-store-memory=80000000", "--disable-usage-stats"]
-    for last in (False, True):
+    for left in reversed(range(_STARTS)):
         env = {name: value for name, value in node.env.items() if name != "RAY_ADDRESS"}
         command = [*node.inside, sys.executable, "-m", "ray.scripts.scripts", "start", *words, *fixed]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
         if done.returncode == 0:
             return
-        assert not last, done.stdout + done.stderr
+        assert left, done.stdout + done.stderr
         node.do([sys.executable, "-m", "ray.scripts.scripts", "stop", "--force"])
         time.sleep(2)

@@ -19,7 +19,8 @@ from pipeline.runs.manifest import Manifest
 
 ROOT = Path(__file__).parents[2]
 # small enough to train in seconds, long enough to be killed after a checkpoint
-SHORT = {"TRAINER": "hf", "RANK": 4, "BATCH_SIZE": 2, "MAX_STEPS": 30, "SAVE_STEPS": 2, "BASE_ANSWERS": 2, "TUNED_ANSWERS": 4}
+SHORT = {"TRAINER": "hf", "RANK": 4, "BATCH_SIZE": 2, "MAX_STEPS": 30, "SAVE_STEPS": 2}
+_ANSWERS = {"BASE_ANSWERS": 2, "TUNED_ANSWERS": 4}
 
 
 def write_spec(folder: Path, **more: Any) -> Path:
@@ -30,7 +31,8 @@ def write_spec(folder: Path, **more: Any) -> Path:
     for part, first in (("train", 0), ("heldout", 100)):
         rows = [_row(number) for number in range(first, first + 24)]
         (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    spec = {"base": "base", "data": "train.jsonl", "eval_data": "heldout.jsonl", "parameters": SHORT, **more}
+    parameters = SHORT | ({} if "stages" in more else _ANSWERS)  # the export's
+    spec = {"base": "base", "data": "train.jsonl", "eval_data": "heldout.jsonl", "parameters": parameters, **more}
     path = folder / "sweep.yaml"
     path.write_text(yaml.safe_dump(spec))
     return path
