@@ -32,6 +32,8 @@ FOREIGN = {
 _MADE = {"it", "available"}
 # variables of other programs, each with the reason to name it
 VARIABLES = {
+    "GLOO_SOCKET_IFNAME": "gloo's own: the interface towards them",
+    "NCCL_SOCKET_IFNAME": "NCCL's own: the interface towards them",
     "HF_ENDPOINT": "huggingface_hub's own: a mirror",
     "HF_HOME": "huggingface_hub's own: where its cache is",
     "NO_PROXY": "every HTTP client's: what is asked without a proxy",
