@@ -32,10 +32,11 @@ FOREIGN = {
 _MADE = {"it", "available"}
 # variables of other programs, each with the reason to name it
 VARIABLES = {
-    "GLOO_SOCKET_IFNAME": "gloo's own: the interface towards them",
-    "NCCL_SOCKET_IFNAME": "NCCL's own: the interface towards them",
     "HF_ENDPOINT": "huggingface_hub's own: a mirror",
     "HF_HOME": "huggingface_hub's own: where its cache is",
+    "VLLM_HOST_IP": "vLLM's own: this machine's address towards the others",
+    "GLOO_SOCKET_IFNAME": "gloo's own: the interface towards them",
+    "NCCL_SOCKET_IFNAME": "NCCL's own: the interface towards them",
     "NO_PROXY": "every HTTP client's: what is asked without a proxy",
     "TMPDIR": "the system's: where temporary files go",
 }
