@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import psutil
 import torch
 
 from pipeline.errors import DataError
-from training.tuning import distributed, finetune, packing, trainers
+from training.tuning import checkpoints, distributed, finetune, packing, trainers
 
 _train, _part, _obstacle = finetune._train, finetune._part, packing.obstacle
 
@@ -29,8 +30,17 @@ def in_float32(job: Any) -> dict[str, Any]:
 
 
 def each(jobs: list[Any]) -> dict[str, Any]:
-    """Several trainings, one after the other, in the same processes."""
-    return {job.run.name: in_float32(job) for job in jobs}
+    """Several trainings, one after the other, in the same processes; those in parts once more from their last checkpoint but one."""
+    done = {}
+    for job in jobs:
+        done[job.run.name] = in_float32(job)
+        if job.plan.sharded:
+            if distributed.rank() == 0:
+                shutil.rmtree(checkpoints.found(job.run.checkpoints)[0])
+            distributed.agreed(False)
+            resumed = in_float32(job)
+            done[job.run.name]["resumed"] = {name: resumed[name] for name in ("steps", "eval_loss")}
+    return done
 
 
 def second_is_refused(job: Any) -> dict[str, Any]:

@@ -229,7 +229,8 @@ def trained_weights(model: Any) -> dict[str, Any]:
     """What training changes of a sharded model, whole and on the CPU in the first process, empty in the others."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-    trained = {name for name, weight in model.named_parameters(remove_duplicate=False) if weight.requires_grad}
+    # a weight that is there under two names (embedding and head) once, as a model is saved
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     return {name: value for name, value in get_model_state_dict(model, options=_whole_state()).items() if name in trained}
 
 

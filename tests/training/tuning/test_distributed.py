@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -110,15 +111,22 @@ CASES = {
 
 
 @pytest.mark.slow
-def test_losses_and_weights_are_those_of_one_process(base: Path, data: Path, tmp_path: Path) -> None:
+def test_losses_and_weights_are_those_of_one_process(
+    base: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     jobs = [_job(name, tmp_path / "two", _params(base, data, **more), 2, sharded="fsdp" in name) for name, more in CASES.items()]
-    two = distributed.run(ranks.each, jobs, 2, tmp_path)
+    with caplog.at_level("INFO"):
+        two = distributed.run(ranks.each, jobs, 2, tmp_path)
+    assert caplog.text.count("resuming from checkpoint-10") == 2
     start = _weights(base)
     for name, more in CASES.items():
         one = ranks.in_float32(_job(name, tmp_path / "one", _params(base, data, **more), 1))
         kind = "fsdp" if "fsdp" in name else "ddp"
         assert (two[name]["processes"], two[name]["parallel"], one["parallel"]) == (2, kind, "one"), name
         assert two[name]["batches"] == one["batches"] == name.partition("-")[0]
+        if kind == "fsdp":  # and once more from a checkpoint, whose adapter is the one compared below
+            assert two[name]["resumed"]["steps"] == 12
+            assert two[name]["resumed"]["eval_loss"]["after"] == pytest.approx(one["eval_loss"]["after"], rel=_LOSS)
         assert two[name]["trainable_parameters"] == one["trainable_parameters"]
         _assert_same_history(one["history"], two[name]["history"])
         _assert_alike(tmp_path / "one" / name / "adapter", tmp_path / "two" / name / "adapter", start if "full" in name else None)
@@ -316,17 +324,25 @@ def test_auto_takes_the_most_gpus_over_which_a_step_divides(base: Path) -> None:
         found(_machine(23.0, 23.0), processes=4)
 
 
-def test_a_model_that_one_gpu_does_not_hold_is_divided(tmp_path: Path, base: Path) -> None:
-    for method, small in (("lora", 0.62), ("full", 0.63)):
-        params = FinetuneParameters(base=str(base), method=method)  # type: ignore[arg-type]
-        alone, two = (finetune_need(base, replace(params, batch_size=2), 1, parts=n).gib for n in (1, 2))
-        assert alone > two
-        plan = planned(params, base, 1, _machine(*[(alone + two) / 2] * 2))
-        assert (plan.kind, plan.need.gib) == ("fsdp", two), small
-        assert "do not fit" in plan.reason
+def test_a_model_that_one_gpu_does_not_hold_is_divided(tmp_path: Path) -> None:
+    weights = {"w": {"dtype": "BF16", "shape": [8_000_000_000], "data_offsets": [0, 16_000_000_000]}}
+    header = json.dumps(weights).encode()
+    with (tmp_path / "model.safetensors").open("wb") as out:
+        out.write(struct.pack("<Q", len(header)) + header)
+        out.truncate(8 + len(header) + 16_000_000_000)
+    sizes = {"num_hidden_layers": 32, "hidden_size": 4096, "vocab_size": 100_000}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    for method, lowest, highest in (("lora", 9.0, 11.0), ("full", 60.0, 63.0)):
+        params = FinetuneParameters(base=str(tmp_path), method=method)  # type: ignore[arg-type]
+        alone, two = (finetune_need(tmp_path, replace(params, batch_size=2), 100, parts=n).gib for n in (1, 2))
+        assert lowest < two < highest < alone
+        plan = planned(params, tmp_path, 100, _machine(100.0, (alone + two) / 2))
+        assert (plan.kind, plan.need.gib, plan.where) == ("fsdp", two, "GPU memory")
+        assert "do not fit" in plan.reason and "FSDP" in plan.told(params)
+        plan = planned(params, tmp_path, 100, _machine(alone + 1, alone + 1))
+        assert (plan.kind, plan.need.gib, plan.reason) == ("ddp", alone, "")
     # four-bit weights cannot be
-    quantized = FinetuneParameters(base=str(base), method="qlora")
-    assert planned(quantized, base, 1, _machine(0.1, 0.1)).kind == "ddp"
+    assert planned(FinetuneParameters(base=str(tmp_path), method="qlora"), tmp_path, 1, _machine(0.1, 0.1)).kind == "ddp"
 
 
 @pytest.mark.parametrize("wrong", [0, -1, "many", 1.5, True, "0"])
