@@ -307,6 +307,9 @@ def _work(folder: Path) -> None:
         on_gpu = torch.cuda.is_available()
         if on_gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        else:
+            # accelerate would say cpu:0, as which torch loads no checkpoint
+            os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         address: dict[str, Any] = {"rank": number, "world_size": int(os.environ["WORLD_SIZE"]), "timeout": _WAITS}
         address["init_method"] = (folder / _MEETING).absolute().as_uri()
         dist.init_process_group("cuda:nccl,cpu:gloo" if on_gpu else "gloo", **address)
