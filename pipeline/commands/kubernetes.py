@@ -189,6 +189,7 @@ def check(
     run: options.Run = DEFAULT_NAME,
     output: options.Output = DEFAULT_OUTPUT,
     engine: Annotated[str, Option("--engine", help="Only what this engine serves; default: all of the run.")] = "",
+    agent: options.Agent = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Read every byte of what is served of a run and compare it with the run's record, which must be that of a fine-tune.
@@ -201,7 +202,8 @@ def check(
     """
     if not _HASH.fullmatch(manifest):
         raise InputError(f"--manifest {manifest[:80]!r} is not a manifest hash", remedy="give all 64 hex digits of it")
-    folder = RunFolder(run, output)
+    folder = options.folder(agent, run, output)
+    run = folder.name
     if not folder.manifest.is_file():
         raise InputError(f"there is no run {run} in {output}", remedy=f"granite-pipeline runs --output {output}")
     record = Manifest(folder.manifest)
