@@ -85,8 +85,9 @@ def _outcome(ray: Any, reference: Any, job: Job, tries: int, *, stopping: bool) 
 
 def _attempt(job: Job) -> tuple[int, str, float, str]:
     """One try of a run, in a worker of Ray: exit code, machine, seconds, last words. Cancelling the task lets the run save."""
-    # Ray cancels by a KeyboardInterrupt, which Python does not raise where SIGINT was ignored when the machine's Ray was started
+    # Ray cancels by SIGINT, which it blocks in all that ray start starts, and which may have been ignored where that was typed
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     begun, stopping = time.monotonic(), False
     process = guarded.start(job, {})
     try:
