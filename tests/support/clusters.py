@@ -94,12 +94,14 @@ def two_nodes(folder: Path, *, cpus: int = 1, path: Path | None = None, **more: 
 
 
 def _join(one: Node, other: Node) -> None:
-    """A cable between two machines; it goes with them."""
+    """A cable between two machines."""
     cable = [f"gp{os.getpid() % 100000}{end}" for end in "ab"]
     subprocess.run(["ip", "link", "add", cable[0], "type", "veth", "peer", "name", cable[1]], check=True)
     for node, end in zip((one, other), cable, strict=True):
         subprocess.run(["ip", "link", "set", end, "netns", str(node.process.pid)], check=True)
-        for words in (f"addr add {node.address}/24 dev {end}", f"link set {end} up", "link set lo up"):
+        # on lo too: the cable goes with the other machine, and the address must not go with the cable
+        given = (f"addr add {node.address}/24 dev {end}", f"addr add {node.address}/32 dev lo")
+        for words in (*given, f"link set {end} up", "link set lo up"):
             done = node.do(["ip", *words.split()])
             assert done.returncode == 0, done.stderr
 
