@@ -50,6 +50,7 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     found = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     fixed = {
         "HOME": str(home),
+        "MPLCONFIGDIR": str(home.parent / "fonts"),  # a list of the fonts there are, which it would keep in the home
         "PYTHONPATH": found,
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
