@@ -67,19 +67,24 @@ def _done(ray: Any, jobs: Sequence[Job], options: dict[str, Any], most: int) -> 
         for reference in ray.wait(list(pending), timeout=_POLL_SECONDS)[0]:
             job, tries = pending.pop(reference)
             outcome = _outcome(ray, reference, job, tries, stopping=told)
+            if outcome is None:
+                continue
             if outcome.again and not told:
                 waiting.append((job, tries + 1, time.monotonic() + outcome.pause))
             else:
                 yield outcome
 
 
-def _outcome(ray: Any, reference: Any, job: Job, tries: int, *, stopping: bool) -> Outcome:
+def _outcome(ray: Any, reference: Any, job: Job, tries: int, *, stopping: bool) -> Outcome | None:
+    """How a task ended; None for one that had not begun when it was cancelled: its run still waits."""
     try:
         code, where, seconds, said = ray.get(reference)
     except ray.exceptions.RayError as error:
-        # the task, not the run in it: it was cancelled, or the product or the folder is not there on that machine
+        # the task, not the run in it: the product or the folder is not there on that machine, or it was cancelled
+        if stopping:
+            return None
         lines = [line for line in str(error).splitlines() if line.strip()]
-        return Outcome(job.name, STOPPED if stopping else MACHINE, "Ray", tries, said=lines[-1] if lines else repr(error))
+        return Outcome(job.name, MACHINE, "Ray", tries, said=lines[-1] if lines else repr(error))
     return Outcome(job.name, STOPPED if stopping and code == MACHINE else code, where, tries, seconds, said)
 
 
