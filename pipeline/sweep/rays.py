@@ -4,17 +4,19 @@ The product is installed on every machine, the output folder is at one path. Whe
 and they go on from what is in the folder; when the driver is lost Ray ends the tasks, and with them the runs.
 """
 
+import io
 import logging
 import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pipeline.errors import EnvironmentFailure, InputError, MissingDependency
 from pipeline.runs import interrupt
@@ -25,6 +27,7 @@ from pipeline.sweep.spec import Resources
 log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.5
 _MOST_PENDING = 1000
+_THREADS = "ray_"  # how the names of those that print what happens in the cluster begin
 _NO_CLUSTER = (
     "ray start --head on one machine, ray start --address=HEAD:6379 on the others, then RAY_ADDRESS=HEAD:6379 here "
     "(one token and one version of Ray and Python for all: see docs/scale.md), or use --on local"
@@ -151,25 +154,56 @@ def _connected(aside: Path) -> Any:
 
 @contextmanager
 def _apart(file: Path) -> Iterator[None]:
-    """Send what this process's libraries write to stderr, from threads of their own, into a file; what Python writes stays."""
-    before = sys.stderr
+    """Send what this process's libraries write to stderr, and Ray's threads print, into a file; what else Python writes stays."""
+    before, out_before = sys.stderr, sys.stdout
     before.flush()
     kept = os.dup(2)
     with file.open("ab") as out:
         os.dup2(out.fileno(), 2)
     ours = os.fdopen(os.dup(kept), "w", buffering=1, encoding="utf-8", errors="replace")
+    theirs = file.open("a", buffering=1, encoding="utf-8")
     mine = [
         h for h in logging.getLogger().handlers if isinstance(h, logging.StreamHandler) and getattr(h, "stream", None) is before
     ]
     for handler in mine:
         handler.setStream(ours)
-    sys.stderr = ours
+    sys.stderr, sys.stdout = _Sorted(ours, theirs), _Sorted(out_before, theirs)
     try:
         yield
     finally:
         for handler in mine:
             handler.setStream(before)
-        sys.stderr = before
+        out_before.flush()
+        sys.stderr, sys.stdout = before, out_before
         os.dup2(kept, 2)
         os.close(kept)
         ours.close()
+        theirs.close()
+
+
+class _Sorted(io.TextIOBase):
+    """A stream that gives what Ray's own threads print to another one."""
+
+    def __init__(self, ours: TextIO, theirs: TextIO) -> None:
+        self._ours, self._theirs = ours, theirs
+
+    def write(self, text: str) -> int:
+        """Write to the stream of the thread that it is called in."""
+        return (self._theirs if threading.current_thread().name.startswith(_THREADS) else self._ours).write(text)
+
+    def flush(self) -> None:
+        """Flush ours; the other is written by lines."""
+        self._ours.flush()
+
+    def isatty(self) -> bool:
+        """Whether ours is a terminal."""
+        return self._ours.isatty()
+
+    def fileno(self) -> int:
+        """That of ours."""
+        return self._ours.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """That of ours."""
+        return self._ours.encoding

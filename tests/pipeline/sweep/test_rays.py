@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,9 +58,13 @@ def test_what_libraries_say_goes_aside_and_what_we_say_does_not(tmp_path: Path, 
     with rays._apart(tmp_path / "ray.log"):
         os.write(2, b"a state dump\n")
         sys.stderr.write("ours\n")
+        told = threading.Thread(target=print, args=("a machine is dead",), name="ray_listen_error_messages")
+        told.start()
+        told.join()
+        print("ours too")
     os.write(2, b"as before\n")
-    assert capfd.readouterr().err == "ours\nas before\n"
-    assert (tmp_path / "ray.log").read_text() == "a state dump\n"
+    assert capfd.readouterr() == ("ours too\n", "ours\nas before\n")
+    assert (tmp_path / "ray.log").read_text() == "a state dump\na machine is dead\n"
 
 
 @pytest.fixture(scope="module")
