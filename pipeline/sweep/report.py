@@ -226,8 +226,9 @@ def render(told: Mapping[str, Any]) -> str:
     runs, metric = told["runs"], told["metric"]
     done = [run for run in runs if run["state"] == "done"]
     ranked = sorted(runs, key=lambda run: _rank(run, told["lower_is_better"]))
-    columns = list(told["by_parameter"]) or list(dict.fromkeys(name for run in runs for name in run["parameters"]))
-    shared = {name: value for name, value in (runs[0]["parameters"] if runs else {}).items() if name not in _varied(runs)}
+    varied = _varied(runs)
+    columns = [name for name in dict.fromkeys(name for run in runs for name in run["parameters"]) if name in varied]
+    shared = {name: value for name, value in (runs[0]["parameters"] if runs else {}).items() if name not in varied}
     state = "passed" if told["best"] and len(done) == len(runs) else "failed" if told["exit_code"] not in (0, STOPPED) else ""
     return (
         environment()
