@@ -157,5 +157,26 @@ def test_a_machine_of_two_and_the_driver_are_lost(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_a_machine_whose_network_is_cut_finishes_its_run_and_no_other_does_it_again(tmp_path: Path) -> None:
+    """Ray gives the run to the other machine, after minutes; which finds it done, by the one that was cut off but sees the folder."""
+    import clusters
+    import machines
+
+    machines.require_machines()
+    output, names = tmp_path / "out", ("a", "b")
+    file = sweeps.write_spec(tmp_path, runs={name: {} for name in names}, resources={"cpus": 1}, stages=["01_finetune"])
+    runs = [RunFolder(name, output) for name in names]
+    with clusters.two_nodes(tmp_path) as (head, other), (tmp_path / "driver.log").open("ab") as out:
+        command = [*head.inside, sys.executable, "-m", "pipeline", "sweep", str(file), "--on", "ray", "--output", str(output)]
+        driver = subprocess.Popen(command, stdout=out, stderr=out, env=dict(head.env), cwd=sweeps.ROOT)
+        cut = _first_on(other.name, runs, driver)
+        sweeps.wait_for_checkpoint(cut, 2, driver)
+        other.cut_off()
+        assert driver.wait(1200) == 0, (tmp_path / "driver.log").read_text()
+        assert _resumed(cut) == []
+        _require_whole(output, names, _undisturbed(tmp_path, file, merged=False))
+
+
+@pytest.mark.long
 def test_twenty_whole_runs_on_two_machines(tmp_path: Path) -> None:
     _on_two_nodes(tmp_path, [f"r{number}" for number in range(20)])

@@ -59,6 +59,13 @@ class Node:
             [*self.inside, *words], env=dict(self.env), capture_output=True, text=True, check=False, timeout=300
         )
 
+    def cut_off(self) -> None:
+        """Take its network away without a word to anybody; it works on."""
+        listed = self.do(["ip", "-o", "link", "show", "type", "veth"]).stdout
+        device = listed.split(": ")[1].partition("@")[0]
+        done = self.do(["ip", "link", "set", device, "down"])
+        assert done.returncode == 0, done.stderr
+
     def off(self) -> None:
         """Switch it off."""
         self.process.kill()
