@@ -74,7 +74,9 @@ logging.getLogger("ours").info("x" * 300)"""
 
 
 def test_without_a_terminal_there_are_lines_with_the_time_and_no_bars_or_notices() -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TQDM_", "HF_HUB_DISABLE"))}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("TQDM_", "HF_HUB_DISABLE", "HF_HUB_ENABLE"))
+    }
     environment |= {"PYTHONPATH": str(Path(__file__).parents[3])}
     done = subprocess.run([sys.executable, "-c", _NOTICES], env=environment, capture_output=True, timeout=100, check=False)
     assert (done.returncode, done.stdout) == (0, b"")

@@ -111,6 +111,7 @@ CASES = {
 
 
 @pytest.mark.slow
+@pytest.mark.wide
 def test_losses_and_weights_are_those_of_one_process(
     base: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
