@@ -48,3 +48,11 @@ def make_servable_run(run: RunFolder) -> RunFolder:
     ]
     run.heldout.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return run
+
+
+def record_exports(run: RunFolder) -> None:
+    """Record the merged model, the GGUF and the Modelfile as they are now, as the export does."""
+    manifest = Manifest(run.manifest)
+    manifest.record("merge", {}, [run.merged], {}, 1)
+    manifest.record("gguf", {"merged": manifest.artefact_sha256("merge", "merged_fp16")}, [run.gguf], {}, 1)
+    manifest.record("modelfile", {}, [run.modelfile], {}, 1)

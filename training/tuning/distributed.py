@@ -30,7 +30,7 @@ import psutil
 from pipeline import errors
 from pipeline.errors import EnvironmentFailure, InputError, PipelineError
 from pipeline.machine.hardware import Hardware
-from pipeline.runs import interrupt, lease
+from pipeline.runs import interrupt
 from pipeline.runs import log as runlog
 from pipeline.runs.files import read_json, write_json
 from training.memory import Need, finetune_need
@@ -453,7 +453,6 @@ def _follow(agent: "subprocess.Popen[bytes]", stop: Path) -> None:
     assert agent.stdout is not None
     pipe, kept = agent.stdout.fileno(), b""
     while True:
-        lease.require_held(stop)  # the processes hold no lock: what they write is ours to answer for
         if interrupt.asked() and not stop.exists():
             stop.touch()
         if not select.select([pipe], [], [], _POLL_SECONDS)[0]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from places import as_nobody
-from small_run import make_run
+from small_run import make_run, record_exports
 from typer.testing import CliRunner, Result
 
 from pipeline.cli import app
@@ -32,10 +32,7 @@ def made(tmp_path: Path) -> RunFolder:
     (run.merged / "nested").mkdir()
     (run.merged / "nested" / "more.json").write_text("{}")
     run.modelfile.write_text("FROM ./unsloth.Q8_0.gguf\n")
-    manifest = Manifest(run.manifest)
-    manifest.record("merge", {}, [run.merged], {}, 1)
-    manifest.record("gguf", {"merged": manifest.artefact_sha256("merge", "merged_fp16")}, [run.gguf], {}, 1)
-    manifest.record("modelfile", {}, [run.modelfile], {}, 1)
+    record_exports(run)
     return run
 
 

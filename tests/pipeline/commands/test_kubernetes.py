@@ -12,7 +12,7 @@ import pytest
 import tiny
 import yaml
 from cluster import VERSIONS, errors, leaves, read
-from small_run import make_servable_run
+from small_run import make_servable_run, record_exports
 from typer.testing import CliRunner, Result
 
 from pipeline.cli import app
@@ -32,10 +32,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     # vLLM's CPU build computes no smaller heads
     tiny.make("4.1", run.merged, hidden_size=256, head_dim=64, num_key_value_heads=4)
     run.modelfile.write_text("FROM ./unsloth.Q8_0.gguf\n")
-    manifest = Manifest(run.manifest)
-    manifest.record("merge", {}, [run.merged], {}, 1)
-    manifest.record("gguf", {"merged": manifest.artefact_sha256("merge", "merged_fp16")}, [run.gguf], {}, 1)
-    manifest.record("modelfile", {}, [run.modelfile], {}, 1)
+    record_exports(run)
     return run
 
 
